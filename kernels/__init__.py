@@ -1,0 +1,1 @@
+"""Fused operations, one a file: each has a plain-torch form that runs anywhere."""

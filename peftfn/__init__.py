@@ -1,0 +1,19 @@
+"""peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
+
+from peftfn.apply import Adapted, adapt
+from peftfn.combine import add, chain, scale
+from peftfn.formats import load, save
+from peftfn.many import stack, unstack
+from peftfn.method import Method
+from peftfn.methods import *  # noqa: F403
+from peftfn.methods import __all__ as _methods
+from peftfn.plan import Adapter
+from peftfn.rng import Rng
+from peftfn.site import Site, sites
+from peftfn.summary import summary
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapted", "Adapter", "Method", "Rng", "Site", "adapt", "add", "chain", "load", "save", "scale", "sites", "stack",
+    "summary", "unstack", *_methods,
+]  # fmt: skip

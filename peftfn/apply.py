@@ -1,0 +1,216 @@
+"""adapt: rules on a model → a net, whose functions take the adapter as an argument. The only file that runs a model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.many import MixedWeight, Rows, stack_size
+from peftfn.method import Method
+from peftfn.plan import Adapter, Plan, draw, make, wide
+from peftfn.rng import Rng
+from peftfn.skeleton import Skeleton
+from peftfn.weight import AdaptedWeight
+
+
+def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "Adapted":
+    """Bind methods to the parameters of a model, without changing it.
+
+    Args:
+        model: any module; its parameters stay its own, and are seen as they are at each call.
+        rules: name pattern → method, in order; for each parameter the first rule counts that matches its name and
+            whose method accepts its kind. A pattern of word characters and dots matches whole dotted components
+            ("q_proj" finds "layers.0.q_proj.weight", never "q_proj_norm"); any other is a regular expression, searched
+            in the name.
+        seed: of the methods' frozen tensors (VeRA's projections, say); trainable ones get theirs in `init`.
+
+    Raises:
+        ValueError: a rule that finds nothing its method accepts, or sizes that do not fit; with the site, the value,
+            the constraint and the cure. Nothing of size has been allocated then.
+        TypeError: the model cannot be deep-copied.
+    """
+    return Adapted(model, make(model, rules, seed))
+
+
+class Adapted:
+    """A plan bound to a model. All its functions are pure: tensors in, tensors out, the model untouched."""
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self.plan = model, plan
+        self._biases = {name: e.site.bias for name, e in plan.items() if e.site.bias and e.method.overrides("bias")}
+        self._slots = list(dict.fromkeys([*plan, *self._biases.values()]))
+        self._first = Skeleton(model, self._slots)
+        self._idle = [self._first]
+        self._evaluated = {n: replace(e, method=e.method.eval()) for n, e in plan.items()}
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{pattern!r}: {method}" for pattern, method in self.plan.rules.items())
+        return f"adapt({type(self.model).__name__}, {{{rules}}})  # {len(self.plan)} sites"
+
+    def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
+        """A fresh adapter: {site: {name: tensor}}, each on its weight's device.
+
+        A site's values depend on (seed, site name) alone, not on what else is adapted.
+        """
+        weights = self._weights()
+        adapter: Adapter = {n: draw(e.method.init, e.site, weights[n], seed, dtype) for n, e in self.plan.items()}
+        for bank in self.plan.banks:
+            name, entry = next((n, e) for n, e in self.plan.items() if e.bank == bank)
+            rng = Rng(seed, bank, dtype=dtype, device=weights[name].device)
+            adapter[bank] = entry.method.bank(rng, {n: e.site.matrix_shape() for n, e in self.plan.items() if e.bank == bank})
+        return adapter
+
+    def apply(
+        self,
+        adapter: Mapping[str, Any],
+        *args: Any,
+        params: Mapping[str, Tensor] | None = None,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The adapted model, called as the model is called: model(*args, **kwargs) with `adapter` in it.
+
+        Args:
+            adapter: a tree like `init` gives.
+            params: the model's parameters by name, where the caller holds them (and may differentiate in them);
+                those not named are the model's own, which are constants of the call.
+            method: name of another method of the model to call, "generate" for one.
+        """
+        self.plan.check(adapter)
+        return self._run(adapter, None, args, kwargs, params, method)
+
+    def mixed(
+        self,
+        stacked: Mapping[str, Any],
+        index: Tensor | list[int],
+        *args: Any,
+        params: Mapping[str, Tensor] | None = None,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A batch whose row i uses adapter index[i] of the stack: mixed(...)[i] == apply(a[index[i]], row i).
+
+        Args:
+            stacked: `stack` of adapters of this net, each leaf [k, …].
+            index: [rows] integers in [−1, k); −1 is the base.
+            args, kwargs: as for the model; the first dimension of what reaches a site must be the rows.
+
+        Raises:
+            ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
+        """
+        self.plan.check(stacked, lead=1)
+        return self._run(stacked, Rows.of(index, stack_size(stacked)), args, kwargs, params, method)
+
+    def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+        """{site: change of the parameter, in its own shape}, in fp32 or wider."""
+        self.plan.check(adapter)
+        weights, out = self._weights(), {}
+        for name, entry in self.plan.items():
+            m = entry.site.canonical(weights[name])
+            method, p = entry.tensors(adapter[name], adapter.get(entry.bank, {}), m)
+            out[name] = entry.site.original(entry.delta(method, p, m))
+        return out
+
+    def merge(self, adapter: Mapping[str, Any], *, check_finite: bool = False) -> dict[str, Tensor]:
+        """The model's parameters with the adapter folded in: {name: tensor}, to load into, or call, a plain model.
+
+        Adapted parameters are new tensors, computed in fp32 and rounded once to their dtype; the others are the
+        model's own. Two names of one slot (a shared submodule) get one tensor; two slots that share a tensor (tied
+        weights) stay tied only where both are adapted alike or not at all.
+
+        Raises:
+            ValueError: the adapter gives a bias to a layer without one; or, with check_finite, a merged parameter has
+                a NaN or an infinity.
+        """
+        self.plan.check(adapter)
+        weights = self._weights()
+        for name, entry in self.plan.items():
+            if entry.adds_bias and weights.get(entry.site.bias or "") is None:
+                raise ValueError(
+                    f"{name}: {entry.method} adds a bias and this layer has none to merge it into. Use net.apply, or "
+                    "give the layer a bias of zeros first."
+                )
+        out = dict(weights)
+        for name, value in self._adapted(adapter, weights.get).items():
+            merged = value.dense() if isinstance(value, AdaptedWeight) else value
+            if check_finite and not merged.isfinite().all():
+                bad = int((~merged.isfinite()).sum())
+                raise ValueError(f"{name}: merging gives {bad} values that are not finite; the adapter or the base has them")
+            for alias in self._first.names(name):
+                out[alias] = merged
+        return out
+
+    def prepare(self, adapter: Mapping[str, Any]) -> Adapter:
+        """The adapter with everything done that depends on parameters alone (DoRA's norms, OFT's rotations).
+
+        It is used like the adapter it was made from, and is right until that, or the base, changes.
+        """
+        self.plan.check(adapter)
+        weights, out = self._weights(), {k: v for k, v in adapter.items() if k in self.plan.banks}
+        for name, entry in self.plan.items():
+            m = entry.site.canonical(weights[name])
+            method, p = entry.tensors(adapter[name], adapter.get(entry.bank, {}), m)
+            if method != entry.method:
+                raise ValueError(f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before it")
+            out[name] = {k: t for k, t in p.items() if k in entry.prepared}
+        return out
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The base's parameters as they are now, every name of each, as constants."""
+        return {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+
+    # How a call runs.
+
+    def _run(self, adapter: Any, rows: Rows | None, args: Any, kwargs: Any, params: Any, method: str | None) -> Any:
+        skeleton = self._acquire()
+        try:
+            skeleton.refresh()
+            with skeleton:
+                if params:
+                    skeleton.put(params)
+                for name, value in self._adapted(adapter, skeleton.__getitem__, rows).items():
+                    skeleton[name] = value
+                call = skeleton.root if method is None else getattr(skeleton.root, method)
+                return call(*args, **kwargs)
+        finally:
+            if skeleton is not self._first or not torch.compiler.is_compiling():
+                self._idle.append(skeleton)
+
+    def _acquire(self) -> Skeleton:
+        if torch.compiler.is_compiling():
+            return self._first  # traced code leaves a skeleton as it found it, so all traces can have the same
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Skeleton(self.model, self._slots)
+
+    def _adapted(self, adapter: Any, weight: Any, rows: Rows | None = None) -> dict[str, Any]:
+        """slot → value, for every adapted weight and every bias that a method changes."""
+        entries = self.plan.entries if self.model.training else self._evaluated
+        out: dict[str, Any] = {}
+        for name, entry in entries.items():
+            w = weight(name)
+            if w.shape != entry.site.shape:
+                raise ValueError(
+                    f"{name}: the model's parameter has shape {list(w.shape)} now; it was {list(entry.site.shape)} when "
+                    "it was adapted. Call adapt again."
+                )
+            bank = adapter[entry.bank] if entry.bank else {}
+            if rows is not None:
+                out[name] = MixedWeight(entry, adapter[name], bank, w, rows)
+            else:
+                out[name] = AdaptedWeight(entry, *entry.tensors(adapter[name], bank, entry.site.canonical(w)), w)
+        for name, slot in self._biases.items():
+            b = out[slot] if slot in out else weight(slot)
+            new = _adapted_bias(out[name], b) if rows is None else out[name].bias(b)
+            if new is not None:
+                out[slot] = new
+        return out
+
+
+def _adapted_bias(weight: AdaptedWeight, b: Any) -> Tensor | None:
+    b = b.dense() if isinstance(b, AdaptedWeight) else b
+    new = weight.method.bias(weight.p, None if b is None else wide(b))
+    return None if new is None else new.to(weight.dtype if b is None else b.dtype)

@@ -1,0 +1,11 @@
+"""The methods, one a file."""
+
+from peftfn.methods.dora import DoRA
+from peftfn.methods.full import Full
+from peftfn.methods.ia3 import IA3
+from peftfn.methods.loha import LoHa
+from peftfn.methods.lora import LoRA
+from peftfn.methods.oft import OFT
+from peftfn.methods.vera import VeRA
+
+__all__ = ["DoRA", "Full", "IA3", "LoHa", "LoRA", "OFT", "VeRA"]

@@ -1,0 +1,41 @@
+"""IA3: l ⊙ (W x + b), or W (l ⊙ x) for feed-forward layers."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Leaf, Method, Product
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """l ⊙ (W x + b) with l [out]; with feedforward, W (l ⊙ x) + b with l [in].
+
+    Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
+    arXiv:2205.05638: outputs of keys and values, inputs of the second feed-forward layer.
+
+    Args:
+        feedforward: scale the layer's input features instead of its outputs (and bias).
+    """
+
+    cases: ClassVar = ({}, {"feedforward": True})
+
+    feedforward: bool = False
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {"l": rng.ones(w.shape[1 if self.feedforward else 0])}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return w * ((p["l"] if self.feedforward else p["l"][:, None]) - 1)
+
+    def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
+        return b if b is None or self.feedforward else b * p["l"]
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        return dot(x, w * p["l"]) if self.feedforward else dot(x, w) * p["l"]
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x * p["l"], w) if self.feedforward else F.linear(x, w) * p["l"]

@@ -1,0 +1,92 @@
+"""LoRA: W + s·B A, s = alpha/rank (alpha/√rank with rslora)."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.kernels.lora_linear import lora_linear
+from peftfn.method import Leaf, Method, Product, choice, positive, probability
+from peftfn.rng import Rng
+from peftfn.transform import eager
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """W + s·B A, with A [rank, in] and B [out, rank]; s = alpha/rank, or alpha/√rank with rslora.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685;
+    rslora: Kalajdzievski, 2023, arXiv:2312.03732.
+
+    Args:
+        rank: inner dimension of the product.
+        alpha: numerator of the scale; None means rank, so s = 1.
+        rslora: divide by √rank instead of rank.
+        dropout: probability of dropping an input feature of A in train mode; embeddings have no features to drop.
+        lora_bias: B has a bias β [out] too, which adds s·β to the output.
+        init_weights: "default" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), or
+            "random" (both Kaiming-uniform: not the identity, for tests).
+    """
+
+    cases: ClassVar = (
+        {"rank": 2, "alpha": 3.0},
+        {"rank": 3, "alpha": 2.0, "rslora": True, "init_weights": "gaussian"},
+        {"rank": 2, "lora_bias": True, "init_weights": "random"},
+    )
+
+    rank: int = 8
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    lora_bias: bool = False
+    init_weights: str = "default"
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank)
+        probability(self, dropout=self.dropout)
+        choice(self, "init_weights", ("default", "gaussian", "random"))
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def identity(self) -> bool:
+        return self.init_weights != "random"
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        out, in_ = w.shape
+        gaussian = self.init_weights == "gaussian"
+        a = rng.normal(self.rank, in_, std=1 / self.rank) if gaussian else rng.kaiming(self.rank, in_)
+        b = rng.zeros(out, self.rank) if self.identity else rng.kaiming(out, self.rank)
+        return {"a": a, "b": b} | ({"beta": rng.zeros(out)} if self.lora_bias else {})
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        return {"a": p["a"], "sb": self.scale * p["b"]} | ({"sbeta": self.scale * p["beta"]} if "beta" in p else {})
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return p["sb"] @ p["a"]
+
+    def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
+        beta = p.get("sbeta")
+        return b if beta is None else beta if b is None else b + beta
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        return dot(x, w) + F.linear(dot(dropped, p["a"]), p["sb"])
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if self.dropout or not eager() or w.dtype != x.dtype or p["a"].dtype != x.dtype:
+            return LoRA.product(self, p, w, x, F.linear)
+        return lora_linear(x, w, p["a"], p["sb"])
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return {k: v if k == "a" else s * v for k, v in p.items()}
+
+    def summed(self, ps: list[Leaf]) -> Leaf:
+        a, sb = torch.cat([p["a"] for p in ps], -2), torch.cat([p["sb"] for p in ps], -1)
+        return {"a": a, "sb": sb} | ({"sbeta": sum(p["sbeta"] for p in ps)} if self.lora_bias else {})  # type: ignore[dict-item]

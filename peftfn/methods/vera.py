@@ -1,0 +1,61 @@
+"""VeRA: W + diag(λ_b) B diag(λ_d) A, with random A and B frozen and shared by all sites."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from torch import Size, Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Leaf, Method, Product, positive, probability
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], with λ_d [rank], λ_b [out]; A [rank, in_max], B [out_max, rank] frozen.
+
+    Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
+    one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.
+
+    Args:
+        rank: rows of A; cheap, since it costs rank + out trained numbers a site.
+        projection_seed: of A and B (PEFT's projection_prng_key).
+        d_initial: value λ_d starts with; λ_b starts at zero.
+        dropout: probability of dropping an input feature of A in train mode.
+    """
+
+    cases: ClassVar = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
+
+    rank: int = 256
+    projection_seed: int = 0
+    d_initial: float = 0.1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank)
+        probability(self, dropout=self.dropout)
+
+    def shared(self, rng: Rng, sites: Mapping[str, Size]) -> Leaf:
+        out, in_ = (max(shape[i] for shape in sites.values()) for i in (0, 1))
+        draw = rng.reseeded(self.projection_seed)
+        return {
+            "A": draw.uniform(self.rank, in_, bound=sqrt(6 / in_)),
+            "B": draw.uniform(out, self.rank, bound=sqrt(6 / self.rank)),
+        }
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {"d": rng.full(self.rank, value=self.d_initial), "b": rng.zeros(w.shape[0])}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        out, in_ = w.shape
+        return (p["b"][:, None] * p["B"][:out] * p["d"]) @ p["A"][:, :in_]
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        out, in_ = w.shape
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        return dot(x, w) + F.linear(dot(dropped, p["A"][:, :in_]) * p["d"], p["B"][:out]) * p["b"]
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return p | {"b": s * p["b"]}

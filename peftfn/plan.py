@@ -1,0 +1,270 @@
+"""Rules → plan: which method stands at which site, and what a plan gives without running the model."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.func import vmap
+
+from peftfn.combine import is_expression, resolve, terms
+from peftfn.method import Leaf, Method
+from peftfn.rng import Rng
+from peftfn.site import Site, sites
+
+Adapter = dict[str, Leaf]
+"""site name (or bank name) → trainable tensors"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site of a plan: the method that stands there, and what of it does not depend on the adapter."""
+
+    site: Site
+    rule: str  # the pattern that took the site
+    method: Method
+    frozen: Leaf  # constants: the site's own and those its rule shares
+    spec: dict[str, Size]  # what a leaf must look like
+    prepared: frozenset[str]  # names in a prepared leaf
+    common: frozenset[str]  # names of tensors without an expert axis at a stacked site
+    bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
+    adds_bias: bool = False  # gives a bias also to a layer that has none
+
+    def __iter__(self) -> Iterator[Any]:
+        """method, frozen: a plan reads as dict[site, (method, frozen tensors)]."""
+        return iter((self.method, self.frozen))
+
+    def axes(self, p: Mapping[str, Any]) -> dict[str, Any]:
+        """`in_dims` of p over the experts of a stacked site."""
+        return {k: self.axes(v) if isinstance(v, dict) else (None if k in self.common or k == "scale" else 0) for k, v in p.items()}
+
+    def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
+        """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
+        return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
+
+    def _prepare(self, leaf: Leaf, bank: Leaf, *, w: Tensor) -> Leaf:
+        p = {k: wide(t) for k, t in {**self.frozen, **bank, **leaf}.items()}
+        if not self.method.overrides("prepare") or (leaf.keys() == self.prepared and leaf.keys() != self.spec.keys()):
+            return p
+        if not self.site.stacked:
+            return self.method.prepare(p, w)
+        constant: Leaf = {}
+
+        def one(p: Leaf, w: Tensor) -> Leaf:
+            out = self.method.prepare(p, w)
+            constant.update({k: t for k, t in out.items() if k in self.common and t is p[k]})
+            return {k: t for k, t in out.items() if k not in constant}
+
+        return {**vmap(one, (self.axes(p), 0))(p, w), **{k: p[k] for k in constant}}
+
+    def delta(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
+        """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
+        return (vmap(method.delta, (self.axes(p), 0)) if self.site.stacked else method.delta)(p, wide(w))
+
+    def dense(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
+        """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
+        m = self.site.canonical(w)
+        return self.site.original((wide(m) + self.delta(method, p, m)).to(w.dtype))
+
+
+class Plan(Mapping[str, Entry]):
+    """site name → Entry, in the model's order. Static: nothing in it is ever trained."""
+
+    def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Method], banks: dict[str, Any]):
+        self.entries, self.rules, self.banks = entries, dict(rules), banks
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def check(self, adapter: Mapping[str, Any], lead: int = 0) -> None:
+        """Raise unless `adapter` fits: KeyError for names, ValueError for shapes and dtypes. `lead`: stacked axes."""
+        if not isinstance(adapter, Mapping):
+            raise TypeError(f"an adapter is a dict of site name → dict of tensors, not {type(adapter).__name__}")
+        if adapter.keys() != self.entries.keys() | self.banks.keys():
+            known = [*self.entries, *self.banks]
+            for name in adapter:
+                if name not in self.entries and name not in self.banks:
+                    raise KeyError(f"the adapter has {name!r}, which the plan does not adapt{near(name, known)}")
+            missing = [n for n in known if n not in adapter]
+            raise KeyError(
+                f"the adapter lacks {len(missing)} of the plan's {len(known)} sites, {missing[0]!r} first: it was made "
+                "for other rules. Start from net.init() and fill in what you have."
+            )
+        for name, leaf in adapter.items():
+            entry = self.entries.get(name)
+            spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], frozenset())
+            for part in terms(leaf) if is_expression(leaf) else (leaf,):
+                if part.keys() == spec.keys():
+                    for k, t in part.items():
+                        if t.shape[lead:] != spec[k] or not t.is_floating_point():
+                            _bad_tensor(name, k, t, spec[k], lead)
+                elif part.keys() != prepared:
+                    raise KeyError(
+                        f"{name}: the leaf has {sorted(part)}, and {entry.method if entry else 'the bank'} has "
+                        f"{sorted(spec)}"
+                    )
+
+
+def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
+    if not t.is_floating_point():
+        raise ValueError(f"{name}: {key} is {t.dtype}; leaves are floating-point tensors: convert it with .float()")
+    stacked = " (this looks like a stack of adapters: use vmap(net.apply, …) or net.mixed)" if (
+        not lead and t.shape[1:] == shape
+    ) else ""
+    want = ["k"] * lead + list(shape)
+    raise ValueError(f"{name}: {key} has shape {list(t.shape)}, and the plan wants {want}{stacked}")
+
+
+def wide(t: Tensor) -> Tensor:
+    """A floating tensor in fp32, or in its own dtype if that is wider; anything else as it is."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Word characters and dots match whole dotted components; anything else is a regular expression, searched."""
+    if re.fullmatch(r"[\w.]+", pattern):
+        return f".{pattern}." in f".{name}."
+    return re.search(pattern, name) is not None
+
+
+def near(name: str, names: list[str], n: int = 3) -> str:
+    """The names, or parts of names, most like `name`; for an error message."""
+    parts = list(dict.fromkeys(part for full in names for part in full.split(".") if not part.isdigit()))
+    words = re.findall(r"\w+", name)
+    found = difflib.get_close_matches(name, names, n=n, cutoff=0.6) or [
+        hit for w in reversed(words) for hit in difflib.get_close_matches(w, parts, n=n, cutoff=0.5)
+    ]
+    return f"; near: {', '.join(dict.fromkeys(found[:n]))}" if found else f"; it has {', '.join(parts[:8])} …"
+
+
+def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, str]:
+    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
+    taken: dict[str, str] = {}
+    for pattern, method in rules.items():
+        if not isinstance(method, Method):
+            raise TypeError(f"rule {pattern!r} gives {method!r}; it must give a method, like peftfn.LoRA(rank=8)")
+        try:
+            hits = [s for s in found.values() if any(matches(pattern, n) for n in (s.name, *s.aliases))]
+        except re.error as e:
+            raise ValueError(f"rule {pattern!r} is no valid regular expression: {e}") from e
+        accepted = [s for s in hits if s.kind in method.kinds]
+        if not hits:
+            raise ValueError(f"rule {pattern!r} matches none of the model's {len(found)} parameters{near(pattern, list(found))}")
+        if not accepted:
+            seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
+            raise ValueError(
+                f"rule {pattern!r} finds {len(hits)} parameters, {seen} first, but {type(method).__name__} has no meaning "
+                f"for their kinds: it takes {', '.join(sorted(method.kinds))}"
+            )
+        free = [s for s in accepted if s.name not in taken]
+        if not free:
+            raise ValueError(
+                f"rule {pattern!r} comes too late: all its {len(accepted)} sites, {accepted[0].name} first, belong to "
+                "earlier rules. The first match wins: put the narrower rule first."
+            )
+        taken |= {s.name: pattern for s in free}
+    return {name: taken[name] for name in found if name in taken}
+
+
+def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
+    """The plan of `rules` on `model`. Everything that can be wrong is found on meta tensors first."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt takes a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(rules, Mapping) or not rules:
+        raise ValueError(f"rules is {rules!r}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
+    found = sites(model)
+    taken = match(rules, found)
+    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if name in taken}
+    for name, w in weights.items():
+        if not w.is_floating_point():
+            raise ValueError(
+                f"{name}: the weight is {w.dtype}, and a method needs a floating-point one: dequantise it, or leave "
+                "this site out of the rules"
+            )
+    used = {pattern: {n: found[n].matrix_shape() for n, p in taken.items() if p == pattern} for pattern in rules}
+    bank_names = _bank_names(rules)
+    dry = {pattern: _Shared.of(rules[pattern], Rng(seed, pattern, device="meta"), used[pattern]) for pattern in rules}
+    probes: dict[tuple[Any, ...], Entry] = {}
+    for name, pattern in taken.items():
+        key = (pattern, found[name].kind, found[name].shape, weights[name].dtype, found[name].bias is None)
+        if key not in probes:
+            probes[key] = _probe(found[name], pattern, rules[pattern], weights[name].dtype, dry[pattern], bank_names.get(pattern))
+    real = {pattern: method.shared(Rng(seed, pattern), used[pattern]) for pattern, method in rules.items()}
+    entries = {}
+    for name, pattern in taken.items():
+        site, method, w = found[name], rules[pattern], weights[name]
+        probe = probes[pattern, site.kind, site.shape, w.dtype, site.bias is None]
+        own = draw(method.frozen, site, w, seed) if method.overrides("frozen") else {}
+        shared = {k: t.to(w.device) for k, t in real[pattern].items()}
+        entries[name] = Entry(
+            site, pattern, method, {**shared, **own}, probe.spec, probe.prepared, probe.common, probe.bank, probe.adds_bias
+        )
+    banks = {bank_names[p]: {k: t.shape for k, t in dry[p].bank.items()} for p in rules if p in bank_names}
+    return Plan(entries, rules, banks)
+
+
+@dataclass
+class _Shared:
+    frozen: Leaf = field(default_factory=dict)
+    bank: Leaf = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: Method, rng: Rng, shapes: Mapping[str, Size]) -> "_Shared":
+        return cls(method.shared(rng, shapes), method.bank(rng, shapes))
+
+
+def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
+    """rule → name of its bank in the adapter: the method's class name, numbered from the second on."""
+    out: dict[str, str] = {}
+    for pattern, method in rules.items():
+        if method.overrides("bank"):
+            n = sum(name.split(".")[0] == type(method).__name__ for name in out.values())
+            out[pattern] = type(method).__name__ + (f".{n}" if n else "")
+    return out
+
+
+def _probe(site: Site, rule: str, method: Method, dtype: torch.dtype, shared: _Shared, bank: str | None) -> Entry:
+    """The entry of a site without its tensors, from a run of the method on meta tensors."""
+    w = torch.empty(site.matrix_shape(), dtype=dtype, device="meta")
+    rng = Rng(0, site.name, device="meta")
+    try:
+        leaf, own = method.init(rng, w), method.frozen(rng, w)
+        constants = {**shared.frozen, **own}
+        p = {**constants, **shared.bank, **leaf}
+        if len(p) != len(constants) + len(shared.bank) + len(leaf):
+            raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
+        ready = method.prepare(p, w)
+        method.delta(ready, wide(w))
+        adds_bias = method.bias(ready, None) is not None
+    except ValueError as e:
+        raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
+    if adds_bias and site.bias is None:
+        raise ValueError(
+            f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose a "
+            "method without a bias here."
+        )
+    prepared = frozenset(k for k, t in ready.items() if t is not constants.get(k))
+    experts = site.shape[:1] if site.stacked else Size()
+    spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
+    return Entry(site, rule, method, {}, spec, prepared, frozenset({**shared.frozen, **shared.bank}), bank, adds_bias)
+
+
+def draw(make: Any, site: Site, w: Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Leaf:
+    """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
+    m = site.canonical(w)
+    if not site.stacked:
+        return make(Rng(seed, site.name, dtype=dtype, device=w.device), m)
+    if w.is_meta:
+        return {k: t.expand(len(m), *t.shape) for k, t in make(Rng(seed, "", dtype=dtype, device="meta"), m[0]).items()}
+    each = [make(Rng(seed, f"{site.name}[{e}]", dtype=dtype, device=w.device), m[e]) for e in range(len(m))]
+    return {k: torch.stack([leaf[k] for leaf in each]) for k in each[0]}

@@ -1,0 +1,232 @@
+"""A private copy of a model's Python structure that shares its parameters: the only thing a call ever touches.
+
+The base is an argument, never a patient. A call runs on a skeleton, whose parameter slots are filled from the base at
+the start of the call and restored at its end; whatever a forward pass writes (a BatchNorm's statistics, an attribute)
+it writes there. One skeleton serves one call at a time, so threads cannot collide.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peftfn.plan import near
+from peftfn.transform import under_transform
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Skeleton:
+    """One copy of `base`, with the slots named in `sites` to be filled by the caller."""
+
+    def __init__(self, base: nn.Module, sites: list[str]):
+        self.base, self.sites, self.lock = base, sites, RLock()
+        self._build()
+
+    def _build(self) -> None:
+        base = list(self.base.modules())
+        self.root = _copy(self.base)
+        self.pairs = list(zip(base, self.root.modules(), strict=True))
+        self.parameters = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
+        self.buffers = [(b._buffers, s._buffers, k) for b, s in self.pairs for k, t in b._buffers.items() if t is not None]
+        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if isinstance(t, Tensor)]
+        self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
+        self.renormed = [s._parameters for _, s in self.pairs if getattr(s, "max_norm", None) is not None]
+        self.flags = [(b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float)]) for b, s in self.pairs]
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        self.slots = {n: (m._parameters, k) for p, m in modules.items() for k in m._parameters for n in [f"{p}.{k}" if p else k]}
+        self.originals = {id(s._parameters): b._parameters for b, s in self.pairs}
+        for name in self.sites:
+            slots, k = self.slots[name]
+            slots[k] = _Released(name)
+        for _, s in self.pairs:
+            if _CHECKPOINT in vars(s):
+                vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
+        self._watch()
+
+    # Freshness: what the owner did to the base between calls is seen by the next one.
+
+    def _watch(self) -> None:
+        self.watched = [d for b, s in self.pairs for d in (vars(b), b._modules, vars(s), s._modules)]
+        self.counted = self.watched + [d for b, _ in self.pairs for d in (b._parameters, b._buffers)]
+        self.seen = tuple(chain.from_iterable(map(dict.values, self.watched)))
+        self.size = sum(map(len, self.counted))
+        self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
+
+    def refresh(self) -> None:
+        """Take over modes and plain attributes of the base; copy a base of changed structure anew.
+
+        One pass over everything the modules of base and skeleton hold tells whether there is anything to do.
+        """
+        if torch.compiler.is_compiling():  # the reads are what the compiled code is guarded by
+            for b, s, names in self.flags:
+                for name in names:
+                    if getattr(s, name) != getattr(b, name):
+                        setattr(s, name, getattr(b, name))
+            return
+        now = chain.from_iterable(map(dict.values, self.watched))
+        if sum(map(len, self.counted)) == self.size and not any(map(operator.is_not, now, self.seen)):
+            return
+        for ours, before in self.initial:  # what a forward pass left behind
+            ours.clear()
+            ours.update(before)
+        for b, s in self.pairs:
+            theirs, ours = vars(b), vars(s)
+            ours.update({k: v for k, v in theirs.items() if k in ours and v.__class__ in _PLAIN})
+        now = chain.from_iterable(map(dict.values, self.watched))
+        same = sum(map(len, self.counted)) == self.size
+        if not same or any(v is not old and v.__class__ not in _PLAIN for v, old in zip(now, self.seen, strict=True)):
+            self._build()
+        self._watch()
+
+    # A call: fill the slots, run, restore.
+
+    def __enter__(self) -> "Skeleton":
+        """Fill every slot from the base. Parameters come detached: the base is no input of the call."""
+        if not torch.compiler.is_compiling():
+            self.lock.acquire()
+        self.before = self.snapshot()
+        for theirs, ours, k in self.parameters:
+            p = theirs[k]
+            ours[k] = p.detach() if p is not None and p.requires_grad else p
+        for slots in self.renormed:  # F.embedding would renormalise the base's rows in place
+            if slots["weight"] is not None:
+                slots["weight"] = slots["weight"].clone()
+        self._fill_buffers()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore(self.before)
+        if not torch.compiler.is_compiling():
+            self.lock.release()
+
+    def __getitem__(self, name: str) -> Any:
+        slots, k = self.slots[name]
+        return slots[k]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        slots, k = self.slots[name]
+        slots[k] = value
+
+    def names(self, name: str) -> list[str]:
+        """Every name of the slot `name`: a shared submodule has several."""
+        slots, k = self.slots[name]
+        return [n for n, (others, key) in self.slots.items() if others is slots and key == k]
+
+    def put(self, params: Mapping[str, Tensor]) -> None:
+        """Fill slots with the caller's own parameters; one name of a tied tensor stands for all that are not named."""
+        tied = {}
+        for name, p in params.items():
+            if name not in self.slots:
+                raise KeyError(f"params has {name!r}, which is no parameter of the model{near(name, list(self.slots))}")
+            slots, k = self.slots[name]
+            theirs = self.originals[id(slots)][k]
+            tied[id(theirs)] = p
+            slots[k] = p
+        given = {(id(self.slots[name][0]), self.slots[name][1]) for name in params}
+        for theirs, ours, k in self.parameters:
+            if id(theirs[k]) in tied and theirs[k] is not None and (id(ours), k) not in given:
+                ours[k] = tied[id(theirs[k])]
+
+    def snapshot(self) -> list[Any]:
+        """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
+        buffers = self.buffers if torch.compiler.is_compiling() else []
+        return [ours[k] for _, ours, k in self.parameters + buffers]
+
+    def restore(self, values: list[Any]) -> None:
+        for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):
+            ours[k] = value
+
+    def _fill_buffers(self) -> None:
+        """A copy of each buffer that changed since it was last copied, in the base or by an earlier call."""
+        for i, (theirs, ours, k) in enumerate(self.buffers):
+            t = theirs[k]
+            if torch.compiler.is_compiling() or t.is_inference():
+                ours[k] = t.clone()
+            elif not _same(self.clones[i], t, ours[k]):
+                ours[k] = t.detach().clone()
+                self.clones[i] = (t, t._version, ours[k], ours[k]._version)
+
+    @contextmanager
+    def _holding(self, values: list[Any]) -> Iterator[None]:
+        with self.lock:
+            before = self.snapshot()
+            self.restore(values)
+            try:
+                yield
+            finally:
+                self.restore(before)
+
+    def _checkpoint(self, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
+        if under_transform():  # torch.func differentiates without saved-tensor hooks: nothing to save, nothing to redo
+            return run(*args, **kwargs)
+        options = {k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")}
+        values = self.snapshot()
+        contexts = lambda: (nullcontext(), self._holding(values))  # noqa: E731
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **options, **kwargs)
+
+
+class _Released:
+    """Stands in an adapted slot between calls: whatever reads it has outlived its call."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__torch_function__":
+            raise AttributeError(name)
+        raise RuntimeError(
+            f"{self.name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the "
+            "adapter has left the model again: turn checkpointing on with the model's gradient_checkpointing_enable(), "
+            "which peftfn follows, or wrap the whole of net.apply in torch.utils.checkpoint."
+        )
+
+
+def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
+    return (
+        clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version
+    )
+
+
+def _shared(module: nn.Module) -> Iterator[Any]:
+    """What a copy shares with its original: tensors, hooks (they are the owner's) and settings."""
+    yield from (t for t in module._parameters.values() if t is not None)
+    yield from (t for t in module._buffers.values() if t is not None)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            yield value
+        elif type(value).__name__.endswith("Config"):
+            yield value
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    keep = [value for module in model.modules() for value in _shared(module)]
+    try:
+        return copy.deepcopy(model, {id(value): value for value in keep})
+    except Exception as e:
+        raise TypeError(
+            f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
+            f"{type(e).__name__}: {e}. Keep such objects out of the module, or give their class a __deepcopy__."
+        ) from e
+
+
+def _culprit(model: nn.Module, keep: list[Any]) -> str:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value, {id(v): v for v in [*keep, *model.modules()]})
+            except Exception:
+                return f"{name}.{key}" if name else key
+    return type(model).__name__

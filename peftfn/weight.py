@@ -1,0 +1,283 @@
+"""The adapted weight: what stands in a parameter's slot during a call.
+
+It is a plain object that takes part in torch's function dispatch (`__torch_function__`). The products in `_PRODUCTS`
+reach the method's fast form; metadata is the parameter's own; **everything else sees the dense adapted weight**, so
+an adapter can be slow somewhere but never dropped. A plain object rather than a tensor subclass: nothing can fall
+through to a kernel that would read the unadapted storage, there is no dispatch key to get wrong under a transform, and
+`torch.compile` traces it in less than half the time (docs/design.md has the measurement).
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import LINEAR, Method, Product
+from peftfn.plan import Entry, wide
+
+
+class Slot:
+    """Whatever stands in a parameter's slot during a call: what it is asked for by torch, and where that goes."""
+
+    __slots__ = ("entry", "w")
+    multiplies = True  # has `linear` and `product`
+    entry: Entry
+    w: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.entry.site.name
+
+    def canonical(self) -> Tensor:
+        return self.entry.site.canonical(self.w)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = _PRODUCTS.get(func)
+        out = NotImplemented if product is None else product(*args, **(kwargs or {}))
+        return cls._call(func, args, kwargs or {}) if out is NotImplemented else out
+
+    @classmethod
+    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """Any function that is not one of the products."""
+        raise NotImplementedError
+
+    def _attribute(self, name: str) -> Any:
+        """Any attribute that is not metadata."""
+        raise NotImplementedError
+
+    # Metadata: what the parameter and the value in its slot have in common.
+    shape = property(lambda self: self.w.shape)
+    dtype = property(lambda self: self.w.dtype)
+    device = property(lambda self: self.w.device)
+    ndim = property(lambda self: self.w.ndim)
+    layout = property(lambda self: self.w.layout)
+    is_meta = property(lambda self: self.w.is_meta)
+    is_cuda = property(lambda self: self.w.is_cuda)
+    is_sparse = property(lambda self: self.w.is_sparse)
+    is_quantized = property(lambda self: self.w.is_quantized)
+    is_nested = property(lambda self: self.w.is_nested)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.w.size() if dim is None else self.w.size(dim)
+
+    def dim(self) -> int:
+        return self.w.dim()
+
+    def numel(self) -> int:
+        return self.w.numel()
+
+    def is_floating_point(self) -> bool:
+        return self.w.is_floating_point()
+
+    def __len__(self) -> int:
+        return len(self.w)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return self._attribute(name)
+
+
+def _operators() -> None:
+    """Python's operators on a slot go the way of torch's functions."""
+
+    def make(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+        def operate(self: Slot, *others: Any) -> Any:
+            return type(self)._call(function, (*others, self) if reflected else (self, *others), {})
+
+        return operate
+
+    for name in "add sub mul truediv floordiv mod pow matmul".split():
+        setattr(Slot, f"__{name}__", make(getattr(operator, name), False))
+        setattr(Slot, f"__r{name}__", make(getattr(operator, name), True))
+    for name in "neg pos abs eq ne lt le gt ge".split():
+        setattr(Slot, f"__{name}__", make(getattr(operator, name), False))
+    Slot.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+_operators()
+
+
+class AdaptedWeight(Slot):
+    """w + delta, for one parameter during one call.
+
+    entry: the site and its constants. method, p: what its leaf resolved to, prepared. w: the parameter.
+    """
+
+    __slots__ = ("method", "p")
+
+    def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor):
+        self.entry, self.method, self.p, self.w = entry, method, p, w
+
+    def dense(self) -> Tensor:
+        return self.entry.dense(self.method, self.p, self.w)
+
+    def product(self, x: Tensor, dot: Product) -> Tensor:
+        """dot(x, w + delta) for an input that is no feature vector: an embedding lookup, a convolution."""
+        if not self.method.overrides("product"):
+            return dot(x, self._matrix())
+        dtype = _operand_dtype(x) if x.is_floating_point() else self.w.dtype
+        return self.method.product(_cast(self.p, dtype), self.canonical(), x, dot)
+
+    def linear(self, x: Tensor) -> Tensor:
+        if not self.method.fast_linear():
+            return F.linear(x, self._matrix())
+        return self.method.linear(_cast(self.p, _operand_dtype(x)), self.canonical(), x)
+
+    def _matrix(self) -> Tensor:
+        """The dense adapted weight in canonical orientation."""
+        m = self.canonical()
+        return (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
+
+    def rowed(self, x: Tensor) -> Tensor:
+        """x [n, in] with the rows of the batch in the first dimension; they matter in mixed batches alone."""
+        return x
+
+    def added_to(self, y: Tensor) -> Tensor:
+        return y + self.dense()
+
+    @classmethod
+    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*_dense(args), **_dense(kwargs))
+
+    def _attribute(self, name: str) -> Any:
+        return getattr(self.dense(), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.entry.site.stacked and _picks_one(index):
+            return _Expert(self, index)
+        return self.dense()[_dense(index)]
+
+    def __repr__(self) -> str:
+        return f"AdaptedWeight({self.name} {list(self.w.shape)}, {self.method})"
+
+
+class _Expert(AdaptedWeight):
+    """One expert's matrix of an adapted stack: `weight[e]`."""
+
+    __slots__ = ()
+
+    def __init__(self, stack: AdaptedWeight, index: Any):
+        p = _pick(stack.p, stack.entry.common, index)
+        super().__init__(stack.entry, stack.method, p, stack.w[index])
+
+    def canonical(self) -> Tensor:
+        return self.w.mT if self.entry.site.kind == "stack_t" else self.w
+
+    def dense(self) -> Tensor:
+        return self._matrix().mT if self.entry.site.kind == "stack_t" else self._matrix()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dense()[_dense(index)]
+
+
+def _pick(p: dict[str, Any], common: frozenset[str], index: Any) -> dict[str, Any]:
+    return {
+        k: _pick(v, common, index) if isinstance(v, dict) else (v if k in common or k == "scale" else v[index])
+        for k, v in p.items()
+    }
+
+
+def _picks_one(index: Any) -> bool:
+    return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point())
+
+
+def _dense(tree: Any) -> Any:
+    """The arguments with every adapted weight in them made dense."""
+    if isinstance(tree, AdaptedWeight):
+        return tree.dense()
+    if isinstance(tree, dict):
+        return {k: _dense(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
+        return type(tree)(_dense(v) for v in tree)
+    return tree
+
+
+def _cast(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        k: _cast(v, dtype) if isinstance(v, dict) else (v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v)
+        for k, v in p.items()
+    }
+
+
+def _operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with x runs: x's own, or autocast's."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _plus(y: Tensor, bias: Any) -> Tensor:
+    return y if bias is None else bias.added_to(y) if isinstance(bias, Slot) else y + bias
+
+
+def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
+    return isinstance(weight, Slot) and weight.multiplies and weight.entry.site.kind in kinds and isinstance(x, Tensor)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    return _plus(weight.linear(x), bias) if _is(weight, x, _ROWS) else NotImplemented
+
+
+def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
+    """transformers' Conv1D: bias + x @ weight, weight [in, out], x flattened to two dimensions."""
+    if not _is(weight, x, _COLUMNS) or beta != 1 or alpha != 1 or out is not None:
+        return NotImplemented
+    return _plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    return weight.linear(x) if _is(weight, x, _COLUMNS) else NotImplemented
+
+
+_ROWS = LINEAR & {"linear", "stack"}  # kinds whose own orientation is [out, in] …
+_COLUMNS = LINEAR - _ROWS  # … and [in, out]
+
+
+def _embedding(
+    ids: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not _is(weight, ids, frozenset({"embedding"})) or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    return weight.product(ids, lambda ids, m: F.embedding(ids, m.mT, padding_idx))
+
+
+def _conv(conv: Any, dims: int) -> Callable[..., Any]:
+    def product(
+        x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Any:
+        if not _is(weight, x, frozenset({"conv"})) or groups != 1:
+            return NotImplemented
+        window, channels = weight.entry.site.shape[1:], -(dims + 1)
+
+        def dot(x: Tensor, m: Tensor) -> Tensor:
+            return conv(x, m.reshape(-1, *window), None, stride, padding, dilation).movedim(channels, -1)
+
+        return _plus(weight.product(x, dot), bias).movedim(-1, channels)
+
+    return product
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.conv1d: _conv(F.conv1d, 1),
+    F.conv2d: _conv(F.conv2d, 2),
+    F.conv3d: _conv(F.conv3d, 3),
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    operator.matmul: _matmul,
+}
