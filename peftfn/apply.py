@@ -57,9 +57,11 @@ class Adapted:
         weights = self._weights()
         adapter: Adapter = {n: draw(e.method.init, e.site, weights[n], seed, dtype) for n, e in self.plan.items()}
         for bank in self.plan.banks:
-            name, entry = next((n, e) for n, e in self.plan.items() if e.bank == bank)
-            rng = Rng(seed, bank, dtype=dtype, device=weights[name].device)
-            adapter[bank] = entry.method.bank(rng, {n: e.site.matrix_shape() for n, e in self.plan.items() if e.bank == bank})
+            mine = {n: e.site.canonical(weights[n]) for n, e in self.plan.items() if e.bank == bank}
+            first = next(iter(mine))
+            adapter[bank] = self.plan[first].method.bank(
+                Rng(seed, bank, dtype=dtype, device=weights[first].device), mine
+            )
         return adapter
 
     def apply(
@@ -137,7 +139,9 @@ class Adapted:
             merged = value.dense() if isinstance(value, AdaptedWeight) else value
             if check_finite and not merged.isfinite().all():
                 bad = int((~merged.isfinite()).sum())
-                raise ValueError(f"{name}: merging gives {bad} values that are not finite; the adapter or the base has them")
+                raise ValueError(
+                    f"{name}: merging gives {bad} values that are not finite; the adapter or the base has them"
+                )
             for alias in self._first.names(name):
                 out[alias] = merged
         return out

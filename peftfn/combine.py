@@ -86,7 +86,11 @@ class _Scaled(Method):
 
     def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
         new = self.method.bias(p["of"], b)
-        return new if new is None or new is b else p["scale"] * (new - b if b is not None else new) + (0 if b is None else b)
+        return (
+            new
+            if new is None or new is b
+            else p["scale"] * (new - b if b is not None else new) + (0 if b is None else b)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +130,9 @@ class Chain(Method):
         object.__setattr__(self, "methods", tuple(self.methods))
         for m in self.methods:
             if m.overrides("shared") or m.overrides("bank"):
-                raise ValueError(f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule")
+                raise ValueError(
+                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule"
+                )
 
     @property
     def kinds(self) -> frozenset[str]:  # type: ignore[override]

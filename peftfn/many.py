@@ -25,7 +25,9 @@ def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         a, b = (optree.tree_paths(t) for t in (adapters[0], other))  # type: ignore[arg-type]
         if a != b:
             odd = "/".join(map(str, next(iter(set(a) ^ set(b)))))
-            raise ValueError(f"stack: adapters 0 and {i} differ at {odd}, which only one of them has: they must be of one net")
+            raise ValueError(
+                f"stack: adapters 0 and {i} differ at {odd}, which only one of them has: they must be of one net"
+            )
 
     def join(path: tuple[Any, ...], *ts: Tensor) -> Tensor:
         for i, t in enumerate(ts):
@@ -66,7 +68,9 @@ class Rows:
     def of(cls, index: Any, count: int) -> "Rows":
         t = index if isinstance(index, Tensor) else torch.tensor(index)
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
-            raise ValueError(f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows]")
+            raise ValueError(
+                f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows]"
+            )
         if torch.compiler.is_compiling():
             return cls(t, count, None)
         known = t.tolist()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.rng import Rng
@@ -33,12 +33,14 @@ class Method:
     a stack of experts [e, out, in] comes one expert at a time. p is everything the method has at the site, by name:
     its trainable leaf, its frozen tensors and what its rule shares.
 
-    A method must define `init` and `delta`. The rest is optional: more tensors (`frozen`, `shared`, `bank`), less work
-    (`prepare`), more speed (`product`, `linear`), the layer's bias (`bias`), and what add and scale mean in closed
+    A method must define `init` and `delta`. The rest is optional: constants (`frozen`, `shared`), a trainable `bank`,
+    less work (`prepare`), more speed (`product`, `linear`), the layer's `bias`, and what scale and add mean in closed
     form (`scaled`, `summed`).
     """
 
     kinds: ClassVar[frozenset[str]] = MATRIX
+    mergeable: ClassVar[bool] = True
+    """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
     cases: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 
@@ -63,18 +65,23 @@ class Method:
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         """The change of the weight, [out, in]: what the method means. p is prepared; both are at least fp32."""
-        raise NotImplementedError(f"{type(self).__name__} must define delta(p, w)")
+        why = "must define delta(p, w)" if self.mergeable else "depends on the input: it is no change of the weight"
+        raise ValueError(f"{type(self).__name__} {why}")
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         """Constants of this site: made once by `adapt`, never trained. Any dtype."""
         return {}
 
-    def shared(self, rng: Rng, sites: Mapping[str, Size]) -> Leaf:
-        """Constants that belong to no single site; `sites` maps each site of the rule to its canonical shape."""
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        """Constants that belong to no single site: {site: {name: tensor}} for all canonical weights of the rule.
+
+        One tensor given to several sites is stored once.
+        """
         return {}
 
-    def bank(self, rng: Rng, sites: Mapping[str, Size]) -> Leaf:
-        """Trainable tensors that belong to no single site: one entry of the adapter, under the method's name."""
+    def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
+        """Trainable tensors that belong to no single site: one entry of the adapter, under the method's name; every
+        site of the rule has them in its p."""
         return {}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:

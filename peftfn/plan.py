@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,10 @@ class Entry:
 
     def axes(self, p: Mapping[str, Any]) -> dict[str, Any]:
         """`in_dims` of p over the experts of a stacked site."""
-        return {k: self.axes(v) if isinstance(v, dict) else (None if k in self.common or k == "scale" else 0) for k, v in p.items()}
+        return {
+            k: self.axes(v) if isinstance(v, dict) else (None if k in self.common or k == "scale" else 0)
+            for k, v in p.items()
+        }
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
@@ -118,9 +121,11 @@ class Plan(Mapping[str, Entry]):
 def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
     if not t.is_floating_point():
         raise ValueError(f"{name}: {key} is {t.dtype}; leaves are floating-point tensors: convert it with .float()")
-    stacked = " (this looks like a stack of adapters: use vmap(net.apply, …) or net.mixed)" if (
-        not lead and t.shape[1:] == shape
-    ) else ""
+    stacked = (
+        " (this looks like a stack of adapters: use vmap(net.apply, …) or net.mixed)"
+        if (not lead and t.shape[1:] == shape)
+        else ""
+    )
     want = ["k"] * lead + list(shape)
     raise ValueError(f"{name}: {key} has shape {list(t.shape)}, and the plan wants {want}{stacked}")
 
@@ -159,7 +164,9 @@ def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, s
             raise ValueError(f"rule {pattern!r} is no valid regular expression: {e}") from e
         accepted = [s for s in hits if s.kind in method.kinds]
         if not hits:
-            raise ValueError(f"rule {pattern!r} matches none of the model's {len(found)} parameters{near(pattern, list(found))}")
+            raise ValueError(
+                f"rule {pattern!r} matches none of the model's {len(found)} parameters{near(pattern, list(found))}"
+            )
         if not accepted:
             seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
             raise ValueError(
@@ -191,36 +198,44 @@ def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
                 f"{name}: the weight is {w.dtype}, and a method needs a floating-point one: dequantise it, or leave "
                 "this site out of the rules"
             )
-    used = {pattern: {n: found[n].matrix_shape() for n, p in taken.items() if p == pattern} for pattern in rules}
-    bank_names = _bank_names(rules)
-    dry = {pattern: _Shared.of(rules[pattern], Rng(seed, pattern, device="meta"), used[pattern]) for pattern in rules}
+    canonical = {name: found[name].canonical(w) for name, w in weights.items()}
+    of_rule = {pattern: [n for n in taken if taken[n] == pattern] for pattern in rules}
+    banks = _bank_names(rules)
     probes: dict[tuple[Any, ...], Entry] = {}
+    empty = {n: torch.empty_like(w, device="meta") for n, w in canonical.items()}
+    dry = {p: _Shared.of(m, Rng(seed, p, device="meta"), {n: empty[n] for n in of_rule[p]}) for p, m in rules.items()}
+
+    def kind_of(name: str) -> tuple[Any, ...]:
+        site = found[name]
+        return taken[name], site.kind, site.shape, weights[name].dtype, site.bias is None
+
     for name, pattern in taken.items():
-        key = (pattern, found[name].kind, found[name].shape, weights[name].dtype, found[name].bias is None)
-        if key not in probes:
-            probes[key] = _probe(found[name], pattern, rules[pattern], weights[name].dtype, dry[pattern], bank_names.get(pattern))
-    real = {pattern: method.shared(Rng(seed, pattern), used[pattern]) for pattern, method in rules.items()}
+        if kind_of(name) not in probes:
+            probes[kind_of(name)] = _probe(
+                found[name], pattern, rules[pattern], empty[name], dry[pattern], banks.get(pattern)
+            )
+    real = {p: m.shared(Rng(seed, p), {n: canonical[n] for n in of_rule[p]}) for p, m in rules.items()}
+    moved: dict[tuple[int, torch.device], Tensor] = {}
     entries = {}
     for name, pattern in taken.items():
-        site, method, w = found[name], rules[pattern], weights[name]
-        probe = probes[pattern, site.kind, site.shape, w.dtype, site.bias is None]
-        own = draw(method.frozen, site, w, seed) if method.overrides("frozen") else {}
-        shared = {k: t.to(w.device) for k, t in real[pattern].items()}
-        entries[name] = Entry(
-            site, pattern, method, {**shared, **own}, probe.spec, probe.prepared, probe.common, probe.bank, probe.adds_bias
-        )
-    banks = {bank_names[p]: {k: t.shape for k, t in dry[p].bank.items()} for p in rules if p in bank_names}
-    return Plan(entries, rules, banks)
+        method, w = rules[pattern], weights[name]
+        frozen = {
+            k: moved.setdefault((id(t), w.device), t.to(w.device)) for k, t in real[pattern].get(name, {}).items()
+        }
+        if method.overrides("frozen"):
+            frozen |= draw(method.frozen, found[name], w, seed)
+        entries[name] = replace(probes[kind_of(name)], site=found[name], frozen=frozen)
+    return Plan(entries, rules, {banks[p]: {k: t.shape for k, t in dry[p].bank.items()} for p in rules if p in banks})
 
 
 @dataclass
 class _Shared:
-    frozen: Leaf = field(default_factory=dict)
-    bank: Leaf = field(default_factory=dict)
+    frozen: Mapping[str, Leaf]
+    bank: Leaf
 
     @classmethod
-    def of(cls, method: Method, rng: Rng, shapes: Mapping[str, Size]) -> "_Shared":
-        return cls(method.shared(rng, shapes), method.bank(rng, shapes))
+    def of(cls, method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
+        return cls(method.shared(rng, weights), method.bank(rng, weights))
 
 
 def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
@@ -233,18 +248,20 @@ def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
     return out
 
 
-def _probe(site: Site, rule: str, method: Method, dtype: torch.dtype, shared: _Shared, bank: str | None) -> Entry:
+def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared, bank: str | None) -> Entry:
     """The entry of a site without its tensors, from a run of the method on meta tensors."""
-    w = torch.empty(site.matrix_shape(), dtype=dtype, device="meta")
-    rng = Rng(0, site.name, device="meta")
+    w = empty[0] if site.stacked else empty
+    rng = Rng(0, site.name, site=site, device="meta")
+    common = shared.frozen.get(site.name, {})
     try:
         leaf, own = method.init(rng, w), method.frozen(rng, w)
-        constants = {**shared.frozen, **own}
+        constants = {**common, **own}
         p = {**constants, **shared.bank, **leaf}
-        if len(p) != len(constants) + len(shared.bank) + len(leaf):
+        if len(p) != len(common) + len(own) + len(shared.bank) + len(leaf):
             raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
         ready = method.prepare(p, w)
-        method.delta(ready, wide(w))
+        if method.mergeable:
+            method.delta(ready, wide(w))
         adds_bias = method.bias(ready, None) is not None
     except ValueError as e:
         raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
@@ -256,15 +273,16 @@ def _probe(site: Site, rule: str, method: Method, dtype: torch.dtype, shared: _S
     prepared = frozenset(k for k, t in ready.items() if t is not constants.get(k))
     experts = site.shape[:1] if site.stacked else Size()
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
-    return Entry(site, rule, method, {}, spec, prepared, frozenset({**shared.frozen, **shared.bank}), bank, adds_bias)
+    return Entry(site, rule, method, {}, spec, prepared, frozenset({*common, *shared.bank}), bank, adds_bias)
 
 
 def draw(make: Any, site: Site, w: Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Leaf:
     """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
     m = site.canonical(w)
+    rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
     if not site.stacked:
-        return make(Rng(seed, site.name, dtype=dtype, device=w.device), m)
+        return make(rng(site.name), m)
     if w.is_meta:
-        return {k: t.expand(len(m), *t.shape) for k, t in make(Rng(seed, "", dtype=dtype, device="meta"), m[0]).items()}
-    each = [make(Rng(seed, f"{site.name}[{e}]", dtype=dtype, device=w.device), m[e]) for e in range(len(m))]
+        return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
+    each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]
     return {k: torch.stack([leaf[k] for leaf in each]) for k in each[0]}

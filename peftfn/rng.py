@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from peftfn.site import Site
+
 
 class Rng:
     """Draws tensors for one site from a CPU `torch.Generator` seeded by (seed, name).
@@ -14,15 +16,25 @@ class Rng:
     On the meta device nothing is drawn: only shapes come out.
     """
 
-    def __init__(self, seed: int, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-        self.dtype, self.device, self.seed = dtype, torch.device(device), seed
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        *,
+        site: Site | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        """site: where the tensors are for, for the few methods that need its kind or its own shape; None for those
+        that a rule's sites share."""
+        self.dtype, self.device, self.seed, self.site = dtype, torch.device(device), seed, site
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         self.generator = torch.Generator()
         self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def reseeded(self, seed: int) -> "Rng":
         """Draws from `torch.manual_seed(seed)`'s own sequence, whatever the site: what other libraries' seeds mean."""
-        rng = Rng(seed, "", dtype=self.dtype, device=self.device)
+        rng = Rng(seed, "", site=self.site, dtype=self.dtype, device=self.device)
         rng.generator.manual_seed(seed)
         return rng
 

@@ -37,13 +37,19 @@ class Skeleton:
         self.root = _copy(self.base)
         self.pairs = list(zip(base, self.root.modules(), strict=True))
         self.parameters = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
-        self.buffers = [(b._buffers, s._buffers, k) for b, s in self.pairs for k, t in b._buffers.items() if t is not None]
-        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if isinstance(t, Tensor)]
+        self.buffers = [
+            (b._buffers, s._buffers, k) for b, s in self.pairs for k, t in b._buffers.items() if t is not None
+        ]
+        self.buffers += [
+            (vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if isinstance(t, Tensor)
+        ]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
         self.renormed = [s._parameters for _, s in self.pairs if getattr(s, "max_norm", None) is not None]
         self.flags = [(b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float)]) for b, s in self.pairs]
         modules = dict(self.root.named_modules(remove_duplicate=False))
-        self.slots = {n: (m._parameters, k) for p, m in modules.items() for k in m._parameters for n in [f"{p}.{k}" if p else k]}
+        self.slots = {
+            n: (m._parameters, k) for p, m in modules.items() for k in m._parameters for n in [f"{p}.{k}" if p else k]
+        }
         self.originals = {id(s._parameters): b._parameters for b, s in self.pairs}
         for name in self.sites:
             slots, k = self.slots[name]
@@ -170,7 +176,9 @@ class Skeleton:
         """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
         if under_transform():  # torch.func differentiates without saved-tensor hooks: nothing to save, nothing to redo
             return run(*args, **kwargs)
-        options = {k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")}
+        options = {
+            k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")
+        }
         values = self.snapshot()
         contexts = lambda: (nullcontext(), self._holding(values))  # noqa: E731
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **options, **kwargs)
@@ -193,9 +201,7 @@ class _Released:
 
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
-    return (
-        clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version
-    )
+    return clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version
 
 
 def _shared(module: nn.Module) -> Iterator[Any]:
@@ -203,9 +209,7 @@ def _shared(module: nn.Module) -> Iterator[Any]:
     yield from (t for t in module._parameters.values() if t is not None)
     yield from (t for t in module._buffers.values() if t is not None)
     for name, value in vars(module).items():
-        if isinstance(value, Tensor) or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            yield value
-        elif type(value).__name__.endswith("Config"):
+        if isinstance(value, Tensor) or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or type(value).__name__.endswith("Config"):
             yield value
 
 

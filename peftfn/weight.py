@@ -91,10 +91,10 @@ def _operators() -> None:
 
         return operate
 
-    for name in "add sub mul truediv floordiv mod pow matmul".split():
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"]:
         setattr(Slot, f"__{name}__", make(getattr(operator, name), False))
         setattr(Slot, f"__r{name}__", make(getattr(operator, name), True))
-    for name in "neg pos abs eq ne lt le gt ge".split():
+    for name in ["neg", "pos", "abs", "eq", "ne", "lt", "le", "gt", "ge"]:
         setattr(Slot, f"__{name}__", make(getattr(operator, name), False))
     Slot.__hash__ = object.__hash__  # type: ignore[method-assign]
 
@@ -199,7 +199,9 @@ def _dense(tree: Any) -> Any:
 
 def _cast(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
-        k: _cast(v, dtype) if isinstance(v, dict) else (v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v)
+        k: _cast(v, dtype)
+        if isinstance(v, dict)
+        else (v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v)
         for k, v in p.items()
     }
 

@@ -22,15 +22,18 @@ CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
 def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
     """Both files are written beside their final names and renamed: an interrupted save leaves the old ones."""
     tensors = {f"adapter/{k}": t for k, t in _flat(adapter)}
+    stored: dict[int, str] = {}  # a constant that several sites share is written once
     for name, entry in net.plan.items():
-        rule = list(net.plan.rules).index(entry.rule)
         for k, t in entry.frozen.items():
-            tensors[f"shared/{rule}/{k}" if k in entry.common else f"frozen/{name}/{k}"] = t
+            key = stored.setdefault(id(t), f"frozen/{name}/{k}")
+            tensors[key] = t
+    constants = {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen}
     config = {
         "format": "peftfn",
         "version": VERSION,
         "torch": torch.__version__,
         "rules": [[pattern, to_json(method)] for pattern, method in net.plan.rules.items()],
+        "constants": constants,
         "sites": {name: list(entry.site.shape) for name, entry in net.plan.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,25 +61,24 @@ def load(folder: Path, model: nn.Module) -> tuple[Adapted, Adapter]:
             f"{config['sites'].get(odd[0])}, model: {want.get(odd[0])})"
         )
     adapter: Adapter = {}
-    frozen: dict[str, dict[str, Tensor]] = {}
+    frozen: dict[str, Tensor] = {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     devices = {name: weights[name].device for name in net.plan}
     devices |= {e.bank: devices[n] for n, e in net.plan.items() if e.bank}
     with safe_open(folder / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             group, place, *path = key.split("/")
-            t = file.get_tensor(key)
+            t = file.get_tensor(key).to(devices.get(place, "cpu"))
             if group == "adapter":
-                _put(adapter, [place, *path], t.to(devices.get(place, "cpu")))
+                _put(adapter, [place, *path], t)
             else:
-                frozen.setdefault(f"{group}/{place}", {})[path[0]] = t
-    patterns = list(net.plan.rules)
+                frozen[key] = t
     entries = {}
     for name, e in net.plan.items():
-        stored = frozen.get(f"shared/{patterns.index(e.rule)}", {}) | frozen.get(f"frozen/{name}", {})
-        if stored.keys() != e.frozen.keys():
-            raise ValueError(f"{folder / TENSORS}: {name} has frozen tensors {sorted(stored)}, {e.method} {sorted(e.frozen)}")
-        entries[name] = dataclasses.replace(e, frozen={k: t.to(devices[name]) for k, t in stored.items()})
+        names = config["constants"].get(name, {})
+        if names.keys() != e.frozen.keys() or not frozen.keys() >= set(names.values()):
+            raise ValueError(f"{folder}: {name} has constants {sorted(names)}, and {e.method} has {sorted(e.frozen)}")
+        entries[name] = dataclasses.replace(e, frozen={k: frozen[key].to(devices[name]) for k, key in names.items()})
     net = Adapted(model, Plan(entries, net.plan.rules, net.plan.banks))
     net.plan.check(adapter)
     return net, adapter
@@ -91,7 +93,8 @@ def to_json(method: Method) -> dict[str, Any]:
         return [value(x) for x in v] if isinstance(v, list | tuple) else v
 
     return {"method": type(method).__name__} | {
-        f.name: value(getattr(method, f.name)) for f in dataclasses.fields(method)  # type: ignore[arg-type]
+        f.name: value(getattr(method, f.name))
+        for f in dataclasses.fields(method)  # type: ignore[arg-type]
     }
 
 
@@ -105,7 +108,9 @@ def from_json(data: Any, where: Path) -> Method:
 
     if not isinstance(data, dict) or data.get("method") not in registry:
         name = data.get("method") if isinstance(data, dict) else data
-        raise ValueError(f"{where}: unknown method {name!r}; known are {sorted(registry)}. Import the module that defines it.")
+        raise ValueError(
+            f"{where}: unknown method {name!r}; known are {sorted(registry)}. Import the module that defines it."
+        )
     cls = registry[data["method"]]
     try:
         return cls(**{k: value(v) for k, v in data.items() if k != "method"})

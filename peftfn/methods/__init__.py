@@ -8,4 +8,4 @@ from peftfn.methods.lora import LoRA
 from peftfn.methods.oft import OFT
 from peftfn.methods.vera import VeRA
 
-__all__ = ["DoRA", "Full", "IA3", "LoHa", "LoRA", "OFT", "VeRA"]
+__all__ = ["IA3", "OFT", "DoRA", "Full", "LoHa", "LoRA", "VeRA"]

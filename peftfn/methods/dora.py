@@ -26,14 +26,19 @@ class DoRA(LoRA):
         attached: let the gradient flow through the norm as well.
     """
 
-    cases: ClassVar = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "attached": True, "init_weights": "random"})
+    cases: ClassVar = (
+        {"rank": 2, "alpha": 3.0},
+        {"rank": 3, "rslora": True, "attached": True, "init_weights": "random"},
+    )
 
     attached: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_bias:
-            raise ValueError("DoRA.lora_bias is True; DoRA scales rows of the weight and has no bias of its own: leave it False")
+            raise ValueError(
+                "DoRA.lora_bias is True; DoRA scales rows of the weight and has no bias of its own: leave it False"
+            )
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         leaf = super().init(rng, w)

@@ -30,7 +30,12 @@ class LoHa(Method):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r = w.shape, self.rank
-        return {"a1": rng.kaiming(out, r), "b1": rng.kaiming(r, in_), "a2": rng.kaiming(out, r), "b2": rng.zeros(r, in_)}
+        return {
+            "a1": rng.kaiming(out, r),
+            "b1": rng.kaiming(r, in_),
+            "a2": rng.kaiming(out, r),
+            "b2": rng.zeros(r, in_),
+        }
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank

@@ -60,7 +60,9 @@ class OFT(Method):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         h, q = self.block_size, p["q"]
         row, col = torch.triu_indices(h, h, 1, device=q.device)
-        upper = q.new_zeros(q.shape[0], h, h).index_put((torch.arange(q.shape[0], device=q.device)[:, None], row, col), q)
+        upper = q.new_zeros(q.shape[0], h, h).index_put(
+            (torch.arange(q.shape[0], device=q.device)[:, None], row, col), q
+        )
         skew = upper - upper.mT
         if self.eps is not None:
             bound = self.eps / sqrt(w.shape[1 if self.side == "input" else 0] // h)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.method import Leaf, Method, Product, positive, probability
@@ -37,13 +37,12 @@ class VeRA(Method):
         positive(self, rank=self.rank)
         probability(self, dropout=self.dropout)
 
-    def shared(self, rng: Rng, sites: Mapping[str, Size]) -> Leaf:
-        out, in_ = (max(shape[i] for shape in sites.values()) for i in (0, 1))
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        out, in_ = (max(w.shape[i] for w in weights.values()) for i in (-2, -1))
         draw = rng.reseeded(self.projection_seed)
-        return {
-            "A": draw.uniform(self.rank, in_, bound=sqrt(6 / in_)),
-            "B": draw.uniform(out, self.rank, bound=sqrt(6 / self.rank)),
-        }
+        a = draw.uniform(self.rank, in_, bound=sqrt(6 / in_))
+        b = draw.uniform(out, self.rank, bound=sqrt(6 / self.rank))
+        return {site: {"A": a, "B": b} for site in weights}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"d": rng.full(self.rank, value=self.d_initial), "b": rng.zeros(w.shape[0])}

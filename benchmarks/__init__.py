@@ -1,0 +1,1 @@
+"""Speed, as paired ratios: `python -m benchmarks` runs everything and writes docs/benchmarks.md. See harness.py."""
