@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
-from benchmarks.harness import OURS, Json, Options, Target, compare, row
+from benchmarks.harness import OURS, Json, Options, Target, row
 from benchmarks.models import RULE, inject, llama, method
 
 
@@ -32,12 +32,12 @@ def run(options: Options) -> list[Json]:
     return [
         row(
             "7B Llama on the meta device, LoRA r16 at 224 sites",
-            compare(meta, fresh=seven_billion, repeats=options.repeats),
+            options.compare(meta, fresh=seven_billion),
             target=Target("PEFT, low_cpu_mem_usage=True", 0.1),
             note="Like ours, low_cpu_mem_usage=True leaves the adapter on meta; as it comes, PEFT draws it on the CPU.",
         ),
         row(
             "32-layer toy (d 256) on the CPU, LoRA r16 at 224 sites, values drawn",
-            compare(real, fresh=lambda: llama(32, 256, 704, 4), repeats=options.repeats),
+            options.compare(real, fresh=lambda: llama(32, 256, 704, 4)),
         ),
     ]

@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PINNED = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 REPEATS, QUICK = 31, 5
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
 
 Way = Callable[..., Any]
 Times = dict[str, list[float]]
@@ -40,6 +41,7 @@ class Options:
 
     repeats: int = REPEATS
     threads: int = 2
+    clock: str = "wall"
 
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> tuple["Options", argparse.Namespace]:
@@ -47,8 +49,12 @@ class Options:
         parser.add_argument("names", nargs="*", help="which of them; all if none is named")
         parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions, print only, write nothing")
         parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch's threads")
+        parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a look on a busy machine")
         args = parser.parse_args(arguments)
-        return cls(QUICK if args.quick else REPEATS, args.threads), args
+        return cls(QUICK if args.quick else REPEATS, args.threads, args.clock), args
+
+    def compare(self, ways: Mapping[str, Way], **more: Any) -> "Times":
+        return compare(ways, **{"repeats": self.repeats, "clock": CLOCKS[self.clock], **more})
 
 
 def pin(threads: int) -> None:
@@ -60,7 +66,13 @@ def pin(threads: int) -> None:
 
 
 def compare(
-    ways: Mapping[str, Way], *, repeats: int = REPEATS, warmup: int = 2, at_least: float = 2e-3, fresh: Way | None = None
+    ways: Mapping[str, Way],
+    *,
+    repeats: int = REPEATS,
+    warmup: int = 2,
+    at_least: float = 2e-3,
+    fresh: Way | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> Times:
     """Seconds that each way takes, `repeats` times, the ways taking turns.
 
@@ -70,15 +82,16 @@ def compare(
         at_least: a sample shorter than this many seconds is a mean over several calls (the same number for all ways).
         fresh: makes what a way consumes, before each call and outside the time; each way is then called with it, once
             a sample.
+        clock: what tells the seconds.
     """
     names = list(ways)
 
     def sample(name: str, calls: int) -> float:
         given = () if fresh is None else (fresh(),)
-        start = perf_counter()
+        start = clock()
         for _ in range(calls):
             ways[name](*given)
-        return (perf_counter() - start) / calls
+        return (clock() - start) / calls
 
     fastest = min(sample(name, 1) for _ in range(max(1, warmup)) for name in names)
     calls = 1 if fresh is not None else max(1, round(at_least / fastest))
@@ -170,7 +183,7 @@ def show(line: Json) -> None:
     print(f"  {line['case']}: {ratios}{goal}  (ms: {ms})", flush=True)
 
 
-def environment(threads: int) -> Json:
+def environment(options: Options) -> Json:
     """What the figures depend on. No names of hosts, no paths."""
     import torch
 
@@ -181,7 +194,9 @@ def environment(threads: int) -> Json:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
-        "threads": threads,
+        "threads": options.threads,
+        "clock": options.clock,
+        "load_average": round(os.getloadavg()[0], 1),
         "malloc": PINNED,
     }
 
@@ -190,6 +205,6 @@ def write(name: str, rows: list[Json], options: Options, seconds: float, folder:
     """benchmarks/results/<name>.json"""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    record = {"name": name, "environment": environment(options.threads), "seconds": round(seconds), "rows": rows}
+    record = {"name": name, "environment": environment(options), "seconds": round(seconds), "rows": rows}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from benchmarks.harness import OURS, Json, Options, Target, compare, row
+from benchmarks.harness import OURS, Json, Options, Target, row
 from benchmarks.models import RULE, agree, grads, leaves, like_peft, llama, method, pair
 
 Call = Callable[..., Any]
@@ -52,36 +52,37 @@ def forward(call: Call, ids: Tensor) -> Callable[[], Any]:
 class Case:
     """One base model with one adapter, run in three ways that are checked to compute the same."""
 
-    def __init__(self, base: nn.Module, ids: Tensor, dora: bool):
-        self.ids, self.base = ids, copy.deepcopy(base)
+    def __init__(self, base: nn.Module, dora: bool):
+        self.base = copy.deepcopy(base)
         self.peft, self.net, self.adapter = pair(base, dora)
         self.trained = [p for p in self.peft.parameters() if p.requires_grad]
-        self.check()
+        self.check(torch.randint(0, 1000, (2, 16)))
 
     def ours(self, **kwargs: Any) -> Any:
         return self.net.apply(self.adapter, **kwargs)
 
-    def check(self) -> None:
-        mine, theirs = self.ours(input_ids=self.ids), self.peft(input_ids=self.ids)
+    def check(self, ids: Tensor) -> None:
+        """Raise unless PEFT and we give the same logits and the same gradients."""
+        mine, theirs = self.ours(input_ids=ids), self.peft(input_ids=ids)
         loss_of(mine).backward()  # type: ignore[no-untyped-call]
         loss_of(theirs).backward()  # type: ignore[no-untyped-call]
         agree(mine.logits, theirs.logits, "logits")
-        plain = self.base(input_ids=self.ids).logits
+        plain = self.base(input_ids=ids).logits
         assert not torch.allclose(mine.logits, plain, rtol=1e-3, atol=1e-3), "the adapter does nothing: no check at all"
         agree(grads(self.adapter), like_peft(self.peft, self.net, lambda p: p.grad), "gradient")
         for p in [*leaves(self.adapter), *self.trained]:
             p.grad = None
 
-    def steps(self) -> dict[str, Call]:
+    def steps(self, ids: Tensor) -> dict[str, Call]:
         return {
-            OURS: step(self.ours, leaves(self.adapter), self.ids),
-            "PEFT": step(self.peft, self.trained, self.ids),
-            BASE: base_step(self.base, self.ids),
+            OURS: step(self.ours, leaves(self.adapter), ids),
+            "PEFT": step(self.peft, self.trained, ids),
+            BASE: base_step(self.base, ids),
         }
 
-    def forwards(self) -> dict[str, Call]:
+    def forwards(self, ids: Tensor) -> dict[str, Call]:
         ways = {OURS: self.ours, "PEFT": self.peft, BASE: self.base}
-        return {name: forward(call, self.ids) for name, call in ways.items()}
+        return {name: forward(call, ids) for name, call in ways.items()}
 
 
 class Linears(nn.Module):
@@ -101,7 +102,7 @@ def run(options: Options) -> list[Json]:
     rows: list[Json] = []
 
     def measure(case: str, ways: dict[str, Call], **facts: Any) -> None:
-        rows.append(row(case, compare(ways, repeats=options.repeats), **facts))
+        rows.append(row(case, options.compare(ways), **facts))
 
     torch.manual_seed(2)
     middle, where = llama(4, 512, 1408, 8), "4 layers, d 512, 4×128 tokens"
@@ -113,6 +114,6 @@ def run(options: Options) -> list[Json]:
     toy, where = llama(32, 256, 704, 4), "32 layers, d 256, 224 sites, one token"
     for name, dora in [("LoRA", False), ("DoRA", True)]:
         case = Case(toy, ids[:1, :1], dora)
-        case_rows = compare(case.forwards(), repeats=options.repeats)
+        case_rows = options.compare(case.forwards())
         rows.append(row(f"{name} r16, forward, {where}", case_rows))
     return rows

@@ -1,7 +1,7 @@
 """peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
 
 from peftfn.apply import Adapted, adapt
-from peftfn.combine import add, chain, scale
+from peftfn.combine import Chain, add, chain, scale
 from peftfn.formats import load, save
 from peftfn.many import stack, unstack
 from peftfn.method import Method
@@ -14,6 +14,6 @@ from peftfn.summary import summary
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapted", "Adapter", "Method", "Rng", "Site", "adapt", "add", "chain", "load", "save", "scale", "sites", "stack",
+    "Adapted", "Adapter", "Chain", "Method", "Rng", "Site", "adapt", "add", "chain", "load", "save", "scale", "sites", "stack",
     "summary", "unstack", *_methods,
 ]  # fmt: skip

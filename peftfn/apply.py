@@ -171,15 +171,18 @@ class Adapted:
         skeleton = self._acquire()
         try:
             skeleton.refresh()
-            with skeleton:
+            before = skeleton.open()
+            try:
                 if params:
                     skeleton.put(params)
                 for name, value in self._adapted(adapter, skeleton.__getitem__, rows).items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 return call(*args, **kwargs)
+            finally:
+                skeleton.close(before)
         finally:
-            if skeleton is not self._first or not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
                 self._idle.append(skeleton)
 
     def _acquire(self) -> Skeleton:

@@ -151,12 +151,17 @@ class Chain(Method):
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {f"{i}.{k}": t for i, m in enumerate(self.methods) for k, t in m.frozen(rng, w).items()}
 
+    @property
+    def exact_gradient(self) -> bool:
+        return all(m.exact_gradient for m in self.methods)
+
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         out: Leaf = {}
         for i, m in enumerate(self.methods):
             q = m.prepare(self._part(p, i), w)
             out |= {f"{i}.{k}": t for k, t in q.items()}
             if any(later.overrides("prepare") for later in self.methods[i + 1 :]):
+                w = w.to(torch.promote_types(w.dtype, torch.float32))
                 w = w + m.delta(q, w)
         return out
 

@@ -117,6 +117,11 @@ class Method:
         """Whether a fresh adapter leaves the model unchanged."""
         return True
 
+    @property
+    def exact_gradient(self) -> bool:
+        """Whether gradients are those of the output, with nothing in it held constant (as DoRA holds its norm)."""
+        return True
+
     def eval(self) -> Self:
         """The method as it is when the model is in eval mode."""
         return dataclasses.replace(self, dropout=0.0) if getattr(self, "dropout", 0.0) else self  # type: ignore[call-arg]

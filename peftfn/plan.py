@@ -50,7 +50,8 @@ class Entry:
         return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
 
     def _prepare(self, leaf: Leaf, bank: Leaf, *, w: Tensor) -> Leaf:
-        p = {k: wide(t) for k, t in {**self.frozen, **bank, **leaf}.items()}
+        dtype = torch.promote_types(w.dtype, torch.float32)
+        p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**self.frozen, **bank, **leaf}.items()}
         if not self.method.overrides("prepare") or (leaf.keys() == self.prepared and leaf.keys() != self.spec.keys()):
             return p
         if not self.site.stacked:
@@ -251,12 +252,13 @@ def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
 def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared, bank: str | None) -> Entry:
     """The entry of a site without its tensors, from a run of the method on meta tensors."""
     w = empty[0] if site.stacked else empty
-    rng = Rng(0, site.name, site=site, device="meta")
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    rng = Rng(0, site.name, site=site, dtype=dtype, device="meta")
     common = shared.frozen.get(site.name, {})
     try:
         leaf, own = method.init(rng, w), method.frozen(rng, w)
         constants = {**common, **own}
-        p = {**constants, **shared.bank, **leaf}
+        p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**constants, **shared.bank, **leaf}.items()}
         if len(p) != len(common) + len(own) + len(shared.bank) + len(leaf):
             raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
         ready = method.prepare(p, w)
@@ -270,7 +272,7 @@ def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared
             f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose a "
             "method without a bias here."
         )
-    prepared = frozenset(k for k, t in ready.items() if t is not constants.get(k))
+    prepared = frozenset(k for k, t in ready.items() if k not in constants or t is not p[k])
     experts = site.shape[:1] if site.stacked else Size()
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
     return Entry(site, rule, method, {}, spec, prepared, frozenset({*common, *shared.bank}), bank, adds_bias)

@@ -80,7 +80,7 @@ KINDS = {
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in type(module).__mro__)
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
 def _kind(module: nn.Module, p: Tensor) -> str:

@@ -53,7 +53,7 @@ class Skeleton:
         self.originals = {id(s._parameters): b._parameters for b, s in self.pairs}
         for name in self.sites:
             slots, k = self.slots[name]
-            slots[k] = _Released(name)
+            slots[k] = _Released.of(name)
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -96,11 +96,11 @@ class Skeleton:
 
     # A call: fill the slots, run, restore.
 
-    def __enter__(self) -> "Skeleton":
-        """Fill every slot from the base. Parameters come detached: the base is no input of the call."""
+    def open(self) -> list[Any]:
+        """Fill every slot from the base, and tell what they held. Parameters come detached: the base is no input."""
         if not torch.compiler.is_compiling():
             self.lock.acquire()
-        self.before = self.snapshot()
+        before = self.snapshot()
         for theirs, ours, k in self.parameters:
             p = theirs[k]
             ours[k] = p.detach() if p is not None and p.requires_grad else p
@@ -108,10 +108,10 @@ class Skeleton:
             if slots["weight"] is not None:
                 slots["weight"] = slots["weight"].clone()
         self._fill_buffers()
-        return self
+        return before
 
-    def __exit__(self, *exc: object) -> None:
-        self.restore(self.before)
+    def close(self, before: list[Any]) -> None:
+        self.restore(before)
         if not torch.compiler.is_compiling():
             self.lock.release()
 
@@ -184,20 +184,33 @@ class Skeleton:
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **options, **kwargs)
 
 
-class _Released:
-    """Stands in an adapted slot between calls: whatever reads it has outlived its call."""
+class _Released(Tensor):
+    """Stands in an adapted slot between calls: whatever computes with it has outlived its call.
 
-    def __init__(self, name: str):
-        self.name = name
+    An empty tensor on the meta device rather than any object, because the compiler takes stock of all parameters.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__torch_function__":
-            raise AttributeError(name)
+    site: str
+
+    @staticmethod
+    def of(name: str) -> "_Released":
+        t = torch.empty(0, device="meta").as_subclass(_Released)
+        t.site = name
+        return t
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _LOOKS or torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs or {})
+        name = next((t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight")
         raise RuntimeError(
-            f"{self.name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the "
+            f"{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the "
             "adapter has left the model again: turn checkpointing on with the model's gradient_checkpointing_enable(), "
             "which peftfn follows, or wrap the whole of net.apply in torch.utils.checkpoint."
         )
+
+
+_LOOKS = frozenset("__get__ __set__ size stride dim storage_offset is_floating_point is_complex numel __repr__".split())
 
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
@@ -209,7 +222,11 @@ def _shared(module: nn.Module) -> Iterator[Any]:
     yield from (t for t in module._parameters.values() if t is not None)
     yield from (t for t in module._buffers.values() if t is not None)
     for name, value in vars(module).items():
-        if isinstance(value, Tensor) or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or type(value).__name__.endswith("Config"):
+        if (
+            isinstance(value, Tensor)
+            or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+            or type(value).__name__.endswith("Config")
+        ):
             yield value
 
 

@@ -52,7 +52,12 @@ class DoRA(LoRA):
         low = super().prepare(p, w)
         with nullcontext() if self.attached else torch.no_grad():
             n = self._norm(low, w)
+        n = n if self.attached else n.detach()  # no_grad does not stop forward-mode derivatives
         return low | {"c": p["m"] / n}
+
+    @property
+    def exact_gradient(self) -> bool:
+        return self.attached
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return p["c"][:, None] * (w + p["sb"] @ p["a"]) - w

@@ -1,0 +1,93 @@
+"""The laws every method obeys, to check your own with: `check_method(MyMethod(rank=2))`."""
+
+import os
+from collections.abc import Iterable
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from peftfn.method import Method
+from peftfn.site import sites
+from peftfn.testing.laws import LAWS, ONCE, SITE, Case, close, leaves, shaken
+from peftfn.testing.models import MODELS
+
+__all__ = [
+    "LAWS",
+    "MODELS",
+    "ONCE",
+    "Case",
+    "LawBroken",
+    "cases",
+    "check_law",
+    "check_method",
+    "close",
+    "leaves",
+    "shaken",
+]
+
+
+class LawBroken(AssertionError):
+    """A method breaks a law; the message says which, and on what smallest case."""
+
+
+def models_for(method: Method) -> list[str]:
+    """The tiny models whose site the method accepts."""
+    names = [name for name, m in MODELS.items() if m.kind in method.kinds]
+    first = Case(method, names[0]).net.plan[SITE]
+    return [n for n in names if not first.adds_bias or sites(MODELS[n].build(0))[SITE].bias is not None]
+
+
+def cases(method: Method) -> SearchStrategy[Case]:
+    """Cases of one method: every kind of site it accepts, seeds, batch sizes; the simplest first."""
+    return st.builds(
+        Case,
+        method=st.just(method),
+        model_name=st.sampled_from(models_for(method)),
+        seed=st.integers(0, 9999),
+        rows=st.integers(2, 4),
+    )
+
+
+def check_law(law: str, method: Method, examples: int | None = None) -> None:
+    """Check one law on `examples` random cases, and on one case for each kind of site.
+
+    Raises LawBroken naming the law and the smallest failing case.
+    """
+    n = examples if examples is not None else int(os.environ.get("PEFTFN_EXAMPLES", "3"))
+    run = LAWS[law]
+    names = models_for(method)[:1] if law in ONCE else models_for(method)
+    for name in names:
+        _run(law, Case(method, name))
+    if law in ONCE or not n:
+        return
+    failed: list[Case] = []
+
+    def one(case: Case) -> None:
+        failed[:] = [case]
+        run(case)
+
+    search = settings(
+        max_examples=n, deadline=None, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    try:
+        search(given(cases(method))(one))()
+    except Exception as e:
+        raise LawBroken(f"{law}: {failed[0]}\n  {LAWS[law].__doc__}\n  {type(e).__name__}: {e}") from e
+
+
+def _run(law: str, case: Case) -> None:
+    try:
+        LAWS[law](case)
+    except Exception as e:
+        raise LawBroken(f"{law}: {case}\n  {LAWS[law].__doc__}\n  {type(e).__name__}: {e}") from e
+
+
+def check_method(method: Method, laws: Iterable[str] = tuple(LAWS)) -> None:
+    """Check that a method obeys every law, at every kind of site it accepts.
+
+    Its sizes must fit a weight of [6, 8] (`rank=2`, `block_size=2`). Raises LawBroken for the first law that fails.
+    """
+    for law in laws:
+        check_law(law, method)

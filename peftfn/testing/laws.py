@@ -1,0 +1,409 @@
+"""What holds for every method at every kind of site: one function a law, each of one `Case`."""
+
+import json
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn import functional as F
+
+import peftfn as pf
+from peftfn.formats.native import from_json, to_json
+from peftfn.method import Method
+from peftfn.plan import wide
+from peftfn.testing.models import MODELS, Model
+
+SITE = "layer.weight"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one tiny model, with inputs and random leaves."""
+
+    method: Method
+    model_name: str = "linear"
+    seed: int = 0
+    rows: int = 2
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def kind(self) -> Model:
+        return MODELS[self.model_name]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.kind.build(self.seed, self.dtype)
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.kind.x(self.rows, self.seed, self.dtype)
+
+    @cached_property
+    def net(self) -> pf.Adapted:
+        return pf.adapt(self.model, {SITE: self.method}, seed=self.seed)
+
+    def adapter(self, seed: int = 0) -> pf.Adapter:
+        """Leaves away from their initial values, in fp32 (fp64 for an fp64 model)."""
+        return shaken(
+            self.net.init(self.seed + seed, dtype=torch.promote_types(self.dtype, torch.float32)), self.seed + seed
+        )
+
+    def loss(self, adapter: pf.Adapter, x: Tensor | None = None) -> Tensor:
+        y = self.net.apply(adapter, self.x if x is None else x)
+        return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
+
+
+def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
+    """The tree with N(0, size²) added to every tensor."""
+    g = torch.Generator().manual_seed(seed + 17)
+
+    def walk(t: Any) -> Any:
+        if isinstance(t, dict):
+            return {k: walk(v) for k, v in t.items()}
+        return t + size * torch.randn(t.shape, generator=g, dtype=torch.float32).to(t.dtype)
+
+    return walk(tree)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
+
+
+def dot(a: Any, b: Any) -> Tensor:
+    return torch.stack([(a[n][k] * b[n][k]).sum() for n in a for k in a[n]]).sum()
+
+
+def close(got: Any, want: Any, what: str, rtol: float = 1e-4) -> None:
+    """Finite, of one shape and dtype, and equal to rtol of the largest entry of `want`."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), f"{what}: {sorted(got)} instead of {sorted(want)}"
+        for k in want:
+            close(got[k], want[k], f"{what}/{k}", rtol)
+        return
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{what}: {got.shape} {got.dtype} for {want.shape} {want.dtype}"
+    )
+    assert got.isfinite().all(), f"{what}: not finite"
+    assert want.isfinite().all(), f"{what}: the reference is not finite"
+    if not want.numel():
+        return
+    error, size = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
+    assert error <= rtol * max(size, 1.0), f"{what}: differs by {error:.3g} where values reach {size:.3g}"
+
+
+def identity(c: Case) -> None:
+    """A fresh adapter leaves the output unchanged."""
+    if c.method.identity:
+        close(c.net.apply(c.net.init(c.seed), c.x), c.model(c.x), "apply(init)", 1e-5)
+    else:
+        assert not torch.allclose(c.net.apply(c.net.init(c.seed), c.x), c.model(c.x)), (
+            "claims a random start, is the identity"
+        )
+
+
+def effect(c: Case) -> None:
+    """Random leaves change the output, so that the other laws compare something."""
+    assert not torch.allclose(c.net.apply(c.adapter(), c.x), c.model(c.x), atol=1e-4), "random leaves change nothing"
+
+
+def meaning_is_speed(c: Case) -> None:
+    """linear and product equal the dense weight w + delta."""
+    entry = c.net.plan[SITE]
+    if not c.method.mergeable or entry.site.stacked or c.kind.kind == "other":
+        return
+    a, m = c.adapter(), entry.site.canonical(c.model.get_parameter(SITE).detach())
+    method, p = entry.tensors(a[SITE], a.get(entry.bank or "", {}), m)
+    dense = m + method.delta(p, m)
+    x = torch.randn(c.rows, 3, m.shape[1], generator=torch.Generator().manual_seed(c.seed))
+    if "linear" in c.method.kinds:
+        close(method.linear(p, m, x), F.linear(x, dense), "linear")
+    if method.overrides("product"):
+        ids = torch.arange(m.shape[1])
+        close(method.product(p, m, ids, lambda i, m: F.embedding(i, m.mT)), dense.mT, "product")
+
+
+def merge_is_apply(c: Case) -> None:
+    """The plain model with merged parameters gives what apply gives; names, shapes and dtypes stay."""
+    if not c.method.mergeable:
+        return
+    a = c.adapter()
+    if c.net.plan[SITE].adds_bias and "layer.bias" not in dict(c.model.named_parameters()):
+        try:
+            c.net.merge(a)
+        except ValueError as e:
+            assert SITE in str(e)
+            return
+        raise AssertionError("merged a bias into a layer that has none")
+    merged = c.net.merge(a)
+    base = dict(c.model.named_parameters(remove_duplicate=False))
+    assert merged.keys() == base.keys()
+    assert all(merged[n].shape == p.shape and merged[n].dtype == p.dtype for n, p in base.items())
+    close(functional_call(c.model, merged, (c.x,), tie_weights=False), c.net.apply(a, c.x), "merged model")
+    if not c.method.overrides("bias"):
+        w = c.model.get_parameter(SITE).detach()
+        close(c.net.delta(a)[SITE], wide(merged[SITE]) - wide(w), "delta")
+
+
+def purity(c: Case) -> None:
+    """After any call, also one that raises, the base is bit for bit what it was; and calls repeat."""
+    a = c.adapter()
+    tensors = {**dict(c.model.named_parameters()), **dict(c.model.named_buffers())}
+    before = {n: (id(t), t._version, t.detach().clone()) for n, t in tensors.items()}
+    attributes = {n: sorted(vars(m)) for n, m in c.model.named_modules()}
+    first = c.net.apply(a, c.x)
+    c.loss({n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in c.adapter().items()}).backward()  # type: ignore[no-untyped-call]
+    try:
+        c.net.apply(a, object())
+    except (TypeError, AttributeError):
+        pass
+    else:
+        raise AssertionError("an object() went through the model")
+    assert torch.equal(c.net.apply(a, c.x), first), "the same call gave another result"
+    after = {**dict(c.model.named_parameters()), **dict(c.model.named_buffers())}
+    assert after.keys() == before.keys()
+    for n, (identity, version, value) in before.items():
+        t = after[n]
+        assert id(t) == identity and t._version == version and torch.equal(t, value) and t.grad is None, f"{n} changed"
+    assert attributes == {n: sorted(vars(m)) for n, m in c.model.named_modules()}, "an attribute came or went"
+
+
+def many_by_vmap(c: Case) -> None:
+    """vmap(apply)(stack)[i] == apply(a_i)."""
+    adapters = [c.adapter(i) for i in range(3)]
+    want = torch.stack([c.net.apply(a, c.x) for a in adapters])
+    close(vmap(c.net.apply, (0, None))(pf.stack(adapters), c.x), want, "vmap(apply)")
+    for a, b in zip(pf.unstack(pf.stack(adapters)), adapters, strict=True):
+        close(a, b, "unstack", 0)
+
+
+def many_by_row(c: Case) -> None:
+    """mixed(...)[i] == apply(a_index[i], row i), −1 being the base; forward and gradient."""
+    if not c.kind.rowed:
+        return
+    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(5, c.seed, c.dtype)
+    index = [2, -1, 0, 2, 1]
+    weights = torch.linspace(-1, 1, 5)
+
+    def one_by_one(s: Any) -> Tensor:
+        adapters = pf.unstack(s)
+        rows = [
+            c.net.apply(adapters[k], x[i : i + 1]) if k >= 0 else c.model(x[i : i + 1]) for i, k in enumerate(index)
+        ]
+        return torch.cat(rows)
+
+    def total(y: Tensor) -> Tensor:
+        return (y.flatten(1).square().sum(1) * weights).sum()
+
+    close(c.net.mixed(stacked, index, x), one_by_one(stacked), "mixed")
+    close(c.net.mixed(stacked, torch.tensor([0] * 5), x), c.net.apply(c.adapter(0), x), "mixed, one adapter")
+    got, want = grad(lambda s: total(c.net.mixed(s, index, x)))(stacked), grad(lambda s: total(one_by_one(s)))(stacked)
+    close(got, want, "gradient of mixed", 1e-3)
+
+
+def gradients(c: Case) -> None:
+    """backward == grad == a central difference; jvp and vjp are adjoint; the Hessian is symmetric. In fp64."""
+    c = replace(c, dtype=torch.float64)
+    if not _runs_in(c, torch.float64):
+        return
+    a = c.adapter()
+    u, v = shaken({n: {k: 0 * t for k, t in leaf.items()} for n, leaf in a.items()}, 1), c.adapter(5)
+    g = grad(c.loss)(a)
+    tracked = {n: {k: t.clone().requires_grad_() for k, t in leaf.items()} for n, leaf in a.items()}
+    c.loss(tracked).backward()  # type: ignore[no-untyped-call]
+    close({n: {k: t.grad for k, t in leaf.items()} for n, leaf in tracked.items()}, g, "backward", 1e-6)
+    if c.method.exact_gradient:
+        step = 1e-5
+        ahead, behind = ({n: {k: a[n][k] + s * u[n][k] for k in a[n]} for n in a} for s in (step, -step))
+        close(
+            dot(g, u), ((c.loss(ahead) - c.loss(behind)) / (2 * step)).detach(), "gradient against a difference", 1e-4
+        )
+    y, tangent = jvp(lambda a: c.net.apply(a, c.x), (a,), (u,))
+    _, pull = vjp(lambda a: c.net.apply(a, c.x), a)
+    cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+    close(dot(pull(cotangent)[0], u), (cotangent * tangent).sum(), "jvp against vjp", 1e-6)
+    hu = jvp(grad(c.loss), (a,), (u,))[1]
+    if c.method.exact_gradient:
+        close(dot(hu, v), dot(jvp(grad(c.loss), (a,), (v,))[1], u), "Hessian", 1e-6)
+    if c.method.exact_gradient:  # Hessian-vector products by double backward are those by forward over reverse
+        names = [(n, k) for n in a for k in a[n]]
+        inputs = [tracked[n][k] for n, k in names]
+        first = torch.autograd.grad(c.loss(tracked), inputs, create_graph=True)
+        second = torch.autograd.grad(
+            sum(((t * u[n][k]).sum() for t, (n, k) in zip(first, names, strict=True)), torch.zeros(())), inputs
+        )
+        for t, (n, k) in zip(second, names, strict=True):
+            close(t, hu[n][k], f"double backward, {k}", 1e-6)
+
+
+def per_sample(c: Case) -> None:
+    """vmap(grad) over adapters == one grad each; vmap(grad) over rows == one grad a row."""
+    adapters = [c.adapter(i) for i in range(2)]
+    want = pf.stack([grad(c.loss)(a) for a in adapters])
+    close(vmap(grad(c.loss))(pf.stack(adapters)), want, "vmap(grad) over adapters", 1e-3)
+    rows = pf.stack([grad(c.loss)(adapters[0], x) for x in c.x.split(1)])
+    close(vmap(grad(c.loss), (None, 0))(adapters[0], c.x.unsqueeze(1)), rows, "per-sample gradients", 1e-3)
+
+
+def structure(c: Case) -> None:
+    """Leaves are floating tensors of a shape that init on meta tells, and depend on the seed and the site alone."""
+    a, b = c.net.init(1), c.net.init(1)
+    assert all(isinstance(t, Tensor) and t.is_floating_point() and t.dtype == torch.float32 for t in leaves(a))
+    close(a, b, "init repeated", 0)
+    other = c.net.init(2)
+    assert {n: {k: t.shape for k, t in leaf.items()} for n, leaf in a.items()} == {
+        n: {k: t.shape for k, t in leaf.items()} for n, leaf in other.items()
+    }
+    empty = pf.adapt(c.kind.build(c.seed).to("meta"), {SITE: c.method}).init()
+    assert all(t.is_meta for t in leaves(empty))
+    assert [t.shape for t in leaves(empty)] == [t.shape for t in leaves(a)], "other shapes on meta"
+    names = [n for n, s in pf.sites(c.model).items() if s.kind == "other" and n != SITE]
+    if names:
+        wider = pf.adapt(c.model, {"bias": pf.Full(), SITE: c.method}, seed=c.seed)
+        close(wider.init(1)[SITE], a[SITE], "init beside another site", 0)
+
+
+def round_trip(c: Case) -> None:
+    """save and load give the same bits and the same outputs."""
+    a = c.adapter()
+    with tempfile.TemporaryDirectory() as folder:
+        pf.save(folder, c.net, a)
+        net, b = pf.load(folder, c.model)
+        assert [f.name for f in sorted(Path(folder).iterdir())] == ["adapter.safetensors", "peftfn.json"]
+    close(b, a, "loaded adapter", 0)
+    assert torch.equal(net.apply(b, c.x), c.net.apply(a, c.x)), "the loaded adapter gives another output"
+    assert net.plan.rules == c.net.plan.rules
+
+
+def values(c: Case) -> None:
+    """A method compares, hashes, prints, pickles and serialises by its fields."""
+    m = c.method
+    assert replace(m) == m and hash(replace(m)) == hash(m)  # type: ignore[type-var]
+    assert repr(m).startswith(f"{type(m).__name__}(")
+    assert pickle.loads(pickle.dumps(m)) == m
+    assert from_json(json.loads(json.dumps(to_json(m))), Path()) == m
+    assert {f.name for f in fields(m)}.isdisjoint(vars(Method)), "a field hides one of Method's functions"  # type: ignore[arg-type]
+
+
+def algebra(c: Case) -> None:
+    """scale(a, 0) is the base, scale(a, 1) is a; add commutes, and adding nothing adds nothing; chain ends in identity."""
+    if not c.method.mergeable:
+        return
+    a, b = c.adapter(0), c.adapter(1)
+    close(c.net.apply(pf.scale(a, 0.0), c.x), c.model(c.x), "scale(a, 0)", 1e-5)
+    close(c.net.apply(pf.scale(a, 1.0), c.x), c.net.apply(a, c.x), "scale(a, 1)")
+    close(c.net.apply(pf.add(a, b), c.x), c.net.apply(pf.add(b, a), c.x), "add commutes")
+    close(c.net.apply(pf.add(a, pf.scale(b, 0.0)), c.x), c.net.apply(a, c.x), "a + 0·b")
+    halves = pf.add(pf.scale(a, 0.5), pf.scale(a, 0.5))
+    close(c.net.apply(halves, c.x), c.net.apply(a, c.x), "a/2 + a/2")
+    both = c.net.delta(pf.add(a, b))[SITE]
+    close(both, c.net.delta(a)[SITE] + c.net.delta(b)[SITE], "delta(a + b)")
+    if c.method.overrides("shared") or c.method.overrides("bank"):
+        return
+    chained = pf.chain(c.method, pf.Full())
+    then = pf.adapt(c.model, {SITE: chained}, seed=c.seed)
+    inside = "" if isinstance(c.method, pf.Chain) else "0."
+    leaf = {inside + k: t for k, t in a[SITE].items()}
+    last = {k: torch.zeros(shape) for k, shape in then.plan[SITE].spec.items() if k not in leaf}
+    close(then.apply({SITE: leaf | last}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
+
+
+def prepared(c: Case) -> None:
+    """A prepared adapter does what its adapter does, alone and in a mixed batch; and the tree differs, or nothing does."""
+    a = c.adapter()
+    ready = c.net.prepare(a)
+    close(c.net.apply(ready, c.x), c.net.apply(a, c.x), "apply(prepare)", 1e-5)
+    if c.kind.rowed:
+        got = c.net.mixed(pf.stack([ready, ready]), [1, -1], c.x[:2])
+        close(got, c.net.mixed(pf.stack([a, a]), [1, -1], c.x[:2]), "mixed(prepare)", 1e-5)
+
+
+def half_precision(c: Case) -> None:
+    """fp32 leaves on a bf16 or fp16 base: outputs in the base's dtype, near fp32's; merge rounds once."""
+    for dtype, rtol in ((torch.bfloat16, 6e-2), (torch.float16, 1e-2)):
+        low = replace(c, dtype=dtype)
+        if not _runs_in(low, dtype):
+            continue
+        model = c.kind.build(c.seed, dtype).float()
+        a = low.adapter()
+        y = low.net.apply(a, low.x)
+        assert y.dtype == low.model(low.x).dtype, f"{y.dtype} from a {dtype} base"
+        x = low.x.float() if low.x.is_floating_point() else low.x
+        wide_net = pf.adapt(model, {SITE: c.method}, seed=c.seed)
+        close(y.float(), wide_net.apply(a, x), f"{dtype} apply", rtol)
+        if c.method.mergeable and not c.net.plan[SITE].adds_bias:
+            close(
+                low.net.merge(a)[SITE],
+                wide_net.merge(a)[SITE].to(dtype),
+                f"{dtype} merge",
+                1e-2 if dtype == torch.bfloat16 else 2e-3,
+            )
+
+
+def compiled(c: Case) -> None:
+    """torch.compile(fullgraph=True) of apply and of every transform gives what eager gives."""
+    a, u = c.adapter(), c.adapter(5)
+    stacked = pf.stack([a, u])
+
+    def everything(a: Any, u: Any, stacked: Any, x: Tensor) -> Any:
+        return {
+            "apply": c.net.apply(a, x),
+            "vmap": vmap(c.net.apply, (0, None))(stacked, x),
+            "grad": grad(c.loss)(a, x),
+            "vmap(grad)": vmap(grad(c.loss), (0, None))(stacked, x),
+            "jvp": jvp(lambda a: c.net.apply(a, x), (a,), (u,))[1],
+            "hvp": jvp(grad(lambda a: c.loss(a, x)), (a,), (u,))[1],
+        }
+
+    want = everything(a, u, stacked, c.x)
+    torch._dynamo.reset()
+    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(a, u, stacked, c.x)
+    close(got, want, "compiled", 1e-3)
+
+
+def bad_leaves(c: Case) -> None:
+    """A leaf of the wrong name, shape or dtype is an error that names the site, before anything runs."""
+    a = c.adapter()
+    name, leaf = next((n, leaf) for n, leaf in a.items() if leaf)
+    key, t = next(iter(leaf.items()))
+    bad: list[tuple[type[Exception], Any]] = [
+        (KeyError, {**a, "no.such.site": leaf}),
+        (KeyError, {n: v for n, v in a.items() if n != name}),
+        (KeyError, {**a, name: {k: v for k, v in leaf.items() if k != key}}),
+        (ValueError, {**a, name: {**leaf, key: torch.zeros(*t.shape, 2)}}),
+        (ValueError, {**a, name: {**leaf, key: torch.zeros(t.shape, dtype=torch.int64)}}),
+    ]
+    for error, adapter in bad:
+        try:
+            c.net.apply(adapter, c.x)
+        except error as e:
+            assert name in str(e) or "no.such.site" in str(e), f"the error names no site: {e}"
+        else:
+            raise AssertionError(f"no {error.__name__} for an adapter that does not fit")
+
+
+def _runs_in(c: Case, dtype: torch.dtype) -> bool:
+    """Whether this torch runs the base layer itself in this dtype."""
+    try:
+        c.model(c.x)
+    except RuntimeError as e:
+        assert "not implemented for" in str(e), e
+        return False
+    return True
+
+
+LAWS: dict[str, Callable[[Case], None]] = {
+    law.__name__: law
+    for law in (
+        identity, effect, meaning_is_speed, merge_is_apply, purity, many_by_vmap, many_by_row, gradients, per_sample,
+        structure, round_trip, values, algebra, prepared, half_precision, bad_leaves, compiled,
+    )
+}  # fmt: skip
+ONCE = frozenset({"compiled", "values"})
+"""Laws that are checked once a method, not at every kind of site: they are slow, or do not depend on it."""

@@ -1,0 +1,113 @@
+"""The smallest model of every kind of site, all with a canonical weight of [6, 8], so that one case fits them all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OUT, IN, EXPERTS = 6, 8, 2
+
+
+class Conv1D(nn.Module):
+    """transformers' transposed linear layer."""
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 3), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Experts(nn.Module):
+    """A stack of experts, each on its own share of the features' sum; indexed one by one, like transformers' eager form."""
+
+    def __init__(self, is_transposed: bool):
+        super().__init__()
+        self.is_transposed = is_transposed
+        shape = (EXPERTS, IN, OUT) if is_transposed else (EXPERTS, OUT, IN)
+        self.weight = nn.Parameter(torch.randn(shape) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_transposed:
+            return torch.stack([x @ self.weight[e] for e in range(EXPERTS)], -1)
+        return torch.stack([F.linear(x, self.weight[e]) for e in range(EXPERTS)], -1)
+
+
+class Sliced(nn.Module):
+    """A weight that no product table knows: it must be seen dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(OUT, IN) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", x, self.weight)
+
+
+@dataclass(frozen=True)
+class Model:
+    """kind: of its one interesting site `layer.weight`; rowed: whether mixed batches keep their rows there."""
+
+    kind: str
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[int, torch.dtype], Tensor]
+    rowed: bool = True
+
+    def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _Wrap(self.layer()).to(dtype).eval()
+
+    def x(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            return self.inputs(rows, dtype)
+
+
+class _Wrap(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+def _features(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, 3, IN, dtype=dtype)
+
+
+def _ids(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(0, IN, (rows, 3))
+
+
+def _image(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, 2, 5, 4, dtype=dtype)
+
+
+def _signal(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, 4, 7, dtype=dtype)
+
+
+MODELS = {
+    "linear": Model("linear", lambda: nn.Linear(IN, OUT), _features),
+    "linear, no bias": Model("linear", lambda: nn.Linear(IN, OUT, bias=False), _features),
+    "dense": Model("linear", Sliced, _features),
+    "linear_t": Model("linear_t", lambda: Conv1D(OUT, IN), _features),
+    "embedding": Model("embedding", lambda: nn.Embedding(IN, OUT), _ids),
+    "conv1d": Model("conv", lambda: nn.Conv1d(4, OUT, 2, stride=2, dilation=2), _signal),
+    "conv2d": Model("conv", lambda: nn.Conv2d(2, OUT, 2, padding=1, padding_mode="circular"), _image),
+    "conv2d, grouped": Model(
+        "conv", lambda: nn.Conv2d(4, OUT, 2, groups=2), lambda n, d: torch.randn(n, 4, 5, 4, dtype=d)
+    ),
+    "conv_t": Model("conv_t", lambda: nn.ConvTranspose2d(2, OUT, 2), _image),
+    "stack": Model("stack", lambda: Experts(False), _features, rowed=False),
+    "stack_t": Model("stack_t", lambda: Experts(True), _features, rowed=False),
+    "other": Model("other", lambda: nn.LayerNorm(IN), _features),
+}
+"""name → model; names that share a kind differ in the path a call takes."""

@@ -1,0 +1,76 @@
+"""Every law for every registered method: a new method is covered by being registered."""
+
+import pytest
+
+import peftfn as pf
+from peftfn.method import Method, registry
+from peftfn.testing import LAWS, ONCE, LawBroken, check_law, check_method
+
+METHODS = [
+    cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases
+]
+CHAINS: list[Method] = [
+    pf.chain(pf.LoRA(rank=2), pf.IA3()),
+    pf.chain(pf.IA3(feedforward=True), pf.DoRA(rank=2)),
+    pf.chain(pf.OFT(block_size=2), pf.LoRA(rank=2), pf.OFT(block_size=2, side="output")),
+]
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in ONCE])
+@pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
+def test_law(method: Method, law: str) -> None:
+    check_law(law, method)
+
+
+FIRST = list({type(m): m for m in reversed(METHODS + CHAINS)}.values())
+
+
+@pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
+def test_law_values(method: Method) -> None:
+    check_law("values", method)
+
+
+@pytest.mark.parametrize("method", FIRST, ids=str)
+def test_law_compiled(method: Method) -> None:
+    check_law("compiled", method)
+
+
+def test_every_method_has_cases() -> None:
+    assert {type(m).__name__ for m in METHODS} >= {
+        n for n, c in registry.items() if c.__module__.startswith("peftfn.methods")
+    }
+
+
+class TestTheLawsFindFaults:
+    """Laws that cannot fail are worth nothing: each broken method must be caught by the law it breaks."""
+
+    @pytest.mark.parametrize(
+        ("law", "broken"),
+        [
+            ("identity", {"init": lambda self, rng, w: {"a": rng.ones(*w.shape)}}),
+            ("meaning_is_speed", {"linear": lambda self, p, w, x: x @ (w + 2 * p["a"]).mT}),
+            ("merge_is_apply", {"product": lambda self, p, w, x, dot: dot(x, w - p["a"])}),
+            ("gradients", {"delta": lambda self, p, w: p["a"].detach()}),
+            ("structure", {"init": lambda self, rng, w: {"a": rng.zeros(*w.shape).int()}}),
+            ("effect", {"delta": lambda self, p, w: 0 * p["a"]}),
+        ],
+    )
+    def test_broken(self, law: str, broken: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, function in broken.items():
+            monkeypatch.setattr(Dense, name, function, raising=False)
+        with pytest.raises(LawBroken, match=law):
+            check_method(Dense(), laws=[law])
+
+
+class Dense(Method):
+    """W + A."""
+
+    def init(self, rng, w):  # type: ignore[no-untyped-def]
+        return {"a": rng.zeros(*w.shape)}
+
+    def delta(self, p, w):  # type: ignore[no-untyped-def]
+        return p["a"]
+
+
+def test_the_unbroken_one_passes() -> None:
+    check_method(Dense(), laws=[law for law in LAWS if law != "values"])
