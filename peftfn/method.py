@@ -21,6 +21,23 @@ LINEAR = frozenset({"linear", "linear_t", "stack", "stack_t"})
 ALL = MATRIX | {"other"}
 """Every kind: "other" are norms, biases, and any other tensor."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Peft:
+    """How Hugging Face PEFT writes a method: what `formats/peft.py` needs to know of it.
+
+    type: `peft_type`. keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
+    fields: our field → PEFT's configuration key. fixed: configuration that tells this class from others of its type.
+    shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
+    """
+
+    type: str
+    keys: Mapping[str, str]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 registry: dict[str, type["Method"]] = {}
 """Every method by its class name: what a checkpoint names and the laws run over."""
 
@@ -39,6 +56,8 @@ class Method:
     """
 
     kinds: ClassVar[frozenset[str]] = MATRIX
+    peft: ClassVar[Peft | None] = None
+    """How PEFT writes it, if PEFT has it."""
     mergeable: ClassVar[bool] = True
     """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
     cases: ClassVar[tuple[dict[str, Any], ...]] = ({},)
@@ -125,6 +144,25 @@ class Method:
     def eval(self) -> Self:
         """The method as it is when the model is in eval mode."""
         return dataclasses.replace(self, dropout=0.0) if getattr(self, "dropout", 0.0) else self  # type: ignore[call-arg]
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        """The method that a PEFT configuration describes; override where it is more than a renaming of fields."""
+        assert cls.peft is not None
+        return cls(**{f: config[key] for f, key in cls.peft.fields.items() if key in config})
+
+    def to_peft(self) -> dict[str, Any]:
+        """PEFT's configuration of this method. Raise ValueError for what PEFT cannot express."""
+        assert self.peft is not None
+        return {key: getattr(self, f) for f, key in self.peft.fields.items()} | dict(self.peft.fixed)
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants; override where shapes differ.
+
+        (Reading needs no such rule: a tensor from a file is reshaped to the shape our leaf has.)
+        """
+        assert self.peft is not None
+        return {key: p[k] for k, key in self.peft.keys.items() if k in p}
 
     @classmethod
     def fast_linear(cls) -> bool:

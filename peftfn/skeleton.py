@@ -202,7 +202,9 @@ class _Released(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _LOOKS or torch.compiler.is_compiling():
             return super().__torch_function__(func, types, args, kwargs or {})
-        name = next((t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight")
+        name = next(
+            (t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight"
+        )
         raise RuntimeError(
             f"{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the "
             "adapter has left the model again: turn checkpointing on with the model's gradient_checkpointing_enable(), "

@@ -1,7 +1,7 @@
 """DoRA: m ⊙ (W + s·B A) / ‖W + s·B A‖, the norm over each row."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -30,6 +30,10 @@ class DoRA(LoRA):
         {"rank": 2, "alpha": 3.0},
         {"rank": 3, "rslora": True, "attached": True, "init_weights": "random"},
     )
+
+    peft = replace(
+        LoRA.peft, keys={**LoRA.peft.keys, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}
+    )  # checkpoints name the magnitude without ".weight"
 
     attached: bool = False
 

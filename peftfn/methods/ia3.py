@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Product
+from peftfn.method import Leaf, Method, Peft, Product
 from peftfn.rng import Rng
 
 
@@ -22,6 +22,8 @@ class IA3(Method):
     """
 
     cases: ClassVar = ({}, {"feedforward": True})
+
+    peft = Peft("IA3", keys={"l": "ia3_l"})
 
     feedforward: bool = False
 
@@ -39,3 +41,6 @@ class IA3(Method):
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return F.linear(x * p["l"], w) if self.feedforward else F.linear(x, w) * p["l"]
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        return {"ia3_l": p["l"][None] if self.feedforward else p["l"][:, None]}

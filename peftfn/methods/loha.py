@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, positive
+from peftfn.method import Leaf, Method, Peft, positive
 from peftfn.rng import Rng
 
 
@@ -21,6 +21,12 @@ class LoHa(Method):
     """
 
     cases: ClassVar = ({"rank": 2, "alpha": 3.0},)
+
+    peft = Peft(
+        "LOHA",
+        keys={"a1": "hada_w1_a", "b1": "hada_w1_b", "a2": "hada_w2_a", "b2": "hada_w2_b"},
+        fields={"rank": "r", "alpha": "alpha"},
+    )
 
     rank: int = 8
     alpha: float | None = None

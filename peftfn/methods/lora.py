@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Leaf, Method, Product, choice, positive, probability
+from peftfn.method import Leaf, Method, Peft, Product, choice, positive, probability
 from peftfn.rng import Rng
 from peftfn.transform import eager
 
@@ -35,6 +35,18 @@ class LoRA(Method):
         {"rank": 2, "alpha": 3.0},
         {"rank": 3, "alpha": 2.0, "rslora": True, "init_weights": "gaussian"},
         {"rank": 2, "lora_bias": True, "init_weights": "random"},
+    )
+
+    peft = Peft(
+        "LORA",
+        keys={"a": "lora_A.weight", "b": "lora_B.weight", "beta": "lora_B.bias"},
+        fields={
+            "rank": "r",
+            "alpha": "lora_alpha",
+            "rslora": "use_rslora",
+            "dropout": "lora_dropout",
+            "lora_bias": "lora_bias",
+        },
     )
 
     rank: int = 8
@@ -83,6 +95,9 @@ class LoRA(Method):
         if self.dropout or not eager() or w.dtype != x.dtype or p["a"].dtype != x.dtype:
             return LoRA.product(self, p, w, x, F.linear)
         return lora_linear(x, w, p["a"], p["sb"])
+
+    def to_peft(self) -> dict[str, Any]:
+        return super().to_peft() | {"lora_alpha": self.rank if self.alpha is None else self.alpha}
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf:
         return {k: v if k == "a" else s * v for k, v in p.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Product, choice, divides, positive
+from peftfn.method import Leaf, Method, Peft, Product, choice, divides, positive
 from peftfn.rng import Rng
 
 
@@ -36,6 +36,12 @@ class OFT(Method):
         {"block_size": 2, "exact": True, "share": True},
         {"block_size": 2, "terms": 3, "eps": 0.5},
         {"block_size": 2, "side": "output"},
+    )
+
+    peft = Peft(
+        "OFT",
+        keys={"q": "oft_R.weight"},
+        fields={"block_size": "oft_block_size", "share": "block_share", "terms": "num_cayley_neumann_terms"},
     )
 
     block_size: int = 32

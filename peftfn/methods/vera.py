@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Product, positive, probability
+from peftfn.method import Leaf, Method, Peft, Product, positive, probability
 from peftfn.rng import Rng
 
 
@@ -27,6 +27,18 @@ class VeRA(Method):
     """
 
     cases: ClassVar = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
+
+    peft = Peft(
+        "VERA",
+        keys={"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        fields={
+            "rank": "r",
+            "projection_seed": "projection_prng_key",
+            "d_initial": "d_initial",
+            "dropout": "vera_dropout",
+        },
+        shared={"A": "vera_A", "B": "vera_B"},
+    )
 
     rank: int = 256
     projection_seed: int = 0
