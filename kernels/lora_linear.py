@@ -1,9 +1,10 @@
-"""y = x Wᵀ + (x Aᵀ) Bᵀ, for a frozen W: the low-rank product first, then the base product added onto it.
+"""y = x Wᵀ + s·(x Aᵀ) Bᵀ, for a frozen W: the low-rank product first, then the base product added onto it.
 
-The order saves a full-size pass: y = S Bᵀ is written once and the base product accumulates into it (`addmm_`), where
-adding a low-rank result to a base result reads and writes both. Only x and S = x Aᵀ [m, r] are kept for backward:
+The order saves a full-size pass: y = S Bᵀ is written once and the base product accumulates into it (`addmm_`, whose
+beta is s), where adding a low-rank result to a base result reads and writes both. Only x and S = x Aᵀ [m, r] are kept
+for backward:
 
-    dS = dy B      dB = dyᵀ S      dA = dSᵀ x      dx = dS A + dy W
+    dS = s·dy B      dB = s·dyᵀ S      dA = dSᵀ x      dx = dS A + dy W
 """
 
 from typing import Any
@@ -14,44 +15,47 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 
+def _forward(x: Tensor, s: Tensor, w: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
+
+
 class _LoRALinear(Function):
-    generate_vmap_rule = False
+    # forward takes ctx itself: torch binds the arguments of a `setup_context` form anew at each call, which costs more
+    # than a small product; and no functorch transform ever comes here.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        s = torch.mm(x, a.mT)
+        ctx.save_for_backward(x, w, a, b, s)
+        ctx.scale = scale
+        return _forward(x, s, w, b, scale)
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        s = x @ a.mT
-        return (s @ b.mT).addmm_(x, w.mT), s
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w, a, b = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, w, a, b, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w, a, b, s = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second differentiation runs through S as well
-            s = x @ a.mT
-        need_x, need_w, need_a, need_b = ctx.needs_input_grad
-        ds = dy @ b if need_x or need_a else None
-        dx = torch.addmm(ds @ a, dy, w) if need_x and ds is not None else None
-        dw = dy.mT @ x if need_w else None
-        da = ds.mT @ x if need_a and ds is not None else None
-        db = dy.mT @ s if need_b else None
-        return dx, dw, da, db
+        if torch.is_grad_enabled():  # to be differentiated again, S must depend on x and A
+            s = torch.mm(x, a.mT)
+        need_x, need_w, need_a, need_b, _ = ctx.needs_input_grad
+        ds = ctx.scale * torch.mm(dy, b)
+        dx = torch.addmm(torch.mm(ds, a), dy, w) if need_x else None
+        dw = torch.mm(dy.mT, x) if need_w else None
+        da = torch.mm(ds.mT, x) if need_a else None
+        db = torch.mm(dy.mT, ctx.scale * s) if need_b else None
+        return dx, dw, da, db, None
 
 
-def lora_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x Wᵀ + (x Aᵀ) Bᵀ with the fewest passes; eager autograd only, see `peftfn.transform.eager`.
+def lora_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """x Wᵀ + scale·(x Aᵀ) Bᵀ in the fewest passes; for plain eager autograd, see `peftfn.transform.eager`.
 
-    x [..., in], w [out, in], a [r, in], b [out, r] (the scale folded in), all of one dtype → [..., out].
+    x [..., in], w [out, in], a [r, in], b [out, r], all of one dtype → [..., out].
     """
     flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = _LoRALinear.apply(flat, w, a, b)[0]  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        y: Tensor = _LoRALinear.apply(flat, w, a, b, scale)  # type: ignore[no-untyped-call]
+    else:
+        y = _forward(flat, torch.mm(flat, a.mT), w, b, scale)
     return y.view(*x.shape[:-1], w.shape[0])
 
 
-def reference(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def reference(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """What `lora_linear` means."""
-    return F.linear(x, w) + F.linear(F.linear(x, a), b)
+    return F.linear(x, w) + scale * F.linear(F.linear(x, a), b)

@@ -14,6 +14,21 @@ from peftfn.summary import summary
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapted", "Adapter", "Chain", "Method", "Rng", "Site", "adapt", "add", "chain", "load", "save", "scale", "sites", "stack",
-    "summary", "unstack", *_methods,
-]  # fmt: skip
+    "Adapted",
+    "Adapter",
+    "Chain",
+    "Method",
+    "Rng",
+    "Site",
+    "adapt",
+    "add",
+    "chain",
+    "load",
+    "save",
+    "scale",
+    "sites",
+    "stack",
+    "summary",
+    "unstack",
+    *_methods,
+]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftfn.many import MixedWeight, Rows, stack_size
 from peftfn.method import Method
-from peftfn.plan import Adapter, Plan, draw, make, wide
+from peftfn.plan import Adapter, Entry, Plan, draw, make, wide
 from peftfn.rng import Rng
 from peftfn.skeleton import Skeleton
 from peftfn.weight import AdaptedWeight
@@ -111,7 +111,7 @@ class Adapted:
         weights, out = self._weights(), {}
         for name, entry in self.plan.items():
             m = entry.site.canonical(weights[name])
-            method, p = entry.tensors(adapter[name], adapter.get(entry.bank, {}), m)
+            method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
             out[name] = entry.site.original(entry.delta(method, p, m))
         return out
 
@@ -155,11 +155,15 @@ class Adapted:
         weights, out = self._weights(), {k: v for k, v in adapter.items() if k in self.plan.banks}
         for name, entry in self.plan.items():
             m = entry.site.canonical(weights[name])
-            method, p = entry.tensors(adapter[name], adapter.get(entry.bank, {}), m)
+            method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
             if method != entry.method:
                 raise ValueError(f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before it")
             out[name] = {k: t for k, t in p.items() if k in entry.prepared}
         return out
+
+    @staticmethod
+    def _bank(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
+        return adapter[entry.bank] if entry.bank else {}
 
     def _weights(self) -> dict[str, Tensor]:
         """The base's parameters as they are now, every name of each, as constants."""
@@ -201,10 +205,10 @@ class Adapted:
             w = weight(name)
             if w.shape != entry.site.shape:
                 raise ValueError(
-                    f"{name}: the model's parameter has shape {list(w.shape)} now; it was {list(entry.site.shape)} when "
-                    "it was adapted. Call adapt again."
+                    f"{name}: the model's parameter has shape {list(w.shape)} now; it was {list(entry.site.shape)} "
+                    "when it was adapted. Call adapt again."
                 )
-            bank = adapter[entry.bank] if entry.bank else {}
+            bank = self._bank(entry, adapter)
             if rows is not None:
                 out[name] = MixedWeight(entry, adapter[name], bank, w, rows)
             else:

@@ -33,8 +33,8 @@ def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for i, t in enumerate(ts):
             if t.shape != ts[0].shape:
                 raise ValueError(
-                    f"stack: {'/'.join(map(str, path))} has shape {list(ts[0].shape)} in adapter 0 and {list(t.shape)} in "
-                    f"adapter {i}: adapters of different ranks do not stack"
+                    f"stack: {'/'.join(map(str, path))} has shape {list(ts[0].shape)} in adapter 0 and {list(t.shape)} "
+                    f"in adapter {i}: adapters of different ranks do not stack"
                 )
         return torch.stack(ts)
 
@@ -43,15 +43,20 @@ def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def unstack(stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The adapters of a stack, as views."""
-    return [optree.tree_map(lambda t: t[i], stacked) for i in range(stack_size(stacked))]  # type: ignore[arg-type]
+
+    def view(i: int) -> Any:
+        return optree.tree_map(lambda t: t[i], stacked)  # type: ignore[arg-type]
+
+    return [view(i) for i in range(stack_size(stacked))]
 
 
 def stack_size(stacked: Mapping[str, Any]) -> int:
-    sizes = {t.shape[0] if t.dim() else -1 for t in optree.tree_leaves(stacked)}  # type: ignore[arg-type]
+    tensors: list[Tensor] = optree.tree_leaves(stacked)  # type: ignore[arg-type]
+    sizes = {t.shape[0] if t.dim() else -1 for t in tensors}
     if len(sizes) != 1 or sizes == {-1}:
         raise ValueError(
-            f"this is no stack of adapters: the first dimensions of its tensors are {sorted(sizes)[:4]}, not one number. Make "
-            "one with peftfn.stack([…])"
+            f"this is no stack of adapters: the first dimensions of its tensors are {sorted(sizes)[:4]}, not one. "
+            "Make one with peftfn.stack([…])"
         )
     return sizes.pop()
 
@@ -127,8 +132,8 @@ class _Mixed(Slot):
 
     def lost(self, what: str) -> ValueError:
         return ValueError(
-            f"{self.name}: {what}, and a mixed batch of {len(self.rows)} rows needs its rows in the first dimension. Call "
-            "net.apply for one adapter at a time, or leave this site out of the rules."
+            f"{self.name}: {what}, and a mixed batch of {len(self.rows)} rows needs its rows in the first dimension. "
+            "Call net.apply for one adapter at a time, or leave this site out of the rules."
         )
 
     @classmethod
@@ -232,7 +237,7 @@ class MixedWeight(_Mixed):
 
         if base is None and one(_take(self.p, self.axes, lambda t: t[0]), None) is None:
             return None
-        values = vmap(one, (self.axes, 0 if mixed else None))(self.p, given)
+        values: Tensor = vmap(one, (self.axes, 0 if mixed else None))(self.p, given)  # type: ignore[assignment]
         base = torch.zeros_like(values[0]) if base is None else base
         return MixedBias(f"{self.name} (bias)", values.to(base.dtype), base, self.rows)
 
@@ -269,10 +274,7 @@ def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dic
         fixed[:] = [method, _split(p, entry, False)]
         return _split(p, entry, True)
 
-    if leaf:
-        varying = vmap(one, randomness="different")(leaf, bank)
-    else:
-        varying = one(leaf, bank)
+    varying = vmap(one, randomness="different")(leaf, bank) if leaf else one(leaf, bank)
     method, constant = fixed
     return method, *_joined(varying, constant)
 

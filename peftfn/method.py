@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass of hyper-parameters with pure functions on one weight, and the registry."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from peftfn.rng import Rng
 
 Leaf = dict[str, Tensor]
 """The trainable tensors of one method at one site."""
+Cases = Sequence[dict[str, Any]]
+"""Hyper-parameters to test a method with, as keyword arguments."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """x, m [rows, in] ↦ [..., rows]: the layer's own product (linear, embedding lookup, convolution), channels last."""
 
@@ -60,7 +62,7 @@ class Method:
     """How PEFT writes it, if PEFT has it."""
     mergeable: ClassVar[bool] = True
     """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
-    cases: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    cases: ClassVar[Cases] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

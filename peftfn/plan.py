@@ -47,11 +47,16 @@ class Entry:
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
+        if not is_expression(leaf):
+            return self.method, self._prepare(leaf, bank, w=w)
         return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
 
-    def _prepare(self, leaf: Leaf, bank: Leaf, *, w: Tensor) -> Leaf:
+    def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
         dtype = torch.promote_types(w.dtype, torch.float32)
-        p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**self.frozen, **bank, **leaf}.items()}
+        p = {**self.frozen, **bank, **leaf}
+        for k, t in p.items():
+            if t.dtype != dtype and t.is_floating_point():
+                p[k] = t.to(dtype)
         if not self.method.overrides("prepare") or (leaf.keys() == self.prepared and leaf.keys() != self.spec.keys()):
             return p
         if not self.site.stacked:
@@ -171,8 +176,8 @@ def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, s
         if not accepted:
             seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
             raise ValueError(
-                f"rule {pattern!r} finds {len(hits)} parameters, {seen} first, but {type(method).__name__} has no meaning "
-                f"for their kinds: it takes {', '.join(sorted(method.kinds))}"
+                f"rule {pattern!r} finds {len(hits)} parameters, {seen} first, but {type(method).__name__} has no "
+                f"meaning for their kinds: it takes {', '.join(sorted(method.kinds))}"
             )
         free = [s for s in accepted if s.name not in taken]
         if not free:

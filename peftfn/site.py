@@ -1,6 +1,6 @@
 """What a model offers: its sites, their kinds, and how each kind turns into the one orientation methods see."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +67,7 @@ def _unflatten_t(m: Tensor, shape: torch.Size) -> Tensor:
     return m.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
 
 
-KINDS = {
+KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, torch.Size], Tensor]]] = {
     "linear": (_same, _same),  # [out, in]: nn.Linear, attention in-projections, RNNs, any other 2-D parameter
     "linear_t": (_turn, _turn),  # [in, out]: transformers' Conv1D
     "embedding": (_turn, _turn),  # [vocab, dim]

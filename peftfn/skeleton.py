@@ -7,7 +7,7 @@ it writes there. One skeleton serves one call at a time, so threads cannot colli
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peftfn.plan import near
 from peftfn.transform import under_transform
 
+Slot = tuple[MutableMapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -36,21 +37,23 @@ class Skeleton:
         base = list(self.base.modules())
         self.root = _copy(self.base)
         self.pairs = list(zip(base, self.root.modules(), strict=True))
-        self.parameters = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
-        self.buffers = [
+        self.parameters: list[Slot] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
+        self.buffers: list[Slot] = [
             (b._buffers, s._buffers, k) for b, s in self.pairs for k, t in b._buffers.items() if t is not None
         ]
         self.buffers += [
             (vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if isinstance(t, Tensor)
         ]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
-        self.renormed = [s._parameters for _, s in self.pairs if getattr(s, "max_norm", None) is not None]
+        self.renormed: list[MutableMapping[str, Any]] = [
+            s._parameters for _, s in self.pairs if getattr(s, "max_norm", None) is not None
+        ]
         self.flags = [(b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float)]) for b, s in self.pairs]
         modules = dict(self.root.named_modules(remove_duplicate=False))
-        self.slots = {
+        self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
             n: (m._parameters, k) for p, m in modules.items() for k in m._parameters for n in [f"{p}.{k}" if p else k]
         }
-        self.originals = {id(s._parameters): b._parameters for b, s in self.pairs}
+        self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
         for name in self.sites:
             slots, k = self.slots[name]
             slots[k] = _Released.of(name)
@@ -62,36 +65,42 @@ class Skeleton:
     # Freshness: what the owner did to the base between calls is seen by the next one.
 
     def _watch(self) -> None:
-        self.watched = [d for b, s in self.pairs for d in (vars(b), b._modules, vars(s), s._modules)]
-        self.counted = self.watched + [d for b, _ in self.pairs for d in (b._parameters, b._buffers)]
-        self.seen = tuple(chain.from_iterable(map(dict.values, self.watched)))
-        self.size = sum(map(len, self.counted))
+        """Note what the modules of base and skeleton hold, to see in one pass whether anything is not as it was."""
+        own = [_own(vars(b)) for b, _ in self.pairs]
+        watched = [
+            (operator.itemgetter(*keys), vars(m)) for pair, keys in zip(self.pairs, own, strict=True) for m in pair
+        ]
+        self.getters, self.dicts = zip(*watched, strict=True)
+        self.counted = [d for b, s in self.pairs for d in (vars(b), vars(s), b._modules, b._parameters, b._buffers)]
         self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
+        self.seen, self.size = tuple(self._now()), sum(map(len, self.counted))
+
+    def _now(self) -> Iterator[Any]:
+        yield from chain.from_iterable(map(operator.call, self.getters, self.dicts))
+        yield from chain.from_iterable(b._modules.values() for b, _ in self.pairs)
 
     def refresh(self) -> None:
-        """Take over modes and plain attributes of the base; copy a base of changed structure anew.
-
-        One pass over everything the modules of base and skeleton hold tells whether there is anything to do.
-        """
+        """Take over modes and plain attributes of the base; copy a base of changed structure anew."""
         if torch.compiler.is_compiling():  # the reads are what the compiled code is guarded by
             for b, s, names in self.flags:
                 for name in names:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
             return
-        now = chain.from_iterable(map(dict.values, self.watched))
-        if sum(map(len, self.counted)) == self.size and not any(map(operator.is_not, now, self.seen)):
+        if sum(map(len, self.counted)) == self.size and not any(map(operator.is_not, self._now(), self.seen)):
             return
         for ours, before in self.initial:  # what a forward pass left behind
             ours.clear()
             ours.update(before)
+        same = sum(map(len, self.counted)) == self.size
+        if not same or any(
+            v is not old and v.__class__ not in _PLAIN for v, old in zip(self._now(), self.seen, strict=True)
+        ):
+            self._build()
+            return
         for b, s in self.pairs:
             theirs, ours = vars(b), vars(s)
-            ours.update({k: v for k, v in theirs.items() if k in ours and v.__class__ in _PLAIN})
-        now = chain.from_iterable(map(dict.values, self.watched))
-        same = sum(map(len, self.counted)) == self.size
-        if not same or any(v is not old and v.__class__ not in _PLAIN for v, old in zip(now, self.seen, strict=True)):
-            self._build()
+            ours.update({k: v for k, v in theirs.items() if v.__class__ in _PLAIN})
         self._watch()
 
     # A call: fill the slots, run, restore.
@@ -184,6 +193,14 @@ class Skeleton:
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **options, **kwargs)
 
 
+_STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
+
+
+def _own(attributes: dict[str, Any]) -> list[str]:
+    """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
+    return [k for k in attributes if k not in _STANDARD]
+
+
 class _Released(Tensor):
     """Stands in an adapted slot between calls: whatever computes with it has outlived its call.
 
@@ -201,7 +218,7 @@ class _Released(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _LOOKS or torch.compiler.is_compiling():
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         name = next(
             (t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight"
         )
@@ -212,7 +229,9 @@ class _Released(Tensor):
         )
 
 
-_LOOKS = frozenset("__get__ __set__ size stride dim storage_offset is_floating_point is_complex numel __repr__".split())
+_LOOKS = frozenset(
+    ["__get__", "__set__", "size", "stride", "dim", "storage_offset", "is_floating_point", "is_complex", "numel"]
+)
 
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What is going on around a call: a torch.func transform, forward-mode differentiation, a compiler."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -9,6 +10,10 @@ def under_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def eager() -> bool:
-    """Whether plain eager autograd is all there is, so that a hand-written `autograd.Function` may stand in."""
-    return not torch.compiler.is_compiling() and not under_transform()
+def eager(x: Tensor) -> bool:
+    """Whether plain autograd is all there is around x, no autocast either: a hand-written Function may stand in."""
+    return not (torch.compiler.is_compiling() or under_transform() or autocast(x))
+
+
+def autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peftfn.method import LINEAR, Method, Product
 from peftfn.plan import Entry, wide
+from peftfn.transform import autocast
 
 
 class Slot:
@@ -131,7 +132,8 @@ class AdaptedWeight(Slot):
     def _matrix(self) -> Tensor:
         """The dense adapted weight in canonical orientation."""
         m = self.canonical()
-        return (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
+        dense: Tensor = (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
+        return dense
 
     def rowed(self, x: Tensor) -> Tensor:
         """x [n, in] with the rows of the batch in the first dimension; they matter in mixed batches alone."""
@@ -198,19 +200,21 @@ def _dense(tree: Any) -> Any:
 
 
 def _cast(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """p with its floating tensors in `dtype`; p itself if they are."""
+    for v in p.values():
+        if isinstance(v, dict) or v.dtype != dtype:
+            break
+    else:
+        return p
     return {
-        k: _cast(v, dtype)
-        if isinstance(v, dict)
-        else (v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v)
-        for k, v in p.items()
+        k: _cast(v, dtype) if isinstance(v, dict) else v.to(dtype) if v.is_floating_point() else v for k, v in p.items()
     }
 
 
 def _operand_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product with x runs: x's own, or autocast's."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if x.dtype != torch.float64 and autocast(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

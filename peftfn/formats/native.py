@@ -48,8 +48,8 @@ def load(folder: Path, model: nn.Module) -> tuple[Adapted, Adapter]:
     config = json.loads((folder / CONFIG).read_text())
     if config.get("format") != "peftfn" or config.get("version") != VERSION:
         raise ValueError(
-            f"{folder / CONFIG}: format {config.get('format')!r}, version {config.get('version')!r}; this release reads "
-            f"'peftfn', version {VERSION}"
+            f"{folder / CONFIG}: format {config.get('format')!r}, version {config.get('version')!r}; this release "
+            f"reads 'peftfn', version {VERSION}"
         )
     rules = {pattern: from_json(method, folder / CONFIG) for pattern, method in config["rules"]}
     net = adapt(model, rules)

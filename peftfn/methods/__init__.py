@@ -6,6 +6,7 @@ from peftfn.methods.ia3 import IA3
 from peftfn.methods.loha import LoHa
 from peftfn.methods.lora import LoRA
 from peftfn.methods.oft import OFT
+from peftfn.methods.vblora import VBLoRA
 from peftfn.methods.vera import VeRA
 
-__all__ = ["IA3", "OFT", "DoRA", "Full", "LoHa", "LoRA", "VeRA"]
+__all__ = ["IA3", "OFT", "DoRA", "Full", "LoHa", "LoRA", "VBLoRA", "VeRA"]

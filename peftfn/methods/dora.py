@@ -46,25 +46,23 @@ class DoRA(LoRA):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         leaf = super().init(rng, w)
-        n = self._norm(super().prepare(leaf, w), w)
-        return leaf | {"m": n.to(rng.dtype)}
+        return leaf | {"m": self._norm(leaf, w.to(rng.dtype))}
 
     def _norm(self, p: Leaf, w: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(w + p["sb"] @ p["a"], dim=1)
+        return torch.linalg.vector_norm(w + LoRA.delta(self, p, w), dim=1)
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        low = super().prepare(p, w)
         with nullcontext() if self.attached else torch.no_grad():
-            n = self._norm(low, w)
+            n = self._norm(p, w)
         n = n if self.attached else n.detach()  # no_grad does not stop forward-mode derivatives
-        return low | {"c": p["m"] / n}
+        return {"a": p["a"], "b": p["b"], "c": p["m"] / n}
 
     @property
     def exact_gradient(self) -> bool:
         return self.attached
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        return p["c"][:, None] * (w + p["sb"] @ p["a"]) - w
+        return p["c"][:, None] * (w + super().delta(p, w)) - w
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         return p["c"] * super().product(p, w, x, dot)
@@ -72,8 +70,8 @@ class DoRA(LoRA):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return p["c"] * super().linear(p, w, x)
 
-    def scaled(self, p: Leaf, s: Tensor) -> None:  # type: ignore[override]
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None
 
-    def summed(self, ps: list[Leaf]) -> None:  # type: ignore[override]
+    def summed(self, ps: list[Leaf]) -> Leaf | None:
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Leaf, Method, Peft, Product, choice, positive, probability
+from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
 from peftfn.rng import Rng
 from peftfn.transform import eager
 
@@ -31,7 +31,7 @@ class LoRA(Method):
             "random" (both Kaiming-uniform: not the identity, for tests).
     """
 
-    cases: ClassVar = (
+    cases: ClassVar[Cases] = (
         {"rank": 2, "alpha": 3.0},
         {"rank": 3, "alpha": 2.0, "rslora": True, "init_weights": "gaussian"},
         {"rank": 2, "lora_bias": True, "init_weights": "random"},
@@ -77,31 +77,29 @@ class LoRA(Method):
         b = rng.zeros(out, self.rank) if self.identity else rng.kaiming(out, self.rank)
         return {"a": a, "b": b} | ({"beta": rng.zeros(out)} if self.lora_bias else {})
 
-    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        return {"a": p["a"], "sb": self.scale * p["b"]} | ({"sbeta": self.scale * p["beta"]} if "beta" in p else {})
-
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        return p["sb"] @ p["a"]
+        return self.scale * (p["b"] @ p["a"])
 
     def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
-        beta = p.get("sbeta")
-        return b if beta is None else beta if b is None else b + beta
+        if "beta" not in p:
+            return b
+        return self.scale * p["beta"] if b is None else b + self.scale * p["beta"]
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(dot(dropped, p["a"]), p["sb"])
+        return dot(x, w) + F.linear(self.scale * dot(dropped, p["a"]), p["b"])
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if self.dropout or not eager() or w.dtype != x.dtype or p["a"].dtype != x.dtype:
+        if self.dropout or not eager(x) or w.dtype != x.dtype or p["a"].dtype != x.dtype:
             return LoRA.product(self, p, w, x, F.linear)
-        return lora_linear(x, w, p["a"], p["sb"])
+        return lora_linear(x, w, p["a"], p["b"], self.scale)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"lora_alpha": self.rank if self.alpha is None else self.alpha}
 
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return {k: v if k == "a" else s * v for k, v in p.items()}
 
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        a, sb = torch.cat([p["a"] for p in ps], -2), torch.cat([p["sb"] for p in ps], -1)
-        return {"a": a, "sb": sb} | ({"sbeta": sum(p["sbeta"] for p in ps)} if self.lora_bias else {})  # type: ignore[dict-item]
+    def summed(self, ps: list[Leaf]) -> Leaf | None:
+        out = {"a": torch.cat([p["a"] for p in ps], -2), "b": torch.cat([p["b"] for p in ps], -1)}
+        return out | ({"beta": torch.stack([p["beta"] for p in ps]).sum(0)} if self.lora_bias else {})

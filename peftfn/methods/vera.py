@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product, positive, probability
+from peftfn.method import Cases, Leaf, Method, Peft, Product, positive, probability
 from peftfn.rng import Rng
 
 
 @dataclass(frozen=True)
 class VeRA(Method):
-    """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], with λ_d [rank], λ_b [out]; A [rank, in_max], B [out_max, rank] frozen.
+    """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], with λ_d [rank] and λ_b [out]; frozen A [rank, in_max], B [out_max, rank].
 
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
     one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.
@@ -26,7 +26,7 @@ class VeRA(Method):
         dropout: probability of dropping an input feature of A in train mode.
     """
 
-    cases: ClassVar = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
+    cases: ClassVar[Cases] = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
 
     peft = Peft(
         "VERA",

@@ -23,7 +23,7 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of experts, each on its own share of the features' sum; indexed one by one, like transformers' eager form."""
+    """A stack of experts, every one run on every row, picked one by one like in transformers' eager form."""
 
     def __init__(self, is_transposed: bool):
         super().__init__()
