@@ -2,6 +2,7 @@
 
 from peftfn.apply import Adapted, adapt
 from peftfn.combine import Chain, add, chain, scale
+from peftfn.convert import to_lora
 from peftfn.formats import load, save
 from peftfn.many import stack, unstack
 from peftfn.method import Method
@@ -29,6 +30,7 @@ __all__ = [
     "sites",
     "stack",
     "summary",
+    "to_lora",
     "unstack",
     *_methods,
 ]

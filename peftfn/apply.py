@@ -45,6 +45,9 @@ class Adapted:
         self._idle = [self._first]
         self._evaluated = {n: replace(e, method=e.method.eval()) for n, e in plan.items()}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adapted, (self.model, self.plan)
+
     def __repr__(self) -> str:
         rules = ", ".join(f"{pattern!r}: {method}" for pattern, method in self.plan.rules.items())
         return f"adapt({type(self.model).__name__}, {{{rules}}})  # {len(self.plan)} sites"
@@ -113,6 +116,19 @@ class Adapted:
             m = entry.site.canonical(weights[name])
             method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
             out[name] = entry.site.original(entry.delta(method, p, m))
+        return out
+
+    def bias_deltas(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+        """{site: change of its layer's bias} where a method changes it, in fp32 or wider; a missing bias counts as zero."""
+        self.plan.check(adapter)
+        weights, out = self._weights(), {}
+        for name in self._biases:
+            entry = self.plan[name]
+            method, p = entry.tensors(adapter[name], self._bank(entry, adapter), entry.site.canonical(weights[name]))
+            b = weights.get(entry.site.bias or "")
+            new = method.bias(p, None if b is None else wide(b))
+            if new is not None:
+                out[name] = new if b is None else new - wide(b)
         return out
 
     def merge(self, adapter: Mapping[str, Any], *, check_finite: bool = False) -> dict[str, Tensor]:

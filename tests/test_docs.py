@@ -1,6 +1,8 @@
 """Every Python block of the README and the docs runs, top to bottom, each page in one namespace and an empty folder."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] 
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
-    names: dict[str, object] = {"__name__": f"docs_{page.stem}"}
+    module = types.ModuleType(f"docs_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # what a page defines can be pickled
     for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M):
         line = text[: match.start(1)].count("\n")
-        exec(compile("\n" * line + match[1], str(page), "exec"), names)
+        exec(compile("\n" * line + match[1], str(page), "exec"), vars(module))
 
 
 def test_the_readme_is_among_them() -> None:

@@ -49,6 +49,8 @@ class DoRA(LoRA):
         return leaf | {"m": self._norm(leaf, w.to(rng.dtype))}
 
     def _norm(self, p: Leaf, w: Tensor) -> Tensor:
+        if w.dtype == p["b"].dtype:
+            return torch.linalg.vector_norm(torch.addmm(w, p["b"], p["a"], alpha=self.scale), dim=1)
         return torch.linalg.vector_norm(w + LoRA.delta(self, p, w), dim=1)
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:

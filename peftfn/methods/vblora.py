@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftfn.method import Cases, Leaf, Peft, divides, positive, probability
 from peftfn.methods.lowrank import _LowRank
@@ -81,7 +82,7 @@ class VBLoRA(_LowRank):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         def mixtures(logits: Tensor) -> Tensor:
             top, k = logits.topk(self.topk)
-            return (torch.softmax(top, -1).unsqueeze(-1) * p["bank"][k]).sum(-2)
+            return (torch.softmax(top, -1).unsqueeze(-1) * F.embedding(k, p["bank"])).sum(-2)
 
         a, b = mixtures(p["la"]), mixtures(p["lb"])  # [rank, in/length, length], [out/length, rank, length]
         return {"down": a.flatten(1), "up": b.mT.flatten(0, 1)}
