@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
-from benchmarks.harness import OURS, Json, Options, Target, row
+from benchmarks.harness import OURS, Json, Options, Target, Way, row
 from benchmarks.models import RULE, inject, llama, method
 
 
@@ -19,12 +19,12 @@ def ours(model: LlamaForCausalLM) -> pf.Adapter:
 
 
 def run(options: Options) -> list[Json]:
-    meta = {
+    meta: dict[str, Way] = {
         OURS: ours,
         "PEFT, low_cpu_mem_usage=True": lambda m: inject(m, low_cpu_mem_usage=True),
         "PEFT as it comes": inject,
     }
-    real = {OURS: ours, "PEFT": inject}
+    real: dict[str, Way] = {OURS: ours, "PEFT": inject}
     sites, theirs = ours(seven_billion()), inject(seven_billion(), low_cpu_mem_usage=True)
     shapes = sorted(tuple(t.shape) for leaf in sites.values() for t in leaf.values())
     assert len(sites) == 224

@@ -9,7 +9,6 @@ An absolute time on a shared CPU says little; the ratio of two runs a few millis
   slower or faster depending on what was freed before it (`pin` starts the process anew for that).
 """
 
-import argparse
 import gc
 import json
 import os
@@ -29,6 +28,7 @@ PINNED = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str
 REPEATS, QUICK = 31, 5
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 
+OURS, BASE = "peftfn", "base"
 Way = Callable[..., Any]
 Times = dict[str, list[float]]
 """way → seconds of each repetition"""
@@ -37,23 +37,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; `repeats` is what a benchmark asks `compare` for unless it needs more."""
+    """What the command line says about timing."""
 
     repeats: int = REPEATS
     threads: int = 2
     clock: str = "wall"
 
-    @classmethod
-    def parse(cls, arguments: list[str] | None = None) -> tuple["Options", argparse.Namespace]:
-        parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks and tabulate them.")
-        parser.add_argument("names", nargs="*", help="which of them; all if none is named")
-        parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions, print only, write nothing")
-        parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch's threads")
-        parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a look on a busy machine")
-        args = parser.parse_args(arguments)
-        return cls(QUICK if args.quick else REPEATS, args.threads, args.clock), args
-
-    def compare(self, ways: Mapping[str, Way], **more: Any) -> "Times":
+    def compare(self, ways: Mapping[str, Way], **more: Any) -> Times:
         return compare(ways, **{"repeats": self.repeats, "clock": CLOCKS[self.clock], **more})
 
 
@@ -144,13 +134,21 @@ class Target:
         return "yes" if self.stretch is None or value > self.stretch else "yes, stretch"
 
 
-OURS = "peftfn"
-
-
-def row(case: str, times: Times, *, target: Target | None = None, beyond: str | None = None, note: str = "") -> Json:
+def row(
+    case: str,
+    times: Times,
+    *,
+    target: Target | None = None,
+    beyond: str | None = None,
+    note: str = "",
+    reason: str = "",
+) -> Json:
     """One line of a table: our ratio to every other way of `times`, and the target with whether it is met.
 
-    beyond: the way whose time is taken off both sides of a ratio, so that only what comes on top of it is compared.
+    Args:
+        beyond: the way whose time is taken off both sides of a ratio, so that only what comes on top of it is compared.
+        note: what the reader must know about this line.
+        reason: why the target is out of reach; told only if it is.
     """
     ratios = {
         name: asdict(Ratio.of(times[OURS], t, times[beyond] if beyond else None))
@@ -168,6 +166,9 @@ def row(case: str, times: Times, *, target: Target | None = None, beyond: str | 
     if target is not None:
         met = target.met(ratios[target.against]["median"])
         line["target"] = {**asdict(target), "met": met}
+        if BASE in times and not beyond:  # what an adapter that costs nothing would reach
+            line["floor"] = asdict(Ratio.of(times[BASE], times[target.against]))
+        note = " ".join(filter(None, (note, reason if met == "no" else "")))
     if note:
         line["note"] = note
     show(line)
@@ -176,7 +177,9 @@ def row(case: str, times: Times, *, target: Target | None = None, beyond: str | 
 
 def show(line: Json) -> None:
     """The line on the terminal, as soon as it is measured."""
-    ratios = "  ".join(f"{r['median']:.3f} [{r['q1']:.3f} {r['q3']:.3f}] of {name}" for name, r in line["ratio_to"].items())
+    ratios = "  ".join(
+        f"{r['median']:.3f} [{r['q1']:.3f} {r['q3']:.3f}] of {name}" for name, r in line["ratio_to"].items()
+    )
     target = line.get("target")
     goal = f"  target {target['at_most']:g} of {target['against']}: {target['met']}" if target else ""
     ms = ", ".join(f"{name} {t:.3g}" for name, t in line["median_ms"].items())

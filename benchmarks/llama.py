@@ -1,88 +1,94 @@
 """A whole model, forward and training step: ours against PEFT and the bare base, all seven projections adapted."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft.helpers import DoraCaching
 from torch import Tensor, nn
 
-import peftfn as pf
-from benchmarks.harness import OURS, Json, Options, Target, row
-from benchmarks.models import RULE, agree, grads, leaves, like_peft, llama, method, pair
+from benchmarks.harness import BASE, OURS, Json, Options, Target, row
+from benchmarks.models import agree, grads, leaves, like_peft, llama, pair
 
 Call = Callable[..., Any]
-BASE = "base"
+Ways = dict[str, Callable[[], Any]]
+PEFT = "PEFT"
 
 
 def loss_of(out: Any) -> Tensor:
-    return out.logits.float().square().mean()
-
-
-def step(call: Call, parameters: list[Tensor], ids: Tensor) -> Callable[[], None]:
-    """Forward, backward, gradients dropped: what a training step is without its optimizer."""
-
-    def run() -> None:
-        loss_of(call(input_ids=ids, use_cache=False)).backward()  # type: ignore[no-untyped-call]
-        for p in parameters:
-            p.grad = None
-
-    return run
-
-
-def base_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """The base's share of a step: forward, and the gradient passed back to the first layer's input."""
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
-
-    def run() -> None:
-        loss_of(model(inputs_embeds=embedded, use_cache=False)).backward()  # type: ignore[no-untyped-call]
-        embedded.grad = None
-
-    return run
-
-
-def forward(call: Call, ids: Tensor) -> Callable[[], Any]:
-    def run() -> Any:
-        with torch.no_grad():
-            return call(input_ids=ids, use_cache=False)
-
-    return run
+    """A mean square, of a model's logits or of a plain tensor."""
+    y: Tensor = getattr(out, "logits", out)
+    return y.float().square().mean()
 
 
 class Case:
-    """One base model with one adapter, run in three ways that are checked to compute the same."""
+    """One base model with one adapter, run in three ways that are checked to compute the same.
 
-    def __init__(self, base: nn.Module, dora: bool):
-        self.base = copy.deepcopy(base)
+    base: called as base(x, **options); x are token ids, or the features of a plain module. probe: an x to check with.
+    """
+
+    def __init__(self, base: nn.Module, probe: Tensor, *, dora: bool, **options: Any):
+        self.options, self.base = options, copy.deepcopy(base)
         self.peft, self.net, self.adapter = pair(base, dora)
         self.trained = [p for p in self.peft.parameters() if p.requires_grad]
-        self.check(torch.randint(0, 1000, (2, 16)))
+        self.check(probe)
 
-    def ours(self, **kwargs: Any) -> Any:
-        return self.net.apply(self.adapter, **kwargs)
+    def ours(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net.apply(self.adapter, *args, **kwargs)
 
-    def check(self, ids: Tensor) -> None:
-        """Raise unless PEFT and we give the same logits and the same gradients."""
-        mine, theirs = self.ours(input_ids=ids), self.peft(input_ids=ids)
-        loss_of(mine).backward()  # type: ignore[no-untyped-call]
-        loss_of(theirs).backward()  # type: ignore[no-untyped-call]
-        agree(mine.logits, theirs.logits, "logits")
-        plain = self.base(input_ids=ids).logits
-        assert not torch.allclose(mine.logits, plain, rtol=1e-3, atol=1e-3), "the adapter does nothing: no check at all"
+    def check(self, x: Tensor) -> None:
+        """Raise unless PEFT and we give the same outputs and the same gradients, and others than the base's."""
+        mine, theirs, plain = (loss_and_output(f, x, self.options) for f in (self.ours, self.peft, self.base))
+        agree(mine, theirs, "output")
+        assert (mine - plain).abs().max() > 1e-2 * plain.abs().max(), "the adapter does nothing: this would be no check"
         agree(grads(self.adapter), like_peft(self.peft, self.net, lambda p: p.grad), "gradient")
         for p in [*leaves(self.adapter), *self.trained]:
             p.grad = None
 
-    def steps(self, ids: Tensor) -> dict[str, Call]:
-        return {
-            OURS: step(self.ours, leaves(self.adapter), ids),
-            "PEFT": step(self.peft, self.trained, ids),
-            BASE: base_step(self.base, ids),
-        }
+    def steps(self, x: Tensor) -> Ways:
+        """Forward, backward, gradients dropped: a training step without its optimizer.
 
-    def forwards(self, ids: Tensor) -> dict[str, Call]:
-        ways = {OURS: self.ours, "PEFT": self.peft, BASE: self.base}
-        return {name: forward(call, ids) for name, call in ways.items()}
+        The base's share is its forward pass and the gradient that goes back to the first layer's input.
+        """
+
+        def step(call: Call, parameters: Sequence[Tensor], *args: Any, **kwargs: Any) -> Callable[[], None]:
+            def run() -> None:
+                loss_of(call(*args, **kwargs, **self.options)).backward()  # type: ignore[no-untyped-call]
+                for p in parameters:
+                    p.grad = None
+
+            return run
+
+        if x.is_floating_point():
+            first = x.clone().requires_grad_()
+            base = step(self.base, [first], first)
+        else:
+            first = self.base.get_input_embeddings()(x).requires_grad_()  # type: ignore[operator]
+            base = step(self.base, [first], inputs_embeds=first)
+        return {OURS: step(self.ours, leaves(self.adapter), x), PEFT: step(self.peft, self.trained, x), BASE: base}
+
+    def forwards(self, x: Tensor) -> Ways:
+        return {n: quiet(f, x, **self.options) for n, f in ((OURS, self.ours), (PEFT, self.peft), (BASE, self.base))}
+
+
+def loss_and_output(call: Call, x: Tensor, options: dict[str, Any]) -> Tensor:
+    out = call(x, **options)
+    loss = loss_of(out)
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    y: Tensor = getattr(out, "logits", out)
+    return y.detach()
+
+
+def quiet(call: Call, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """The call without a gradient."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    return run
 
 
 class Linears(nn.Module):
@@ -98,22 +104,65 @@ class Linears(nn.Module):
         return x
 
 
-def run(options: Options) -> list[Json]:
-    rows: list[Json] = []
-
-    def measure(case: str, ways: dict[str, Call], **facts: Any) -> None:
-        rows.append(row(case, options.compare(ways), **facts))
-
-    torch.manual_seed(2)
-    middle, where = llama(4, 512, 1408, 8), "4 layers, d 512, 4×128 tokens"
+def training(options: Options) -> list[Json]:
+    """Four layers of width 512: products of matrices take nearly all of the time."""
+    rows = []
     ids = torch.randint(0, 1000, (4, 128))
-    for name, dora, target in [("LoRA", False, Target("PEFT", 0.95, 0.90)), ("DoRA", True, Target("PEFT", 0.7, 0.6))]:
-        case = Case(middle, ids, dora)
-        measure(f"{name} r16, training step, {where}", case.steps(), target=target)
-        measure(f"{name} r16, forward, {where}", case.forwards())
-    toy, where = llama(32, 256, 704, 4), "32 layers, d 256, 224 sites, one token"
-    for name, dora in [("LoRA", False), ("DoRA", True)]:
-        case = Case(toy, ids[:1, :1], dora)
-        case_rows = options.compare(case.forwards())
-        rows.append(row(f"{name} r16, forward, {where}", case_rows))
+    for name, target in (("LoRA", Target(PEFT, 0.95, 0.90)), ("DoRA", Target(PEFT, 0.7, 0.6))):
+        case = Case(llama(4, 512, 1408, 8), ids[:2, :16], dora=name == "DoRA", use_cache=False)
+        for tokens in (128, 32):
+            what = f"{name} r16, training step, 4 layers, d 512, 4×{tokens} tokens"
+            times = options.compare(case.steps(ids[:, :tokens]))
+            rows.append(row(what, times, target=target, reason="The base's own products bound it: see the floor."))
+        times = options.compare(case.forwards(ids))
+        rows.append(row(f"{name} r16, forward, 4 layers, d 512, 4×128 tokens", times))
     return rows
+
+
+def overhead(options: Options) -> list[Json]:
+    """224 sites and one row: what a call costs besides arithmetic."""
+    eager = Target(PEFT, 0.45)
+    x, where = torch.randn(4, 64), "224 linear layers, d 64, one row"
+    case = Case(Linears(224, 64).requires_grad_(False), x, dora=False)
+    times = options.compare(case.forwards(x[:1]))
+    rows = [
+        row(f"LoRA r16, forward, {where}", times, target=eager),
+        row(f"LoRA r16, forward, {where}: time beyond the base's", times, beyond=BASE),
+        row(f"LoRA r16, training step, {where}", options.compare(case.steps(x[:1]))),
+    ]
+    ids, where = torch.randint(0, 1000, (2, 8)), "32-layer Llama, d 256, 224 sites, one token"
+    case = Case(llama(32, 256, 704, 4), ids, dora=False, use_cache=False)
+    times = options.compare(case.forwards(ids[:1, :1]))
+    rows += [
+        row(f"LoRA r16, forward, {where}", times),
+        row(f"LoRA r16, forward, {where}: time beyond the base's", times, beyond=BASE, target=eager),
+        row(f"LoRA r16, training step, {where}", options.compare(case.steps(ids[:1, :1]))),
+    ]
+    case = Case(llama(32, 256, 704, 4), ids, dora=True, use_cache=False)
+    rows.append(row(f"DoRA r16, forward, {where}", options.compare(case.forwards(ids[:1, :1]))))
+    return [*rows, decode(case, ids[:1, :1], options, where)]
+
+
+def decode(case: Case, x: Tensor, options: Options, where: str) -> Json:
+    """DoRA when serving: ours prepared once, PEFT as it comes and with the norms it can cache in eval mode."""
+    case.peft.eval()
+    case.net.model.eval()
+    case.base.eval()
+    prepared = case.net.prepare({site: {k: t.detach() for k, t in leaf.items()} for site, leaf in case.adapter.items()})
+
+    def cached() -> Any:
+        with DoraCaching():
+            return case.peft(x, **case.options)
+
+    ways = case.forwards(x) | {
+        OURS: quiet(case.net.apply, prepared, x, **case.options),
+        "PEFT in DoraCaching": quiet(cached),
+    }
+    agree(ways[OURS]().logits, ways["PEFT in DoraCaching"]().logits, "prepared")
+    times = options.compare(ways)
+    return row(f"DoRA r16, forward in eval mode, prepared, {where}", times, target=Target(PEFT, 0.25))
+
+
+def run(options: Options) -> list[Json]:
+    torch.manual_seed(2)
+    return training(options) + overhead(options)

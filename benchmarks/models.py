@@ -13,14 +13,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftfn as pf
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RULE = rf"({'|'.join(PROJECTIONS)})\.weight"
+RULE = "|".join(PROJECTIONS)
 RANK, ALPHA = 16, 32
 
 
 def llama(layers: int, d: int, mlp: int, heads: int, vocab: int = 1000, **config: Any) -> LlamaForCausalLM:
     """A random Llama in train mode whose parameters ask for no gradient."""
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": layers, "hidden_size": d, "intermediate_size": mlp, "num_attention_heads": heads}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "hidden_size": d,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+    }
     made = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **sizes, **config))
     return made.requires_grad_(False).train()
 
@@ -29,16 +34,13 @@ def method(dora: bool) -> pf.Method:
     return pf.DoRA(rank=RANK, alpha=ALPHA) if dora else pf.LoRA(rank=RANK, alpha=ALPHA)
 
 
-def peft_config(dora: bool = False) -> LoraConfig:
-    """PEFT's own form of the same: no dropout, every projection."""
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=PROJECTIONS, use_dora=dora)
-
-
 def inject(model: nn.Module, *, dora: bool = False, **options: Any) -> PeftModel:
-    """PEFT's way; it changes `model`. Its FutureWarnings about transformers are its own affair."""
+    """PEFT's form of the same, no dropout; it changes `model`. Its FutureWarnings are its own affair."""
+    targets = PROJECTIONS if isinstance(model, LlamaForCausalLM) else rf"({RULE})\.\d+"
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, use_dora=dora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped = get_peft_model(model, peft_config(dora), **options)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config, **options)  # type: ignore[arg-type]
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
@@ -72,9 +74,9 @@ def like_peft(theirs: PeftModel, net: pf.Adapted, read: Callable[[nn.Parameter],
 
 def agree(ours: Any, theirs: Any, what: str, tolerance: float = 1e-4) -> None:
     """Raise unless two tensors, or trees of tensors, are equal up to `tolerance` of the largest entry."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), what
-        for name in theirs:
+    if isinstance(theirs, dict | list):
+        assert len(ours) == len(theirs), what
+        for name in theirs if isinstance(theirs, dict) else range(len(theirs)):
             agree(ours[name], theirs[name], f"{what} {name}", tolerance)
         return
     error, size = (ours - theirs).abs().max(), theirs.abs().max()

@@ -12,7 +12,7 @@ from peftfn.method import Method
 from peftfn.plan import Adapter, Entry, Plan, draw, make, wide
 from peftfn.rng import Rng
 from peftfn.skeleton import Skeleton
-from peftfn.weight import AdaptedWeight
+from peftfn.weight import AdaptedWeight, dense
 
 
 def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "Adapted":
@@ -106,7 +106,7 @@ class Adapted:
             ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
         """
         self.plan.check(stacked, lead=1)
-        return self._run(stacked, Rows.of(index, stack_size(stacked)), args, kwargs, params, method)
+        return self._run(stacked, Rows.of(index, stack_size(stacked), (args, kwargs)), args, kwargs, params, method)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """{site: change of the parameter, in its own shape}, in fp32 or wider."""
@@ -119,7 +119,7 @@ class Adapted:
         return out
 
     def bias_deltas(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-        """{site: change of its layer's bias} where a method changes it, in fp32 or wider; a missing bias counts as zero."""
+        """{site: change of its layer's bias} where a method changes it, in fp32 or wider; no bias counts as zeros."""
         self.plan.check(adapter)
         weights, out = self._weights(), {}
         for name in self._biases:
@@ -152,7 +152,7 @@ class Adapted:
                 )
         out = dict(weights)
         for name, value in self._adapted(adapter, weights.get).items():
-            merged = value.dense() if isinstance(value, AdaptedWeight) else value
+            merged = dense(value)
             if check_finite and not merged.isfinite().all():
                 bad = int((~merged.isfinite()).sum())
                 raise ValueError(
@@ -192,15 +192,22 @@ class Adapted:
         try:
             skeleton.refresh()
             before = skeleton.open()
+            versions = [] if torch.compiler.is_compiling() else skeleton.versions()
             try:
                 if params:
                     skeleton.put(params)
                 for name, value in self._adapted(adapter, skeleton.__getitem__, rows).items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
-                return call(*args, **kwargs)
+                out = call(*args, **kwargs)
             finally:
                 skeleton.close(before)
+            if versions and skeleton.versions() != versions:
+                raise RuntimeError(
+                    f"{', '.join(skeleton.written(versions))}: the model's own forward writes this parameter in "
+                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=."
+                )
+            return dense(out)
         finally:
             if not torch.compiler.is_compiling():
                 self._idle.append(skeleton)
@@ -219,16 +226,18 @@ class Adapted:
         out: dict[str, Any] = {}
         for name, entry in entries.items():
             w = weight(name)
-            if w.shape != entry.site.shape:
+            if w is None or w.shape != entry.site.shape:
+                now = None if w is None else list(w.shape)
                 raise ValueError(
-                    f"{name}: the model's parameter has shape {list(w.shape)} now; it was {list(entry.site.shape)} "
-                    "when it was adapted. Call adapt again."
+                    f"{name}: the model's parameter has shape {now} now; it was {list(entry.site.shape)} when it was "
+                    "adapted. Call adapt again."
                 )
             bank = self._bank(entry, adapter)
             if rows is not None:
                 out[name] = MixedWeight(entry, adapter[name], bank, w, rows)
             else:
-                out[name] = AdaptedWeight(entry, *entry.tensors(adapter[name], bank, entry.site.canonical(w)), w)
+                weight_now = AdaptedWeight(entry, *entry.tensors(adapter[name], bank, entry.site.canonical(w)), w)
+                out[name] = weight_now.dense() if entry.site.kind == "other" else weight_now
         for name, slot in self._biases.items():
             b = out[slot] if slot in out else weight(slot)
             new = _adapted_bias(out[name], b) if rows is None else out[name].bias(b)
@@ -238,6 +247,5 @@ class Adapted:
 
 
 def _adapted_bias(weight: AdaptedWeight, b: Any) -> Tensor | None:
-    b = b.dense() if isinstance(b, AdaptedWeight) else b
     new = weight.method.bias(weight.p, None if b is None else wide(b))
     return None if new is None else new.to(weight.dtype if b is None else b.dtype)

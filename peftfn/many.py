@@ -11,6 +11,7 @@ from torch.func import vmap
 
 from peftfn.method import Leaf, Method, Product
 from peftfn.plan import Entry, wide
+from peftfn.transform import backward_task
 from peftfn.weight import AdaptedWeight, Slot
 
 
@@ -68,9 +69,10 @@ class Rows:
     index: Tensor  # [rows], −1 is the base
     count: int  # adapters in the stack
     known: list[int] | None  # the index on the host; None while compiling
+    inputs: frozenset[int] = frozenset()  # storages of the call's own tensors, which do have the rows in front
 
     @classmethod
-    def of(cls, index: Any, count: int) -> "Rows":
+    def of(cls, index: Any, count: int, inputs: Any = ()) -> "Rows":
         t = index if isinstance(index, Tensor) else torch.tensor(index)
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
             raise ValueError(
@@ -82,7 +84,9 @@ class Rows:
         for row, k in enumerate(known):
             if not -1 <= k < count:
                 raise ValueError(f"mixed: row {row} asks for adapter {k}; the stack has {count} (−1 is the base)")
-        return cls(t, count, known)
+        storages: list[int] = []
+        _visit(inputs, lambda v: storages.append(v.untyped_storage().data_ptr()) if isinstance(v, Tensor) else None)
+        return cls(t, count, known, frozenset(storages))
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -139,15 +143,17 @@ class _Mixed(Slot):
     @classmethod
     def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
         found: list[_Mixed] = []
+        candidates: list[Tensor] = []
         _visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
-        rows, cut_any = found[0].rows, []
-        _visit((args, kwargs), lambda v: cut_any.append(v) if _has_rows(v, rows) else None)
-        if not cut_any:
-            raise found[0].lost(f"{getattr(func, '__name__', func)} sees the weight without the rows")
+        rows = found[0].rows
+        _visit((args, kwargs), lambda v: candidates.append(v) if _may_have(v, rows) else None)
+        if not candidates or func in _ROWS_ELSEWHERE:
+            raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
+        most = max(t.dim() for t in candidates)  # statistics and the like may be as long as the batch by chance
 
         def run(k: int, cut: Callable[[Tensor], Tensor]) -> Tensor:
             def swap(v: Any) -> Any:
-                return v.value(k) if isinstance(v, _Mixed) else cut(v) if _has_rows(v, rows) else v
+                return v.value(k) if isinstance(v, _Mixed) else cut(v) if _may_have(v, rows) and v.dim() == most else v
 
             return func(*_map(args, swap), **_map(kwargs, swap))
 
@@ -160,8 +166,18 @@ class _Mixed(Slot):
         raise self.lost("the model indexes the weight")
 
 
-def _has_rows(v: Any, rows: Rows) -> bool:
+_ROWS_ELSEWHERE = frozenset(
+    [torch.nn.functional.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu]
+)
+
+
+def _may_have(v: Any, rows: Rows) -> bool:
     return isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == len(rows)
+
+
+def _is_square(ids: Tensor) -> bool:
+    """[n, n] indices, whose first dimension may be the rows or not."""
+    return not ids.is_floating_point() and ids.dim() == 2 and ids.shape[0] == ids.shape[1] > 1
 
 
 def _visit(tree: Any, see: Callable[[Any], Any]) -> None:
@@ -183,6 +199,7 @@ class MixedWeight(_Mixed):
 
     def __init__(self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor, rows: Rows):
         self.entry, self.w, self.rows = entry, w, rows
+        self.task = -1 if torch.compiler.is_compiling() else backward_task()
         self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
 
     def value(self, k: int) -> Tensor:
@@ -192,6 +209,8 @@ class MixedWeight(_Mixed):
         return AdaptedWeight(self.entry, self.method, _take(self.p, self.axes, lambda t: t[k]), self.w)
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
+        if self.rows.known is not None and _is_square(x) and x.untyped_storage().data_ptr() not in self.rows.inputs:
+            raise self.lost(f"its indices {list(x.shape)} are none of the call's inputs (relative positions, say)")
         return self._by_row(x, lambda weight, x: weight.product(x, dot), lambda x: dot(x, self.canonical()), "product")
 
     def linear(self, x: Tensor) -> Tensor:
@@ -250,6 +269,7 @@ class MixedBias(_Mixed):
 
     def __init__(self, label: str, values: Tensor, w: Tensor, rows: Rows):
         self.label, self.values, self.w, self.rows = label, values, w, rows
+        self.task = -1 if torch.compiler.is_compiling() else backward_task()
 
     @property
     def name(self) -> str:
@@ -262,7 +282,7 @@ class MixedBias(_Mixed):
         rows = self.rows.gather(self.values)
         if self.rows.has_base():
             rows = self.rows.where_base(self.w.expand_as(rows), rows)
-        return y + rows.view(len(self.rows), *[1] * (y.dim() - 2), -1)
+        return y + rows.to(y.dtype).view(len(self.rows), *[1] * (y.dim() - 2), -1)
 
 
 def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dict[str, Any], dict[str, Any]]:
@@ -274,7 +294,7 @@ def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dic
         fixed[:] = [method, _split(p, entry, False)]
         return _split(p, entry, True)
 
-    varying = vmap(one, randomness="different")(leaf, bank) if leaf else one(leaf, bank)
+    varying = vmap(one, randomness="different")(leaf, bank) if leaf or bank else one(leaf, bank)
     method, constant = fixed
     return method, *_joined(varying, constant)
 

@@ -15,6 +15,7 @@ from peftfn.combine import is_expression, resolve, terms
 from peftfn.method import Leaf, Method
 from peftfn.rng import Rng
 from peftfn.site import Site, sites
+from peftfn.transform import exactly
 
 Adapter = dict[str, Leaf]
 """site name (or bank name) → trainable tensors"""
@@ -48,8 +49,12 @@ class Entry:
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
         if not is_expression(leaf):
-            return self.method, self._prepare(leaf, bank, w=w)
-        return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
+            if not self.method.overrides("prepare"):
+                return self.method, self._prepare(leaf, bank, w=w)
+            with exactly(w):
+                return self.method, self._prepare(leaf, bank, w=w)
+        with exactly(w):
+            return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
 
     def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
         dtype = torch.promote_types(w.dtype, torch.float32)
@@ -72,7 +77,8 @@ class Entry:
 
     def delta(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
-        return (vmap(method.delta, (self.axes(p), 0)) if self.site.stacked else method.delta)(p, wide(w))
+        with exactly(w):
+            return (vmap(method.delta, (self.axes(p), 0)) if self.site.stacked else method.delta)(p, wide(w))
 
     def dense(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""

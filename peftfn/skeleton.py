@@ -7,6 +7,7 @@ it writes there. One skeleton serves one call at a time, so threads cannot colli
 
 import copy
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftfn.plan import near
-from peftfn.transform import under_transform
+from peftfn.transform import backward_task, under_transform
+from peftfn.weight import OUTLIVED, Slot
 
-Slot = tuple[MutableMapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
+Place = tuple[MutableMapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -34,29 +36,30 @@ class Skeleton:
         self._build()
 
     def _build(self) -> None:
-        base = list(self.base.modules())
-        self.root = _copy(self.base)
-        self.pairs = list(zip(base, self.root.modules(), strict=True))
-        self.parameters: list[Slot] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
-        self.buffers: list[Slot] = [
-            (b._buffers, s._buffers, k) for b, s in self.pairs for k, t in b._buffers.items() if t is not None
-        ]
-        self.buffers += [
-            (vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if isinstance(t, Tensor)
-        ]
+        modules, loose = _reachable(self.base)
+        named = dict(self.base.named_modules(remove_duplicate=False))
+        for name in self.sites:
+            module, _, key = name.rpartition(".")
+            if module not in named or key not in named[module]._parameters:
+                raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
+        self.loose = [(p, p.detach()) for p in loose]
+        self.root, copies = _copy(self.base, modules, {id(p): alias for p, alias in self.loose})
+        self.pairs = list(zip(modules, copies, strict=True))
+        self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
+        self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
+        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if _is_plain(t)]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
-        self.renormed: list[MutableMapping[str, Any]] = [
-            s._parameters for _, s in self.pairs if getattr(s, "max_norm", None) is not None
-        ]
+        self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
         self.flags = [(b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float)]) for b, s in self.pairs]
-        modules = dict(self.root.named_modules(remove_duplicate=False))
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
-            n: (m._parameters, k) for p, m in modules.items() for k in m._parameters for n in [f"{p}.{k}" if p else k]
+            f"{prefix}.{k}" if prefix else k: (m._parameters, k)
+            for prefix, m in self.root.named_modules(remove_duplicate=False)
+            for k in m._parameters
         }
         self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
-        for name in self.sites:
-            slots, k = self.slots[name]
-            slots[k] = _Released.of(name)
+        for name, (slots, k) in self.slots.items():
+            if slots[k] is not None or name in self.sites:
+                slots[k] = _Released.of(name)
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -71,13 +74,25 @@ class Skeleton:
             (operator.itemgetter(*keys), vars(m)) for pair, keys in zip(self.pairs, own, strict=True) for m in pair
         ]
         self.getters, self.dicts = zip(*watched, strict=True)
-        self.counted = [d for b, s in self.pairs for d in (vars(b), vars(s), b._modules, b._parameters, b._buffers)]
+        self.children = [b._modules for b, _ in self.pairs]
+        self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
         self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
-        self.seen, self.size = tuple(self._now()), sum(map(len, self.counted))
+        held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
+        self.containers = [(d, k, _clone(d[k])) for d, k in held if isinstance(d[k], list | dict | set)]
+        self.seen = tuple(self._values())
+        self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
 
-    def _now(self) -> Iterator[Any]:
+    def _values(self) -> Iterator[Any]:
         yield from chain.from_iterable(map(operator.call, self.getters, self.dicts))
-        yield from chain.from_iterable(b._modules.values() for b, _ in self.pairs)
+        yield from chain.from_iterable(map(dict.values, self.children))
+
+    def _same_structure(self) -> bool:
+        return (
+            sum(map(len, self.dicts)) == self.size
+            and list(chain.from_iterable(self.named)) == self.keys
+            and all(_equal(d[k], was) for d, k, was in self.containers)
+            and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
+        )
 
     def refresh(self) -> None:
         """Take over modes and plain attributes of the base; copy a base of changed structure anew."""
@@ -87,20 +102,18 @@ class Skeleton:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
             return
-        if sum(map(len, self.counted)) == self.size and not any(map(operator.is_not, self._now(), self.seen)):
+        if self._same_structure() and not any(map(operator.is_not, self._values(), self.seen)):
             return
         for ours, before in self.initial:  # what a forward pass left behind
             ours.clear()
             ours.update(before)
-        same = sum(map(len, self.counted)) == self.size
-        if not same or any(
-            v is not old and v.__class__ not in _PLAIN for v, old in zip(self._now(), self.seen, strict=True)
+        if not self._same_structure() or any(
+            v is not old and v.__class__ not in _PLAIN for v, old in zip(self._values(), self.seen, strict=True)
         ):
             self._build()
             return
         for b, s in self.pairs:
-            theirs, ours = vars(b), vars(s)
-            ours.update({k: v for k, v in theirs.items() if v.__class__ in _PLAIN})
+            vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in _PLAIN})
         self._watch()
 
     # A call: fill the slots, run, restore.
@@ -113,9 +126,9 @@ class Skeleton:
         for theirs, ours, k in self.parameters:
             p = theirs[k]
             ours[k] = p.detach() if p is not None and p.requires_grad else p
-        for slots in self.renormed:  # F.embedding would renormalise the base's rows in place
-            if slots["weight"] is not None:
-                slots["weight"] = slots["weight"].clone()
+        for embedding in self.embeddings:
+            if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
+                embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
 
@@ -123,6 +136,17 @@ class Skeleton:
         self.restore(before)
         if not torch.compiler.is_compiling():
             self.lock.release()
+
+    def versions(self) -> list[int]:
+        """How often each of the base's parameters was written to; a forward pass must not."""
+        tensors = [theirs[k] for theirs, _, k in self.parameters]
+        return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+
+    def written(self, versions: list[int]) -> list[str]:
+        """The parameters written to since `versions`."""
+        slots = [(id(ours), k) for _, ours, k in self.parameters]
+        odd = {slot for slot, old, new in zip(slots, versions, self.versions(), strict=True) if old != new}
+        return [name for name, (ours, k) in self.slots.items() if (id(ours), k) in odd]
 
     def __getitem__(self, name: str) -> Any:
         slots, k = self.slots[name]
@@ -162,13 +186,16 @@ class Skeleton:
             ours[k] = value
 
     def _fill_buffers(self) -> None:
-        """A copy of each buffer that changed since it was last copied, in the base or by an earlier call."""
+        """A copy of each buffer. One of integers (a mask, positions) is copied again only when it was written to; for
+        the others versions tell nothing, since BatchNorm's kernel writes its statistics without counting."""
         for i, (theirs, ours, k) in enumerate(self.buffers):
             t = theirs[k]
-            if torch.compiler.is_compiling() or t.is_inference():
-                ours[k] = t.clone()
-            elif not _same(self.clones[i], t, ours[k]):
+            if t is None:
+                ours[k] = None
+            elif torch.compiler.is_compiling() or t.is_inference() or t.is_floating_point():
                 ours[k] = t.detach().clone()
+            elif not _same(self.clones[i], t, ours[k]):
+                ours[k] = t.clone()
                 self.clones[i] = (t, t._version, ours[k], ours[k]._version)
 
     @contextmanager
@@ -176,10 +203,15 @@ class Skeleton:
         with self.lock:
             before = self.snapshot()
             self.restore(values)
+            tasks = [(v, v.task) for v in values if isinstance(v, Slot)]
+            for v, _ in tasks:
+                v.task = backward_task()
             try:
                 yield
             finally:
                 self.restore(before)
+                for v, task in tasks:
+                    v.task = task
 
     def _checkpoint(self, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
@@ -196,13 +228,29 @@ class Skeleton:
 _STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
 
 
+def _clone(v: Any) -> Any:
+    """A copy of nested lists, dicts and sets that shares everything else."""
+    if type(v) is list:
+        return [_clone(x) for x in v]
+    if type(v) is dict:
+        return {k: _clone(x) for k, x in v.items()}
+    return set(v) if type(v) is set else v
+
+
+def _equal(v: Any, was: Any) -> bool:
+    try:
+        return bool(v == was)
+    except (RuntimeError, ValueError, TypeError):  # tensors in it, that are not the same objects any more
+        return False
+
+
 def _own(attributes: dict[str, Any]) -> list[str]:
     """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
     return [k for k in attributes if k not in _STANDARD]
 
 
 class _Released(Tensor):
-    """Stands in an adapted slot between calls: whatever computes with it has outlived its call.
+    """Stands in a parameter's slot between calls: whatever computes with it has outlived its call.
 
     An empty tensor on the meta device rather than any object, because the compiler takes stock of all parameters.
     """
@@ -222,11 +270,7 @@ class _Released(Tensor):
         name = next(
             (t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight"
         )
-        raise RuntimeError(
-            f"{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the "
-            "adapter has left the model again: turn checkpointing on with the model's gradient_checkpointing_enable(), "
-            "which peftfn follows, or wrap the whole of net.apply in torch.utils.checkpoint."
-        )
+        raise RuntimeError(OUTLIVED.format(name=name))
 
 
 _LOOKS = frozenset(
@@ -238,23 +282,66 @@ def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
     return clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version
 
 
-def _shared(module: nn.Module) -> Iterator[Any]:
-    """What a copy shares with its original: tensors, hooks (they are the owner's) and settings."""
-    yield from (t for t in module._parameters.values() if t is not None)
-    yield from (t for t in module._buffers.values() if t is not None)
-    for name, value in vars(module).items():
-        if (
-            isinstance(value, Tensor)
-            or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
-            or type(value).__name__.endswith("Config")
-        ):
-            yield value
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    keep = [value for module in model.modules() for value in _shared(module)]
+def _reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
+
+    Raises TypeError for an attribute that is a function over one of the modules: a copy of it would run the original.
+    """
+    modules = dict.fromkeys(model.modules())
+    loose: dict[nn.Parameter, None] = {}
+    functions: list[tuple[nn.Module, str, Any]] = []
+
+    def look(value: Any, where: nn.Module, key: str) -> None:
+        if isinstance(value, nn.Module):
+            fresh = [m for m in value.modules() if m not in modules]
+            modules.update(dict.fromkeys(fresh))
+            for m in fresh:
+                scan(m)
+        elif isinstance(value, nn.Parameter):
+            loose[value] = None
+        elif isinstance(value, list | tuple | set):
+            for v in value:
+                look(v, where, key)
+        elif isinstance(value, dict):
+            for v in value.values():
+                look(v, where, key)
+        elif isinstance(value, types.FunctionType) and value.__closure__:
+            functions.append((where, key, value))
+
+    def scan(module: nn.Module) -> None:
+        for key, value in vars(module).items():
+            if key not in _STANDARD:
+                look(value, module, key)
+
+    for module in list(modules):
+        scan(module)
+    for where, key, function in functions:
+        for cell in function.__closure__ or ():
+            held = getattr(cell.cell_contents, "__self__", cell.cell_contents)
+            if isinstance(held, nn.Module) and held in modules:
+                raise TypeError(
+                    f"{type(where).__name__}.{key} is a function that holds a {type(held).__name__} of the model; "
+                    "calls run on a copy of the model's structure, and this would lead back to the model. Make it a method, "
+                    "or pass the module as an argument."
+                )
+    return list(modules), list(loose)
+
+
+def _copy(model: nn.Module, modules: list[nn.Module], aliases: dict[int, Tensor]) -> tuple[nn.Module, list[nn.Module]]:
+    """A copy of the structure, and the copy of each of `modules`. Tensors, hooks and settings are not copied."""
+    memo: dict[int, Any] = {}
+    keep = []
+    for module in modules:
+        keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        keep += [v for k, v in vars(module).items() if _is_plain(v) or k.endswith(_HOOKS) or _is_setting(v)]
+    memo = {id(value): value for value in keep} | aliases
     try:
-        return copy.deepcopy(model, {id(value): value for value in keep})
+        root = copy.deepcopy(model, memo)
+        return root, [copy.deepcopy(m, memo) for m in modules]
     except Exception as e:
         raise TypeError(
             f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
@@ -262,7 +349,15 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from e
 
 
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+def _is_setting(value: Any) -> bool:
+    return type(value).__name__.endswith("Config")
+
+
 def _culprit(model: nn.Module, keep: list[Any]) -> str:
+    """The attribute that cannot be copied."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers", "_modules"):

@@ -1,5 +1,8 @@
 """What is going on around a call: a torch.func transform, forward-mode differentiation, a compiler."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,3 +20,13 @@ def eager(x: Tensor) -> bool:
 
 def autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast switched off: what depends on parameters alone is computed in their own precision."""
+    return torch.autocast(x.device.type, enabled=False) if autocast(x) else nullcontext()
+
+
+def backward_task() -> int:
+    """Which backward pass this code runs in; −1 outside of any."""
+    return torch._C._current_graph_task_id()

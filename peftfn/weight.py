@@ -17,13 +17,24 @@ from torch.nn import functional as F
 
 from peftfn.method import LINEAR, Method, Product
 from peftfn.plan import Entry, wide
-from peftfn.transform import autocast
+from peftfn.transform import autocast, backward_task, exactly
+
+OUTLIVED = (
+    "{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the tensors of the "
+    "call have left the model: turn checkpointing on with the model's gradient_checkpointing_enable(), which peftfn "
+    "follows, or wrap the whole of net.apply in torch.utils.checkpoint."
+)
 
 
 class Slot:
-    """Whatever stands in a parameter's slot during a call: what it is asked for by torch, and where that goes."""
+    """Whatever stands in a parameter's slot during a call: what it is asked for by torch, and where that goes.
 
-    __slots__ = ("entry", "w")
+    task: the backward pass in which the call runs (−1: none). A recomputation that belongs to another call comes in
+    another one, and must not read this call's weights.
+    """
+
+    __slots__ = ("entry", "task", "w")
+    task: int
     multiplies = True  # has `linear` and `product`
     entry: Entry
     w: Tensor
@@ -37,6 +48,8 @@ class Slot:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling():
+            _check(args, kwargs)
         product = _PRODUCTS.get(func)
         out = NotImplemented if product is None else product(*args, **(kwargs or {}))
         return cls._call(func, args, kwargs or {}) if out is NotImplemented else out
@@ -88,7 +101,10 @@ def _operators() -> None:
 
     def make(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
         def operate(self: Slot, *others: Any) -> Any:
-            return type(self)._call(function, (*others, self) if reflected else (self, *others), {})
+            args = (*others, self) if reflected else (self, *others)
+            if not torch.compiler.is_compiling():
+                _check(args, None)
+            return type(self)._call(function, args, {})
 
         return operate
 
@@ -113,6 +129,7 @@ class AdaptedWeight(Slot):
 
     def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor):
         self.entry, self.method, self.p, self.w = entry, method, p, w
+        self.task = -1 if torch.compiler.is_compiling() else backward_task()
 
     def dense(self) -> Tensor:
         return self.entry.dense(self.method, self.p, self.w)
@@ -132,19 +149,19 @@ class AdaptedWeight(Slot):
     def _matrix(self) -> Tensor:
         """The dense adapted weight in canonical orientation."""
         m = self.canonical()
-        dense: Tensor = (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
-        return dense
+        with exactly(m):
+            return (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
 
     def rowed(self, x: Tensor) -> Tensor:
         """x [n, in] with the rows of the batch in the first dimension; they matter in mixed batches alone."""
         return x
 
     def added_to(self, y: Tensor) -> Tensor:
-        return y + self.dense()
+        return y + self.dense().to(y.dtype)
 
     @classmethod
     def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*_dense(args), **_dense(kwargs))
+        return func(*dense(args), **dense(kwargs))
 
     def _attribute(self, name: str) -> Any:
         return getattr(self.dense(), name)
@@ -152,7 +169,7 @@ class AdaptedWeight(Slot):
     def __getitem__(self, index: Any) -> Any:
         if self.entry.site.stacked and _picks_one(index):
             return _Expert(self, index)
-        return self.dense()[_dense(index)]
+        return self.dense()[dense(index)]
 
     def __repr__(self) -> str:
         return f"AdaptedWeight({self.name} {list(self.w.shape)}, {self.method})"
@@ -174,7 +191,7 @@ class _Expert(AdaptedWeight):
         return self._matrix().mT if self.entry.site.kind == "stack_t" else self._matrix()
 
     def __getitem__(self, index: Any) -> Any:
-        return self.dense()[_dense(index)]
+        return self.dense()[dense(index)]
 
 
 def _pick(p: dict[str, Any], common: frozenset[str], index: Any) -> dict[str, Any]:
@@ -188,14 +205,29 @@ def _picks_one(index: Any) -> bool:
     return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point())
 
 
-def _dense(tree: Any) -> Any:
-    """The arguments with every adapted weight in them made dense."""
+def _check(args: Any, kwargs: Any) -> None:
+    """Raise where reading the weight now would give a wrong value or a wrong gradient."""
+    now, in_function = backward_task(), not torch._C._is_fwd_grad_enabled()
+    for v in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(v, Slot):
+            if v.task != now:
+                raise RuntimeError(OUTLIVED.format(name=v.name))
+            if in_function:
+                raise RuntimeError(
+                    f"{v.name}: passed to a torch.autograd.Function, which hides its gradient from the adapter. Call "
+                    "the model on merged parameters, torch.func.functional_call(model, net.merge(adapter), …): they "
+                    "are ordinary tensors, differentiable in the adapter."
+                )
+
+
+def dense(tree: Any) -> Any:
+    """Nested arguments with every adapted weight in them made dense."""
     if isinstance(tree, AdaptedWeight):
         return tree.dense()
-    if isinstance(tree, dict):
-        return {k: _dense(v) for k, v in tree.items()}
+    if type(tree) is dict:
+        return {k: dense(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple) and type(tree) in (list, tuple):
-        return type(tree)(_dense(v) for v in tree)
+        return type(tree)(dense(v) for v in tree)
     return tree
 
 
@@ -219,7 +251,7 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
 
 
 def _plus(y: Tensor, bias: Any) -> Tensor:
-    return y if bias is None else bias.added_to(y) if isinstance(bias, Slot) else y + bias
+    return y if bias is None else bias.added_to(y) if isinstance(bias, Slot) else y + bias.to(y.dtype)
 
 
 def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
@@ -254,9 +286,13 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not _is(weight, ids, frozenset({"embedding"})) or max_norm is not None or scale_grad_by_freq or sparse:
+    if not _is(weight, ids, frozenset({"embedding"})) or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
-    return weight.product(ids, lambda ids, m: F.embedding(ids, m.mT, padding_idx))
+    y = weight.product(ids, lambda ids, m: F.embedding(ids, m.mT))  # no sparse gradient: the weight is no leaf
+    if padding_idx is None:
+        return y
+    padding = ids == (padding_idx if padding_idx >= 0 else len(weight) + padding_idx)
+    return torch.where(padding[..., None], y.detach(), y)  # the padding row gets no gradient
 
 
 def _conv(conv: Any, dims: int) -> Callable[..., Any]:

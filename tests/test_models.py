@@ -174,10 +174,8 @@ def test_a_mixed_batch_is_one_call_a_row_or_an_error(case: Case, kind: str) -> N
 
 
 @LOOPS
-@SOME
+@pairs(["lora", "dora", "matrices_lora", "everything_full"], [c for c in CASES if c.vmap])
 def test_vmap_over_adapters_is_a_loop(case: Case, kind: str) -> None:
-    if not case.vmap:
-        pytest.skip("its forward branches on data, or its recurrent kernel has no batching rule")
     _, net = adapted(case, kind)
     many = [random(net, s) for s in (1, 2)]
     args, kwargs = cut(case)

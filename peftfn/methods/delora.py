@@ -49,7 +49,7 @@ class DeLoRA(_LowRank):
         return self.init_weights == "default"
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
-        return {"n": torch.linalg.vector_norm(w, dim=0, dtype=rng.dtype)}
+        return {"n": torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, rng.dtype)), dim=0)}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r = w.shape, self.rank

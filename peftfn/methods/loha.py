@@ -20,7 +20,7 @@ class LoHa(_Lycoris):
     Hyeon-Woo et al., "FedPara", 2021, arXiv:2108.06098; as adapters: LyCORIS, arXiv:2309.14859.
 
     The same matrix is a LoRA of rank², whose factors are all products of columns of A₁, A₂ and of rows of B₁, B₂:
-    small ranks run in that form, on any layer.
+    small ranks run in that form, on any layer. (With a core, PEFT's gradients of A₁ and A₂ are wrong; these are not.)
 
     Args:
         rank: inner dimension of each of the two products.
@@ -71,7 +71,7 @@ class LoHa(_Lycoris):
             b2 = rng.kaiming if self.init_weights == "random" else rng.zeros
             leaf = {"a1": rng.kaiming(*a), "b1": rng.kaiming(*b), "a2": rng.kaiming(*a), "b2": b2(*b)}
         cores = {k: rng.kaiming(r, r, *window) for k in ("t1", "t2")} if core else {}
-        return leaf | cores | self.magnitude(w)
+        return leaf | cores | self.magnitude(rng, w)
 
     def factors(self, p: Leaf, w: Tensor) -> Leaf:
         (u1, v1), (u2, v2) = (

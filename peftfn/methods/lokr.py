@@ -20,7 +20,8 @@ class LoKr(_Lycoris):
     `decompose_both` is on. x [m, n] becomes W₁ x W₂ᵀ: the large matrix is never made.
 
     Edalati et al., "KronA", 2022, arXiv:2212.10650; as adapters: LyCORIS, arXiv:2309.14859. As in PEFT the scale is
-    alpha/rank also where both matrices are full (LyCORIS takes 1 there).
+    alpha/rank also where both matrices are full (LyCORIS takes 1 there). At a Conv1d, PEFT puts the entries of a full
+    W₂ into other places than the Kronecker product's, and fails with a core; here both are as at any convolution.
 
     Args:
         rank: inner dimension of the low-rank ones; a large one makes W₂ full.
@@ -98,7 +99,7 @@ class LoKr(_Lycoris):
             leaf |= {"a2": rng.kaiming(r, k), "b2": last(r, n), "t2": rng.kaiming(r, r, *window)}
         else:
             leaf |= {"a2": rng.kaiming(k, r), "b2": last(r, n * prod(window))}
-        return leaf | self.magnitude(w)
+        return leaf | self.magnitude(rng, w)
 
     def factors(self, p: Leaf, w: Tensor) -> Leaf:
         small = {"sw1": self.scale * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])}  # [h, m]

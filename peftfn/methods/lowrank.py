@@ -12,7 +12,7 @@ from peftfn.transform import eager
 class _LowRank(Method):
     """`prepare` gives down D [r, in] and up U [out, r]; everything else follows."""
 
-    dropout: float  # probability of dropping an input feature of D in train mode
+    dropout: float = 0.0  # probability of dropping an input feature of D in train mode
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return p["up"] @ p["down"]

@@ -47,9 +47,9 @@ class _Lycoris(Method):
     def change(self, p: Leaf) -> Tensor:
         raise NotImplementedError
 
-    def magnitude(self, w: Tensor) -> Leaf:
+    def magnitude(self, rng: Rng, w: Tensor) -> Leaf:
         """The leaf's part for the weight decomposition."""
-        return {"m": torch.linalg.vector_norm(w.float(), dim=1)} if self.weight_decompose else {}
+        return {"m": torch.linalg.vector_norm(w.to(rng.dtype), dim=1)} if self.weight_decompose else {}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         q = self.factors(p, w)

@@ -1,9 +1,9 @@
 """RandLoRA: W + s·Σ_j B_j diag(λ_j) A diag(γ_j), with random A and B_j frozen: a change of full rank."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -88,6 +88,15 @@ class RandLoRA(_LowRank):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         n, low = p["g"].shape
-        small = (p["l"][:, :, None] * p["A"][:, :, :low] * p["g"]).flatten(0, 1)  # [rank·n, min]
-        large = self.alpha / self.rank * p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
+        scaled = self.alpha / self.rank * p["l"]
+        small = (scaled[:, :, None] * p["A"][:, :, :low] * p["g"]).flatten(0, 1)  # [rank·n, min]
+        large = p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
         return {"down": small, "up": large} if low == w.shape[1] else {"down": large.mT, "up": small.mT}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        sparse = "sparse" if config.get("sparse") else "dense"
+        return replace(super().from_peft(config), density="very_sparse" if config.get("very_sparse") else sparse)
+
+    def to_peft(self) -> dict[str, Any]:
+        return super().to_peft() | {"sparse": self.density == "sparse", "very_sparse": self.density == "very_sparse"}

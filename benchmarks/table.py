@@ -1,0 +1,114 @@
+"""docs/benchmarks.md from benchmarks/results/*.json. The words stand here; every figure comes from the results."""
+
+import json
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, Json
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+HEAD = """\
+# Benchmarks
+
+Made by `python -m benchmarks` (`make bench`) from `benchmarks/results/*.json`; do not edit. `python -m benchmarks
+llama --quick` runs one of them in brief and writes nothing.
+
+Every figure is a **ratio of times**, ours to another way's, as median (lower quartile–upper quartile) of paired ratios:
+below 1 we are faster. The ways take turns in one process, so that both sides of a ratio saw the same machine; threads
+and malloc's thresholds are fixed. Times themselves are in the JSON files; on a shared CPU they mean little.
+All sides run the same job: same values, dtype, shapes and threads; outputs and gradients are compared with PEFT's
+before anything is timed. PEFT runs in train mode without dropout; LoRA and DoRA have rank 16 at every projection.
+
+"target" is what this project set out to reach, "floor" what an adapter that cost nothing would reach (the bare base's
+time over that of the way the target is set against): no implementation gets below it.
+"""
+
+SECTIONS = {
+    "adapt": (
+        "Making an adapted model",
+        "`adapt` + `init` against PEFT's `get_peft_model`. Each run gets a fresh model, made outside the time, because "
+        "PEFT changes it.",
+    ),
+    "llama": (
+        "A whole model",
+        "Random Llamas in fp32. A training step is forward, backward and dropping the gradients, without an optimizer; "
+        "the base's share of it is its forward pass and the gradient with respect to its input. Forward passes run "
+        "without gradients. With one row and one token a call is mostly overhead.",
+    ),
+    "vmap": (
+        "Many adapters in one pass",
+        "`vmap(net.apply)` over a stack of adapters against a loop over them; all of it is ours. One pass saves the "
+        "fixed cost of a call, so the fewer tokens there are, the more it saves.",
+    ),
+}
+
+
+def cell(ratio: Json | None) -> str:
+    if ratio is None:
+        return ""
+    digits = 3 if ratio["median"] < 0.1 else 2
+    return f"{ratio['median']:.{digits}f} ({ratio['q1']:.{digits}f}–{ratio['q3']:.{digits}f})"
+
+
+def goal(row: Json) -> list[str]:
+    """The cells of target, floor and "met"."""
+    target = row.get("target")
+    if target is None:
+        return ["", "", ""]
+    stretch = f" (stretch {target['stretch']:g})" if target["stretch"] is not None else ""
+    floor = f"{row['floor']['median']:.2f}" if "floor" in row else ""
+    return [f"≤ {target['at_most']:g} of {target['against']}{stretch}", floor, f"**{target['met']}**"]
+
+
+def table(rows: list[Json]) -> list[str]:
+    """The rows as Markdown, a column for every way that ours is compared with; notes below."""
+    ways = list(dict.fromkeys(way for row in rows for way in row["ratio_to"]))
+    lines = [["", *(f"to {way}" for way in ways), "target", "floor", "met"]]
+    lines.append(["---"] * len(lines[0]))
+    notes: list[str] = []
+    for row in rows:
+        mark = ""
+        if row.get("note"):
+            if row["note"] not in notes:
+                notes.append(row["note"])
+            mark = f" [{notes.index(row['note']) + 1}]"
+        lines.append([row["case"] + mark, *(cell(row["ratio_to"].get(way)) for way in ways), *goal(row)])
+    below = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [text for note in below for text in ("", note)]
+
+
+def conditions(record: Json) -> str:
+    e = record["environment"]
+    versions = ", ".join(f"{name} {e[name]}" for name in ("peftfn", "torch", "peft", "transformers"))
+    clock = "" if e["clock"] == "wall" else f", {e['clock']} time"
+    repeats = sorted({row["repeats"] for row in record["rows"]})
+    return (
+        f"{e['date']}, Python {e['python']}, {versions}, {e['machine']} with {e['cpu_capability']}, "
+        f"{e['cpu_count']} CPUs, {e['threads']} threads{clock}, load average {e['load_average']} at the end, "
+        f"{'/'.join(map(str, repeats))} repetitions."
+    )
+
+
+def render(records: list[Json]) -> str:
+    known = list(SECTIONS)
+    order = sorted(records, key=lambda r: (known.index(r["name"]) if r["name"] in known else len(known), r["name"]))
+    parts = [HEAD]
+    for record in order:
+        title, words = SECTIONS.get(record["name"], (record["name"], ""))
+        lines = [f"## {title}", "", *([words, ""] if words else []), *table(record["rows"]), "", conditions(record), ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def read(folder: Path = RESULTS) -> list[Json]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def write(folder: Path = RESULTS, path: Path = DOCS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(read(folder)))
+    return path
+
+
+if __name__ == "__main__":
+    print(write().name)

@@ -1,0 +1,169 @@
+"""PEFT's names of tensors in a file, and the shapes it gives them at each kind of layer."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.formats.peft_config import listed
+from peftfn.method import Leaf, Method
+from peftfn.plan import near
+from peftfn.rng import Rng
+from peftfn.site import Site, sites
+
+PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_EMBEDDING = re.compile(r"^(lora|hira)_([AB])(\.weight)?$|^(oft)_(R\.weight)$")
+_KERNEL = frozenset({"lora_A.weight", "hira_A"})  # [r, in, *kernel] at a convolution
+_POINT = frozenset({"lora_B.weight", "hira_B"})  # [out, r, 1, …] at a convolution
+_CHANNEL = frozenset({"ia3_l", "lora_magnitude_vector"})  # [1, n, 1, …] at a convolution
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site as PEFT writes it: keys are `base_model.model.<path>.<key>`."""
+
+    site: Site
+    path: str  # with `base_layer` where PEFT wraps a layer twice
+    module: str  # the name its patterns are matched with
+
+    def key(self, key: str) -> str:
+        """The method's key at this kind of layer."""
+        if self.site.kind == "embedding" and (m := _EMBEDDING.match(key)):
+            return f"{m[1]}_embedding_{m[2]}" if m[1] else f"{m[4]}_embedding_{m[5]}"
+        return key
+
+    def full(self, key: str) -> str:
+        return f"{PREFIX}{self.path}.{self.key(key)}"
+
+    def write(self, key: str, t: Tensor) -> Tensor:
+        """t in the shape that PEFT's layer has it in."""
+        site, point = self.site, (1,) * (len(self.site.shape) - 2)
+        if site.stacked:  # [e, r, in] → [e·r, in] and [e, out, r] → [out, r·e], expert fastest
+            return t.flatten(0, 1) if key == "lora_A.weight" else t.permute(1, 2, 0).flatten(1)
+        if site.kind == "conv" and key in _KERNEL:
+            return t.reshape(-1, *site.shape[1:])
+        if site.kind == "conv" and key in _POINT:
+            return t.reshape(*t.shape, *point)
+        if site.kind == "conv" and key in _CHANNEL:
+            return t.reshape(1, t.numel(), *point)
+        if site.kind == "conv" and key == "boft_s":
+            return t.reshape(1, -1)
+        return t
+
+    def read(self, key: str, t: Tensor, shape: torch.Size) -> Tensor:
+        """Back from the file, in the shape of our leaf."""
+        if self.site.stacked and key != "lora_A.weight":
+            return t.reshape(len(t), -1, self.site.shape[0]).permute(2, 0, 1).contiguous()
+        return t.reshape(shape)
+
+
+@dataclass
+class Model:
+    """What a model's names mean to PEFT."""
+
+    model: nn.Module
+    sites: dict[str, Site] = field(init=False)  # by every name
+    modules: dict[str, nn.Module] = field(init=False)
+    buffers: dict[str, Tensor] = field(init=False)
+    weights: dict[str, Tensor] = field(init=False)  # by every name
+
+    def __post_init__(self) -> None:
+        found = sites(self.model)
+        self.sites = {n: s for s in found.values() for n in (s.name, *s.aliases)}
+        self.modules = dict(self.model.named_modules())
+        self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        self.weights = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+
+    def empty(self, site: Site) -> Tensor:
+        """What a method sees at the site, without values; of one expert if it is a stack."""
+        w = torch.empty(site.shape, dtype=self.weights[site.name].dtype, device="meta")
+        return site.canonical(w)[0] if site.stacked else site.canonical(w)
+
+    def plain(self, path: str) -> tuple[str, int]:
+        """(the path without the `base_layer`s of PEFT's wrappers, how many there were)."""
+        if path in self.modules:
+            return path, 0
+        parts = [p for p in path.split(".") if p != BASE]
+        return ".".join(parts), path.count(BASE)
+
+    def direct(self, module: str, targets: Iterable[str]) -> list[str]:
+        """The parameters of a module that `target_parameters` names, in the order PEFT wraps them."""
+        names = [f"{module}.{n}" for n, _ in self.modules[module].named_parameters(recurse=False)]
+        return [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
+
+    def place(self, path: str, config: Mapping[str, Any], method: Iterable[type[Method]]) -> Place | None:
+        """Where PEFT's tensors under `path` belong."""
+        module, depth = self.plain(path)
+        if module not in self.modules:
+            return None
+        params = self.direct(module, listed(config.get("target_parameters")))
+        if params:
+            name = params[len(params) - 1 - depth] if depth < len(params) else ""
+            return Place(self.sites[name], path, name) if name in self.sites else None
+        for attr in ("weight", "in_proj_weight", "bias"):
+            site = self.sites.get(f"{module}.{attr}" if module else attr)
+            if site and any(site.kind in m.kinds for m in method):
+                return Place(site, path, module)
+        return None
+
+    def written(self, site: Site, parameters: Iterable[str]) -> Place:
+        """Where PEFT looks for the tensors of a site; parameters: the sites that only `target_parameters` can name."""
+        module, _, attr = site.name.rpartition(".")
+        mine = [n for n, _ in self.modules[module].named_parameters(recurse=False) if f"{module}.{n}" in parameters]
+        if mine:
+            return Place(site, f"{module}{f'.{BASE}' * (len(mine) - 1 - mine.index(attr))}", site.name)
+        parent, _, last = module.rpartition(".")
+        if isinstance(self.modules.get(parent), nn.MultiheadAttention):
+            return Place(site, ".".join(p for p in (parent, BASE, last) if p), module)
+        return Place(site, module, module)
+
+
+def clean(key: str, parameter: str = "") -> str:
+    """A file's key without what wrappers of the model put into it; without `parameter` too (LN-Tuning's copies)."""
+    key = _WRAPPERS.sub("", key).removeprefix(".").removeprefix(PREFIX)
+    return key.replace(f".{parameter}.", ".") if parameter else key
+
+
+def split(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
+    """(path, method's key) of a file's key."""
+    for s in suffixes:
+        if key == s or key.endswith(f".{s}"):
+            return key[: len(key) - len(s)].removesuffix("."), s
+    return None
+
+
+def drawn(site: Site, method: Method, w: Tensor) -> tuple[Leaf, Leaf]:
+    """(leaf, its own constants) on the meta device; w as the method sees it."""
+    rng = Rng(0, site.name, site=site, device="meta")
+    both = method.init(rng, w), method.frozen(rng, w)
+    if not site.stacked:
+        return both
+    leaf, frozen = ({k: t.expand(site.shape[0], *t.shape) for k, t in p.items()} for p in both)
+    return leaf, frozen
+
+
+def tensors(place: Place, method: Method, p: Leaf) -> Leaf:
+    """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
+    return {place.key(k): place.write(k, t) for k, t in method.to_peft_leaf(p).items()}
+
+
+def unexpected(keys: list[str], known: list[str], where: Path) -> ValueError:
+    return ValueError(
+        f"{where}: {len(keys)} tensors have no place in this model, {keys[0]!r} first{near(clean(keys[0]), known)}"
+    )
+
+
+def variants(key: str) -> list[str]:
+    """Other keys of the same tensor: at an embedding."""
+    m = _EMBEDDING.match(key)
+    return [] if m is None else [f"{m[1]}_embedding_{m[2]}" if m[1] else f"{m[4]}_embedding_{m[5]}"]
+
+
+def rows(key: str, shape: torch.Size) -> list[str]:
+    """The keys of one shared tensor: itself, or one for each row where it ends in `*`."""
+    return [f"{key[:-1]}{i}" for i in range(shape[0])] if key.endswith("*") else [key]

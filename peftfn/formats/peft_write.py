@@ -1,0 +1,321 @@
+"""A plan as one PEFT configuration and its tensors. ValueError, naming the sites, for what PEFT cannot express."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.apply import Adapted
+from peftfn.combine import is_expression
+from peftfn.formats import peft_config as configs
+from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors
+from peftfn.method import Leaf, Method
+from peftfn.methods.full import Full
+from peftfn.plan import Entry, wide
+
+_MORE = {  # layers besides nn.Linear that PEFT 0.21.2 has a method for
+    "LORA": "linear_t embedding conv1 conv2 conv3 attention stack stack_t parameter",
+    "ADALORA": "linear_t conv2",
+    "BOFT": "conv2",
+    "DEFT": "linear_t",
+    "FOURIERFT": "linear_t",
+    "FROD": "linear_t",
+    "GRALORA": "linear_t",
+    "HIRA": "linear_t embedding conv1 conv2 conv3",
+    "HRA": "conv2",
+    "IA3": "linear_t conv2 conv3",
+    "LOHA": "conv1 conv2",
+    "LOKR": "conv1 conv2",
+    "OFT": "embedding conv2",
+    "PVERA": "linear_t",
+    "RANDLORA": "linear_t",
+    "TINYLORA": "linear_t embedding",
+    "TRAINABLE_TOKENS": "embedding",
+    "UNILORA": "linear_t",
+    "VBLORA": "linear_t",
+    "VERA": "linear_t",
+}
+_BUT = "embedding conv1 conv2 conv3 attention stack stack_t parameter"
+_LESS = {  # and those of them that it has no such option for
+    "use_dora": "attention stack stack_t parameter",
+    "lora_bias": "embedding attention stack stack_t parameter",
+    "use_bdlora": f"linear_t {_BUT}",
+    "kasa_config": f"linear_t {_BUT}",
+    "use_qalora": f"linear_t {_BUT}",
+    "monteclora_config": _BUT,
+    "velora_config": _BUT,
+    "init_lora_weights": _BUT.removeprefix("embedding "),
+}
+_BIAS = {"LORA": "lora_only", "OFT": "oft_only", "BOFT": "boft_only", "HRA": "hra_only", "VERA": "vera_only"}
+
+
+def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of an adapter."""
+    model = Model(net.model)
+    for name, entry in net.plan.items():
+        leaf = adapter[name]
+        if is_expression(leaf) or leaf.keys() != entry.spec.keys():
+            raise ValueError(
+                f"{name}: PEFT has no sums, scalings or prepared adapters; give the adapter they came from"
+            )
+    full = {n: e for n, e in net.plan.items() if isinstance(e.method, Full)}
+    tokens = {n: e for n, e in net.plan.items() if e.method.peft and e.method.peft.type == "TRAINABLE_TOKENS"}
+    main = {
+        n: e
+        for n, e in net.plan.items()
+        if n not in full and (n not in tokens or len(tokens) + len(full) == len(net.plan))
+    }
+    tokens = {n: e for n, e in tokens.items() if n not in main}
+    if not main:
+        return _copies(net, adapter, model)
+    odd = [n for n, e in main.items() if e.method.peft is None]
+    if odd:
+        raise ValueError(f"PEFT has no {main[odd[0]].method}, which stands at {_some(odd)}")
+    config, out = _adapted(main, adapter, model)
+    for name, entry in tokens.items():
+        place = model.written(entry.site, ())
+        given = {f"{TOKENS}.{k}": t for k, t in tensors(place, entry.method, {**entry.frozen, **adapter[name]}).items()}
+        out |= {f"{PREFIX}{place.path}.{k}": t for k, t in given.items()}
+        indices = entry.method.to_peft()["token_indices"]
+        config["trainable_token_indices"] = (config.get("trainable_token_indices") or {}) | {place.module: indices}
+    _whole(full, adapter, model, config, out, {model.written(e.site, ()).module for e in main.values()})
+    return config, out
+
+
+def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
+    """Configuration and tensors of the sites with a method of PEFT's."""
+    each = {n: {k: v for k, v in e.method.to_peft().items() if v is not ...} for n, e in main.items()}
+    types: dict[str, list[str]] = {}
+    for n, e in main.items():
+        assert e.method.peft is not None
+        types.setdefault(e.method.peft.type, []).append(n)
+    if len(types) > 1:
+        raise ValueError(
+            "PEFT has one method in a folder, and here are "
+            + ", ".join(f"{t} at {_some(n)}" for t, n in types.items())
+            + ": save them as several adapters, or in the native format"
+        )
+    (kind,) = types
+    config: dict[str, Any] = {
+        "peft_type": kind,
+        "peft_version": configs.VERSION,
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(model.model, "name_or_path", None) or None,
+        "modules_to_save": None,
+    }
+    parameters = [n for n, e in main.items() if _layer(e, model) in ("stack", "stack_t", "parameter")]
+    places = {n: model.written(e.site, parameters) for n, e in main.items()}
+    _supported(kind, main, each, model)
+    out: Leaf = {}
+    for n, e in main.items():
+        assert e.method.peft is not None
+        if not set(adapter[n]) <= set(e.method.peft.keys):
+            raise ValueError(f"{n}: PEFT's {kind} has no place for {sorted(set(adapter[n]) - set(e.method.peft.keys))}")
+        bank = adapter[e.bank] if e.bank else {}
+        p = {**e.frozen, **bank, **adapter[n]}
+        out |= {f"{PREFIX}{places[n].path}.{k}": t for k, t in tensors(places[n], e.method, p).items()}
+        for k, key in e.method.peft.shared.items():
+            if k in p:
+                t = p[k]
+                out |= {f"base_model.{r}": t[i] if key.endswith("*") else t for i, r in enumerate(rows(key, t.shape))}
+    banks = {e.bank for e in main.values() if e.method.peft and e.method.peft.shared}
+    if banks and len({e.rule for e in main.values()}) > 1:
+        raise ValueError(f"PEFT's {kind} shares its tensors among all layers, and here several rules have their own")
+    config |= _common(kind, each, {n: p.module for n, p in places.items()}, model)
+    modules = list(dict.fromkeys(_owner(places[n].module, model) for n in main if n not in parameters))
+    ahead = {places[n].module for n in main if each[n].get("feedforward_modules")}
+    if "feedforward_modules" in config:
+        config["target_modules"], config["feedforward_modules"] = _two(modules, ahead, model)
+    else:
+        config["target_modules"] = targets(modules, model.modules)
+    if "save_indices" in configs.DEFAULTS.get(kind, {}):
+        config["save_indices"] = True
+    if parameters:
+        config["target_parameters"] = parameters
+    if any(e.site.kind == "linear_t" for e in main.values()):
+        config["fan_in_fan_out"] = True
+    _same(config, main, places, adapter, model)
+    return config, out
+
+
+def _owner(module: str, model: Model) -> str:
+    """The module PEFT targets: for an attention's out-projection, the attention."""
+    parent = module.rpartition(".")[0]
+    return parent if isinstance(model.modules.get(parent), nn.MultiheadAttention) else module
+
+
+def _layer(entry: Entry, model: Model) -> str:
+    """The kind of a site as `_MORE` names it."""
+    site = entry.site
+    module = model.modules[site.module]
+    if isinstance(module, nn.MultiheadAttention) or isinstance(
+        model.modules.get(site.module.rpartition(".")[0]), nn.MultiheadAttention
+    ):
+        return "attention"
+    if site.kind == "conv":
+        return f"conv{len(site.shape) - 2}"
+    if site.kind == "linear" and not isinstance(module, nn.Linear):
+        return "parameter"
+    if site.kind == "other" and site.name.endswith("bias") and isinstance(module, nn.Linear):
+        return "linear"
+    return site.kind
+
+
+def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str, Any]], model: Model) -> None:
+    """ValueError for a layer that PEFT does not adapt with this method, or not as we do."""
+    for n, e in main.items():
+        layer, module = _layer(e, model), model.modules[e.site.module]
+        less = next((k for k, v in _LESS.items() if layer in v.split() and each[n].get(k)), None)
+        less = None if less == "init_lora_weights" and not isinstance(each[n][less], str) else less
+        if layer not in f"linear {_MORE.get(kind, '')}".split() or less:
+            raise ValueError(f"{n}: PEFT's {kind} {f'with {less} ' if less else ''}does not take this layer ({layer})")
+        if layer.startswith("conv") and kind != "HIRA":
+            d, g, m = module.dilation, module.groups, module.padding_mode
+            if g != 1 or m != "zeros" or any(x != 1 for x in d):  # type: ignore[union-attr]
+                raise ValueError(f"{n}: PEFT leaves out groups={g}, dilation={d} and padding_mode={m!r} in its {kind}")
+        if layer == "attention":
+            pair = [k for k in main if _owner(main[k].site.module, model) == _owner(e.site.module, model)]
+            if len(pair) != 2 or any(each[k] != each[n] for k in pair):
+                raise ValueError(
+                    f"{n}: PEFT adapts in_proj_weight and out_proj.weight of an attention alike, or neither"
+                )
+
+
+def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str, str], model: Model) -> dict[str, Any]:
+    """One configuration for all sites: where they differ, patterns for those that have one."""
+    out: dict[str, Any] = {}
+    fields = {key: pattern for pattern, names in configs.PATTERNS.items() for key in names}
+    for key in dict.fromkeys(k for c in each.values() for k in c):
+        values = {n: c.get(key) for n, c in each.items()}
+        out[key] = Counter(map(repr, values.values())).most_common(1)[0][0]
+        out[key] = next(v for v in values.values() if repr(v) == out[key])
+        others = {n: v for n, v in values.items() if v != out[key]}
+        if others and key == "feedforward_modules":
+            continue
+        if others and key not in fields:
+            raise ValueError(
+                f"PEFT's {kind} has one {key} for all layers; here it is {out[key]!r}, and "
+                f"{next(iter(others.values()))!r} at {_some(list(others))}"
+            )
+        if others:
+            legacy = kind in configs.LEGACY
+            out[fields[key]] = {modules[n] if legacy else f"^{re.escape(modules[n])}": v for n, v in others.items()}
+    return out
+
+
+def _same(
+    config: dict[str, Any],
+    main: Mapping[str, Entry],
+    places: Mapping[str, Place],
+    adapter: Mapping[str, Any],
+    model: Model,
+) -> None:
+    """ValueError unless what was written means, read again, the same change of the weight."""
+    seen: set[tuple[Method, str]] = set()
+    for n, e in main.items():
+        if (e.method, e.site.kind) in seen or not e.method.mergeable:
+            continue
+        seen.add((e.method, e.site.kind))
+        again = configs.method(
+            {**configs.DEFAULTS.get(config["peft_type"], {}), **config},
+            places[n].module,
+            e.site.kind,
+            Path("(written)"),
+        )
+        again, mine, w = again.eval(), e.method.eval(), e.site.canonical(model.weights[n])
+        if w.is_meta or again == mine:
+            continue
+        p = {k: wide(t) for k, t in {**e.frozen, **(adapter[e.bank] if e.bank else {}), **adapter[n]}.items()}
+        if e.site.stacked:
+            p, w = {k: t if k in e.common else t[0] for k, t in p.items()}, w[0]
+        w = wide(w)
+        a, b = (m.delta(m.prepare(p, w), w) for m in (mine, again))
+        if not torch.equal(a, b):
+            raise ValueError(f"{n}: PEFT cannot express {e.method}; the nearest it has is {again}")
+
+
+def _whole(
+    full: Mapping[str, Entry],
+    adapter: Mapping[str, Any],
+    model: Model,
+    config: dict[str, Any],
+    out: Leaf,
+    adapted: set[str],
+) -> None:
+    """Trained copies: biases of adapted layers under `bias`, all others as modules_to_save."""
+    values = {n: wide(model.weights[n]) + wide(e.site.original(adapter[n]["diff"])) for n, e in full.items()}
+    biases = {n for n in full if n.endswith(".bias") and n.rpartition(".")[0] in adapted}
+    if biases:
+        every = {s.name for s in model.sites.values() if s.name.endswith(".bias")}
+        own = {n for n in every if n.rpartition(".")[0] in adapted}
+        only = _BIAS.get(config["peft_type"])
+        if only is None:
+            raise ValueError(f"PEFT's {config['peft_type']} cannot train biases; here are {_some(sorted(biases))}")
+        if every <= full.keys():
+            config["bias"], biases = "all", every
+        elif biases == own:
+            config["bias"] = only
+        else:
+            raise ValueError(f"PEFT trains all adapted layers' biases or none; {_some(sorted(own - biases))} is not")
+        for n in biases:
+            module, _, attr = n.rpartition(".")
+            out[f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{attr}"] = values[n]
+    modules = list(dict.fromkeys(e.site.module for n, e in full.items() if n not in biases))
+    if not modules:
+        return
+    _nameable(modules)
+    caught = [m for m in model.modules if any(m.endswith(n) for n in modules)]
+    clash = [m for m in caught if any(a == m or a.startswith(f"{m}.") for a in adapted)]
+    if clash:
+        raise ValueError(f"PEFT saves whole modules, and {_some(clash)} also have another method")
+    config["modules_to_save"] = modules
+    state = {**model.buffers, **model.weights, **values}
+    saved = model.model.state_dict()
+    for m in caught:
+        out |= {f"{PREFIX}{k}": state.get(k, saved[k]) for k in saved if k.startswith(f"{m}.")}
+
+
+def _copies(net: Adapted, adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
+    """A plan of trained parameters alone: what PEFT calls LN-tuning, for any kind of module."""
+    modules = list(dict.fromkeys(e.site.module for e in net.plan.values()))
+    _nameable(modules)
+    out: Leaf = {}
+    for m in modules:
+        for attr, p in model.modules[m].named_parameters():
+            n = f"{m}.{attr}"
+            diff = net.plan[n].site.original(adapter[n]["diff"]) if n in net.plan else 0
+            out[f"{PREFIX}{m}.ln_tuning_layers.{attr}"] = wide(p.detach()) + diff
+    config = {"peft_type": "LN_TUNING", "peft_version": configs.VERSION, "task_type": None, "inference_mode": True}
+    return config | {"target_modules": targets(modules, model.modules), "modules_to_save": None}, out
+
+
+def _nameable(modules: list[str]) -> None:
+    if "" in modules:
+        raise ValueError("PEFT saves whole modules by name, and the model's own parameters are in none")
+
+
+def targets(modules: Iterable[str], known: Iterable[str]) -> list[str] | str:
+    """`target_modules` for exactly these modules: last names if they find no other, else full names, else a regex."""
+    wanted = set(modules)
+    for names in (dict.fromkeys(m.rpartition(".")[2] for m in wanted), dict.fromkeys(modules)):
+        if {k for k in known if any(k == n or k.endswith(f".{n}") for n in names)} == wanted:
+            return sorted(names)
+    return "|".join(re.escape(m) for m in sorted(wanted))
+
+
+def _two(modules: list[str], ahead: set[str], model: Model) -> tuple[list[str] | str, list[str] | str]:
+    """(target_modules, feedforward_modules), the second a part of the first."""
+    first, second = targets(modules, model.modules), targets([m for m in modules if m in ahead], model.modules)
+    caught = {m for m in modules if isinstance(second, list) and any(m.endswith(n) for n in second)}
+    if isinstance(first, list) and isinstance(second, list) and caught == ahead and set(second) <= set(first):
+        return first, second
+    return "|".join(re.escape(m) for m in sorted(modules)), "|".join(re.escape(m) for m in sorted(ahead))
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

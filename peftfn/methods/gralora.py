@@ -1,0 +1,104 @@
+"""GraLoRA: W + s·Δ, Δ a k × k grid of low-rank blocks, beside an optional LoRA of the whole."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Leaf, Method, Peft, Product, divides, positive, probability
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class GraLoRA(Method):
+    """W + s·(Δ + B A): block (j, n) of Δ is B_j[n] A_n[j], of rank r/k; s = alpha/(rank + hybrid_rank).
+
+    a [k, in/k, r] and b [k, r, out/k] hold all k² blocks; the hybrid A [hybrid_rank, in], B [out, hybrid_rank] is an
+    ordinary LoRA. Jung et al., "GraLoRA: Granular Low-Rank Adaptation", 2025, arXiv:2505.20355.
+
+    Args:
+        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward).
+        alpha: numerator of the scale; None means rank + hybrid_rank, so s = 1.
+        k: blocks a side; it must divide in and out.
+        hybrid_rank: of the LoRA beside the grid; 0 for none.
+        dropout: probability of dropping an input feature of the change in train mode; embeddings have no
+            features to drop.
+    """
+
+    cases: ClassVar = ({"rank": 4, "alpha": 6.0}, {"rank": 2, "k": 1}, {"rank": 2, "hybrid_rank": 1})
+
+    peft = Peft(
+        "GRALORA",
+        keys={
+            "a": "gralora_A",
+            "b": "gralora_B",
+            "ha": "gralora_A_general.weight",
+            "hb": "gralora_B_general.weight",
+        },
+        fields={
+            "rank": "r",
+            "alpha": "alpha",
+            "k": "gralora_k",
+            "hybrid_rank": "hybrid_r",
+            "dropout": "gralora_dropout",
+        },
+    )
+
+    rank: int = 32
+    alpha: float | None = None
+    k: int = 2
+    hybrid_rank: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank, k=self.k)
+        probability(self, dropout=self.dropout)
+        divides(self, "k", self.k, rank=self.rank)
+        if self.hybrid_rank < 0:
+            raise ValueError(f"GraLoRA.hybrid_rank is {self.hybrid_rank}; it is a rank: give 0 for none, or more")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        (out, in_), k, h = w.shape, self.k, self.hybrid_rank
+        divides(self, "k", k, out=out, **{"in": in_})
+        a = rng.uniform(k, in_ // k, self.rank, bound=(in_ // k) ** -0.5)
+        leaf = {"a": a, "b": rng.zeros(k, self.rank, out // k)}
+        return leaf | ({"ha": rng.kaiming(h, in_), "hb": rng.zeros(out, h)} if h else {})
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        ready = {"a": p["a"], "sb": self.scale * p["b"]}
+        return ready | ({"ha": p["ha"], "shb": self.scale * p["hb"]} if "ha" in p else {})
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        a, b = p["a"].unflatten(2, (self.k, -1)), p["sb"].unflatten(1, (self.k, -1))
+        d = torch.einsum("nijc,jnco->joni", a, b).flatten(2).flatten(0, 1)  # i, o: inside blocks n, j; c: rank
+        return d + p["shb"] @ p["ha"] if "ha" in p else d
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        eye = torch.eye(self.k, dtype=w.dtype, device=w.device)
+        rows = (p["a"].mT[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)  # [n·r, in], block-diagonal
+        y = dot(x, w) + self._outputs(p, dot(dropped, rows).unflatten(-1, (self.k, -1)))
+        return y + F.linear(dot(dropped, p["ha"]), p["shb"]) if "ha" in p else y
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.dropout else x
+        z = torch.einsum("...ni,nir->...nr", dropped.unflatten(-1, (self.k, -1)), p["a"])
+        y = F.linear(x, w) + self._outputs(p, z)
+        return y + F.linear(F.linear(dropped, p["ha"]), p["shb"]) if "ha" in p else y
+
+    def _outputs(self, p: Leaf, z: Tensor) -> Tensor:
+        """What the blocks of x became under A, [..., n, r] → [..., out]."""
+        u = z.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, n·c]
+        return torch.einsum("...jr,jro->...jo", u, p["sb"]).flatten(-2)
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return p | {k: s * p[k] for k in ("sb", "shb") if k in p}
+
+    def to_peft(self) -> dict[str, Any]:
+        return super().to_peft() | {"alpha": self.scale * (self.rank + self.hybrid_rank)}

@@ -1,0 +1,44 @@
+"""MiCA: W + s·B A with B frozen at the smallest left singular vectors of W."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfn.method import Cases, Leaf
+from peftfn.methods.lora import LoRA
+from peftfn.methods.variant import _Variant, at_most_full, read_off
+from peftfn.plan import wide
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class MiCA(LoRA):
+    """W + s·B A, with B [out, rank] the left singular vectors of W's smallest singular values, frozen, and A [rank, in]
+    trained from zero; s as for `LoRA`.
+
+    "Minor Component Adaptation", 2026, arXiv:2604.01694.
+
+    Args:
+        rank: singular vectors, at most min(out, in).
+        alpha, rslora, dropout: as for `LoRA`.
+
+    Raises:
+        ValueError: a rank above the weight's own.
+    """
+
+    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
+
+    peft = replace(_Variant.peft, fixed={"init_lora_weights": "mica"})
+
+    lora_bias: ClassVar[bool] = False  # type: ignore[misc]
+    init_weights: ClassVar[str] = "default"  # type: ignore[misc]
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        at_most_full(self, w)
+        return {"a": rng.zeros(self.rank, w.shape[1])}
+
+    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+        u = torch.linalg.svd(wide(w), full_matrices=False)[0]
+        return read_off(rng, b=u[:, -self.rank :])

@@ -1,0 +1,121 @@
+"""MiSS: W + [mᵀ mᵀ … mᵀ], one block repeated along the input: x is summed over its blocks, then meets m."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Leaf, Method, Peft, Product, choice, divides, positive, probability
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class MiSS(Method):
+    """W + mᵀE, with m [rank, out] trained and E [rank, in] = [I I … I], its last block cut where rank ∤ in.
+
+    With mini = c, m is [rank, c] and repeated out/c times. Kang & Yin, "MiSS: Revisiting the Trade-off in LoRA with an
+    Efficient Shard-Sharing Structure", 2024, arXiv:2409.15371.
+
+    Args:
+        rank: features in a block of the input; at most in.
+        mini: columns of m, which must divide out; None means out.
+        dropout: probability of dropping an input feature of m in train mode; embeddings have no features to drop.
+        init_weights: "default" (zero) or "random" (Kaiming-uniform: not the identity).
+    """
+
+    cases: ClassVar = (
+        {"rank": 2},
+        {"rank": 3, "init_weights": "random"},
+        {"rank": 5, "mini": 3},
+    )
+
+    peft = Peft("MISS", keys={"m": "miss_block"}, fields={"rank": "r", "dropout": "miss_dropout"})
+
+    rank: int = 64
+    mini: int | None = None
+    dropout: float = 0.0
+    init_weights: str = "default"
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank, **({} if self.mini is None else {"mini": self.mini}))
+        probability(self, dropout=self.dropout)
+        choice(self, "init_weights", ("default", "random"))
+
+    @property
+    def identity(self) -> bool:
+        return self.init_weights == "default"
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        out, in_ = w.shape
+        if self.rank > in_:
+            raise ValueError(f"MiSS.rank is {self.rank}, more than in={in_}: choose rank <= {in_}")
+        if self.mini is not None:
+            divides(self, "mini", self.mini, out=out)
+        return {"m": (rng.zeros if self.identity else rng.kaiming)(self.rank, self.mini or out)}
+
+    def _repeated(self, m: Tensor, out: int) -> Tensor:
+        return m if self.mini is None else m.repeat(*[1] * (m.dim() - 1), out // self.mini)
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        out, in_ = w.shape
+        return self._repeated(p["m"], out).mT.repeat(1, -(-in_ // self.rank))[:, :in_]
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        out, in_ = w.shape
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        e = torch.eye(self.rank, dtype=w.dtype, device=w.device).repeat(1, -(-in_ // self.rank))[:, :in_]
+        return dot(x, w) + self._repeated(dot(dropped, e) @ p["m"], out)
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        z = F.pad(F.dropout(x, self.dropout) if self.dropout else x, (0, -x.shape[-1] % self.rank))
+        return F.linear(x, w) + self._repeated(z.unflatten(-1, (-1, self.rank)).sum(-2) @ p["m"], w.shape[0])
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return {"m": s * p["m"]}
+
+    def summed(self, ps: list[Leaf]) -> Leaf:
+        first, *rest = [p["m"] for p in ps]
+        return {"m": sum(rest, first)}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        given, columns = config.get("init_weights", True), config.get("mini_r", 1)
+        mini = columns if given == "mini" else None
+        return replace(super().from_peft(config), mini=mini, init_weights="default" if given else "random")
+
+    def to_peft(self) -> dict[str, Any]:
+        kind = {"init_weights": self.identity} if self.mini is None else {"init_weights": "mini", "mini_r": self.mini}
+        return super().to_peft() | kind
+
+
+@dataclass(frozen=True)
+class MiSSBat(Method):
+    """W_oi + W_oi m_o + m_o for every block (o, i) of W, of side rank; m [out/rank, rank, rank] trained, from zero.
+
+    MiSS's "bat" form, whose change depends on W: it runs as the dense weight, as PEFT's does.
+
+    Args:
+        rank: side of a block; it must divide in and out.
+    """
+
+    cases: ClassVar = ({"rank": 2},)
+
+    peft = Peft("MISS", keys={"m": "miss_block"}, fields={"rank": "r"}, fixed={"init_weights": "bat"})
+
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank)
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        out, in_ = w.shape
+        divides(self, "rank", self.rank, out=out, **{"in": in_})
+        return {"m": rng.zeros(out // self.rank, self.rank, self.rank)}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        blocks = w.unflatten(0, (-1, self.rank)).unflatten(-1, (-1, self.rank))  # [o, rank, i, rank]
+        turned = (blocks.flatten(1, 2) @ p["m"]).unflatten(1, (self.rank, -1)) + p["m"][:, :, None]
+        return turned.flatten(2).flatten(0, 1)

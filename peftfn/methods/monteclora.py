@@ -1,0 +1,131 @@
+"""MonteCLoRA: W + s·B A, with noise of a learned size on A in training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import lgamma
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from peftfn.method import Cases, Leaf, Product, positive
+from peftfn.methods.variant import _Variant, leaves_of
+from peftfn.rng import Rng
+
+_SAMPLER = "lora_monteclora_sampler"
+
+
+@dataclass(frozen=True)
+class MonteCLoRA(_Variant):
+    """W + s·B A; in train mode, A becomes Σ_n π_n (A + noise·diag(σ) z_n) with z_n [rank, in] normal,
+    σ² = exp(2·std)·χ²(rank) and π [samples] about Dirichlet(exp(mix)), and std [rank], mix [samples] are trained too.
+
+    Sengupta et al., "Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank
+    Adaptation", 2024, arXiv:2411.04358. Add `penalty(adapter)` to the loss. As Σ π_n = 1, the sum is drawn as A + ‖π‖
+    noise·diag(σ) z with one z, which has the same law. The penalty has the Dirichlet divergence with all signs as they
+    should be, unlike PEFT's.
+
+    Args:
+        rank, alpha, rslora, dropout, init_weights: as for `LoRA`; std and mix start uniform in [0, 1).
+        samples: number of z_n; more means less noise.
+        noise: size of the noise.
+        prior: concentration of the Dirichlet prior of π.
+        kl: weight of the divergences in the penalty.
+        entropy: add Σ π² to the penalty, so that no single sample takes over.
+        random: draw in train mode.
+    """
+
+    cases: ClassVar[Cases] = (
+        {"rank": 2, "alpha": 3.0, "samples": 3, "random": False},
+        {"rank": 3, "rslora": True, "samples": 1, "random": False, "init_weights": "gaussian"},
+    )
+
+    peft = replace(
+        _Variant.peft,
+        keys={**_Variant.peft.keys, "std": f"{_SAMPLER}.std_prior", "mix": f"{_SAMPLER}.expert_weights_prior"},
+        fixed={"monteclora_config": ...},
+    )
+
+    samples: int = 8
+    noise: float = 1e-4
+    prior: float = 0.1
+    kl: float = 1e-5
+    entropy: bool = False
+    random: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, samples=self.samples, prior=self.prior)
+
+    @property
+    def exact_gradient(self) -> bool:
+        return not self.random
+
+    def eval(self) -> Self:
+        return replace(super().eval(), random=False)
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        start = {k: rng.uniform(n, bound=0.5) + 0.5 for k, n in (("std", self.rank), ("mix", self.samples))}
+        return super().init(rng, w) | start
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        low, none = super().prepare(p, w), 0.0 * (p["std"].sum() + p["mix"].sum())  # a gradient of zero, not none
+        return {"down": low["down"], "up": low["up"] + none, "std": p["std"], "mix": p["mix"]}
+
+    def _draw(self, p: Leaf) -> tuple[Tensor, Tensor]:
+        """σ² [rank] and π [samples]."""
+        n, r, inverse = self.samples, self.rank, torch.exp(-p["mix"])
+        chi2 = torch.randn(r, r, dtype=p["std"].dtype, device=p["std"].device).square().sum(-1)
+        spread = inverse * (1 - 2 / n) + inverse.sum() / n**2  # Dirichlet(α) is about the softmax of a normal
+        logits = p["mix"] - p["mix"].mean() + spread.clamp(min=1e-6).sqrt() * torch.randn_like(spread)
+        return (torch.exp(2 * p["std"]) * chi2).clamp(min=1e-3), torch.softmax(logits, -1)
+
+    def _noisy(self, p: Leaf) -> Leaf:
+        square, pi = self._draw(p)
+        size = self.noise * torch.linalg.vector_norm(pi) * square.sqrt()
+        return p | {"down": p["down"] + size[:, None] * torch.randn_like(p["down"])}
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        if self.random and "std" in p:  # a sum of adapters has none
+            return replace(self, random=False).product(self._noisy(p), w, x, dot)
+        return super().product(p, w, x, dot)
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if self.random and "std" in p:
+            return replace(self, random=False).linear(self._noisy(p), w, x)
+        return super().linear(p, w, x)
+
+    def penalty(self, adapter: Mapping[str, Leaf]) -> Tensor:
+        """The mean, over all MonteCLoRA leaves, of kl times what separates π, σ and z from their priors."""
+        mine = leaves_of("MonteCLoRA", adapter, "a", "b", "std", "mix").values()
+        return torch.stack([self._divergence(p) for p in mine]).mean()
+
+    def _divergence(self, p: Leaf) -> Tensor:
+        (square, pi), n, r, c = self._draw(p), self.samples, self.rank, self.prior
+        alpha = torch.exp(p["mix"])
+        total = alpha.sum()
+        dirichlet = torch.lgamma(total) - torch.lgamma(alpha).sum() - lgamma(n * c) + n * lgamma(c)
+        dirichlet = dirichlet + ((alpha - c) * (torch.digamma(alpha) - torch.digamma(total))).sum()
+        wishart = r * (torch.exp(2 * p["std"]).sum() - 2 * p["std"].sum() - r) / 2
+        normal = n * (square.sum() - square.log().sum() - r) / 2
+        return self.kl * (dirichlet + wishart + normal) + (pi.square().sum() if self.entropy else 0.0)
+
+    _NESTED: ClassVar = {
+        "samples": "num_samples", "noise": "sample_scaler", "prior": "dirichlet_prior", "kl": "kl_loss_weight",
+        "entropy": "use_entropy",
+    }  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        c = config["monteclora_config"]
+        return replace(super().from_peft(config), **{f: c[key] for f, key in cls._NESTED.items() if key in c})
+
+    def to_peft(self) -> dict[str, Any]:
+        return super().to_peft() | {"monteclora_config": {key: getattr(self, f) for f, key in self._NESTED.items()}}
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        last = {
+            "gaussian_var_prior": torch.eye(self.rank),
+            "expert_weights": torch.full_like(p["mix"], 1 / self.samples),
+        }
+        return super().to_peft_leaf(p) | {f"{_SAMPLER}.{k}": t.to(p["a"]) for k, t in last.items()}

@@ -1,0 +1,56 @@
+"""PiSSA: W + s·(B A − B₀A₀), started at the largest singular components of W."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfn.method import Cases, Leaf
+from peftfn.methods.variant import _FromWeight, _Variant
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class PiSSA(_FromWeight):
+    """W + s·(B A − B₀A₀), with A₀ = √(S/s) Vᵀ [rank, in] and B₀ = U √(S/s) [out, rank] of the rank largest singular
+    components U S Vᵀ of W, and s as for `LoRA`.
+
+    Meng, Wang and Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    2024, arXiv:2404.02948. The paper trains B A on a base from which B₀A₀ was taken; here B₀ and A₀ are constants, and
+    dropout acts on the difference, so that the start is the identity also in train mode.
+
+    Args:
+        rank: components that are trained, at most min(out, in).
+        alpha, rslora, dropout: as for `LoRA`.
+        niter: if given, steps of a randomised subspace iteration in place of the full decomposition: much faster for
+            large weights, exact to the gap between the singular values it keeps and the others.
+
+    Raises:
+        ValueError: a rank above the weight's own.
+    """
+
+    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "niter": 3})
+
+    peft = replace(_Variant.peft, fixed={"init_lora_weights": "pissa"})
+
+    niter: int | None = None
+
+    def factors(self, rng: Rng, w: Tensor) -> Leaf:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False) if self.niter is None else self._top(rng, w, self.niter)
+        root = (s[: self.rank] / self.scale).sqrt()
+        return {"a": root[:, None] * vh[: self.rank], "b": u[:, : self.rank] * root}
+
+    def _top(self, rng: Rng, w: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """About the largest components, from a random start that is always the same."""
+        start = rng.reseeded(0).normal(w.shape[1], min(self.rank + 8, *w.shape)).to(w.dtype)
+        q = torch.linalg.qr(w @ start)[0]
+        for _ in range(steps):
+            q = torch.linalg.qr(w @ torch.linalg.qr(w.mT @ q)[0])[0]
+        u, s, vh = torch.linalg.svd(q.mT @ w, full_matrices=False)
+        return q @ u, s, vh
+
+    def to_peft(self) -> dict[str, Any]:
+        if self.niter is not None:
+            raise ValueError(f"PiSSA.niter is {self.niter}, and PEFT would start from other factors: save it as a LoRA")
+        return super().to_peft()

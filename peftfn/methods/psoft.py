@@ -1,0 +1,152 @@
+"""PSOFT: W + s·B (R − I) A, a rotation R of the weight's own principal subspace."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
+from peftfn.methods.rotation import bounded, cayley, enough, neumann, skew
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class PSOFT(Method):
+    """W + s·B (R − I) A, R = diag(b) Cayley(Q) diag(a), where s·B A [out, in] is the best rank-`rank` part of W.
+
+    Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", ICLR 2026, arXiv:2505.11235.
+    Trained: the upper triangle q [rank(rank−1)/2] of Q, b [rank], a [rank]. A and B are constants from the weight's
+    SVD, so a checkpoint of PEFT, which recomputes them, depends on the signs its SVD chooses.
+
+    Args:
+        rank: dimension of the subspace, at most min(out, in).
+        alpha: numerator of s = alpha/rank; None means rank. It cancels, but for what B and A weigh.
+        dropout: probability of dropping an input feature of A in train mode.
+        split: where the singular values go: "psoft" to B alone, "pissa" their roots to both.
+        svd: "full", or "lowrank": a randomised one with `niter` iterations from `seed`.
+        orthogonal: False trains all of the Cayley transform's place, q [rank, rank].
+        magnitude_b, magnitude_a: whether there are b and a.
+        exact: solve for the Cayley transform (I + Q)(I − Q)⁻¹; False: PEFT's series of it with `terms` >= 2 terms.
+        eps: of the series: keep ‖Q‖_F ≤ eps by scaling Q down.
+        init_weights: "default" (R = I) or "random" (q around that with std 0.1: not the identity).
+    """
+
+    cases: ClassVar[Cases] = (
+        {"rank": 3, "alpha": 2.0},
+        {"rank": 4, "exact": False, "terms": 6, "eps": 0.5, "split": "pissa", "magnitude_a": False},
+        {"rank": 3, "orthogonal": False, "svd": "lowrank", "init_weights": "random"},
+    )
+
+    peft = Peft(
+        "PSOFT",
+        keys={"q": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"},
+        fields={
+            "rank": "r",
+            "alpha": "psoft_alpha",
+            "dropout": "psoft_dropout",
+            "svd": "psoft_svd",
+            "niter": "psoft_svd_lowrank_niter",
+            "seed": "random_seed",
+            "orthogonal": "psoft_orth",
+            "magnitude_b": "psoft_mag_b",
+            "magnitude_a": "psoft_mag_a",
+            "terms": "num_cayley_neumann_terms",
+            "eps": "cayley_neumann_eps",
+        },
+    )
+
+    rank: int = 32
+    alpha: float | None = None
+    dropout: float = 0.0
+    split: str = "psoft"
+    svd: str = "full"
+    niter: int = 10
+    seed: int = 0
+    orthogonal: bool = True
+    magnitude_b: bool = True
+    magnitude_a: bool = True
+    exact: bool = True
+    terms: int = 5
+    eps: float | None = None
+    init_weights: str = "default"
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank, **({} if self.eps is None else {"eps": self.eps}))
+        probability(self, dropout=self.dropout)
+        enough(self)
+        choice(self, "split", ("psoft", "pissa"))
+        choice(self, "svd", ("full", "lowrank"))
+        choice(self, "init_weights", ("default", "random"))
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def identity(self) -> bool:
+        return self.init_weights != "random"
+
+    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+        w, r = w.detach().float(), self.rank
+        u, s, v = torch.linalg.svd(w, full_matrices=False) if self.svd == "full" else self._sketch(rng, w)
+        u, s, v = u[:, :r], s[:r] / self.scale, v[:r]
+        a, b = (torch.ones_like(s), s) if self.split == "psoft" else (s.sqrt(), s.sqrt())
+        return {"A": (a[:, None] * v).contiguous(), "B": (u * b).contiguous()}
+
+    def _sketch(self, rng: Rng, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`torch.svd_lowrank` from the method's own seed (Halko et al., 2009)."""
+        flat = w.shape[0] < w.shape[1]
+        m = w.mT if flat else w
+        q = torch.linalg.qr(m @ rng.reseeded(self.seed).normal(m.shape[1], self.rank).to(m.dtype)).Q
+        for _ in range(self.niter):
+            q = torch.linalg.qr(m @ torch.linalg.qr(m.mT @ q).Q).Q
+        u, s, v = torch.linalg.svd(q.mT @ m, full_matrices=False)
+        return (v.mT, s, (q @ u).mT) if flat else (q @ u, s, v)
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        r = self.rank
+        if r > min(w.shape):
+            raise ValueError(
+                f"PSOFT.rank is {r}, and the weight [out, in] = {list(w.shape)}: give rank <= {min(w.shape)}"
+            )
+        q = rng.normal(*((r * (r - 1) // 2,) if self.orthogonal else (r, r)), std=0.0 if self.identity else 0.1)
+        leaf = {"q": q if self.orthogonal else q + torch.eye(r, dtype=q.dtype, device=q.device)}
+        return leaf | {k: rng.ones(r) for k, on in (("b", self.magnitude_b), ("a", self.magnitude_a)) if on}
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        r = p["q"]
+        if self.orthogonal:
+            q = skew(r, self.rank)
+            q = q if self.eps is None or self.exact else bounded(q, self.eps, (0, 1))
+            r = cayley(q) if self.exact else neumann(q, self.terms)
+        r = p["b"][:, None] * r if "b" in p else r
+        r = r * p["a"] if "a" in p else r
+        eye = torch.eye(self.rank, dtype=r.dtype, device=r.device)
+        return {"A": p["A"], "B": p["B"], "m": self.scale * (r - eye)}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return p["B"] @ p["m"] @ p["A"]
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        return dot(x, w) + F.linear(F.linear(dot(dropped, p["A"]), p["m"]), p["B"])
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return p | {"m": s * p["m"]}
+
+    def summed(self, ps: list[Leaf]) -> Leaf:
+        return ps[0] | {"m": torch.stack([p["m"] for p in ps]).sum(0)}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        split = config.get("ab_svd_init", "psoft_init").removesuffix("_init")
+        exact = not config.get("use_cayley_neumann", False)
+        return replace(super().from_peft(config), split=split, exact=exact)
+
+    def to_peft(self) -> dict[str, Any]:
+        alpha = self.rank if self.alpha is None else self.alpha
+        init = f"{self.split}_init"
+        return super().to_peft() | {"psoft_alpha": alpha, "ab_svd_init": init, "use_cayley_neumann": not self.exact}

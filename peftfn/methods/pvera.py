@@ -1,0 +1,89 @@
+"""PVeRA: VeRA whose hidden features are drawn from a normal distribution in train mode; its mean is what is merged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.method import Cases, Leaf, Peft, Product, choice
+from peftfn.methods.vera import VeRA
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class PVeRA(VeRA):
+    """W x + λ_b ⊙ B z with z ~ N(μ, σ²) and [μ, log σ²] = λ_d ⊙ A x; without sampling z = μ, so that W's change is
+    diag(λ_b) B diag(λ_d[:rank]) A[:rank].
+
+    "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation", 2025, arXiv:2512.07703.
+    λ_d [2·rank], λ_b [out]; frozen and shared by a rule's sites: A [2·rank, in_max], B [out_max, rank], drawn from
+    `projection_seed` as PEFT draws them.
+
+    Args:
+        rank, projection_seed, d_initial, dropout: as for `VeRA`.
+        sample: "train" (in train mode), "always", or "never". The noise comes from torch's global generator.
+    """
+
+    cases: ClassVar[Cases] = (
+        {"rank": 3, "sample": "never"},
+        {"rank": 2, "projection_seed": 5, "d_initial": 1.0, "sample": "never"},
+    )
+
+    peft = Peft(
+        "PVERA",
+        keys={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+        fields={
+            "rank": "r",
+            "projection_seed": "projection_prng_key",
+            "d_initial": "d_initial",
+            "dropout": "pvera_dropout",
+        },
+        shared={"A": "pvera_A", "B": "pvera_B"},
+    )
+
+    sample: str = "train"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice(self, "sample", ("train", "always", "never"))
+
+    def eval(self) -> Self:
+        return replace(super().eval(), sample="never") if self.sample == "train" else super().eval()
+
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        out, in_ = (max(w.shape[i] for w in weights.values()) for i in (-2, -1))
+        draw = rng.reseeded(self.projection_seed)
+        a = draw.uniform(2 * self.rank, in_, bound=sqrt(6 / in_))
+        b = draw.uniform(out, self.rank, bound=sqrt(6 / self.rank))
+        return {site: {"A": a, "B": b} for site in weights}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return super().init(rng, w) | {"d": rng.full(2 * self.rank, value=self.d_initial)}
+
+    def _mean(self, p: Leaf) -> Leaf:
+        return p | {"d": p["d"][: self.rank], "A": p["A"][: self.rank]}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return super().delta(self._mean(p), w)
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        if self.sample == "never":
+            return super().product(self._mean(p), w, x, dot)
+        out, in_ = w.shape
+        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        mean, log = (dot(dropped, p["A"][:, :in_]) * p["d"]).chunk(2, -1)
+        z = mean + torch.randn_like(mean) * (log / 2).exp()
+        return dot(x, w) + F.linear(z, p["B"][:out]) * p["b"]
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        return replace(super().from_peft(config), sample="always" if config.get("sample_at_inference") else "train")
+
+    def to_peft(self) -> dict[str, Any]:
+        if self.sample == "never":
+            raise ValueError("PVeRA.sample is 'never', which PEFT has not: save it with sample='train'")
+        return super().to_peft() | {"sample_at_inference": self.sample == "always"}

@@ -1,0 +1,82 @@
+"""SHiRA: W + v at a few random places: a sparse change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfn.method import Leaf, Method, Peft, Product, positive
+from peftfn.rng import Rng
+
+
+@dataclass(frozen=True)
+class SHiRA(Method):
+    """W + S, S zero but for v [rank·(in + out)] at random places, as many as a LoRA of that rank has numbers.
+
+    Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175. Weights of one shape share their places.
+
+    Args:
+        rank: of the LoRA whose size the change has; rank·(in + out) is at most in·out.
+        seed: of the places, drawn as PEFT draws them (random_seed); None means torch's default seed.
+    """
+
+    cases: ClassVar = ({"rank": 1}, {"rank": 2, "seed": 3})
+
+    peft = Peft(
+        "SHIRA",
+        keys={"v": "shira_weight", "index": "shira_indices"},
+        fields={"rank": "r", "seed": "random_seed"},
+    )
+
+    rank: int = 32
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank)
+
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        drawn: dict[tuple[int, int], Tensor] = {}
+        seed = torch.Generator().initial_seed() if self.seed is None else self.seed
+        for w in weights.values():
+            out, in_ = w.shape[-2:]
+            n = self.rank * (out + in_)
+            if n > out * in_:
+                raise ValueError(
+                    f"SHiRA.rank is {self.rank}, so {n} entries, more than the {out * in_} of a weight [{out}, {in_}]: "
+                    f"choose rank <= {out * in_ // (out + in_)}"
+                )
+            if (out, in_) not in drawn:
+                at = rng.reseeded(seed).permutation(out * in_)[:n].sort().values
+                drawn[out, in_] = torch.stack([at // in_, at % in_])
+        return {site: {"index": drawn[w.shape[-2], w.shape[-1]]} for site, w in weights.items()}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {"v": rng.zeros(self.rank * sum(w.shape))}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        row, col = p["index"]
+        return p["v"].new_zeros(w.shape).index_put((row, col), p["v"])
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        row, col = p["index"]
+        return dot(x, added(w, row * w.shape[1] + col, p["v"]))
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
+        return p | {"v": s * p["v"]}
+
+    def summed(self, ps: list[Leaf]) -> Leaf:
+        first, *rest = [p["v"] for p in ps]
+        return ps[0] | {"v": sum(rest, first)}
+
+    def to_peft(self) -> dict[str, Any]:
+        return super().to_peft() | {"mask_type": "random"}
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        return {"shira_weight": p["v"], "shira_indices": p["index"].int()}
+
+
+def added(w: Tensor, at: Tensor, v: Tensor) -> Tensor:
+    """w + v at the places `at` of the flattened w, in one pass over it."""
+    return w.flatten().scatter_add(0, at, v.to(w.dtype)).view(w.shape)

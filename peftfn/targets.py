@@ -1,0 +1,113 @@
+"""PEFT's way to say which modules are adapted, as rules: names, a regular expression, "all-linear", layers."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import nn
+
+from peftfn.method import Method
+from peftfn.plan import near
+
+_HEADS = ("score", "classifier")
+
+
+def targets(
+    model: nn.Module,
+    method: Method,
+    modules: str | Iterable[str] | None = None,
+    *,
+    exclude: str | Iterable[str] | None = None,
+    layers: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    parameters: Iterable[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, Method]:
+    """Rules for `adapt` from what PEFT calls target_modules, exclude_modules, layers_to_transform, and so on.
+
+    Args:
+        modules: names, each of which takes the modules of that name and those that end in it after a dot; or one
+            regular expression that must match a whole name; or "all-linear".
+        exclude: modules to leave out, written as `modules`.
+        layers: indices of layers to keep, the number after `layers_pattern`, or the first number in the name.
+        parameters: parameters that are no layer's weight (experts), by suffix.
+        rank_pattern, alpha_pattern: name or regular expression → value, for the modules whose name it matches to the
+            end, from the start or from a dot on; the first that matches counts.
+    """
+    chosen = matched(model, modules, exclude, layers, layers_pattern) if modules is not None else []
+    params = [n for n, _ in model.named_parameters() if any(n == p or n.endswith(f".{p}") for p in parameters)]
+    if not chosen and not params:
+        names = [n for n, _ in model.named_modules() if n]
+        raise ValueError(
+            f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
+        )
+    rules: dict[Method, list[str]] = {}
+    for name in (*chosen, *params):
+        rank, alpha = _first(rank_pattern, name), _first(alpha_pattern, name)
+        given = {k: v for k, v in (("rank", rank), ("alpha", alpha)) if v is not None}
+        odd = given.keys() - {f.name for f in fields(method)}
+        if odd:
+            raise ValueError(
+                f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern gives at {name}"
+            )
+        own = replace(method, **given)
+        rules.setdefault(own, []).append(re.escape(name) + ("" if name in params else r"\.(weight|in_proj_weight)"))
+    return {f"^({'|'.join(names)})$": m for m, names in rules.items()}
+
+
+def matched(
+    model: nn.Module,
+    modules: str | Iterable[str],
+    exclude: str | Iterable[str] | None = None,
+    layers: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+) -> list[str]:
+    """Names of the modules that PEFT adapts."""
+    names = [n for n, _ in model.named_modules() if n]
+    if isinstance(modules, str) and modules.lower() == "all-linear":
+        hits = linears(model)
+    else:
+        hits = [n for n in names if _matches(modules, n)]
+    if exclude:
+        hits = [n for n in hits if not _matches(exclude, n)]
+    if layers is None:
+        return hits
+    if isinstance(modules, str) and modules.lower() != "all-linear":
+        raise ValueError("targets: layers goes with names; a regular expression says the layers itself")
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
+    return [n for n in hits if _layer(n, lists) in wanted]
+
+
+def linears(model: nn.Module) -> list[str]:
+    """PEFT's "all-linear": every nn.Linear and Conv1D except the output layer of a transformers model."""
+    out = getattr(model, "get_output_embeddings", lambda: None)()
+    hits = []
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+        head = out is None and hasattr(model, "config") and name.rpartition(".")[2] in _HEADS
+        if linear and name and module is not out and not head:
+            hits.append(name)
+    return hits
+
+
+def _matches(wanted: str | Iterable[str], name: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def _layer(name: str, lists: list[str]) -> int | None:
+    """The layer's number in a module's name."""
+    for pattern in lists:
+        if m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(m[1])
+    m = None if lists else re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(m[1]) if m else None
+
+
+def _first(pattern: Mapping[str, Any] | None, name: str) -> Any:
+    """PEFT's lookup: the value of the first key that matches the name to its end, from the start or after a dot."""
+    return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)

@@ -1,0 +1,106 @@
+"""docs/methods.md, made by running: what every method means, costs, and supports at every kind of site.
+
+python -m peftfn.testing.support > docs/methods.md
+"""
+
+import inspect
+import re
+import sys
+from math import prod
+
+import torch
+from torch import nn
+
+import peftfn as pf
+from peftfn.method import Method, registry
+from peftfn.testing.laws import SITE, Case, many_by_row, merge_is_apply
+from peftfn.testing.models import MODELS, OUT
+
+INTRO = """# Methods
+
+Made by running `python -m peftfn.testing.support`; do not edit. A test compares this page with a new run.
+
+**Which one?** `LoRA` is the default, and what other tools read. `DoRA` adds a magnitude for each row: often better at
+small ranks, for the price of a norm a step. `IA3` and `RoAd` train a vector or two a layer: thousands of adapters fit
+in memory. `VeRA`, `VBLoRA`, `UniLoRA` and `TinyLoRA` share most of what they use between layers: the smallest files.
+`OFT`, `BOFT` and `HRA` rotate, which keeps the weight's spectrum. `Full` trains norms, biases and heads whole. `chain`
+puts several methods at one site.
+"""
+SIZE = 1024
+
+
+def methods() -> list[type[Method]]:
+    """The library's methods, by name."""
+    return [c for _, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods")]
+
+
+def meaning(cls: type[Method]) -> tuple[str, str]:
+    """(formula, paper) from the docstrings: the first line of the class, and its first arXiv number."""
+    doc = inspect.getdoc(cls) or ""
+    formula = doc.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", doc)
+    return formula, f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+
+
+def size(cls: type[Method]) -> str:
+    """Trainable numbers with default hyper-parameters at one linear layer of SIZE², and in its bank."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(SIZE, SIZE))
+    try:
+        plan = pf.adapt(model, {"0.weight": cls()}).plan
+    except (ValueError, TypeError) as e:
+        return f"needs arguments ({type(e).__name__})"
+    own = sum(prod(shape) for shape in plan["0.weight"].spec.values())
+    bank = sum(prod(shape) for b in plan.banks.values() for shape in b.values())
+    return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
+
+
+def cell(method: Method, model: str) -> str:
+    """What works at one kind of site, found by trying: "·" not accepted, else letters.
+
+    a: apply equals merge, or, where there is nothing to merge, applies; m: merge; x: mixed batch; l: to_lora.
+    """
+    try:
+        case = Case(method, model)
+        case.net.apply(case.adapter(), case.x)
+    except ValueError:
+        return "·"
+    out = "a"
+    try:
+        case.net.merge(case.adapter())
+    except ValueError:
+        pass
+    else:
+        merge_is_apply(case)
+        out += "m"
+    if case.kind.rowed:
+        many_by_row(case)
+        out += "x"
+    try:
+        net, a = pf.to_lora(case.net, case.adapter(), rank=OUT)
+    except ValueError:
+        return out
+    same = torch.allclose(net.apply(a, case.x), case.net.apply(case.adapter(), case.x), atol=1e-4)
+    return out + ("l" if same else "")
+
+
+def page() -> str:
+    rows = [
+        "## What they mean and cost",
+        "",
+        f"| method | meaning | paper | trained numbers at {SIZE}×{SIZE}, defaults |",
+    ]
+    rows += ["|---|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} | {size(c)} |" for c in methods()]
+    rows += ["", "## Where they work", ""]
+    rows += ["a: applies. m: merges. x: in a mixed batch. l: converts to LoRA. ·: refused with an error."]
+    rows += ["Every letter was earned by running it against its definition, once a method with its first test case."]
+    rows += ["", f"| method | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
+    for cls in methods():
+        method = cls(**cls.cases[0])
+        rows += [f"| `{cls.__name__}` | {' | '.join(cell(method, name) for name in MODELS)} |"]
+    return INTRO + "\n" + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -1,0 +1,203 @@
+"""Live parity with the installed PEFT, for every registered method that says how PEFT writes it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import by_name
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor, nn
+
+import peftfn as pf
+from peftfn.formats.peft_keys import Model, tensors
+from peftfn.formats.peft_write import _MORE
+from peftfn.method import Method, registry
+from peftfn.testing.models import IN, OUT
+
+pytestmark = [
+    # PEFT warns where a name holds an embedding, that it saves it whole; about a base without a name; and of its own
+    # calls into transformers and torch
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+METHODS = [
+    cls(**case)
+    for cls in registry.values()
+    if cls.__module__.startswith("peftfn.methods") and cls.peft is not None
+    for case in cls.cases
+]
+DEFECTS: dict[tuple[str, str], str] = {
+    ("OFT", "conv2"): "PEFT's forward differs from its own merge (PEERS.md 2.7, 2); we compute what it merges",
+    ("HRA", "conv2"): "PEFT takes stride[0], padding[0] and kernel_size[0]² for both sides (PEERS.md 2.7, 3)",
+    ("BOFT", "conv2"): "as HRA's",
+}
+"""(PEFT's type, layer) where PEFT's outputs are wrong: what we do instead. Not compared, but loaded all the same."""
+
+
+class Layers(nn.Module):
+    """A layer of each kind, in a row; those a test does not adapt are there to be left alone."""
+
+    def __init__(self, layer: nn.Module, alone: bool):
+        super().__init__()
+        self.first, self.weight_default, self.alone = nn.Linear(IN, IN), layer, alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight_default(x if self.alone else torch.tanh(self.first(x)))
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(IN, OUT), lambda: torch.randn(3, IN)),
+    "linear, no bias": (lambda: nn.Linear(IN, OUT, bias=False), lambda: torch.randn(3, 2, IN)),
+    "linear_t": (lambda: _conv1d(), lambda: torch.randn(3, 2, IN)),
+    "embedding": (lambda: nn.Embedding(IN, OUT), lambda: torch.randint(0, IN, (3, 4))),
+    "conv1": (lambda: nn.Conv1d(4, OUT, 2, stride=2, padding=1), lambda: torch.randn(3, 4, 7)),
+    "conv2": (lambda: nn.Conv2d(2, OUT, 2, stride=2, padding=1), lambda: torch.randn(3, 2, 5, 5)),
+    "conv3": (lambda: nn.Conv3d(2, OUT, (1, 2, 2), stride=1, padding=(0, 1, 1)), lambda: torch.randn(3, 2, 2, 5, 5)),
+}
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(OUT, IN)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def build(layer: str, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Layers(LAYERS[layer][0](), layer[:4] in ("embe", "conv")).eval()
+
+
+def config(method: Method, target: str, layer: str) -> peft.PeftConfig:
+    """PEFT's configuration of a method, made by the method alone."""
+    written = json.loads(json.dumps(method.to_peft()))
+    if "feedforward_modules" in written:
+        written["feedforward_modules"] = [target] if written["feedforward_modules"] else []
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.type]
+    known = set(cls.__dataclass_fields__)
+    assert written.keys() <= known, f"PEFT has no {written.keys() - known}"
+    if "fan_in_fan_out" in known and layer == "linear_t":
+        written["fan_in_fan_out"] = True
+    return cls(target_modules=[target], **written)
+
+
+def randomised(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Every trained tensor moved from where it started, so that nothing in it is zero, one, or alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def compare(mine: Any, theirs: Any, bound: float = 1e-5) -> None:
+    scale = max(1.0, float(theirs.detach().abs().max()))
+    assert float((mine - theirs).detach().abs().max()) <= bound * scale
+
+
+def round_trip(
+    folder: Path, method: Method, base: Callable[[], nn.Module], target: str, layer: str, call: Callable[[Any], Tensor]
+) -> None:
+    try:
+        theirs = randomised(peft.get_peft_model(base(), config(method, target, layer)))
+    except (ValueError, AttributeError, ZeroDivisionError):
+        with pytest.raises(ValueError, match=target):  # what PEFT does not take, we do not write
+            written(folder, base(), {rf"{target}\.weight": method})
+        return
+    theirs.save_pretrained(folder / "theirs")
+    model = base()
+    net, adapter = pf.load(folder / "theirs", model)
+    assert type(method) in {type(m) for m in net.plan.rules.values()}
+    if (method.peft.type, layer) in DEFECTS:
+        return
+    want = call(theirs)
+    assert (call(model) - want).abs().max() > 1e-3, "the adapter does nothing"
+    leaves = {n: {k: t.clone().requires_grad_() for k, t in leaf.items()} for n, leaf in adapter.items()}
+    got = call(lambda *a, **k: net.apply(leaves, *a, **k))
+    compare(got, want)
+
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(5))
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    if method.exact_gradient or method.peft.type == "LORA":
+        same_gradients(net, leaves, trained)
+
+    pf.save(folder / "mine", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(base(), folder / "mine").eval()
+    compare(call(again), want)
+    compare(call(lambda *a, **k: net.apply(adapter, *a, **k)), want)
+
+
+def written(folder: Path, model: nn.Module, rules: dict[str, Method]) -> None:
+    net = pf.adapt(model, rules)
+    pf.save(folder, net, net.init(), format="peft")
+
+
+def same_gradients(net: pf.Adapted, leaves: Any, trained: dict[str, Tensor]) -> None:
+    """Gradients of the leaves, in PEFT's layout, against those of PEFT's parameters."""
+    model, seen = Model(net.model), 0
+    for name, entry in net.plan.items():
+        place = model.written(entry.site, ())
+        grads = {k: t.grad for k, t in leaves[name].items()}
+        for key, g in tensors(place, entry.method, {**entry.frozen, **grads}).items():
+            head, _, tail = f"base_model.model.{place.path}.{key}".partition(".weight")
+            hits = [
+                n
+                for n in trained
+                if n.replace(".default", "") in (head + ".weight" + tail, head + tail, f"{head}{tail}.weight")
+            ]
+            if hits and trained[hits[0]] is not None:
+                compare(g.reshape(trained[hits[0]].shape), trained[hits[0]], 1e-4)
+                seen += 1
+    banks = {k: t.grad for b in net.plan.banks for k, t in leaves[b].items()}
+    assert seen or banks
+
+
+def expressible(method: Method) -> bool:
+    """Whether PEFT has these hyper-parameters; test_layer sees that saving is an error otherwise."""
+    try:
+        method.to_peft()
+    except ValueError:
+        return False
+    return True
+
+
+def supported(method: Method, layer: str) -> bool:
+    """Whether PEFT has the method for this layer at all; with which options, the test finds out."""
+    return layer.startswith("linear,") or layer in f"linear {_MORE.get(method.peft.type, '')}".split()
+
+
+@pytest.mark.parametrize(("method", "layer"), [(m, k) for m in METHODS for k in LAYERS if supported(m, k)], ids=str)
+def test_layer(method: Method, layer: str, tmp_path: Path) -> None:
+    if not expressible(method):
+        net = pf.adapt(build(layer), {"weight_default.weight": method})
+        with pytest.raises(ValueError, match=type(method).__name__):
+            pf.save(tmp_path, net, net.init(), format="peft")
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        x = LAYERS[layer][1]()
+    round_trip(tmp_path, method, lambda: build(layer), "weight_default", layer, lambda m: m(x))
+
+
+MODELS = {"llama": ("linear", "q_proj"), "gpt2": ("linear_t", "c_attn")}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(m, n) for m in METHODS for n in MODELS if supported(m, MODELS[n][0]) and expressible(m)],
+    ids=str,
+)
+def test_model(method: Method, name: str, tmp_path: Path) -> None:
+    case, (layer, target) = by_name[name], MODELS[name]
+    args, kwargs = case.inputs(2)
+    round_trip(tmp_path, method, case.build, target, layer, lambda m: case.output(m(*args, **kwargs)))
