@@ -43,7 +43,8 @@ class Adapted:
         self._slots = list(dict.fromkeys([*plan, *self._biases.values()]))
         self._first = Skeleton(model, self._slots)
         self._idle = [self._first]
-        self._evaluated = {n: replace(e, method=e.method.eval()) for n, e in plan.items()}
+        # what delta, merge and prepare are about, and eval mode: no dropout
+        self._meant = {n: replace(e, method=e.method.eval()) for n, e in plan.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapted, (self.model, self.plan)
@@ -112,7 +113,7 @@ class Adapted:
         """{site: change of the parameter, in its own shape}, in fp32 or wider."""
         self.plan.check(adapter)
         weights, out = self._weights(), {}
-        for name, entry in self.plan.items():
+        for name, entry in self._meant.items():
             m = entry.site.canonical(weights[name])
             method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
             out[name] = entry.site.original(entry.delta(method, p, m))
@@ -123,7 +124,7 @@ class Adapted:
         self.plan.check(adapter)
         weights, out = self._weights(), {}
         for name in self._biases:
-            entry = self.plan[name]
+            entry = self._meant[name]
             method, p = entry.tensors(adapter[name], self._bank(entry, adapter), entry.site.canonical(weights[name]))
             b = weights.get(entry.site.bias or "")
             new = method.bias(p, None if b is None else wide(b))
@@ -169,7 +170,7 @@ class Adapted:
         """
         self.plan.check(adapter)
         weights, out = self._weights(), {k: v for k, v in adapter.items() if k in self.plan.banks}
-        for name, entry in self.plan.items():
+        for name, entry in self._meant.items():
             m = entry.site.canonical(weights[name])
             method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
             if method != entry.method:
@@ -196,7 +197,7 @@ class Adapted:
             try:
                 if params:
                     skeleton.put(params)
-                for name, value in self._adapted(adapter, skeleton.__getitem__, rows).items():
+                for name, value in self._adapted(adapter, skeleton.__getitem__, rows, self.model.training).items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
@@ -220,9 +221,9 @@ class Adapted:
         except IndexError:
             return Skeleton(self.model, self._slots)
 
-    def _adapted(self, adapter: Any, weight: Any, rows: Rows | None = None) -> dict[str, Any]:
+    def _adapted(self, adapter: Any, weight: Any, rows: Rows | None = None, training: bool = False) -> dict[str, Any]:
         """slot → value, for every adapted weight and every bias that a method changes."""
-        entries = self.plan.entries if self.model.training else self._evaluated
+        entries = self.plan.entries if training else self._meant
         out: dict[str, Any] = {}
         for name, entry in entries.items():
             w = weight(name)

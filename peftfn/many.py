@@ -140,6 +140,11 @@ class _Mixed(Slot):
             "Call net.apply for one adapter at a time, or leave this site out of the rules."
         )
 
+    def rowed(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or x.shape[0] % len(self.rows):
+            raise self.lost(f"its input has shape {list(x.shape)}")
+        return x.view(len(self.rows), -1, x.shape[-1])
+
     @classmethod
     def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
         found: list[_Mixed] = []
@@ -218,11 +223,6 @@ class MixedWeight(_Mixed):
             return torch.nn.functional.linear(x, self.canonical())
 
         return self._by_row(x, lambda weight, x: weight.linear(x), base, "linear")
-
-    def rowed(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or x.shape[0] % len(self.rows):
-            raise self.lost(f"its input has shape {list(x.shape)}")
-        return x.view(len(self.rows), -1, x.shape[-1])
 
     def _by_row(self, x: Tensor, adapted: Callable[..., Tensor], base: Callable[[Tensor], Tensor], kind: str) -> Tensor:
         if self.entry.site.stacked or x.dim() == 0 or x.shape[0] not in (1, len(self.rows)):

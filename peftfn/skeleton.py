@@ -325,8 +325,8 @@ def _reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
             if isinstance(held, nn.Module) and held in modules:
                 raise TypeError(
                     f"{type(where).__name__}.{key} is a function that holds a {type(held).__name__} of the model; "
-                    "calls run on a copy of the model's structure, and this would lead back to the model. Make it a method, "
-                    "or pass the module as an argument."
+                    "calls run on a copy of the model's structure, and this would lead back to the model. Make it a "
+                    "method, or pass the module as an argument."
                 )
     return list(modules), list(loose)
 

@@ -259,14 +259,20 @@ def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    return _plus(weight.linear(x), bias) if _is(weight, x, _ROWS) else NotImplemented
+    if _is(weight, x, _ROWS):
+        return _plus(weight.linear(x), bias)
+    return NotImplemented if isinstance(weight, Slot) else bias.added_to(F.linear(x, weight))
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
     """transformers' Conv1D: bias + x @ weight, weight [in, out], x flattened to two dimensions."""
-    if not _is(weight, x, _COLUMNS) or beta != 1 or alpha != 1 or out is not None:
+    if beta != 1 or alpha != 1 or out is not None or isinstance(x, Slot):
         return NotImplemented
-    return _plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
+    if _is(weight, x, _COLUMNS):
+        return _plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
+    if isinstance(weight, Slot) or bias.dim() != 1:
+        return NotImplemented
+    return bias.added_to(bias.rowed(torch.mm(x, weight))).reshape(x.shape[0], -1)
 
 
 def _matmul(x: Any, weight: Any) -> Any:
@@ -299,9 +305,13 @@ def _conv(conv: Any, dims: int) -> Callable[..., Any]:
     def product(
         x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> Any:
+        channels = -(dims + 1)
+        if not isinstance(weight, Slot) and isinstance(bias, Slot):
+            y = conv(x, weight, None, stride, padding, dilation, groups)
+            return bias.added_to(y.movedim(channels, -1)).movedim(-1, channels)
         if not _is(weight, x, frozenset({"conv"})) or groups != 1:
             return NotImplemented
-        window, channels = weight.entry.site.shape[1:], -(dims + 1)
+        window = weight.entry.site.shape[1:]
 
         def dot(x: Tensor, m: Tensor) -> Tensor:
             return conv(x, m.reshape(-1, *window), None, stride, padding, dilation).movedim(channels, -1)

@@ -93,6 +93,7 @@ class OFT(Method):
             exact=not config.get("use_cayley_neumann", True),
             terms=config.get("num_cayley_neumann_terms", 5),
             eps=config.get("eps", 6e-5) if config.get("coft") else None,
+            side="output" if config.get("kind") == "embedding" else "input",
         )
 
     def to_peft(self) -> dict[str, Any]:
