@@ -229,7 +229,7 @@ class MixedWeight(_Mixed):
             raise self.lost(f"its input has shape {list(x.shape)}")
         x = x.expand(len(self.rows), *x.shape[1:])
         fast = self.method.fast_linear() if kind == "linear" else self.method.overrides("product")
-        if not fast and self.rows.known is not None:
+        if not (fast and self.method.per_row) and self.rows.known is not None:
             return self.rows.each(lambda k, cut: base(cut(x)) if k < 0 else adapted(self.one(k), cut(x)))
         p = _take(self.p, self.axes, self.rows.gather)
 

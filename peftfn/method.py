@@ -58,6 +58,8 @@ class Method:
     """
 
     kinds: ClassVar[frozenset[str]] = MATRIX
+    per_row: ClassVar[bool] = True
+    """Whether a mixed batch may run `linear` and `product` once a row; False where they make a dense weight."""
     peft: ClassVar[Peft | None] = None
     """How PEFT writes it, if PEFT has it."""
     mergeable: ClassVar[bool] = True

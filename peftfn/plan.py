@@ -73,12 +73,14 @@ class Entry:
             constant.update({k: t for k, t in out.items() if k in self.common and t is p[k]})
             return {k: t for k, t in out.items() if k not in constant}
 
-        return {**vmap(one, (self.axes(p), 0))(p, w), **{k: p[k] for k in constant}}
+        return {**vmap(one, (self.axes(p), 0), randomness="different")(p, w), **{k: p[k] for k in constant}}
 
     def delta(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
         with exactly(w):
-            return (vmap(method.delta, (self.axes(p), 0)) if self.site.stacked else method.delta)(p, wide(w))
+            if self.site.stacked:
+                return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))
+            return method.delta(p, wide(w))
 
     def dense(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
@@ -294,7 +296,7 @@ def draw(make: Any, site: Site, w: Tensor, seed: int, dtype: torch.dtype = torch
     m = site.canonical(w)
     rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
     if not site.stacked:
-        return make(rng(site.name), m)
+        return {k: t.contiguous() for k, t in make(rng(site.name), m).items()}
     if w.is_meta:
         return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
     each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]

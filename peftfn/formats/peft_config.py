@@ -224,7 +224,12 @@ def _is(have: Any, want: Any) -> bool:
 
 def candidates(kind: str) -> list[type[Method]]:
     """The registered methods that PEFT writes under this type."""
-    return [c for c in registry.values() if c.peft is not None and c.peft.type == kind]
+    return [c for c in registry.values() if declared(c) and c.peft is not None and c.peft.type == kind]
+
+
+def declared(cls: type[Method]) -> bool:
+    """Whether PEFT has this very method, and not only the one it is derived from."""
+    return vars(cls).get("peft") is not None
 
 
 def matcher(key: Any, where: Path, legacy: bool = False) -> Callable[[str], bool]:

@@ -72,7 +72,7 @@ def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], 
     tokens = {n: e for n, e in tokens.items() if n not in main}
     if not main:
         return _copies(net, adapter, model)
-    odd = [n for n, e in main.items() if e.method.peft is None]
+    odd = [n for n, e in main.items() if not configs.declared(type(e.method))]
     if odd:
         raise ValueError(f"PEFT has no {main[odd[0]].method}, which stands at {_some(odd)}")
     config, out = _adapted(main, adapter, model)

@@ -27,6 +27,7 @@ class GLoRA(Method):
         init_weights: "default" (all zero) or "random" (not the identity).
     """
 
+    per_row: ClassVar = False
     cases: ClassVar[Cases] = (
         {"rank": 2},
         {"rank": 2, "a_b": "vector", "c": "vector", "d_e": "vector", "init_weights": "random"},

@@ -24,6 +24,7 @@ class HiRA(Method):
             std 1/rank, B zero), or "random" (both normal: not the identity).
     """
 
+    per_row: ClassVar = False
     cases: ClassVar[Cases] = (
         {"rank": 2},
         {"rank": 3, "init_weights": "gaussian"},

@@ -22,6 +22,7 @@ class SHiRA(Method):
         seed: of the places, drawn as PEFT draws them (random_seed); None means torch's default seed.
     """
 
+    per_row: ClassVar = False
     cases: ClassVar = ({"rank": 1}, {"rank": 2, "seed": 3})
 
     peft = Peft(

@@ -26,6 +26,7 @@ class SuperTuning(Method):
         dropout: probability of dropping an input feature of the LoRA in train mode; embeddings have none to drop.
     """
 
+    per_row: ClassVar = False
     cases: ClassVar = ({"sparsity": 0.6}, {"sparsity": 0.8, "select_top": False, "rank": 2, "alpha": 3.0})
 
     peft = Peft(
