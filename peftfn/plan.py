@@ -125,7 +125,7 @@ class Plan(Mapping[str, Entry]):
                     for k, t in part.items():
                         if t.shape[lead:] != spec[k] or not t.is_floating_point():
                             _bad_tensor(name, k, t, spec[k], lead)
-                elif part.keys() != prepared:
+                elif entry is None or part.keys() != prepared:
                     raise KeyError(
                         f"{name}: the leaf has {sorted(part)}, and {entry.method if entry else 'the bank'} has "
                         f"{sorted(spec)}"

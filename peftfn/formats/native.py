@@ -60,7 +60,7 @@ def load(folder: Path, model: nn.Module) -> tuple[Adapted, Adapter]:
             f"{folder / CONFIG}: made for another model: {len(odd)} sites differ, first {odd[0]} (file: "
             f"{config['sites'].get(odd[0])}, model: {want.get(odd[0])})"
         )
-    adapter: Adapter = {}
+    adapter: Adapter = {name: {} for name, e in net.plan.items() if not e.spec}  # all that they train is in a bank
     frozen: dict[str, Tensor] = {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     devices = {name: weights[name].device for name in net.plan}
@@ -68,7 +68,8 @@ def load(folder: Path, model: nn.Module) -> tuple[Adapted, Adapter]:
     with safe_open(folder / TENSORS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             group, place, *path = key.split("/")
-            t = file.get_tensor(key).to(devices.get(place, "cpu"))
+            # a copy: a mapped tensor is not aligned as torch aligns its own, and BLAS would round differently
+            t = file.get_tensor(key).to(devices.get(place, "cpu"), copy=True)
             if group == "adapter":
                 _put(adapter, [place, *path], t)
             else:

@@ -33,7 +33,7 @@ class LawBroken(AssertionError):
 
 def models_for(method: Method) -> list[str]:
     """The tiny models whose site the method accepts."""
-    names = [name for name, m in MODELS.items() if m.kind in method.kinds]
+    names = [n for n, m in MODELS.items() if m.kind in method.kinds and (method.mergeable or n != "dense")]
     first = Case(method, names[0]).net.plan[SITE]
     return [n for n in names if not first.adds_bias or sites(MODELS[n].build(0))[SITE].bias is not None]
 
