@@ -64,7 +64,8 @@ class Case:
             first = x.clone().requires_grad_()
             base = step(self.base, [first], first)
         else:
-            first = self.base.get_input_embeddings()(x).requires_grad_()  # type: ignore[operator]
+            embed: Any = self.base.get_input_embeddings()
+            first = embed(x).requires_grad_()
             base = step(self.base, [first], inputs_embeds=first)
         return {OURS: step(self.ours, leaves(self.adapter), x), PEFT: step(self.peft, self.trained, x), BASE: base}
 
@@ -97,6 +98,8 @@ class Linears(nn.Module):
     def __init__(self, n: int, d: int):
         super().__init__()
         self.q_proj = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(n))
+        for p in self.parameters():
+            nn.init.orthogonal_(p)  # so that the signal neither dies nor explodes on its way
 
     def forward(self, x: Tensor) -> Tensor:
         for linear in self.q_proj:

@@ -197,6 +197,8 @@ class Adapted:
             try:
                 if params:
                     skeleton.put(params)
+                if rows is not None:
+                    rows = replace(rows, fixed=skeleton.identities())
                 for name, value in self._adapted(adapter, skeleton.__getitem__, rows, self.model.training).items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)

@@ -52,12 +52,16 @@ def is_expression(leaf: Mapping[str, Any]) -> bool:
     return "of" in leaf or "add.0" in leaf
 
 
-def terms(leaf: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The plain leaves an expression is made of."""
+def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str, Any]]:
+    """The plain leaves an expression is made of. ValueError for a scale that is no number; `lead`: stacked axes."""
     if "of" in leaf:
-        return terms(leaf["of"])
+        s = leaf.get("scale")
+        if not isinstance(s, Tensor) or s.dim() != lead or not s.is_floating_point():
+            seen = f"{s.dtype} of shape {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+            raise ValueError(f"{name}: scale is {seen}; it is one floating-point number, a tensor of {lead} dimensions")
+        return terms(leaf["of"], name, lead)
     if "add.0" in leaf:
-        return [t for part in leaf.values() for t in terms(part)]
+        return [t for part in leaf.values() for t in terms(part, name, lead)]
     return [leaf]
 
 

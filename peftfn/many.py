@@ -70,6 +70,7 @@ class Rows:
     count: int  # adapters in the stack
     known: list[int] | None  # the index on the host; None while compiling
     inputs: frozenset[int] = frozenset()  # storages of the call's own tensors, which do have the rows in front
+    fixed: frozenset[int] = frozenset()  # the model's parameters and buffers, which do not, whatever their size
 
     @classmethod
     def of(cls, index: Any, count: int, inputs: Any = ()) -> "Rows":
@@ -151,14 +152,13 @@ class _Mixed(Slot):
         candidates: list[Tensor] = []
         _visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
         rows = found[0].rows
-        _visit((args, kwargs), lambda v: candidates.append(v) if _may_have(v, rows) else None)
+        _visit((args, kwargs), lambda v: candidates.append(v) if _has_rows(v, rows) else None)
         if not candidates or func in _ROWS_ELSEWHERE:
             raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
-        most = max(t.dim() for t in candidates)  # statistics and the like may be as long as the batch by chance
 
         def run(k: int, cut: Callable[[Tensor], Tensor]) -> Tensor:
             def swap(v: Any) -> Any:
-                return v.value(k) if isinstance(v, _Mixed) else cut(v) if _may_have(v, rows) and v.dim() == most else v
+                return v.value(k) if isinstance(v, _Mixed) else cut(v) if _has_rows(v, rows) else v
 
             return func(*_map(args, swap), **_map(kwargs, swap))
 
@@ -176,8 +176,8 @@ _ROWS_ELSEWHERE = frozenset(
 )
 
 
-def _may_have(v: Any, rows: Rows) -> bool:
-    return isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == len(rows)
+def _has_rows(v: Any, rows: Rows) -> bool:
+    return isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == len(rows) and id(v) not in rows.fixed
 
 
 def _is_square(ids: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What a method is: a frozen dataclass of hyper-parameters with pure functions on one weight, and the registry."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -179,10 +180,14 @@ class Method:
 
 
 def positive(method: Method, **values: float) -> None:
-    """Raise ValueError unless every value is > 0."""
+    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
+    types = {f.name: f.type for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{type(method).__name__}.{name} is {value}; it must be positive: give {name} >= 1")
+        whole = types.get(name) in (int, "int")
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            kind = "a positive integer" if whole else "a finite number above 0"
+            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it must be {kind}: give {name} >= 1")
 
 
 def divides(method: Method, name: str, block: int, **sizes: int) -> None:
@@ -199,8 +204,8 @@ def divides(method: Method, name: str, block: int, **sizes: int) -> None:
 def probability(method: Method, **values: float) -> None:
     """Raise ValueError unless every value is in [0, 1)."""
     for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{type(method).__name__}.{name} is {value}; it is a probability: 0 <= {name} < 1")
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
 
 
 def choice(method: Method, name: str, options: tuple[Any, ...]) -> None:

@@ -30,7 +30,7 @@ class Entry:
     method: Method
     frozen: Leaf  # constants: the site's own and those its rule shares
     spec: dict[str, Size]  # what a leaf must look like
-    prepared: frozenset[str]  # names in a prepared leaf
+    prepared: dict[str, Size]  # what a prepared leaf looks like
     common: frozenset[str]  # names of tensors without an expert axis at a stacked site
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
@@ -62,7 +62,9 @@ class Entry:
         for k, t in p.items():
             if t.dtype != dtype and t.is_floating_point():
                 p[k] = t.to(dtype)
-        if not self.method.overrides("prepare") or (leaf.keys() == self.prepared and leaf.keys() != self.spec.keys()):
+        if not self.method.overrides("prepare") or (
+            leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()
+        ):
             return p
         if not self.site.stacked:
             return self.method.prepare(p, w)
@@ -119,13 +121,18 @@ class Plan(Mapping[str, Entry]):
             )
         for name, leaf in adapter.items():
             entry = self.entries.get(name)
-            spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], frozenset())
-            for part in terms(leaf) if is_expression(leaf) else (leaf,):
-                if part.keys() == spec.keys():
+            spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], {})
+            if not isinstance(leaf, Mapping):
+                raise TypeError(f"{name}: its leaf is a {type(leaf).__name__}; give a dict of tensors {sorted(spec)}")
+            for part in terms(leaf, name, lead) if is_expression(leaf) else (leaf,):
+                if part.keys() == spec.keys() or (entry and part.keys() == prepared.keys()):
+                    want = spec if part.keys() == spec.keys() else prepared
                     for k, t in part.items():
-                        if t.shape[lead:] != spec[k] or not t.is_floating_point():
-                            _bad_tensor(name, k, t, spec[k], lead)
-                elif entry is None or part.keys() != prepared:
+                        if not isinstance(t, Tensor):
+                            raise TypeError(f"{name}: {k} is a {type(t).__name__}; leaves are floating-point tensors")
+                        if t.shape[lead:] != want[k] or t.dim() < lead or not t.is_floating_point():
+                            _bad_tensor(name, k, t, want[k], lead)
+                else:
                     raise KeyError(
                         f"{name}: the leaf has {sorted(part)}, and {entry.method if entry else 'the bank'} has "
                         f"{sorted(spec)}"
@@ -285,8 +292,11 @@ def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared
             f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose a "
             "method without a bias here."
         )
-    prepared = frozenset(k for k, t in ready.items() if k not in constants or t is not p[k])
     experts = site.shape[:1] if site.stacked else Size()
+    changed = {k: t for k, t in ready.items() if k not in constants or t is not p[k]}
+    prepared = {
+        k: t.shape if k in shared.bank and t is p[k] else Size((*experts, *t.shape)) for k, t in changed.items()
+    }
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
     return Entry(site, rule, method, {}, spec, prepared, frozenset({*common, *shared.bank}), bank, adds_bias)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -110,6 +111,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         for attr, p in module._parameters.items():
             if p is None:
                 continue
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(f"{prefix}.{attr}: not initialised yet (a lazy module); run the model once first")
             slot = (id(module), attr)
             names.setdefault(slot, []).append(f"{prefix}.{attr}" if prefix else attr)
             if slot not in owner:
@@ -118,12 +121,13 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     for slot, (name, *aliases) in names.items():
         module, p = owner[slot]
         attr = slot[1]
-        bias = attr.replace("weight", "bias")
+        kind, bias = _kind(module, p), attr.replace("weight", "bias")
+        owned = bias != attr and bias in module._parameters and not kind.startswith("stack")
         yield Site(
             name=name,
-            kind=_kind(module, p),
+            kind=kind,
             shape=p.shape,
-            bias=name[: len(name) - len(attr)] + bias if bias != attr and bias in module._parameters else None,
+            bias=name[: len(name) - len(attr)] + bias if owned else None,
             aliases=tuple(aliases),
             tied=tuple(names[s][0] for s in tensors[id(p)] if s != slot),
         )

@@ -50,7 +50,9 @@ class Skeleton:
         self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if _is_plain(t)]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
         self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
-        self.flags = [(b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float)]) for b, s in self.pairs]
+        self.flags = [
+            (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
+        ]
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
             f"{prefix}.{k}" if prefix else k: (m._parameters, k)
             for prefix, m in self.root.named_modules(remove_duplicate=False)
@@ -75,6 +77,7 @@ class Skeleton:
         ]
         self.getters, self.dicts = zip(*watched, strict=True)
         self.children = [b._modules for b, _ in self.pairs]
+        self.links = [(children, k, child) for children in self.children for k, child in children.items()]
         self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
         self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
@@ -101,6 +104,9 @@ class Skeleton:
                 for name in names:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
+            for children, key, child in self.links:
+                if children.get(key) is not child:
+                    raise RuntimeError(f"the model's {key} is another module now. Call adapt again, and compile that.")
             return
         if self._same_structure() and not any(map(operator.is_not, self._values(), self.seen)):
             return
@@ -180,6 +186,12 @@ class Skeleton:
         """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
         buffers = self.buffers if torch.compiler.is_compiling() else []
         return [ours[k] for _, ours, k in self.parameters + buffers]
+
+    def identities(self) -> frozenset[int]:
+        """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""
+        if torch.compiler.is_compiling():
+            return frozenset()
+        return frozenset(id(ours[k]) for _, ours, k in self.parameters + self.buffers)
 
     def restore(self, values: list[Any]) -> None:
         for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):

@@ -33,7 +33,7 @@ class Slot:
     another one, and must not read this call's weights.
     """
 
-    __slots__ = ("entry", "task", "w")
+    __slots__ = ("__weakref__", "entry", "task", "w")  # RNNs keep weak references to their weights
     task: int
     multiplies = True  # has `linear` and `product`
     entry: Entry
@@ -214,9 +214,10 @@ def _check(args: Any, kwargs: Any) -> None:
                 raise RuntimeError(OUTLIVED.format(name=v.name))
             if in_function:
                 raise RuntimeError(
-                    f"{v.name}: passed to a torch.autograd.Function, which hides its gradient from the adapter. Call "
-                    "the model on merged parameters, torch.func.functional_call(model, net.merge(adapter), …): they "
-                    "are ordinary tensors, differentiable in the adapter."
+                    f"{v.name}: passed to a torch.autograd.Function, which hides its gradient from the adapter (so "
+                    "does torch.utils.checkpoint with use_reentrant=True). Call the model on merged parameters, "
+                    "torch.func.functional_call(model, net.merge(adapter), …): they are ordinary tensors, "
+                    "differentiable in the adapter; for checkpointing, use gradient_checkpointing_enable()."
                 )
 
 

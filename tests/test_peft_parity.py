@@ -10,9 +10,11 @@ import pytest
 import torch
 from models import by_name
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn.formats import peft_config as configs
 from peftfn.formats.peft_keys import Model, tensors
 from peftfn.formats.peft_write import _MORE
 from peftfn.method import Method, registry
@@ -34,7 +36,7 @@ METHODS = [
 
 
 def outputs_differ(method: Method, layer: str) -> str | None:
-    """Why PEFT's outputs are not what its method means here, and what we do instead. The file is loaded all the same."""
+    """Why PEFT's outputs are not what its method means here, and what we do instead. Its file is loaded."""
     conv = layer.startswith("conv")
     match method.peft.type:
         case "OFT" if conv:
@@ -64,7 +66,7 @@ def file_differs(method: Method, layer: str) -> str | None:
     """Why PEFT's file is not what its configuration says. Loading it must be an error, never another adapter."""
     written = method.to_peft()
     if written.get("boft_n_butterfly_factor", 1) > 1:
-        return "without a CUDA compiler PEFT trains one butterfly factor, whatever the configuration says (PEERS.md 2.7, 14)"
+        return "without nvcc PEFT trains one butterfly factor, whatever the configuration says (PEERS.md 2.7, 14)"
     if written.get("use_qalora"):
         return (
             "PEFT pools groups at GPTQ layers only; elsewhere its QA-LoRA is a plain LoRA, under the same configuration"
@@ -150,7 +152,7 @@ def round_trip(
     theirs.save_pretrained(folder / "theirs")
     model = base()
     if file_differs(method, layer):
-        with pytest.raises(ValueError, match="wants|does not"):
+        with pytest.raises(ValueError, match=r"wants|does not"):
             pf.load(folder / "theirs", model)
         return
     net, adapter = pf.load(folder / "theirs", model)
@@ -241,3 +243,211 @@ def test_model(method: Method, name: str, tmp_path: Path) -> None:
     case, (layer, target) = by_name[name], MODELS[name]
     args, kwargs = case.inputs(2)
     round_trip(tmp_path, method, case.build, target, layer, lambda m: case.output(m(*args, **kwargs)))
+
+
+# What a configuration can say besides its method.
+
+
+def both_ways(
+    folder: Path, name: str, config: peft.PeftConfig, change: Callable[[nn.Module], None] | None = None
+) -> Any:
+    """PEFT's random adapter, loaded here and written back; (net, adapter) of it."""
+    case = by_name[name]
+    theirs = randomised(peft.get_peft_model(case.build(), config))
+    theirs.save_pretrained(folder / "theirs")
+    if change:
+        change(folder / "theirs")
+    args, kwargs = case.inputs(2)
+    with torch.no_grad():
+        want = case.output(theirs(*args, **kwargs))
+        model = case.build()
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        net, adapter = pf.load(folder / "theirs", model)
+        compare(case.output(net.apply(adapter, *args, **kwargs)), want)
+        assert (case.output(model(*args, **kwargs)) - want).abs().max() > 1e-3
+        pf.save(folder / "mine", net, adapter, format="peft")
+        again = peft.PeftModel.from_pretrained(case.build(), folder / "mine").eval()
+        compare(case.output(again(*args, **kwargs)), want)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    return net, adapter
+
+
+LORA = {"r": 2, "lora_alpha": 3}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", peft.LoraConfig(target_modules="all-linear", **LORA)),
+        ("llama", peft.LoraConfig(target_modules=r".*\.1\..*(q|v)_proj", **LORA)),
+        ("llama", peft.LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **LORA)),
+        ("llama", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], **LORA)),
+        ("llama", peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], **LORA)),
+        ("llama", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 7, 20], **LORA)),
+        ("llama", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}, **LORA)),
+        ("llama", peft.LNTuningConfig(target_modules=["norm", "input_layernorm"])),
+        ("llama", peft.VeraConfig(target_modules=["q_proj", "down_proj"], r=3, save_projection=False)),
+        ("llama", peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("bert", peft.LoraConfig(target_modules=["query", "value"], bias="lora_only", **LORA)),
+        ("bert", peft.LoraConfig(target_modules=["query"], bias="all", **LORA)),
+        ("mixtral", peft.LoraConfig(target_modules=[], target_parameters=EXPERTS, **LORA)),
+        ("mixtral", peft.LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS[:1], **LORA)),
+        (
+            "gpt_oss",
+            peft.LoraConfig(target_modules=[], target_parameters=EXPERTS, rank_pattern={EXPERTS[0]: 3}, **LORA),
+        ),
+        ("gemma3", peft.LoraConfig(target_modules=["embed_tokens"], **LORA)),
+        ("t5", peft.LoraConfig(target_modules=["q", "wo"], **LORA)),
+        ("vit", peft.LoraConfig(target_modules=["projection", "dense"], **LORA)),
+        ("attention", peft.LoraConfig(target_modules=["packed"], **LORA)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.peft_type.value,
+)
+def test_options(name: str, config: peft.PeftConfig, tmp_path: Path) -> None:
+    both_ways(tmp_path, name, config)
+
+
+def test_one_rule_for_each_method_that_patterns_make(tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3, "v_proj": 4}, "alpha_pattern": {"1.*v_proj": 5}}
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True, **LORA, **patterns)
+    net, _ = both_ways(tmp_path, "llama", config)
+    assert sorted((m.rank, m.alpha, len([e for e in net.plan.values() if e.method == m])) for m in net.plan.rules.values()) == [
+        (2, 3, 1), (3, 3, 1), (4, 3, 1), (4, 5, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "hit"),
+    [
+        ("foo", "foo", True), ("foo", "module.foo", True), ("foo", "module.module.foo", True),
+        ("foo", "module.foobar", False), ("foo", "module.module.barfoo", False),
+        ("^foo", "foo", True), ("^foo", "module.foo", False), ("^module.foo", "module.foo", True),
+        ("^module.foo", "module.module.foo", False), ("module.foo", "module.foo", True),
+        ("module.foo", "module.module.foo", True), (r"m\w+\.foo", "module.foo", True), ("foo|bar", "a.bar", True),
+    ],
+)  # fmt: skip
+def test_pattern_truth_table(key: str, name: str, hit: bool) -> None:
+    assert configs.matcher(key, Path("x"))(name) == hit
+
+
+def test_our_defaults_are_pefts() -> None:
+    for kind, mine in configs.DEFAULTS.items():
+        theirs = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
+        assert mine == {k: theirs[k] for k in mine}, kind
+
+
+# Files that must be refused, each with one line that names file and key.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = peft.get_peft_model(by_name["llama"].build(), peft.LoraConfig(target_modules=["q_proj"], **LORA))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "gone"}))
+
+
+def retensor(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "trains a prompt"),
+        ({"peft_type": "NOVEL"}, "no method"),
+        ({"peft_type": "gone"}, "peft_type"),
+        ({"r": 3}, "lora_A.weight has shape"),
+        ({"r": "2"}, "r is '2'"),
+        ({"r": 10**12}, "r is 1000000000000"),
+        ({"r": -1}, "rank"),
+        ({"lora_alpha": float("inf")}, "not finite"),
+        ({"kasa_config": 7}, "KaSA|kasa"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"something_new": 5}, "something_new"),
+        ({"rank_pattern": {"(a+)+b": 3}}, "very long"),
+        ({"rank_pattern": {"(": 3}}, "regular expression"),
+        ({"rank_pattern": 3}, "rank_pattern"),
+        ({"modules_to_save": [3]}, "modules_to_save"),
+        ({"use_dora": True}, "lacks"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message) as e:
+        pf.load(folder, by_name["llama"].build())
+    assert "adapter_" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(A), "lacks"),
+        (lambda t: t.update({"base_model.model.nowhere.lora_A.weight": t[A].clone()}), "no place"),
+        (lambda t: t.update({A.removeprefix("base_model.model."): t[A].clone()}), "same tensor"),
+        (lambda t: t.update({A: t[A].mT.contiguous()}), "has shape"),
+        (lambda t: t.update({A: t[A].int()}), "floating"),
+        (lambda t: t[A].view(-1)[3:4].fill_(float("nan")), "NaN"),
+        (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(30, 16)}), "has shape"),
+        (lambda t: t.clear(), "no adapter"),
+    ],
+)
+def test_bad_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+    retensor(folder, change)
+    with pytest.raises(ValueError, match=message) as e:
+        pf.load(folder, by_name["llama"].build())
+    assert "adapter_model.safetensors" in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA", "peft_type": "LORA"}', "[" * 100000, '"x"'])
+def test_bad_json(folder: Path, text: str) -> None:
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        pf.load(folder, by_name["llama"].build())
+
+
+def test_a_truncated_file(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="no valid safetensors"):
+        pf.load(folder, by_name["llama"].build())
+
+
+def test_a_pickle_is_not_opened(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickle"):
+        pf.load(folder, by_name["llama"].build())
+
+
+def test_a_minimal_configuration(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2}))
+    net, _ = pf.load(folder, by_name["llama"].build())
+    assert {(m.rank, m.alpha) for m in net.plan.rules.values()} == {(2, 8)}  # PEFT's default, not ours
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"q_proj": pf.LoRA(2), "v_proj": pf.IA3()}, "q_proj.*v_proj|one method"),
+        ({"q_proj": pf.chain(pf.LoRA(2), pf.IA3())}, "q_proj"),
+        ({"q_proj": pf.LoRA(2), "v_proj": pf.LoRA(2, rslora=True)}, "use_rslora.*v_proj"),
+        ({"embed_tokens": pf.LoHa(2)}, "embed_tokens.*does not take"),
+    ],
+)
+def test_what_peft_cannot_say(rules: dict[str, Method], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, by_name["llama"].build(), rules)
+    assert not list(tmp_path.iterdir())

@@ -247,8 +247,15 @@ class _File:
 
     def fits_site(self, name: str, method: Method, leaf: Leaf, constants: Leaf) -> None:
         place, found, where = self.places[name], self.found[name], self.header.where
-        want = keys.tensors(place, method, {**constants, **leaf})
-        may = keys.tensors(place, method, constants) if self.left_out else {}
+        try:
+            want = keys.tensors(place, method, {**constants, **leaf})
+            may = keys.tensors(place, method, constants) if self.left_out else {}
+        except RuntimeError as e:
+            raise ValueError(f"{self.where}: {method} does not fit {name} in PEFT's shape: {e}") from e
+        off = tuple(k.removesuffix("zeros") for k in found if k.endswith(".zeros") and k not in want)
+        for part in off:  # a part that PEFT leaves out at this layer, and marks with a tensor of zeros
+            may |= {k: t for k, t in want.items() if k.startswith(part)}
+            del found[f"{part}zeros"]
         lacks, more = sorted(want.keys() - found.keys() - may.keys()), sorted(found.keys() - want.keys())
         if lacks or more:
             raise ValueError(
@@ -325,7 +332,9 @@ class _File:
                     spec = {k: s for k, s in net.plan.banks[entry.bank].items() if k in method.peft.shared}
                     into = adapter.setdefault(entry.bank, {})
                     into |= {k: at(method.peft.shared[k], shape, w.device) for k, shape in spec.items()}
-            adapter[name] = leaf
+            adapter[name] = {
+                k: leaf[k] if k in leaf else torch.zeros(s, device=w.device) for k, s in entry.spec.items()
+            }
             entries[name] = dataclasses.replace(entry, frozen=frozen)
         net = Adapted(net.model, Plan(entries, net.plan.rules, net.plan.banks))
         net.plan.check(adapter)

@@ -169,10 +169,14 @@ def at(config: dict[str, Any], module: str, kind: str, where: Path) -> Config:
     the `module`'s name and the `kind` of its site."""
     here, legacy = Config({**config, "module": module, "kind": kind}), config["peft_type"] in LEGACY
     for pattern, keys in PATTERNS.items():
-        rules: dict[str, Any] = config.get(pattern) or {}
+        rules: dict[str, Any] = (config.get(pattern) or {}) if config["peft_type"] != "ADALORA" else {}
         for key in keys:
             if key in config and rules:
                 here[key] = next((v for k, v in rules.items() if matcher(k, where, legacy)(module)), config[key])
+    masks = config.get("rank_pattern") if config["peft_type"] == "ADALORA" else None
+    for key, mask in (masks or {}).items():  # AdaLoRA's: which of a layer's ranks are left
+        if isinstance(mask, list) and f".{key}".endswith(f".{module}.lora_E"):
+            here["init_r"] = sum(m is True for m in mask)
     if kind == "embedding" and isinstance(config.get("init_lora_weights"), str):
         here["init_lora_weights"] = True  # at embeddings PEFT knows no other start, and subtracts nothing
     if "feedforward_modules" in config:

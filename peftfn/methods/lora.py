@@ -57,7 +57,7 @@ class LoRA(Method):
     init_weights: str = "default"
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
+        positive(self, rank=self.rank, **({} if self.alpha is None else {"alpha": self.alpha}))
         probability(self, dropout=self.dropout)
         choice(self, "init_weights", ("default", "gaussian", "random"))
 
