@@ -60,12 +60,12 @@ class Case:
 
             return run
 
+        first: Tensor
         if x.is_floating_point():
             first = x.clone().requires_grad_()
             base = step(self.base, [first], first)
         else:
-            embed: Any = self.base.get_input_embeddings()
-            first = embed(x).requires_grad_()
+            first = self.base.get_input_embeddings()(x).requires_grad_()  # type: ignore[operator]
             base = step(self.base, [first], inputs_embeds=first)
         return {OURS: step(self.ours, leaves(self.adapter), x), PEFT: step(self.peft, self.trained, x), BASE: base}
 
@@ -148,14 +148,14 @@ def overhead(options: Options) -> list[Json]:
 
 def decode(case: Case, x: Tensor, options: Options, where: str) -> Json:
     """DoRA when serving: ours prepared once, PEFT as it comes and with the norms it can cache in eval mode."""
-    case.peft.eval()
-    case.net.model.eval()
-    case.base.eval()
+    for model in (case.peft, case.net.model, case.base):
+        model.eval()
     prepared = case.net.prepare({site: {k: t.detach() for k, t in leaf.items()} for site, leaf in case.adapter.items()})
+    caching = copy.deepcopy(case.peft)  # a call without DoraCaching would clear its caches
 
     def cached() -> Any:
         with DoraCaching():
-            return case.peft(x, **case.options)
+            return caching(x, **case.options)
 
     ways = case.forwards(x) | {
         OURS: quiet(case.net.apply, prepared, x, **case.options),

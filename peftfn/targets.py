@@ -10,8 +10,6 @@ from torch import nn
 from peftfn.method import Method
 from peftfn.plan import near
 
-_HEADS = ("score", "classifier")
-
 
 def targets(
     model: nn.Module,
@@ -82,13 +80,15 @@ def matched(
 
 
 def linears(model: nn.Module) -> list[str]:
-    """PEFT's "all-linear": every nn.Linear and Conv1D except the output layer of a transformers model."""
+    """PEFT's "all-linear": every nn.Linear and Conv1D except the output embedding of a transformers model.
+
+    A classification head is one of them: exclude it by name (PEFT does so where task_type is SEQ_CLS).
+    """
     out = getattr(model, "get_output_embeddings", lambda: None)()
     hits = []
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
-        head = out is None and hasattr(model, "config") and name.rpartition(".")[2] in _HEADS
-        if linear and name and module is not out and not head:
+        if linear and name and module is not out:
             hits.append(name)
     return hits
 

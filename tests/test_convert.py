@@ -42,9 +42,14 @@ def test_what_is_no_matrix_stays_full() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({}, "exactly one"), ({"rank": 2, "energy": 0.5}, "exactly one"), ({"rank": 7}, "layer.weight"), ({"rank": 0}, "layer.weight"),
-     ({"energy": 1.5}, "0 < energy")],
-)  # fmt: skip
+    [
+        ({}, "exactly one"),
+        ({"rank": 2, "energy": 0.5}, "exactly one"),
+        ({"rank": 7}, "layer.weight"),
+        ({"rank": 0}, "layer.weight"),
+        ({"energy": 1.5}, "0 < energy"),
+    ],
+)
 def test_bad_input(options: dict[str, float], says: str) -> None:
     c = Case(pf.LoRA(rank=2))
     with pytest.raises(ValueError, match=says):

@@ -1,5 +1,6 @@
 """Live parity with the installed PEFT, for every registered method that says how PEFT writes it."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ pytestmark = [
     # calls into transformers and torch
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # PEFT looks for a pattern's keys among modules only, and applies them to parameters all the same
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 METHODS = [
@@ -73,6 +76,10 @@ def file_differs(method: Method, layer: str) -> str | None:
         )
     if written.get("init_lora_weights") == "olora" and layer == "linear_t":
         return "PEFT factors Conv1D's weight untransposed, and crashes or writes a wrong shape (PEERS.md 2.7, 4)"
+    if written.get("feedforward_modules") and layer.startswith("conv"):
+        return "PEFT's IA3 scales input channels; ours scales every column of the window (no defect: another method)"
+    if written.get("config_A_B") == "none" and layer == "linear, no bias":
+        return "PEFT switches C, D and E off where there is no bias, so nothing is left"
     return None
 
 
@@ -152,7 +159,7 @@ def round_trip(
     theirs.save_pretrained(folder / "theirs")
     model = base()
     if file_differs(method, layer):
-        with pytest.raises(ValueError, match=r"wants|does not"):
+        with pytest.raises(ValueError, match=r"wants|does not|no place"):
             pf.load(folder / "theirs", model)
         return
     net, adapter = pf.load(folder / "theirs", model)
@@ -231,7 +238,7 @@ def test_layer(method: Method, layer: str, tmp_path: Path) -> None:
     round_trip(tmp_path, method, lambda: build(layer), "weight_default", layer, lambda m: m(x))
 
 
-MODELS = {"llama": ("linear", "q_proj"), "gpt2": ("linear_t", "c_attn")}
+MODELS = {"llama": ("linear, no bias", "q_proj"), "gpt2": ("linear_t", "c_attn")}
 
 
 @pytest.mark.parametrize(
@@ -248,15 +255,11 @@ def test_model(method: Method, name: str, tmp_path: Path) -> None:
 # What a configuration can say besides its method.
 
 
-def both_ways(
-    folder: Path, name: str, config: peft.PeftConfig, change: Callable[[nn.Module], None] | None = None
-) -> Any:
+def both_ways(folder: Path, name: str, config: peft.PeftConfig) -> Any:
     """PEFT's random adapter, loaded here and written back; (net, adapter) of it."""
     case = by_name[name]
     theirs = randomised(peft.get_peft_model(case.build(), config))
     theirs.save_pretrained(folder / "theirs")
-    if change:
-        change(folder / "theirs")
     args, kwargs = case.inputs(2)
     with torch.no_grad():
         want = case.output(theirs(*args, **kwargs))
@@ -277,44 +280,52 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "options"),
     [
-        ("llama", peft.LoraConfig(target_modules="all-linear", **LORA)),
-        ("llama", peft.LoraConfig(target_modules=r".*\.1\..*(q|v)_proj", **LORA)),
-        ("llama", peft.LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **LORA)),
-        ("llama", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], **LORA)),
-        ("llama", peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], **LORA)),
-        ("llama", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 7, 20], **LORA)),
-        ("llama", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}, **LORA)),
-        ("llama", peft.LNTuningConfig(target_modules=["norm", "input_layernorm"])),
-        ("llama", peft.VeraConfig(target_modules=["q_proj", "down_proj"], r=3, save_projection=False)),
-        ("llama", peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
-        ("bert", peft.LoraConfig(target_modules=["query", "value"], bias="lora_only", **LORA)),
-        ("bert", peft.LoraConfig(target_modules=["query"], bias="all", **LORA)),
-        ("mixtral", peft.LoraConfig(target_modules=[], target_parameters=EXPERTS, **LORA)),
-        ("mixtral", peft.LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS[:1], **LORA)),
+        ("llama", "LoraConfig", dict(target_modules="all-linear", **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=r".*\.1\..*(q|v)_proj", **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=["q_proj", "embed_tokens"], **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=["q_proj"], trainable_token_indices=[3, 7, 20], **LORA)),
+        ("llama", "LoraConfig", dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}, **LORA)),
+        ("llama", "LNTuningConfig", {"target_modules": ["norm", "input_layernorm"]}),
+        ("llama", "VeraConfig", {"target_modules": ["q_proj", "down_proj"], "r": 3, "save_projection": False}),
+        (
+            "llama",
+            "IA3Config",
+            {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        ),
+        ("llama", "HiraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 2, "rank_pattern": {"v_proj": 3}}),
+        ("llama", "UniLoraConfig", {"target_modules": ["q_proj"], "r": 2, "theta_d_length": 20}),
+        ("llama", "UniLoraConfig", {"target_modules": ["q_proj"], "r": 2, "theta_d_length": 20, "save_indices": True}),
+        ("llama", "RandLoraConfig", {"target_modules": ["q_proj", "k_proj"], "r": 2, "save_projection": False}),
+        ("llama", "OFTConfig", {"target_modules": ["q_proj"], "oft_block_size": 4, "modules_to_save": ["lm_head"]}),
+        ("bert", "LoraConfig", dict(target_modules=["query", "value"], bias="lora_only", **LORA)),
+        ("bert", "LoraConfig", dict(target_modules=["query"], bias="all", **LORA)),
+        ("mixtral", "LoraConfig", dict(target_modules=[], target_parameters=EXPERTS, **LORA)),
+        ("mixtral", "LoraConfig", dict(target_modules=["q_proj"], target_parameters=EXPERTS[:1], **LORA)),
         (
             "gpt_oss",
-            peft.LoraConfig(target_modules=[], target_parameters=EXPERTS, rank_pattern={EXPERTS[0]: 3}, **LORA),
+            "LoraConfig",
+            dict(target_modules=[], target_parameters=EXPERTS, alpha_pattern={".*gate_up_proj": 5}, **LORA),
         ),
-        ("gemma3", peft.LoraConfig(target_modules=["embed_tokens"], **LORA)),
-        ("t5", peft.LoraConfig(target_modules=["q", "wo"], **LORA)),
-        ("vit", peft.LoraConfig(target_modules=["projection", "dense"], **LORA)),
-        ("attention", peft.LoraConfig(target_modules=["packed"], **LORA)),
+        ("gemma3", "LoraConfig", dict(target_modules=["embed_tokens"], **LORA)),
+        ("t5", "LoraConfig", dict(target_modules=["q", "wo"], **LORA)),
+        ("vit", "LoraConfig", dict(target_modules=["projection", "dense"], **LORA)),
+        ("attention", "LoraConfig", dict(target_modules=["packed"], **LORA)),
     ],
-    ids=lambda x: x if isinstance(x, str) else x.peft_type.value,
 )
-def test_options(name: str, config: peft.PeftConfig, tmp_path: Path) -> None:
-    both_ways(tmp_path, name, config)
+def test_options(name: str, config: str, options: dict[str, Any], tmp_path: Path) -> None:
+    both_ways(tmp_path, name, getattr(peft, config)(**options))
 
 
 def test_one_rule_for_each_method_that_patterns_make(tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3, "v_proj": 4}, "alpha_pattern": {"1.*v_proj": 5}}
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], use_dora=True, **LORA, **patterns)
     net, _ = both_ways(tmp_path, "llama", config)
-    assert sorted((m.rank, m.alpha, len([e for e in net.plan.values() if e.method == m])) for m in net.plan.rules.values()) == [
-        (2, 3, 1), (3, 3, 1), (4, 3, 1), (4, 5, 1),
-    ]  # fmt: skip
+    assert len(net.plan.rules) == 4
+    assert sorted((e.method.rank, e.method.alpha) for e in net.plan.values()) == [(2, 3), (3, 3), (4, 3), (4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -333,8 +344,10 @@ def test_pattern_truth_table(key: str, name: str, hit: bool) -> None:
 
 def test_our_defaults_are_pefts() -> None:
     for kind, mine in configs.DEFAULTS.items():
-        theirs = PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict()
-        assert mine == {k: theirs[k] for k in mine}, kind
+        fields = {f.name: f for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+        for key, value in mine.items():
+            f = fields[key]
+            assert value == (f.default_factory() if f.default is dataclasses.MISSING else f.default), (kind, key)
 
 
 # Files that must be refused, each with one line that names file and key.
@@ -414,7 +427,7 @@ def test_bad_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], m
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA", "peft_type": "LORA"}', "[" * 100000, '"x"'])
 def test_bad_json(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(ValueError, match="adapter_config.json"):
+    with pytest.raises(ValueError, match="adapter_config"):
         pf.load(folder, by_name["llama"].build())
 
 

@@ -53,7 +53,7 @@ class Settings:
     @classmethod
     def quick(cls) -> "Settings":
         """The same on a few texts for a few steps: whether everything runs, not how well."""
-        return cls(seeds=2, steps=3, probe_steps=10, train_texts=64, test_texts=32)
+        return cls(seeds=2, steps=2, probe_steps=5, train_texts=16, test_texts=16)
 
 
 def run(out: Path, settings: Settings, console: Console | None = None) -> int:
@@ -84,7 +84,7 @@ def run(out: Path, settings: Settings, console: Console | None = None) -> int:
                 pf.save(_folder(out, name, task, seed), net, adapter)
     report.plot(out / "demo.png", rows)
     report.save(out / "results.json", rows, {"seeds": settings.seeds, "steps": settings.steps})
-    console.print(f"plot: {out / 'demo.png'}   figures: {out / 'results.json'}   adapters: {out / 'adapters'}/")
+    console.print(f"written to {out}: demo.png, results.json, adapters/", soft_wrap=True)
 
     examples = [example for pair in zip(*(task.test[:4] for task in tasks), strict=True) for example in pair]
     batch = base.tokens(examples, max(task.max_length for task in tasks))
@@ -97,7 +97,7 @@ def run(out: Path, settings: Settings, console: Console | None = None) -> int:
     ]
     for check in found:
         mark = "[green]ok[/green]    " if check.passed else "[red]FAILED[/red]"
-        console.print(f"{mark} {check.text}")
+        console.print(mark, check.text, soft_wrap=True)
     console.print(f"{perf_counter() - start:.0f} s in all")
     return 0 if all(check.passed for check in found) else 1
 
@@ -121,7 +121,7 @@ def _task(
     for name, recipe in RECIPES.items():
         bar.say(name)
         fresh = [nets[name].init(seed=s) | heads.adapters[s] for s in range(settings.seeds)]
-        schedule = Schedule(settings.steps, BATCH[task.name], lr=recipe.lr, head_lr=1e-3)
+        schedule = Schedule(settings.steps, min(BATCH[task.name], len(task.train)), lr=recipe.lr, head_lr=1e-3)
         done = train(nets[name], fresh, _upper(fit), fit.label, schedule, method="upper", tick=bar.tick)
         yield row(name, done, _upper(test), "upper"), done.adapters
 

@@ -27,6 +27,8 @@ PATTERNS = {
 """Pattern in the configuration → the keys it overrides for the modules it matches."""
 LEGACY = frozenset({"FOURIERFT", "C3A"})
 """Types that match their pattern's keys by the older rule."""
+UNPATTERNED = frozenset({"HIRA", "ADALORA"})
+"""Types whose rank_pattern PEFT 0.21.2 does not apply (HiRA), or gives another meaning (AdaLoRA)."""
 _NAMES = (
     "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type target_modules "
     "exclude_modules layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out save_projection "
@@ -169,7 +171,7 @@ def at(config: dict[str, Any], module: str, kind: str, where: Path) -> Config:
     the `module`'s name and the `kind` of its site."""
     here, legacy = Config({**config, "module": module, "kind": kind}), config["peft_type"] in LEGACY
     for pattern, keys in PATTERNS.items():
-        rules: dict[str, Any] = (config.get(pattern) or {}) if config["peft_type"] != "ADALORA" else {}
+        rules: dict[str, Any] = {} if config["peft_type"] in UNPATTERNED else config.get(pattern) or {}
         for key in keys:
             if key in config and rules:
                 here[key] = next((v for k, v in rules.items() if matcher(k, where, legacy)(module)), config[key])
@@ -192,7 +194,7 @@ def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Metho
     """The method that the configuration describes at a module. ValueError for what no method of ours can mean."""
     here = at(config, module, kind, where)
     classes = candidates(config["peft_type"])
-    fits = [c for c in classes if c.peft and all(_is(here.get(k), v) for k, v in c.peft.fixed.items())]
+    fits = [c for c in classes if c.peft and all(_is(dict.get(here, k), v) for k, v in c.peft.fixed.items())]
     if not fits:
         raise ValueError(f"{where}: no method here is PEFT's {config['peft_type']} with these options")
     cls = max(fits, key=lambda c: len(c.peft.fixed) if c.peft else 0)

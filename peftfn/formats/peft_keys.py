@@ -30,6 +30,7 @@ class Place:
     site: Site
     path: str  # with `base_layer` where PEFT wraps a layer twice
     module: str  # the name its patterns are matched with
+    twice: bool = False  # an attention's out-projection: PEFT 0.21.2 adds its B A twice, so B is there half of ours
 
     def key(self, key: str) -> str:
         """The method's key at this kind of layer."""
@@ -42,6 +43,7 @@ class Place:
 
     def write(self, key: str, t: Tensor) -> Tensor:
         """t in the shape that PEFT's layer has it in."""
+        t = t / 2 if self.twice and key == "lora_B.weight" else t
         site, point = self.site, (1,) * (len(self.site.shape) - 2)
         if site.stacked:  # [e, r, in] → [e·r, in] and [e, out, r] → [out, r·e], expert fastest
             return t.flatten(0, 1) if key == "lora_A.weight" else t.permute(1, 2, 0).flatten(1)
@@ -59,7 +61,7 @@ class Place:
         """Back from the file, in the shape of our leaf."""
         if self.site.stacked and key != "lora_A.weight":
             return t.reshape(len(t), -1, self.site.shape[0]).permute(2, 0, 1).contiguous()
-        return t.reshape(shape)
+        return (t * 2 if self.twice and key == "lora_B.weight" else t).reshape(shape)
 
 
 @dataclass
@@ -108,8 +110,12 @@ class Model:
         for attr in ("weight", "in_proj_weight", "bias"):
             site = self.sites.get(f"{module}.{attr}" if module else attr)
             if site and any(site.kind in m.kinds for m in method):
-                return Place(site, path, module)
+                return Place(site, path, module, self.in_attention(module))
         return None
+
+    def in_attention(self, module: str) -> bool:
+        """Whether the module is an attention's out-projection."""
+        return isinstance(self.modules.get(module.rpartition(".")[0]), nn.MultiheadAttention)
 
     def written(self, site: Site, parameters: Iterable[str]) -> Place:
         """Where PEFT looks for the tensors of a site; parameters: the sites that only `target_parameters` can name."""
@@ -118,8 +124,8 @@ class Model:
         if mine:
             return Place(site, f"{module}{f'.{BASE}' * (len(mine) - 1 - mine.index(attr))}", site.name)
         parent, _, last = module.rpartition(".")
-        if isinstance(self.modules.get(parent), nn.MultiheadAttention):
-            return Place(site, ".".join(p for p in (parent, BASE, last) if p), module)
+        if self.in_attention(module):
+            return Place(site, ".".join(p for p in (parent, BASE, last) if p), module, twice=True)
         return Place(site, module, module)
 
 

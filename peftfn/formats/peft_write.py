@@ -145,17 +145,14 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
 
 def _owner(module: str, model: Model) -> str:
     """The module PEFT targets: for an attention's out-projection, the attention."""
-    parent = module.rpartition(".")[0]
-    return parent if isinstance(model.modules.get(parent), nn.MultiheadAttention) else module
+    return module.rpartition(".")[0] if model.in_attention(module) else module
 
 
 def _layer(entry: Entry, model: Model) -> str:
     """The kind of a site as `_MORE` names it."""
     site = entry.site
     module = model.modules[site.module]
-    if isinstance(module, nn.MultiheadAttention) or isinstance(
-        model.modules.get(site.module.rpartition(".")[0]), nn.MultiheadAttention
-    ):
+    if isinstance(module, nn.MultiheadAttention) or model.in_attention(site.module):
         return "attention"
     if site.kind == "conv":
         return f"conv{len(site.shape) - 2}"
@@ -189,7 +186,8 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
 def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str, str], model: Model) -> dict[str, Any]:
     """One configuration for all sites: where they differ, patterns for those that have one."""
     out: dict[str, Any] = {}
-    fields = {key: pattern for pattern, names in configs.PATTERNS.items() for key in names}
+    patterns = {} if kind in configs.UNPATTERNED else configs.PATTERNS
+    fields = {key: pattern for pattern, names in patterns.items() for key in names}
     for key in dict.fromkeys(k for c in each.values() for k in c):
         values = {n: c.get(key) for n, c in each.items()}
         out[key] = Counter(map(repr, values.values())).most_common(1)[0][0]

@@ -14,7 +14,7 @@ from peftfn.rng import Rng
 
 @dataclass(frozen=True)
 class VeRA(Method):
-    """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], with λ_d [rank] and λ_b [out]; frozen A [rank, in_max], B [out_max, rank].
+    """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], λ_d [rank] and λ_b [out]; A [rank, in_max], B [out_max, rank] frozen.
 
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
     one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.

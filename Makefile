@@ -1,0 +1,42 @@
+# make demo, make test: from nothing but Python >= 3.11, pip and make. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+SOURCES := peftfn kernels tests benchmarks
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint
+
+demo: $(VENV)/ready
+	$(BIN)/peftfn demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy peftfn kernels
+
+# Stamps, oldest first: each is made anew when what it was made from has changed.
+$(VENV)/created:
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"peftfn needs Python >= 3.11, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/torch: requirements/torch.txt | $(VENV)/created
+	$(PIP) -r $<
+	touch $@
+
+$(VENV)/packages: requirements/main.txt requirements/constraints.txt requirements/nodeps.txt $(VENV)/torch
+	$(PIP) -r requirements/torch.txt -r requirements/main.txt -c requirements/constraints.txt
+	$(PIP) --no-deps -r requirements/nodeps.txt
+	touch $@
+
+$(VENV)/ready: pyproject.toml $(VENV)/packages
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
