@@ -122,7 +122,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         module, p = owner[slot]
         attr = slot[1]
         kind, bias = _kind(module, p), attr.replace("weight", "bias")
-        owned = bias != attr and bias in module._parameters and not kind.startswith("stack")
+        owned = bias != attr and bias in module._parameters and kind not in ("stack", "stack_t", "other")
         yield Site(
             name=name,
             kind=kind,
