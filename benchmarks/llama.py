@@ -65,8 +65,9 @@ class Case:
             first = x.clone().requires_grad_()
             base = step(self.base, [first], first)
         else:
-            first = self.base.get_input_embeddings()(x).requires_grad_()  # type: ignore[operator]
-            base = step(self.base, [first], inputs_embeds=first)
+            model: Any = self.base
+            first = model.get_input_embeddings()(x).requires_grad_()
+            base = step(model, [first], inputs_embeds=first)
         return {OURS: step(self.ours, leaves(self.adapter), x), PEFT: step(self.peft, self.trained, x), BASE: base}
 
     def forwards(self, x: Tensor) -> Ways:

@@ -12,6 +12,7 @@ from peftfn.plan import Adapter
 from peftfn.rng import Rng
 from peftfn.site import Site, sites
 from peftfn.summary import summary
+from peftfn.targets import targets
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "sites",
     "stack",
     "summary",
+    "targets",
     "to_lora",
     "unstack",
     *_methods,

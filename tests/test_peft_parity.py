@@ -48,6 +48,8 @@ def outputs_differ(method: Method, layer: str) -> str | None:
             return "PEFT takes stride[0], padding[0] and kernel_size[0]² for all sides (PEERS.md 2.7, 3)"
         case "LOKR" if layer == "conv1":
             return "PEFT's kron of a matrix and a 3-D tensor pairs the wrong axes; we do what LyCORIS does"
+        case "LILY" if layer != "linear":
+            return "PEFT's router averages over the whole batch (PEERS.md 2.7, 13); ours over each row's own positions"
         case "TRAINABLE_TOKENS" if layer == "linear":
             return "PEFT drops a Linear's bias (PEERS.md 2.7, 5); we keep it"
     return None
@@ -196,7 +198,7 @@ def same_gradients(net: pf.Adapted, leaves: Any, trained: dict[str, Tensor]) -> 
     model, seen = Model(net.model), 0
     for name, entry in net.plan.items():
         place = model.written(entry.site, ())
-        grads = {k: t.grad for k, t in leaves[name].items()}
+        grads = {k: t.grad for k, t in ((leaves[entry.bank] if entry.bank else {}) | leaves[name]).items()}
         for key, g in tensors(place, entry.method, {**entry.frozen, **grads}).items():
             head, _, tail = f"base_model.model.{place.path}.{key}".partition(".weight")
             hits = [

@@ -23,7 +23,7 @@ class IA3(Method):
 
     cases: ClassVar = ({}, {"feedforward": True})
 
-    peft = Peft("IA3", keys={"l": "ia3_l"})
+    peft = Peft("IA3", keys={"l": "ia3_l"}, fields={"feedforward": "feedforward_modules"})
 
     feedforward: bool = False
 

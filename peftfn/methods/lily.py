@@ -93,3 +93,6 @@ class Lily(Method):
         if self.stride > 1:
             raise ValueError(f"Lily.stride is {self.stride}; writing a shared A for PEFT is not supported: use 1")
         return super().to_peft() | {"stride_A": 1}
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        return super().to_peft_leaf(p | ({"b": p["b"].flatten(0, 1)} if "b" in p else {}))
