@@ -16,10 +16,15 @@ Ways = dict[str, Callable[[], Any]]
 PEFT = "PEFT"
 
 
+def logits_of(out: Any) -> Tensor:
+    """A language model's logits, a plain module's output."""
+    found: Any = getattr(out, "logits", out)
+    assert isinstance(found, Tensor)
+    return found
+
+
 def loss_of(out: Any) -> Tensor:
-    """A mean square, of a model's logits or of a plain tensor."""
-    y: Tensor = getattr(out, "logits", out)
-    return y.float().square().mean()
+    return logits_of(out).float().square().mean()
 
 
 class Case:
@@ -39,7 +44,7 @@ class Case:
 
     def check(self, x: Tensor) -> None:
         """Raise unless PEFT and we give the same outputs and the same gradients, and others than the base's."""
-        mine, theirs, plain = (loss_and_output(f, x, self.options) for f in (self.ours, self.peft, self.base))
+        mine, theirs, plain = (backed_output(f, x, self.options) for f in (self.ours, self.peft, self.base))
         agree(mine, theirs, "output")
         assert (mine - plain).abs().max() > 1e-2 * plain.abs().max(), "the adapter does nothing: this would be no check"
         agree(grads(self.adapter), like_peft(self.peft, self.net, lambda p: p.grad), "gradient")
@@ -74,13 +79,13 @@ class Case:
         return {n: quiet(f, x, **self.options) for n, f in ((OURS, self.ours), (PEFT, self.peft), (BASE, self.base))}
 
 
-def loss_and_output(call: Call, x: Tensor, options: dict[str, Any]) -> Tensor:
+def backed_output(call: Call, x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The output; a backward pass has left its gradients where they belong."""
     out = call(x, **options)
     loss = loss_of(out)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
-    y: Tensor = getattr(out, "logits", out)
-    return y.detach()
+    return logits_of(out).detach()
 
 
 def quiet(call: Call, *args: Any, **kwargs: Any) -> Callable[[], Any]:
