@@ -223,8 +223,9 @@ def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
     of_rule = {pattern: [n for n in taken if taken[n] == pattern] for pattern in rules}
     banks = _bank_names(rules)
     probes: dict[tuple[Any, ...], Entry] = {}
-    empty = {n: torch.empty_like(w, device="meta") for n, w in canonical.items()}
-    dry = {p: _Shared.of(m, Rng(seed, p, device="meta"), {n: empty[n] for n in of_rule[p]}) for p, m in rules.items()}
+    dry = {
+        p: _Shared.of(m, Rng(seed, p, device="meta"), {n: canonical[n] for n in of_rule[p]}) for p, m in rules.items()
+    }
 
     def kind_of(name: str) -> tuple[Any, ...]:
         site = found[name]
@@ -232,8 +233,9 @@ def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
 
     for name, pattern in taken.items():
         if kind_of(name) not in probes:
+            empty = torch.empty_like(canonical[name], device="meta")
             probes[kind_of(name)] = _probe(
-                found[name], pattern, rules[pattern], empty[name], dry[pattern], banks.get(pattern)
+                found[name], pattern, rules[pattern], empty, dry[pattern], banks.get(pattern)
             )
     real = {p: m.shared(Rng(seed, p), {n: canonical[n] for n in of_rule[p]}) for p, m in rules.items()}
     moved: dict[tuple[int, torch.device], Tensor] = {}
@@ -256,7 +258,10 @@ class _Shared:
 
     @classmethod
     def of(cls, method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
-        return cls(method.shared(rng, weights), method.bank(rng, weights))
+        if not method.overrides("shared") and not method.overrides("bank"):
+            return cls({}, {})
+        empty = {n: torch.empty_like(w, device="meta") for n, w in weights.items()}
+        return cls(method.shared(rng, empty), method.bank(rng, empty))
 
 
 def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def news(train: int = 500, test: int = 500) -> Task:
     examples = list(found.values())
     random.Random(0).shuffle(examples)
     labels = [p.name for p in topics]
-    return Task("news", "topic of a BBC headline", labels, 16, examples[:train], examples[-test:])
+    return Task("news", "topic of a BBC headline", labels, 12, examples[:train], examples[-test:])
 
 
 def reviews() -> Task:
