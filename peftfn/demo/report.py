@@ -14,7 +14,7 @@ from peftfn.demo.data import Task
 
 COLOURS = ["#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # Okabe and Ito: told apart by everyone
 MARKERS = ["s", "o", "^", "D", "v", "P"]
-SMOOTH = 5
+SMOOTH = 10
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ def plot(path: Path, rows: list[Row]) -> None:
             handles.setdefault(row.method, drawn)
             if row is base:
                 continue
-            loss = _smooth(row.losses)  # [steps, seeds]
-            steps = range(1, len(loss) + 1)
-            colour = style[row.method]["color"]
-            right.plot(steps, loss.mean(1), color=colour, linewidth=1.8)
-            right.fill_between(steps, loss.amin(1), loss.amax(1), color=colour, alpha=0.12, linewidth=0)
+            loss = _smooth(row.losses.mean(1))
+            right.plot(range(1, len(loss) + 1), loss, color=style[row.method]["color"], linewidth=1.8)
         left.set_xscale("log")
         left.margins(x=0.12, y=0.15)
         left.xaxis.set_major_formatter(LogFormatterSciNotation())
@@ -104,9 +101,8 @@ def plot(path: Path, rows: list[Row]) -> None:
         size = f"{len(task.labels)} classes, {len(task.test)} test texts"
         left.set_title(f"{task.title} ({size})", loc="left", fontsize=10)
         left.set(xlabel="trainable parameters", ylabel="accuracy (%)")
-        right.set_title(f"training loss from the trained head on, mean of {SMOOTH} steps", loc="left", fontsize=10)
+        right.set_title(f"loss in training, mean of {SMOOTH} steps and all seeds", loc="left", fontsize=10)
         right.set(xlabel="step", ylabel="cross-entropy")
-        right.set_ylim(bottom=0)
         for axis in (left, right):
             axis.grid(color="#e5e5e5", linewidth=0.8)
             axis.set_axisbelow(True)
@@ -116,8 +112,5 @@ def plot(path: Path, rows: list[Row]) -> None:
 
 
 def _smooth(losses: Tensor) -> Tensor:
-    """The running mean over the last SMOOTH steps, along the first dimension."""
-    total = torch.cat([torch.zeros_like(losses[:1]), losses.cumsum(0)])
-    ends = torch.arange(1, len(losses) + 1)
-    starts = (ends - SMOOTH).clamp(min=0)
-    return (total[ends] - total[starts]) / (ends - starts)[:, None]
+    """The mean of the last SMOOTH steps, of fewer at the start."""
+    return torch.stack([losses[max(0, i - SMOOTH) : i].mean() for i in range(1, len(losses) + 1)])
