@@ -1,7 +1,6 @@
 """python -m benchmarks [names] [--quick]: run benchmarks, write benchmarks/results/*.json and docs/benchmarks.md."""
 
 import argparse
-import os
 from importlib import import_module
 from time import perf_counter
 
@@ -15,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks and tabulate them.")
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(BENCHMARKS)}; all if none is named")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions, print only, write nothing")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch's threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; with more, a busy neighbour distorts")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a quick look on a busy machine")
     args = parser.parse_args()
     for name in args.names:

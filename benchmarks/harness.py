@@ -4,8 +4,10 @@ An absolute time on a shared CPU says little; the ratio of two runs a few millis
 
 * every repetition runs each way once, in an order that rotates, and gives one ratio for each pair of ways;
 * of these paired ratios the median and the quartiles are reported;
-* the number of threads is fixed, Python's garbage collector runs between the repetitions and not inside them, and
-  glibc's malloc thresholds are pinned before the process starts, since otherwise the same operation is several times
+* the number of threads is fixed (one, unless told otherwise: two that wait for each other at every product are slowed
+  down manifold by any neighbour on the machine);
+* Python's garbage collector runs between the repetitions and not inside them;
+* glibc's malloc thresholds are pinned before the process starts, since otherwise the same operation is several times
   slower or faster depending on what was freed before it (`pin` starts the process anew for that).
 """
 
@@ -40,7 +42,7 @@ class Options:
     """What the command line says about timing."""
 
     repeats: int = REPEATS
-    threads: int = 2
+    threads: int = 1
     clock: str = "wall"
 
     def compare(self, ways: Mapping[str, Way], **more: Any) -> Times:
@@ -84,7 +86,7 @@ def compare(
         return (clock() - start) / calls
 
     fastest = min(sample(name, 1) for _ in range(max(1, warmup)) for name in names)
-    calls = 1 if fresh is not None else max(1, round(at_least / fastest))
+    calls = 1 if fresh is not None else max(1, round(at_least / max(fastest, 1e-9)))
     times: Times = {name: [] for name in names}
     was_enabled = gc.isenabled()
     gc.collect()

@@ -80,12 +80,11 @@ def table(rows: list[Json]) -> list[str]:
 def conditions(record: Json) -> str:
     e = record["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("peftfn", "torch", "peft", "transformers"))
-    clock = "" if e["clock"] == "wall" else f", {e['clock']} time"
-    repeats = sorted({row["repeats"] for row in record["rows"]})
+    threads = f"{e['threads']} thread{'s' if e['threads'] > 1 else ''}" + ("" if e["clock"] == "wall" else ", CPU time")
+    repeats = "/".join(str(n) for n in sorted({row["repeats"] for row in record["rows"]}))
     return (
         f"{e['date']}, Python {e['python']}, {versions}, {e['machine']} with {e['cpu_capability']}, "
-        f"{e['cpu_count']} CPUs, {e['threads']} threads{clock}, load average {e['load_average']} at the end, "
-        f"{'/'.join(map(str, repeats))} repetitions."
+        f"{threads} of {e['cpu_count']} CPUs, load average {e['load_average']} at the end, {repeats} repetitions."
     )
 
 

@@ -13,7 +13,7 @@ import peftfn as pf
 from peftfn.__main__ import main
 
 pytest.importorskip("transformers")
-METHODS = ["head only", "IA3", "OFT", "LoRA", "DoRA"]
+METHODS = ["head only", "IA3", "OFT", "DoRA", "LoRA"]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ class Recipe:
 RECIPES = {
     "IA3": Recipe(pf.IA3(), r"key|value|intermediate\.dense", 3e-2),
     "OFT": Recipe(pf.OFT(block_size=16), "query|key|value", 5e-3),
-    "LoRA": Recipe(pf.LoRA(rank=8, alpha=16), "query|key|value|dense", 3e-3),
     "DoRA": Recipe(pf.DoRA(rank=4, alpha=8), "query|key|value|dense", 3e-3),
+    "LoRA": Recipe(pf.LoRA(rank=8, alpha=16), "query|key|value|dense", 3e-3),
 }
 
 

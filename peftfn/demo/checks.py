@@ -71,7 +71,11 @@ def mixed(nets: Mapping[str, pf.Adapted], adapters: Mapping[str, list[Any]], ids
 
 def _close(text: str, worst: float) -> Check:
     passed = worst <= TOLERANCE
-    return Check(f"{text}: max difference {worst:.1e}" + ("" if passed else f", more than {TOLERANCE:.0e}"), passed)
+    return Check(
+        f"{text}: max difference {worst:.1e} of the largest logit"
+        + ("" if passed else f", not within {TOLERANCE:.0e}"),
+        passed,
+    )
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

@@ -14,7 +14,7 @@ from peftfn.demo.data import Task
 
 COLOURS = ["#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # Okabe and Ito: told apart by everyone
 MARKERS = ["s", "o", "^", "D", "v", "P"]
-SMOOTH = 10
+SMOOTH = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     handles: dict[str, Any] = {}
     for (left, right), task in zip(axes, tasks, strict=True):
         mine = [row for row in rows if row.task is task]
-        base = mine[0]
+        base, window = mine[0], min(SMOOTH, len(mine[-1].losses))
         left.axhline(base.mean, color=COLOURS[0], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for row in mine:
             look = {"linestyle": "none", "markersize": 8, "capsize": 4, **style[row.method]}
@@ -92,16 +92,16 @@ def plot(path: Path, rows: list[Row]) -> None:
             handles.setdefault(row.method, drawn)
             if row is base:
                 continue
-            loss = _smooth(row.losses.mean(1))
-            right.plot(range(1, len(loss) + 1), loss, color=style[row.method]["color"], linewidth=1.8)
+            loss = row.losses.mean(1).unfold(0, window, 1).mean(-1)
+            right.plot(range(window, window + len(loss)), loss, color=style[row.method]["color"], linewidth=1.8)
         left.set_xscale("log")
         left.margins(x=0.12, y=0.15)
         left.xaxis.set_major_formatter(LogFormatterSciNotation())
-        left.yaxis.set_major_locator(MaxNLocator(6))
+        left.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         size = f"{len(task.labels)} classes, {len(task.test)} test texts"
         left.set_title(f"{task.title} ({size})", loc="left", fontsize=10)
         left.set(xlabel="trainable parameters", ylabel="accuracy (%)")
-        right.set_title(f"loss in training, mean of {SMOOTH} steps and all seeds", loc="left", fontsize=10)
+        right.set_title(f"loss in training, mean of the last {window} steps and all seeds", loc="left", fontsize=10)
         right.set(xlabel="step", ylabel="cross-entropy")
         for axis in (left, right):
             axis.grid(color="#e5e5e5", linewidth=0.8)
@@ -109,8 +109,3 @@ def plot(path: Path, rows: list[Row]) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=160)
-
-
-def _smooth(losses: Tensor) -> Tensor:
-    """The mean of the last SMOOTH steps, of fewer at the start."""
-    return torch.stack([losses[max(0, i - SMOOTH) : i].mean() for i in range(1, len(losses) + 1)])
