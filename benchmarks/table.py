@@ -27,13 +27,15 @@ SECTIONS = {
     "adapt": (
         "Making an adapted model",
         "`adapt` + `init` against PEFT's `get_peft_model`. Each run gets a fresh model, made outside the time, because "
-        "PEFT changes it.",
+        "PEFT changes it. Seven tenths of ours is the copy of the model's structure that calls run on.",
     ),
     "llama": (
         "A whole model",
         "Random Llamas in fp32. A training step is forward, backward and dropping the gradients, without an optimizer; "
         "the base's share of it is its forward pass and the gradient with respect to its input. Forward passes run "
-        "without gradients. With one row and one token a call is mostly overhead.",
+        "without gradients. With one row and one token a call is mostly overhead: in a profile of the 224 linear "
+        "layers, 44 % of it is LoRA's three small products themselves, 36 % is torch's and our dispatch from `F.linear` "
+        "to them, and 5 % what is done once a call (checks, freshness, filling slots), the rest the layers' own calls.",
     ),
     "vmap": (
         "Many adapters in one pass",
