@@ -34,8 +34,8 @@ SECTIONS = {
         "Random Llamas in fp32. A training step is forward, backward and dropping the gradients, without an optimizer; "
         "the base's share of it is its forward pass and the gradient with respect to its input. Forward passes run "
         "without gradients. With one row and one token a call is mostly overhead: in a profile of the 224 linear "
-        "layers, 44 % of it is LoRA's three small products themselves, 36 % is torch's and our dispatch from `F.linear` "
-        "to them, and 5 % what is done once a call (checks, freshness, filling slots), the rest the layers' own calls.",
+        "layers, 44 % of it is LoRA's three small products themselves, 36 % is the dispatch from `F.linear` to them, "
+        "and 5 % what is done once a call (checks, freshness, filling slots), the rest the layers' own calls.",
     ),
     "vmap": (
         "Many adapters in one pass",
