@@ -45,7 +45,7 @@ RECIPES = {
 @dataclass(frozen=True)
 class Settings:
     seeds: int = 3
-    steps: int = 40
+    steps: int = 32
     probe_steps: int = 100
     train_texts: int | None = None
     test_texts: int | None = None
