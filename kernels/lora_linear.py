@@ -48,12 +48,13 @@ def lora_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) 
 
     x [..., in], w [out, in], a [r, in], b [out, r], all of one dtype → [..., out].
     """
-    flat = x.reshape(-1, x.shape[-1])
+    if x.dim() != 2:
+        return lora_linear(x.reshape(-1, x.shape[-1]), w, a, b, scale).view(*x.shape[:-1], w.shape[0])
     if torch.is_grad_enabled():
-        y: Tensor = _LoRALinear.apply(flat, w, a, b, scale)  # type: ignore[no-untyped-call]
-    else:
-        y = _forward(flat, torch.mm(flat, a.mT), w, b, scale)
-    return y.view(*x.shape[:-1], w.shape[0])
+        if not a.requires_grad:  # LoRA-FA: plain autograd then keeps S alone, and no x
+            return reference(x, w, a, b, scale)
+        return _LoRALinear.apply(x, w, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(x, torch.mm(x, a.mT), w, b, scale)
 
 
 def reference(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,317 @@
+"""y[i] = c_k ⊙ (x[i] Wᵀ + s_k·(x[i] A_kᵀ) B_kᵀ), k the adapter of row i: a batch whose rows have adapters of their own.
+
+The base product runs once on all rows; the low-rank parts run in two launches for all adapters, or in two products
+over all of them where their ranks sum to little. Rows of index −1 are the base's, and cost nothing more.
+
+`Stack` is adapters of one rank, as `peftfn.stack` gives them; `pack` puts adapters of any ranks and scales, LoRA and
+DoRA together, and several layers that share an input (q, k, v), into one tensor without padding.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peftfn.kernels.choose import Target, all_at_once, kernels_for
+from peftfn.kernels.segments import Segments, segments
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from peftfn.kernels.mixed_triton import Side
+
+
+class Low(NamedTuple):
+    """One adapter of one layer: down [r, in], up [out, r], scale, and DoRA's c [out] or None."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    rows: Tensor | None = None
+
+
+class Stack(NamedTuple):
+    """k adapters of one layer and one rank: down [k, r, in], up [k, out, r], one scale, c [k, out] or None."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    rows: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.down.shape[0]
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.down.contiguous(), self.up.contiguous(), self.rows
+
+    def sides(self, a: Tensor, b: Tensor) -> "tuple[Side, Side]":
+        from peftfn.kernels.mixed_triton import Side
+
+        (_, r, in_), out = a.shape, b.shape[1]
+        return (
+            Side(a, r * in_, in_, 1, in_, r, 1.0, None, None),
+            Side(b, out * r, 1, r, out, r, float(self.scale), None, None),
+        )
+
+    def each(self, a: Tensor, b: Tensor) -> list[list[tuple[Tensor, Tensor, float, slice]]]:
+        out = slice(0, b.shape[1])
+        return [[(a[k], b[k], self.scale, out) for k in range(self.slots)]]
+
+
+class Pack(NamedTuple):
+    """Adapters of any ranks and scales, of one or more layers with one input, end to end in two flat tensors.
+
+    Layer after layer, adapter after adapter: A as [r, in], B as [r, out]. c: [k, Σ out], ones for LoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    rows: Tensor | None
+    inputs: int
+    outputs: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    scales: tuple[tuple[float, ...], ...]
+    tables: dict[str, Tensor]
+
+    @property
+    def slots(self) -> int:
+        return len(self.ranks[0])
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.down, self.up, self.rows
+
+    def sides(self, a: Tensor, b: Tensor) -> "tuple[Side, Side]":
+        from peftfn.kernels.mixed_triton import Columns, Side, Tables
+
+        t, slices, r = self.tables, len(self.outputs), max(map(max, self.ranks))
+        ones = torch.ones_like(t["scale"])
+        ins, outs = Columns(t["in_at"], t["in_n"]), Columns(t["out_at"], t["out_n"])
+        return (
+            Side(a, 0, self.inputs, 1, self.inputs, r, 1.0, Tables(t["a_at"], t["rank"], ones), ins, slices),
+            Side(b, 0, 0, 1, max(self.outputs), r, 1.0, Tables(t["b_at"], t["rank"], t["scale"]), outs, slices),
+        )
+
+    def each(self, a: Tensor, b: Tensor) -> list[list[tuple[Tensor, Tensor, float, slice]]]:
+        layers, at, bt, col = [], 0, 0, 0
+        for out, ranks, scales in zip(self.outputs, self.ranks, self.scales, strict=True):
+            layer = []
+            for r, scale in zip(ranks, scales, strict=True):
+                down, up = a[at : at + r * self.inputs].view(r, -1), b[bt : bt + r * out].view(r, -1).mT
+                layer.append((down, up, scale, slice(col, col + out)))
+                at, bt = at + r * self.inputs, bt + r * out
+            layers.append(layer)
+            col += out
+        return layers
+
+
+def pack(layers: Sequence[Sequence[Low]]) -> Pack:
+    """Pack the adapters of each layer; all layers have one input, and as many adapters. Differentiable in the leaves.
+
+    Raises ValueError where shapes do not fit, naming the layer and the adapter.
+    """
+    inputs, slots = layers[0][0].down.shape[1], len(layers[0])
+    for i, layer in enumerate(layers):
+        if len(layer) != slots:
+            raise ValueError(f"pack: layer {i} has {len(layer)} adapters and layer 0 has {slots}: give as many of each")
+        for k, low in enumerate(layer):
+            if low.down.shape[1] != inputs or low.down.shape[0] != low.up.shape[1] or len(low.up) != len(layer[0].up):
+                raise ValueError(
+                    f"pack: layer {i}, adapter {k}: down is {list(low.down.shape)} and up {list(low.up.shape)}; they "
+                    f"must be [r, {inputs}] and [{len(layer[0].up)}, r]"
+                )
+    flat = [low for layer in layers for low in layer]
+    device = flat[0].down.device
+    outputs = tuple(len(layer[0].up) for layer in layers)
+    ranks = tuple(tuple(low.down.shape[0] for low in layer) for layer in layers)
+    scales = tuple(tuple(float(low.scale) for low in layer) for layer in layers)
+    rows = None
+    if any(low.rows is not None for low in flat):
+        rows = torch.cat(
+            [
+                torch.stack([low.up.new_ones(len(low.up)) if low.rows is None else low.rows for low in layer])
+                for layer in layers
+            ],
+            1,
+        )
+
+    def starts(sizes: list[int]) -> list[int]:
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def table(values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    tables = {
+        "a_at": table(starts([low.down.numel() for low in flat]), torch.int64),
+        "b_at": table(starts([low.up.numel() for low in flat]), torch.int64),
+        "rank": table([low.down.shape[0] for low in flat], torch.int32),
+        "scale": table([float(low.scale) for low in flat], torch.float32),
+        "in_at": table([0] * len(layers), torch.int32),
+        "in_n": table([inputs] * len(layers), torch.int32),
+        "out_at": table(starts(list(outputs)), torch.int32),
+        "out_n": table(outputs, torch.int32),
+    }
+    down = torch.cat([low.down.reshape(-1) for low in flat])
+    up = torch.cat([low.up.mT.reshape(-1) for low in flat])
+    return Pack(down, up, rows, inputs, outputs, ranks, scales, tables)
+
+
+class _Mixed(Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        adapters: Stack | Pack,
+        rows: Segments,
+        there: Target,
+        graded: bool,
+    ) -> Tensor:
+        from peftfn.kernels import mixed_triton as ops
+
+        y = torch.mm(x, w.mT)
+        down, up = adapters.sides(a, b)
+        planes = ops.thin(there, x, down, rows)
+        v = y.clone() if graded and c is not None and ctx.needs_input_grad[4] else None
+        if v is None:
+            ops.wide(there, planes, up, rows, y, c=c)
+        else:
+            ops.wide(there, planes, up, rows, v, c=c, out=y)
+        ctx.save_for_backward(x, w, a, b, c, planes, v)
+        ctx.adapters, ctx.rows, ctx.there = adapters, rows, there
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        from peftfn.kernels import mixed_triton as ops
+
+        x, w, a, b, c, planes, v = ctx.saved_tensors
+        adapters, rows, there, need = ctx.adapters, ctx.rows, ctx.there, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again
+            inputs = [t for t, n in zip((x, w, a, b, c), need, strict=False) if n]
+            with torch.enable_grad():
+                y = _reference(x, w, a, b, c, adapters, rows.of)
+            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True, materialize_grads=True))
+            return *(next(found) if n else None for n in need[:5]), None, None, None, None
+        dy = dy.contiguous()
+        dv = dy if c is None else dy * by_row(c, rows.of).to(dy.dtype)
+        down, up = adapters.sides(a, b)
+        dx = dw = da = db = dc = None
+        if need[0] or need[2]:
+            ds = ops.thin(there, dv, up, rows)
+        if need[0]:
+            dx = torch.mm(dv, w)
+            for piece in range(down.slices):  # one after the other: they add to the same rows
+                ops.wide(there, ds, down, rows, dx, piece=piece)
+        if need[1]:
+            dw = torch.mm(dv.mT, x)
+        if need[2]:
+            da = ops.outer(there, ds, x, down, rows)
+        if need[3]:
+            db = ops.outer(there, planes, dv, up, rows)
+        if c is not None and v is not None:
+            dc = ops.dots(there, dy, v, c, rows)
+        return dx, dw, da, db, dc, None, None, None, None
+
+
+def by_row(c: Tensor, index: Tensor) -> Tensor:
+    """c [slots, n] → [t, n]: each row's own, ones for the base."""
+    return torch.cat([torch.ones_like(c[:1]), c])[index + 1]
+
+
+def mixed_lora(x: Tensor, w: Tensor, adapters: Stack | Pack, rows: Segments) -> Tensor:
+    """c_k ⊙ (x Wᵀ + s_k·(x A_kᵀ) B_kᵀ), row by row with its own adapter k; −1 is x Wᵀ.
+
+    x [t, in], w [Σ out, in], rows: `segments` of the adapters of x's rows → [t, Σ out].
+    """
+    a, b, c = adapters.operands()
+    there = kernels_for(x, w, a, b, c)
+    if there is None or x.dtype != w.dtype or not x.numel():
+        return _reference(x, w, a, b, c, adapters, rows.of)
+    if isinstance(adapters, Stack) and all_at_once(x.shape[0], adapters.slots, a.shape[1]):
+        return all_slots(x, w, adapters, rows.of)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if c is not None:
+        c = c.contiguous()
+    y: Tensor = _Mixed.apply(x, w, a, b, c, adapters, rows, there, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return y
+
+
+def all_slots(x: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
+    """`mixed_lora` where ranks sum to little: every row meets all adapters, and what is not its own becomes zero."""
+    k, r, in_ = adapters.down.shape
+    own = (index[:, None] == torch.arange(k, device=index.device)).to(x.dtype) * adapters.scale
+    s = torch.mm(x, adapters.down.to(x.dtype).view(k * r, in_).mT).view(-1, k, r) * own[:, :, None]
+    up = adapters.up.to(x.dtype).mT.reshape(k * r, -1)
+    y = torch.addmm(torch.mm(x, w.mT), s.view(-1, k * r), up)
+    return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
+
+
+def mixed_rows(x: Tensor, w: Tensor, low: Any, index: Tensor, kind: str, cache: dict[Any, Any]) -> Tensor | None:
+    """A mixed batch x [rows, …, in], or ids [rows, …] for kind "embedding", with w [out, in] and adapters `low`, as
+    `Method.low_rank` gives them for a stack; None where plain torch has to run it.
+
+    index: the adapter of each row. cache: keeps the segments of a batch, which all its layers use.
+    """
+    ids = kind == "embedding"
+    shapes = low.down.dim() == low.up.dim() == 3 and (low.rows is None or low.rows.dim() == 2)
+    if kernels_for(w if ids else x, w, low.down, low.up, low.rows) is None or not shapes or kind == "product":
+        return None
+    if not x.numel() or (not ids and x.dtype != w.dtype) or (ids and x.is_floating_point()):
+        return None
+    each = x.numel() // x.shape[0] // (1 if ids else x.shape[-1])
+    key = "segments", each, x.device
+    if key not in cache:
+        cache[key] = segments(index.to(x.device).repeat_interleave(each), low.down.shape[0])
+    adapters = Stack(low.down, low.up, low.scale, low.rows)
+    if ids:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, *adapters.operands())):
+            return None
+        return mixed_embedding(x.reshape(-1), w, adapters, cache[key]).view(*x.shape, -1)
+    return mixed_lora(x.reshape(-1, x.shape[-1]), w, adapters, cache[key]).view(*x.shape[:-1], -1)
+
+
+def mixed_embedding(ids: Tensor, w: Tensor, adapters: Stack, rows: Segments) -> Tensor:
+    """`mixed_lora` of one-hot rows: ids [t] integers, w [dim, vocab] → [t, dim]. Gradients by plain torch."""
+    a, b, c = adapters.operands()
+    there = kernels_for(w, a, b, c)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, a, b, c))
+    if there is None or graded or ids.device != w.device or not ids.numel():
+        return _embedding_reference(ids, w, adapters, rows.of)
+    from peftfn.kernels import mixed_triton as ops
+
+    y = F.embedding(ids, w.mT).contiguous()
+    down, up = adapters.sides(a, b)
+    ops.wide(there, ops.lookup(there, ids, down, rows), up, rows, y, c=c if c is None else c.contiguous())
+    return y
+
+
+def _embedding_reference(ids: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
+    y, k = F.embedding(ids, w.mT), index.clamp(min=0)
+    s = adapters.down.mT[k, ids][:, None]  # [t, 1, r]
+    change = adapters.scale * (s @ adapters.up[k].mT).squeeze(1)
+    y = y + torch.where(index[:, None] < 0, 0.0, change).to(y.dtype)
+    return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
+
+
+def reference(x: Tensor, w: Tensor, adapters: Stack | Pack, index: Tensor) -> Tensor:
+    """What `mixed_lora` means: adapter by adapter."""
+    return _reference(x, w, *adapters.operands(), adapters, index)
+
+
+def _reference(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor | None, adapters: Stack | Pack, index: Tensor
+) -> Tensor:
+    parts = []
+    for layer in adapters.each(a, b):
+        columns = layer[0][3]
+        part = x @ w[columns].mT
+        for k, (down, up, scale, _) in enumerate(layer):
+            change = scale * (x @ down.to(x.dtype).mT) @ up.to(x.dtype).mT
+            part = part + torch.where((index == k)[:, None], change, 0.0)
+        parts.append(part)
+    y = torch.cat(parts, 1)
+    return y if c is None else y * by_row(c, index).to(y.dtype)
