@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,20 +28,166 @@ ALL = MATRIX | {"other"}
 """Every kind: "other" are norms, biases, and any other tensor."""
 
 
+def whole(method: "Method", **values: Any) -> None:
+    """Raise ValueError unless every value is an integer >= 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {value!r}; it must be a positive integer: give {name} >= 1"
+            )
+
+
+def positive(method: "Method", **values: Any) -> None:
+    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
+    types = {f.name: f.type for f in dataclasses.fields(method)}
+    for name, value in values.items():
+        if types.get(name) in (int, "int"):
+            whole(method, **{name: value})
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {value!r}; it must be a finite number above 0: give {name} > 0"
+            )
+
+
+def probability(method: "Method", **values: Any) -> None:
+    """Raise ValueError unless every value is in [0, 1)."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
+
+
+def choice(method: "Method", name: str, options: tuple[Any, ...]) -> None:
+    """Raise ValueError unless the field `name` is one of the options."""
+    value = getattr(method, name)
+    if value not in options:
+        raise ValueError(f"{type(method).__name__}.{name} is {value!r}; choose one of {list(options)}")
+
+
+def divides(method: "Method", name: str, block: int, **sizes: int) -> None:
+    """Raise ValueError unless `block` (the field `name`) divides every size."""
+    for size_name, size in sizes.items():
+        if size % block:
+            near = [d for d in range(1, size + 1) if size % d == 0]
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {block}, which does not divide {size_name}={size}: "
+                f"choose one of {sorted(near, key=lambda d: abs(d - block))[:5]}"
+            )
+
+
+Whole = Annotated[int, whole]
+"""Type of a field that is a positive integer: a rank, a size, a count."""
+Positive = Annotated[float, positive]
+"""Type of a field that is a finite number above 0."""
+Probability = Annotated[float, probability]
+"""Type of a field that is a probability."""
+
+
+@cache
+def _checks(cls: Any) -> list[tuple[str, Callable[["Method"], None]]]:
+    """What the types of a method's fields say about their values: `Whole` and its like, and `Literal`s."""
+    hints = get_type_hints(cls, include_extras=True)
+
+    def checks(name: str) -> Iterator[Callable[[Method], None]]:
+        hint, optional = hints[name], False
+        if get_origin(hint) in (Union, UnionType):
+            some = [h for h in get_args(hint) if h is not type(None)]
+            hint, optional = some[0] if len(some) == 1 else Any, type(None) in get_args(hint)
+        if get_origin(hint) is Literal:
+            yield lambda m: choice(m, name, (*get_args(hint), *([None] if optional else [])))
+        for check in getattr(hint, "__metadata__", ()):
+            yield lambda m, check=check: (  # type: ignore[misc]
+                None if optional and getattr(m, name) is None else check(m, **{name: getattr(m, name)})
+            )
+
+    return [(f.name, check) for f in dataclasses.fields(cls) for check in checks(f.name)]  # type: ignore[arg-type]
+
+
+Start = Literal["default", "random"]
+"""Type of `init_weights`: how a fresh leaf starts; "random" is not the identity."""
+STARTS = (("default", True), ("random", False))
+"""`init_weights` here and PEFT's flag."""
+
+
+def names(text: str) -> dict[str, str]:
+    """ "ours=theirs ours=theirs …" as a mapping; one name alone stands for both."""
+    pairs = (pair.partition("=") for pair in text.split())
+    return {ours: theirs or ours for ours, _, theirs in pairs}
+
+
 @dataclasses.dataclass(frozen=True)
 class Peft:
     """How Hugging Face PEFT writes a method: what `formats/peft.py` needs to know of it.
 
-    type: `peft_type`. keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
-    fields: our field → PEFT's configuration key. fixed: configuration that tells this class from others of its type.
-    shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
+    Args:
+        type: `peft_type`.
+        keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
+        fields: our field → PEFT's configuration key; "outer.inner" is a key of the object under `outer`.
+        values: our field → pairs (our value, PEFT's), for fields whose values differ; the first pair that fits counts.
+        fixed: configuration that tells this class from others of its type; `...` is anything that is set.
+        shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
     """
 
     type: str
     keys: Mapping[str, str]
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Sequence[tuple[Any, Any]]] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our fields from a configuration."""
+
+        def ours(field: str, value: Any) -> Any:
+            pairs = self.values.get(field, ())
+            return next((ours for ours, theirs in pairs if theirs == value and type(theirs) is type(value)), value)
+
+        found = {}
+        for field, key in self.fields.items():
+            head, _, tail = key.partition(".")
+            inside = config.get(head, {}) if tail else config
+            if (tail or head) in inside:
+                found[field] = ours(field, inside[tail or head])
+        return found
+
+    def written(self, method: "Method") -> dict[str, Any]:
+        """PEFT's configuration from our fields."""
+        out: dict[str, Any] = dict(self.fixed)
+        for field, key in self.fields.items():
+            value, (head, _, tail) = getattr(method, field), key.partition(".")
+            if field in self.values:
+                value = self._translated(method, field, value)
+            out[head] = {**(out[head] if isinstance(out.get(head), dict) else {}), tail: value} if tail else value
+        return out
+
+    def _translated(self, method: "Method", field: str, value: Any) -> Any:
+        for ours, theirs in self.values[field]:
+            if ours == value:
+                return theirs
+        raise ValueError(
+            f"{type(method).__name__}.{field} is {value!r}, which PEFT does not have: it has "
+            f"{list(dict.fromkeys(ours for ours, _ in self.values[field]))}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """A leaf of one rank, with zeros appended to its tensors, is a leaf of a larger rank with the same change.
+
+    gain: the tensors that the method's `scale` multiplies. fields: the fields in which the two methods may differ.
+    """
+
+    gain: tuple[str, ...] = ()
+    fields: frozenset[str] = frozenset({"rank", "alpha", "rslora", "dropout", "init_weights"})
+
+
+class LowRank(NamedTuple):
+    """diag(rows) (W + scale·up down): up [..., out, r], down [..., r, in], rows [..., out] or None for ones."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    rows: Tensor | None = None
 
 
 registry: dict[str, type["Method"]] = {}
@@ -61,15 +210,29 @@ class Method:
     kinds: ClassVar[frozenset[str]] = MATRIX
     per_row: ClassVar[bool] = True
     """Whether a mixed batch may run `linear` and `product` once a row; False where they make a dense weight."""
+    absolute: ClassVar[frozenset[str]] = frozenset()
+    """Names of trainable matrices that are weights, and no change of them: weight decay must leave these alone."""
     peft: ClassVar[Peft | None] = None
     """How PEFT writes it, if PEFT has it."""
+    padding: ClassVar[Padding | None] = None
+    """How `conform` fits a leaf to a larger rank or another scale; None: not at all."""
+    linear_in: ClassVar[tuple[str, ...]] = ()
+    """Prepared tensors in which `delta` is linear, the others being constants: then `scaled` and `summed` follow."""
+    scales_with: ClassVar[tuple[str, ...]] = ()
+    """Prepared tensors that multiply `delta` by s when they are multiplied by s: then `scaled` follows."""
+    in_eval: ClassVar[tuple[tuple[str, Any], ...]] = (("dropout", 0.0),)
+    """Fields that have this value when the model is in eval mode."""
     mergeable: ClassVar[bool] = True
     """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
     cases: ClassVar[Cases] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 
+    _own: ClassVar[frozenset[str]] = frozenset()
+    """What the class and its bases before Method define."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._own = frozenset(name for c in cls.__mro__[: cls.__mro__.index(Method)] for name in vars(c))
         if cls.__name__.startswith("_"):
             return
         old = registry.get(cls.__name__)
@@ -79,6 +242,11 @@ class Method:
                 "class, so give this one another name"
             )
         registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        """Check the fields by their types (`Whole`, `Positive`, `Probability`, `Literal`)."""
+        for _, check in _checks(type(self)):  # type: ignore[arg-type]
+            check(self)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         """The fresh trainable tensors for w [out, in]. Raise ValueError where a size does not fit.
@@ -128,18 +296,34 @@ class Method:
         """`F.linear(x, w + delta)`, for methods that work on the features x [..., in] themselves."""
         return self.product(p, w, x, F.linear)
 
+    def low_rank(self, p: Leaf) -> LowRank | None:
+        """What `linear` and `product` compute, where that is a low-rank change: mixed batches then run all adapters in
+        two batched products. p may have a leading axis of adapters, or one in some of its tensors only."""
+        return None
+
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         """p whose delta is s times that of p (both prepared), or None where there is no such thing."""
-        return None
+        names = self.linear_in or self.scales_with
+        return {k: s * t if k in names else t for k, t in p.items()} if names else None
 
     def summed(self, ps: list[Leaf]) -> Leaf | None:
         """p whose delta is the sum of those of ps (all prepared), or None where there is no such thing."""
-        return None
+        names = self.linear_in
+        return (
+            {k: torch.stack([p[k] for p in ps]).sum(0) if k in names else t for k, t in ps[0].items()}
+            if names
+            else None
+        )
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with features dropped at the rate of the field `dropout`; ids of an embedding have none to drop."""
+        rate = getattr(self, "dropout", 0.0)
+        return F.dropout(x, rate) if rate and x.is_floating_point() else x
 
     @property
     def identity(self) -> bool:
-        """Whether a fresh adapter leaves the model unchanged."""
-        return True
+        """Whether a fresh adapter leaves the model unchanged; by default, unless `init_weights` is "random"."""
+        return getattr(self, "init_weights", "default") != "random"
 
     @property
     def exact_gradient(self) -> bool:
@@ -148,18 +332,19 @@ class Method:
 
     def eval(self) -> Self:
         """The method as it is when the model is in eval mode."""
-        return dataclasses.replace(self, dropout=0.0) if getattr(self, "dropout", 0.0) else self  # type: ignore[call-arg]
+        changed = {f: v for f, v in self.in_eval if getattr(self, f, v) != v}
+        return dataclasses.replace(self, **changed) if changed else self
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
         """The method that a PEFT configuration describes; override where it is more than a renaming of fields."""
         assert cls.peft is not None
-        return cls(**{f: config[key] for f, key in cls.peft.fields.items() if key in config})
+        return cls(**cls.peft.read(config))
 
     def to_peft(self) -> dict[str, Any]:
         """PEFT's configuration of this method. Raise ValueError for what PEFT cannot express."""
         assert self.peft is not None
-        return {key: getattr(self, f) for f, key in self.peft.fields.items()} | dict(self.peft.fixed)
+        return self.peft.written(self)
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants; override where shapes differ.
@@ -172,44 +357,8 @@ class Method:
     @classmethod
     def fast_linear(cls) -> bool:
         """Whether `linear` is more than the dense weight."""
-        return cls.overrides("linear") or cls.overrides("product")
+        return "linear" in cls._own or "product" in cls._own
 
     @classmethod
     def overrides(cls, name: str) -> bool:
-        return getattr(cls, name) is not getattr(Method, name)
-
-
-def positive(method: Method, **values: float) -> None:
-    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
-    types = {f.name: f.type for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    for name, value in values.items():
-        whole = types.get(name) in (int, "int")
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            kind = "a positive integer" if whole else "a finite number above 0"
-            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it must be {kind}: give {name} >= 1")
-
-
-def divides(method: Method, name: str, block: int, **sizes: int) -> None:
-    """Raise ValueError unless `block` (the field `name`) divides every size."""
-    for size_name, size in sizes.items():
-        if size % block:
-            near = [d for d in range(1, size + 1) if size % d == 0]
-            raise ValueError(
-                f"{type(method).__name__}.{name} is {block}, which does not divide {size_name}={size}: "
-                f"choose one of {sorted(near, key=lambda d: abs(d - block))[:5]}"
-            )
-
-
-def probability(method: Method, **values: float) -> None:
-    """Raise ValueError unless every value is in [0, 1)."""
-    for name, value in values.items():
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
-
-
-def choice(method: Method, name: str, options: tuple[Any, ...]) -> None:
-    """Raise ValueError unless the field `name` is one of the options."""
-    value = getattr(method, name)
-    if value not in options:
-        raise ValueError(f"{type(method).__name__}.{name} is {value!r}; choose one of {list(options)}")
+        return name in cls._own

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,11 +23,15 @@ class Rng:
         name: str,
         *,
         site: Site | None = None,
+        sites: Mapping[str, Site] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         """site: where the tensors are for, for the few methods that need its kind or its own shape; None for those
-        that a rule's sites share."""
+        that a rule's sites share. sites: those sites, by name, for the latter. constants: the site's `frozen`
+        tensors, for an `init` that would compute the same again; empty where there are none yet."""
+        self.sites, self.constants = sites or {}, constants or {}
         self.dtype, self.device, self.seed, self.site = dtype, torch.device(device), seed, site
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         self.generator = torch.Generator()
@@ -34,7 +39,7 @@ class Rng:
 
     def reseeded(self, seed: int) -> "Rng":
         """Draws from `torch.manual_seed(seed)`'s own sequence, whatever the site: what other libraries' seeds mean."""
-        rng = Rng(seed, "", site=self.site, dtype=self.dtype, device=self.device)
+        rng = Rng(seed, "", site=self.site, sites=self.sites, dtype=self.dtype, device=self.device)
         rng.generator.manual_seed(seed)
         return rng
 

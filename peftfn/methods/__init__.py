@@ -14,7 +14,8 @@ from peftfn.methods.dylora import DyLoRA
 from peftfn.methods.fourierft import FourierFT
 from peftfn.methods.frod import FRoD
 from peftfn.methods.full import Full
-from peftfn.methods.glora import GLoRA, GLoRALycoris
+from peftfn.methods.glora import GLoRA
+from peftfn.methods.glora_lycoris import GLoRALycoris
 from peftfn.methods.gralora import GraLoRA
 from peftfn.methods.hira import HiRA
 from peftfn.methods.hra import HRA
@@ -26,7 +27,8 @@ from peftfn.methods.lokr import LoKr
 from peftfn.methods.longlora import longlora
 from peftfn.methods.lora import LoRA
 from peftfn.methods.mica import MiCA
-from peftfn.methods.miss import MiSS, MiSSBat
+from peftfn.methods.miss import MiSS
+from peftfn.methods.missbat import MiSSBat
 from peftfn.methods.monteclora import MonteCLoRA
 from peftfn.methods.oft import OFT
 from peftfn.methods.olora import OLoRA
@@ -40,6 +42,7 @@ from peftfn.methods.randlora import RandLoRA
 from peftfn.methods.road import RoAd
 from peftfn.methods.shira import SHiRA
 from peftfn.methods.supertuning import SuperTuning
+from peftfn.methods.tiedtokens import TiedTokens
 from peftfn.methods.tinylora import TinyLoRA
 from peftfn.methods.tlora import TLoRA
 from peftfn.methods.trainabletokens import TrainableTokens
@@ -92,6 +95,7 @@ __all__ = [
     "SHiRA",
     "SuperTuning",
     "TLoRA",
+    "TiedTokens",
     "TinyLoRA",
     "TrainableTokens",
     "UniLoRA",

@@ -1,12 +1,11 @@
 """AdaMSS: W + Δ, row o of Δ being B[o] A_c P, with c the cluster of row o and P leading right singular vectors of W."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, choice, positive
+from peftfn.method import Leaf, Start, Whole
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -21,6 +20,8 @@ class AdaMSS(_LowRank):
     [out, rank]. Frozen: P and c [out], from a randomised SVD and ten steps of k-means. Rows of A beyond a cluster's own
     rank start at zero, and with the zeros of B stay there. PEFT's change of the bias is not part of it.
 
+    Trains clusters·rank·space + rank·out numbers. For: very few numbers, in directions taken from the weight.
+
     Args:
         space: how many singular vectors (PEFT's r).
         clusters: number of them, at most out (PEFT's num_subspaces).
@@ -30,25 +31,17 @@ class AdaMSS(_LowRank):
         init_weights: "default" (B is zero), or "random" (B ~ N(0, 0.01²): not the identity).
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"space": 4, "clusters": 2, "rank": 2},
         {"space": 6, "clusters": 3, "threshold": 0.2, "init_weights": "random"},
     )
 
-    space: int = 100
-    clusters: int = 5
-    rank: int = 1
+    space: Whole = 100
+    clusters: Whole = 5
+    rank: Whole = 1
     threshold: float | None = None
     seed: int = 0
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, space=self.space, clusters=self.clusters, rank=self.rank)
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
+    init_weights: Start = "default"
 
     def _parts(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(U [out, r], P [r, in], cluster of every row [out]), computed on the CPU."""

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, choice, divides, positive
+from peftfn.method import Leaf, Whole, divides
 from peftfn.methods.variant import _Variant
 from peftfn.rng import Rng
 
@@ -21,6 +21,9 @@ class BDLoRA(_Variant):
     Wang et al., "Block-Diagonal LoRA for Eliminating Communication Overhead in Tensor Parallel LoRA Serving", 2025,
     arXiv:2510.23346.
 
+    Trains rank·(in + out/blocks), or the other way round numbers. For: LoRA on a model whose layers are split over
+    devices.
+
     Args:
         rank, alpha, rslora, dropout: as for `LoRA`.
         blocks: as many as devices share the layer.
@@ -30,18 +33,17 @@ class BDLoRA(_Variant):
         ValueError: blocks does not divide rank, or the factor's other side.
     """
 
-    cases: ClassVar[Cases] = ({"rank": 4, "alpha": 3.0, "blocks": 2}, {"rank": 2, "blocks": 2, "side": "b"})
+    cases = ({"rank": 4, "alpha": 3.0, "blocks": 2}, {"rank": 2, "blocks": 2, "side": "b"})
 
+    padding = None  # a rank belongs to its block
     peft = replace(_Variant.peft, fixed={"use_bdlora": ...})
 
     init_weights: ClassVar[str] = "default"  # type: ignore[misc]
-    blocks: int = 1
-    side: str = "a"
+    blocks: Whole = 1
+    side: Literal["a", "b"] = "a"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, blocks=self.blocks)
-        choice(self, "side", ("a", "b"))
         divides(self, "blocks", self.blocks, rank=self.rank)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:

@@ -1,12 +1,11 @@
 """BEFT: W x + b + β, a change of the bias alone."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice
+from peftfn.method import Leaf, Method, Peft, Product, Start, names
 from peftfn.rng import Rng
 
 
@@ -17,22 +16,18 @@ class BEFT(Method):
     Huang et al., "BEFT: Bias-Efficient Fine-Tuning of Language Models", 2025, arXiv:2509.15974: the biases of the
     value projections. Adding β to existing biases is also what `Full` does on the rule "bias".
 
+    Trains out numbers. For: the fewest numbers with an effect, where little data is at hand.
+
     Args:
         init_weights: "default" (β zero) or "random" (β standard normal: not the identity).
     """
 
-    cases: ClassVar[Cases] = ({}, {"init_weights": "random"})
+    linear_in = ("beta",)
+    cases = ({}, {"init_weights": "random"})
 
-    peft = Peft("BEFT", {"beta": "beft_bias"})
+    peft = Peft("BEFT", names("beta=beft_bias"))
 
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    init_weights: Start = "default"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"beta": rng.zeros(w.shape[0]) if self.identity else rng.normal(w.shape[0])}
@@ -45,12 +40,6 @@ class BEFT(Method):
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         return dot(x, w)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return {"beta": s * p["beta"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        return {"beta": torch.stack([p["beta"] for p in ps]).sum(0)}
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         return {"beft_bias": p["beta"][None]}

@@ -1,25 +1,26 @@
 """BOFT: s ⊙ W Mᵀ, M = M_{m−1} … M₀ a product of orthogonal butterfly factors, so that x is mixed before it meets W."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
-from peftfn.methods.rotation import block, cayley, one_of, turn
+from peftfn.method import Leaf, Peft, Probability, Product, Start, Whole, names
+from peftfn.methods.rotation import _Blocks, cayley, turn
 from peftfn.rng import Rng
 
 
 @dataclass(frozen=True)
-class BOFT(Method):
+class BOFT(_Blocks):
     """s ⊙ W Mᵀ, that is s ⊙ W (x M): M_i rotates pairs of half-blocks 2^i apart, block by block, and s [out] scales.
 
     Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", 2023, arXiv:2311.06243.
     Trained: r [factors, blocks, h, h], of which (R − Rᵀ)/2 goes through the Cayley transform, and s [out], which
     leaves the bias alone. PEFT without a CUDA compiler silently trains one factor; here any number is plain torch.
+
+    Trains factors·in·block_size + out numbers. For: keeping the angles between neurons while mixing all features.
 
     Args:
         block_size: h, size of a block, or
@@ -29,7 +30,7 @@ class BOFT(Method):
         init_weights: "default" (r zero, s one) or "random" (around these with std 0.1: not the identity).
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"block_size": 4},
         {"block_size": 2, "factors": 3},
         {"blocks": 4, "factors": 2, "init_weights": "random"},
@@ -37,34 +38,17 @@ class BOFT(Method):
 
     peft = Peft(
         "BOFT",
-        keys={"r": "boft_R", "s": "boft_s"},
-        fields={
-            "block_size": "boft_block_size",
-            "blocks": "boft_block_num",
-            "factors": "boft_n_butterfly_factor",
-            "dropout": "boft_dropout",
-        },
+        names("r=boft_R s=boft_s"),
+        names("block_size=boft_block_size blocks=boft_block_num factors=boft_n_butterfly_factor dropout=boft_dropout"),
     )
 
-    block_size: int | None = None
-    blocks: int | None = None
-    factors: int = 1
-    dropout: float = 0.0
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        one_of(self)
-        positive(self, factors=self.factors)
-        probability(self, dropout=self.dropout)
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    factors: Whole = 1
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, in_ = w.shape
-        h, span = block(self, in_, "input", default=4), 2 ** (self.factors - 1)
+        h, span = self.block(in_, "input"), 2 ** (self.factors - 1)
         if span > 1 and (h % 2 or in_ % (h * span)):
             raise ValueError(
                 f"BOFT.factors is {self.factors}, which mixes {h * span} features with blocks of {h}; that must divide "
@@ -100,15 +84,6 @@ class BOFT(Method):
         blocks = torch.rand(d, device=q.device).argsort() < int(self.dropout * d)
         eye = torch.eye(h, dtype=q.dtype, device=q.device)
         return torch.where((factor[:, None] & blocks)[..., None, None], eye, q)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        zero = {k: None for k in ("boft_block_size", "boft_block_num") if not config.get(k, True)}
-        return super().from_peft({**config, **zero})
-
-    def to_peft(self) -> dict[str, Any]:
-        size = 0 if self.blocks else self.block_size or 4
-        return super().to_peft() | {"boft_block_size": size, "boft_block_num": self.blocks or 0}
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         return {"boft_R": p["r"], "boft_s": p["s"][:, None]}

@@ -1,16 +1,17 @@
 """C3A: W + C, C made of circulant blocks: every block of x is convolved around a circle with a trained kernel."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, choice, divides, positive
+from peftfn.method import Leaf, Method, Peft, Whole, divides, names
 from peftfn.rng import Rng
+
+_RANDOM = ("xavier_uniform", "kaiming_uniform", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,26 @@ class C3A(Method):
     Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024, arXiv:2407.19342. Runs as FFTs of
     length b; C is never made. The division by `in` is PEFT's.
 
+    Trains in·out/block_size numbers. For: a change of high rank from few numbers.
+
     Args:
         block_size: b; it must divide in and out.
         init_weights: "zeros", or the starts that are not the identity: "xavier_uniform" (U(±√(6/(in + out))), PEFT's
             default), "kaiming_uniform" (U(±1/√in)) and "gaussian" (N(0, 1)).
     """
 
-    cases: ClassVar = ({"block_size": 2}, {"block_size": 1, "init_weights": "gaussian"})
+    linear_in = ("sk",)
+    cases = ({"block_size": 2}, {"block_size": 1, "init_weights": "gaussian"})
 
-    peft = Peft("C3A", keys={"k": "c3a_kernel"}, fields={"block_size": "block_size"})
+    peft = Peft(
+        "C3A",
+        names("k=c3a_kernel"),
+        names("block_size init_weights"),
+        {"init_weights": [("zeros", True), ("xavier_uniform", False), *((s, s) for s in _RANDOM)]},
+    )
 
-    block_size: int = 256
-    init_weights: str = "zeros"
-
-    def __post_init__(self) -> None:
-        positive(self, block_size=self.block_size)
-        choice(self, "init_weights", ("zeros", "xavier_uniform", "kaiming_uniform", "gaussian"))
+    block_size: Whole = 256
+    init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = "zeros"
 
     @property
     def identity(self) -> bool:
@@ -63,19 +68,3 @@ class C3A(Method):
         f = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.block_size)))  # [..., in/b, b/2 + 1]
         y = torch.einsum("...nf,mnf->...mf", f, torch.fft.rfft(p["sk"].to(wide)).conj())
         return F.linear(x, w) + torch.fft.irfft(y, self.block_size).flatten(-2).to(x.dtype)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return {"sk": s * p["sk"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        first, *rest = [p["sk"] for p in ps]
-        return {"sk": sum(rest, first)}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        given = config.get("init_weights", "xavier_uniform")
-        start = {True: "zeros", False: "xavier_uniform"}.get(given, given)
-        return replace(super().from_peft(config), init_weights=start)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"init_weights": self.identity or self.init_weights}

@@ -1,13 +1,13 @@
 """DEFT: (I − P rightᵀ) W + s·P R, a subspace of the outputs removed and written anew."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
+from peftfn.method import Leaf, Method, Peft, Probability, Product, Start, Whole, names
 from peftfn.rng import Rng
 
 
@@ -17,6 +17,8 @@ class DEFT(Method):
 
     "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", NeurIPS 2025; without R it is PaRa, Chen
     et al., 2024, arXiv:2406.05641.
+
+    Trains rank·(in + out) numbers. For: removing a subspace and writing it anew, as in personalising image models.
 
     Args:
         rank: dimension of the subspace; more than out is out.
@@ -28,7 +30,7 @@ class DEFT(Method):
         init_scale: R's std in units of 0.02 when random.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0},
         {"rank": 9, "decomposition": "qr"},
         {"rank": 2, "decomposition": "qr", "para": True},
@@ -37,30 +39,17 @@ class DEFT(Method):
 
     peft = Peft(
         "DEFT",
-        keys={"p": "deft_P", "r": "deft_R"},
-        fields={
-            "rank": "r",
-            "decomposition": "decomposition_method",
-            "alpha": "alpha",
-            "para": "para",
-            "dropout": "deft_dropout",
-            "init_scale": "init_scale",
-        },
+        names("p=deft_P r=deft_R"),
+        names("rank=r decomposition=decomposition_method alpha para dropout=deft_dropout init_scale"),
     )
 
-    rank: int = 8
-    decomposition: str = "relu"
+    rank: Whole = 8
+    decomposition: Literal["relu", "qr"] = "relu"
     alpha: float | None = None
     para: bool = False
-    dropout: float = 0.0
-    init_weights: str = "default"
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
     init_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, dropout=self.dropout)
-        choice(self, "decomposition", ("relu", "qr"))
-        choice(self, "init_weights", ("default", "random"))
 
     @property
     def identity(self) -> bool:
@@ -97,6 +86,5 @@ class DEFT(Method):
         y = dot(x, w)
         change = -(y @ p["right"])
         if not self.para:
-            dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-            change = dot(dropped, p["sr"]) + change
+            change = dot(self.dropped(x), p["sr"]) + change
         return y + F.linear(change, p["left"])

@@ -1,12 +1,11 @@
 """DeLoRA: W + (λ/rank) Σ_i b_i a_iᵀ / (‖b_i‖ ‖a_i‖) · diag(‖W‖ by columns), a change of bounded norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Peft, choice, positive, probability
+from peftfn.method import Leaf, Peft, Probability, Start, Whole, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -19,6 +18,8 @@ class DeLoRA(_LowRank):
     Bini, Girrbach and Akata, "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation", 2025, arXiv:2503.18225.
     Norms below 1e-4 count as 1e-4.
 
+    Trains rank·(in + out) + 1 numbers. For: large learning rates: the size of the change is bounded.
+
     Args:
         rank: inner dimension of the product.
         strength: λ starts with it; it bounds the change in units of the columns' norms.
@@ -26,27 +27,18 @@ class DeLoRA(_LowRank):
         init_weights: "default" (A Kaiming-uniform, B zero), or "random" (both Kaiming-uniform: not the identity).
     """
 
-    cases: ClassVar[Cases] = ({"rank": 2, "strength": 1.5}, {"rank": 3, "strength": 0.5, "init_weights": "random"})
+    cases = ({"rank": 2, "strength": 1.5}, {"rank": 3, "strength": 0.5, "init_weights": "random"})
 
     peft = Peft(
         "DELORA",
-        keys={"a": "delora_A", "b": "delora_B", "l": "delora_lambda", "n": "delora_w_norm"},
-        fields={"rank": "r", "strength": "delora_lambda", "dropout": "module_dropout"},
+        names("a=delora_A b=delora_B l=delora_lambda n=delora_w_norm"),
+        names("rank=r strength=delora_lambda dropout=module_dropout"),
     )
 
-    rank: int = 8
+    rank: Whole = 8
     strength: float = 15.0
-    dropout: float = 0.0
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, dropout=self.dropout)
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {"n": torch.linalg.vector_norm(w.to(torch.promote_types(w.dtype, rng.dtype)), dim=0)}

@@ -1,11 +1,10 @@
 """Diag-OFT: s ⊙ Rᵀ W, blocks of output features turned, and scaled."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Method, Product, divides, positive
+from peftfn.method import Leaf, Method, Product, Whole, divides
 from peftfn.methods.rotation import bounded, cayley, turn
 from peftfn.rng import Rng
 
@@ -17,20 +16,19 @@ class DiagOFT(Method):
     LyCORIS' diag-oft (Yeh et al., 2023, arXiv:2309.14859), after Qiu et al., 2023, arXiv:2306.07280. Trained: the
     whole blocks b [out/block_size, block_size, block_size], and s [out] with rescale. The bias stays as it is.
 
+    Trains out·block_size numbers. For: LyCORIS checkpoints; as OFT, on the outputs.
+
     Args:
         block_size: size of a block; it must divide out. (LyCORIS takes the smaller factor of out that its rank finds.)
         constraint: keep ‖Q‖_F over all blocks ≤ constraint·out, by scaling Q down; None or 0: no bound.
         rescale: train s as well.
     """
 
-    cases: ClassVar[Cases] = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
+    cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
 
-    block_size: int = 4
+    block_size: Whole = 4
     constraint: float | None = None
     rescale: bool = False
-
-    def __post_init__(self) -> None:
-        positive(self, block_size=self.block_size)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, h = w.shape[0], self.block_size

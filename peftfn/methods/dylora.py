@@ -1,12 +1,11 @@
 """DyLoRA: W + s·B A, trained so that it is good at every smaller rank too."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Product, divides, positive
+from peftfn.method import Leaf, Whole, divides
 from peftfn.methods.variant import _Variant
 
 
@@ -19,6 +18,8 @@ class DyLoRA(_Variant):
     Adaptation", 2022, arXiv:2210.07558. Of the blocks drawn, the last is trained and the others are held constant.
     lycoris divides alpha by the number of blocks, draws also in eval mode, and saves what means alpha/rank.
 
+    Trains rank·(in + out) numbers. For: one training that serves every smaller rank too.
+
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; None as alpha means rank.
         block: ranks that come and go together; it must divide rank.
@@ -26,20 +27,21 @@ class DyLoRA(_Variant):
         random: draw r in train mode.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 4, "alpha": 3.0, "block": 2, "random": False},
         {"rank": 4, "active": 2, "rslora": True, "random": False, "init_weights": "gaussian"},
     )
 
+    in_eval = (("dropout", 0.0), ("random", False))
+    padding = None  # the scale depends on the active rank too
     peft = None  # type: ignore[assignment]
 
-    block: int = 1
-    active: int | None = None
+    block: Whole = 1
+    active: Whole | None = None
     random: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, block=self.block, **({} if self.active is None else {"active": self.active}))
         divides(self, "block", self.block, rank=self.rank, active=self.active or self.rank)
         if self.active is not None and self.active > self.rank:
             raise ValueError(f"DyLoRA.active is {self.active}, of {self.rank} ranks: give active <= rank, or None")
@@ -47,9 +49,6 @@ class DyLoRA(_Variant):
     @property
     def exact_gradient(self) -> bool:
         return not self.random
-
-    def eval(self) -> Self:
-        return replace(super().eval(), random=False)
 
     def _more(self, n: int, r: Tensor | int) -> Tensor | float:
         """s(r)/s(n)."""
@@ -60,7 +59,9 @@ class DyLoRA(_Variant):
         r = self.active or self.rank
         return {"down": p["a"][:r], "up": self.scale * self._more(self.rank, r) * p["b"][:, :r]}
 
-    def _drawn(self, p: Leaf) -> Leaf:
+    def drawn(self, p: Leaf) -> Leaf:
+        if not self.random:
+            return p
         down, up = p["down"], p["up"]
         n = len(down)
         i = torch.arange(n, device=down.device) // self.block
@@ -71,13 +72,3 @@ class DyLoRA(_Variant):
             "down": on[:, None] * torch.where(trained[:, None], down, down.detach()),
             "up": on * torch.where(trained, up, up.detach()),
         }
-
-    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        if self.random:
-            return replace(self, random=False).product(self._drawn(p), w, x, dot)
-        return super().product(p, w, x, dot)
-
-    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if self.random:
-            return replace(self, random=False).linear(self._drawn(p), w, x)
-        return super().linear(p, w, x)

@@ -1,14 +1,14 @@
 """FourierFT: W + s·Re ifft2(S), with n trained entries in the spectrum S."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, choice, positive
+from peftfn.method import STARTS, Cases, Leaf, Method, Peft, Start, Whole, names
 from peftfn.rng import Rng
 
 
@@ -19,6 +19,8 @@ class FourierFT(Method):
     Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
     through one FFT, meets c at its n places, and comes back through another: the large matrix is never made.
 
+    Trains n_frequency numbers. For: tiny files with changes all over the weight; costs two transforms a call.
+
     Args:
         n_frequency: n, trained entries; at most out·in.
         scaling: s.
@@ -26,31 +28,25 @@ class FourierFT(Method):
         init_weights: "default" (zero) or "random" (normal: not the identity; PEFT's default).
     """
 
-    cases: ClassVar[tuple[dict[str, Any], ...]] = (
+    linear_in = ("sc",)
+    cases: ClassVar[Cases] = (
         {"n_frequency": 12, "scaling": 30.0},
         {"n_frequency": 9, "scaling": 20.0, "seed": 3, "init_weights": "random"},
     )
 
     peft = Peft(
         "FOURIERFT",
-        keys={"c": "fourierft_spectrum"},
-        fields={"n_frequency": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed"},
+        names("c=fourierft_spectrum"),
+        names("n_frequency scaling seed=random_loc_seed init_weights"),
+        {"init_weights": STARTS},
     )
 
-    n_frequency: int = 1000
+    n_frequency: Whole = 1000
     scaling: float = 150.0
     seed: int = 777
-    init_weights: str = "default"
+    init_weights: Start = "default"
 
     std: ClassVar = 1.0
-
-    def __post_init__(self) -> None:
-        positive(self, n_frequency=self.n_frequency)
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
 
     def places(self, at: Tensor, out: int, in_: int) -> Tensor:
         """Row and column in the spectrum, [2, n], of the places at [n] of a flattened [out, in]."""
@@ -88,29 +84,21 @@ class FourierFT(Method):
         """What comes from the spectrum's rows [..., bins] → features [..., size]."""
         return torch.fft.ifft(z)
 
+    def spectrum(self, p: Leaf, w: Tensor) -> Tensor:
+        row, col = p["at"]
+        return p["sc"].new_zeros(self.bins(w.shape[0]), self.bins(w.shape[1])).index_put((row, col), p["sc"])
+
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        (out, in_), (row, col) = w.shape, p["at"]
-        spectrum = p["sc"].new_zeros(self.bins(out), self.bins(in_)).index_put((row, col), p["sc"])
-        return self.synthesised(p, self.synthesised(p, spectrum, in_).mT, out).mT.real
+        out, in_ = w.shape
+        return self.synthesised(p, self.synthesised(p, self.spectrum(p, w), in_).mT, out).mT.real
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         row, col = p["at"]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        z = self.analysed(p, wide)[..., col] * p["sc"].to(wide.dtype)  # [..., n]
-        z = z.new_zeros(*z.shape[:-1], self.bins(w.shape[0])).index_add(-1, row, z)
+        z, c, rows = self.analysed(p, wide), p["sc"].to(wide.dtype), self.bins(w.shape[0])  # z [..., bins]
+        if rows * z.shape[-1] < 64 * len(row) and not z.is_complex():  # so full that a matrix product is quicker
+            z = F.linear(z, self.spectrum(p, w).to(z.dtype))
+        else:
+            z = z[..., col] * c  # [..., n]
+            z = z.new_zeros(*z.shape[:-1], rows).index_add(-1, row, z)
         return F.linear(x, w) + self.synthesised(p, z, w.shape[0]).real.to(x.dtype)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {"sc": s * p["sc"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        first, *rest = [p["sc"] for p in ps]
-        return ps[0] | {"sc": sum(rest, first)}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        start = "default" if config.get("init_weights", False) else "random"
-        return replace(super().from_peft(config), init_weights=start)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"init_weights": self.identity}

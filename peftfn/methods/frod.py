@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Product, positive, probability
+from peftfn.method import Leaf, Method, Positive, Probability, Product
 from peftfn.rng import Rng
 
 
@@ -22,6 +21,8 @@ class FRoD(Method):
     category, so sites with different roles should have rules of their own. PEFT puts U (diag(λ + d) + S) Vᵀ in W's
     place, which is the same up to rounding and to what a singular V cannot express; here W itself always stays.
 
+    Trains in + density·in² numbers. For: full-rank changes in a basis that layers of one kind share.
+
     Args:
         density: share of S's in² entries that are trained, at least one (PEFT's sparse_rate).
         ridge: added to the Gram matrices that V comes from (PEFT's regularization_alpha).
@@ -29,17 +30,14 @@ class FRoD(Method):
         dropout: probability of dropping an input feature of the change in train mode.
     """
 
-    kinds: ClassVar = frozenset({"linear", "linear_t", "conv", "conv_t"})
-    cases: ClassVar[Cases] = ({"density": 0.1}, {"density": 0.02, "projection_seed": 3, "ridge": 0.1})
+    kinds = frozenset({"linear", "linear_t", "conv", "conv_t"})
+    linear_in = ("c",)
+    cases = ({"density": 0.1}, {"density": 0.02, "projection_seed": 3, "ridge": 0.1})
 
-    density: float = 0.01
-    ridge: float = 1e-3
+    density: Positive = 0.01
+    ridge: Positive = 1e-3
     projection_seed: int = 0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        positive(self, ridge=self.ridge, density=self.density)
-        probability(self, dropout=self.dropout)
+    dropout: Probability = 0.0
 
     def _count(self, in_: int) -> int:
         return min(max(1, int(self.density * in_ * in_)), in_ * in_ - in_)
@@ -97,11 +95,4 @@ class FRoD(Method):
         return p["U"] @ p["c"] @ p["V"].mT
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(F.linear(dot(dropped, p["V"].mT), p["c"]), p["U"])
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {"c": s * p["c"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        return ps[0] | {"c": torch.stack([p["c"] for p in ps]).sum(0)}
+        return dot(x, w) + F.linear(F.linear(dot(self.dropped(x), p["V"].mT), p["c"]), p["U"])

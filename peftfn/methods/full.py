@@ -1,7 +1,6 @@
 """Full: W + D, a difference of the weight's own shape."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,19 +14,15 @@ class Full(Method):
 
     On biases this is BitFit (Ben Zaken et al., 2021, arXiv:2106.10199), on norms LN-tuning (Zhao et al., 2023,
     arXiv:2312.11420), on a head what PEFT calls modules_to_save. Takes every kind of site.
+
+    Trains in·out, or all of a vector numbers. For: norms, biases, heads, new embeddings.
     """
 
-    kinds: ClassVar = ALL
+    linear_in = ("diff",)
+    kinds = ALL
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"diff": rng.zeros(*w.shape)}
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return p["diff"]
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return {"diff": s * p["diff"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        first, *rest = [p["diff"] for p in ps]
-        return {"diff": sum(rest, first)}

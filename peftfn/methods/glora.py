@@ -1,14 +1,13 @@
 """GLoRA: W + W ⊙ A + B and b + b ⊙ D + E + W C, in PEFT's form and in LyCORIS'."""
 
 from dataclasses import dataclass
-from math import sqrt
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive
+from peftfn.method import Leaf, Method, Peft, Product, Start, Whole
 from peftfn.rng import Rng
 
 
@@ -19,6 +18,9 @@ class GLoRA(Method):
     Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023, arXiv:2306.07967.
     A layer without a bias is given E + W C (PEFT leaves both out there: `c="none", d_e="none"`).
 
+    Trains 2·rank·(in + out) + rank·(in + 1) + 2 numbers. For: changing scale, weight and bias at once, merged for
+    free.
+
     Args:
         rank: of A, B [out, in] and C [in] where they are "lora", products of a "down" and an "up" matrix.
         a_b: "lora", "vector" (one a row, [out]), "constant" (one number) or "none".
@@ -27,8 +29,8 @@ class GLoRA(Method):
         init_weights: "default" (all zero) or "random" (not the identity).
     """
 
-    per_row: ClassVar = False
-    cases: ClassVar[Cases] = (
+    per_row = False
+    cases = (
         {"rank": 2},
         {"rank": 2, "a_b": "vector", "c": "vector", "d_e": "vector", "init_weights": "random"},
         {"a_b": "constant", "c": "none", "d_e": "none"},
@@ -41,22 +43,11 @@ class GLoRA(Method):
         fields={"rank": "r", "a_b": "config_A_B", "c": "config_C", "d_e": "config_D_E"},
     )
 
-    rank: int = 8
-    a_b: str = "lora"
-    c: str = "lora"
-    d_e: str = "constant"
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        choice(self, "a_b", ("lora", "vector", "constant", "none"))
-        choice(self, "c", ("lora", "vector", "none"))
-        choice(self, "d_e", ("vector", "constant", "none"))
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    rank: Whole = 8
+    a_b: Literal["lora", "vector", "constant", "none"] = "lora"
+    c: Literal["lora", "vector", "none"] = "lora"
+    d_e: Literal["vector", "constant", "none"] = "constant"
+    init_weights: Start = "default"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), start = w.shape, rng.zeros if self.identity else rng.kaiming
@@ -104,53 +95,3 @@ class GLoRA(Method):
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         columns = ("a", "b", "c") if self.a_b == "vector" else ("c",)
         return super().to_peft_leaf({k: t[:, None] if k in columns else t for k, t in p.items()})
-
-
-@dataclass(frozen=True)
-class GLoRALycoris(Method):
-    """W + s·(W A₁ A₂ + B₁ B₂): a low-rank change before the layer's own weight and one beside it.
-
-    The form that LyCORIS calls glora (Yeh et al., 2023, arXiv:2309.14859). A₁ [in, rank], A₂ [rank, in], B₁ [out,
-    rank], B₂ [rank, in], s = alpha/rank. At a convolution A₁ A₂ mixes channels, not the window.
-
-    Args:
-        rank: of both.
-        alpha: numerator of s; None means rank.
-        rslora: divide by √rank instead of rank.
-    """
-
-    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
-
-    rank: int = 4
-    alpha: float | None = None
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-
-    @property
-    def scale(self) -> float:
-        return (self.rank if self.alpha is None else self.alpha) / (sqrt(self.rank) if self.rslora else self.rank)
-
-    def init(self, rng: Rng, w: Tensor) -> Leaf:
-        (out, in_), r, site = w.shape, self.rank, rng.site
-        channels = {"conv": 1, "conv_t": 0}
-        c = site.shape[channels[site.kind]] if site is not None and site.kind in channels else in_
-        return {"a1": rng.kaiming(c, r), "a2": rng.zeros(r, c), "b1": rng.kaiming(out, r), "b2": rng.zeros(r, in_)}
-
-    def _before(self, p: Leaf, w: Tensor) -> Tensor:
-        """W A₁ A₂, window by window."""
-        by_channel = w.unflatten(1, (p["a1"].shape[0], -1)).mT  # [out, window, channels]
-        return ((by_channel @ p["a1"]) @ p["a2"]).mT.flatten(1)
-
-    def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        return self.scale * (self._before(p, w) + p["b1"] @ p["b2"])
-
-    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        return dot(x, w + self.scale * self._before(p, w)) + F.linear(dot(x, p["b2"]), self.scale * p["b1"])
-
-    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if p["a2"].shape[1] != w.shape[1]:
-            return self.product(p, w, x, F.linear)
-        moved = x + F.linear(F.linear(x, p["a2"]), self.scale * p["a1"])
-        return F.linear(moved, w) + F.linear(F.linear(x, p["b2"]), self.scale * p["b1"])

@@ -1,13 +1,13 @@
 """GraLoRA: W + s·Δ, Δ a k × k grid of low-rank blocks, beside an optional LoRA of the whole."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product, divides, positive, probability
+from peftfn.method import Leaf, Method, Peft, Probability, Product, Whole, divides, names
 from peftfn.rng import Rng
 
 
@@ -18,6 +18,8 @@ class GraLoRA(Method):
     a [k, in/k, r] and b [k, r, out/k] hold all k² blocks; the hybrid A [hybrid_rank, in], B [out, hybrid_rank] is an
     ordinary LoRA. Jung et al., "GraLoRA: Granular Low-Rank Adaptation", 2025, arXiv:2505.20355.
 
+    Trains rank·(in + out) numbers. For: LoRA's cost with k times its rank; larger ranks that do not overfit.
+
     Args:
         rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward).
         alpha: numerator of the scale; None means rank + hybrid_rank, so s = 1.
@@ -27,34 +29,23 @@ class GraLoRA(Method):
             features to drop.
     """
 
-    cases: ClassVar = ({"rank": 4, "alpha": 6.0}, {"rank": 2, "k": 1}, {"rank": 2, "hybrid_rank": 1})
+    scales_with = ("sb", "shb")
+    cases = ({"rank": 4, "alpha": 6.0}, {"rank": 2, "k": 1}, {"rank": 2, "hybrid_rank": 1})
 
     peft = Peft(
         "GRALORA",
-        keys={
-            "a": "gralora_A",
-            "b": "gralora_B",
-            "ha": "gralora_A_general.weight",
-            "hb": "gralora_B_general.weight",
-        },
-        fields={
-            "rank": "r",
-            "alpha": "alpha",
-            "k": "gralora_k",
-            "hybrid_rank": "hybrid_r",
-            "dropout": "gralora_dropout",
-        },
+        names("a=gralora_A b=gralora_B ha=gralora_A_general.weight hb=gralora_B_general.weight"),
+        names("rank=r alpha k=gralora_k hybrid_rank=hybrid_r dropout=gralora_dropout"),
     )
 
-    rank: int = 32
+    rank: Whole = 32
     alpha: float | None = None
-    k: int = 2
+    k: Whole = 2
     hybrid_rank: int = 0
-    dropout: float = 0.0
+    dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank, k=self.k)
-        probability(self, dropout=self.dropout)
+        super().__post_init__()
         divides(self, "k", self.k, rank=self.rank)
         if self.hybrid_rank < 0:
             raise ValueError(f"GraLoRA.hybrid_rank is {self.hybrid_rank}; it is a rank: give 0 for none, or more")
@@ -80,25 +71,25 @@ class GraLoRA(Method):
         return d + p["shb"] @ p["ha"] if "ha" in p else d
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
+        dropped = self.dropped(x)
         eye = torch.eye(self.k, dtype=w.dtype, device=w.device)
         rows = (p["a"].mT[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)  # [n·r, in], block-diagonal
-        y = dot(x, w) + self._outputs(p, dot(dropped, rows).unflatten(-1, (self.k, -1)))
+        z = dot(dropped, rows)
+        y = self._joined(p, dot(x, w), z.reshape(-1, self.k, self.rank))
         return y + F.linear(dot(dropped, p["ha"]), p["shb"]) if "ha" in p else y
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout else x
-        z = torch.einsum("...ni,nir->...nr", dropped.unflatten(-1, (self.k, -1)), p["a"])
-        y = F.linear(x, w) + self._outputs(p, z)
+        dropped = self.dropped(x)
+        z = dropped.reshape(-1, self.k, w.shape[1] // self.k).transpose(0, 1) @ p["a"]  # [n, rows, r]
+        y = self._joined(p, F.linear(x, w), z.transpose(0, 1))
         return y + F.linear(F.linear(dropped, p["ha"]), p["shb"]) if "ha" in p else y
 
-    def _outputs(self, p: Leaf, z: Tensor) -> Tensor:
-        """What the blocks of x became under A, [..., n, r] → [..., out]."""
-        u = z.unflatten(-1, (self.k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, n·c]
-        return torch.einsum("...jr,jro->...jo", u, p["sb"]).flatten(-2)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {k: s * p[k] for k in ("sb", "shb") if k in p}
+    def _joined(self, p: Leaf, y: Tensor, z: Tensor) -> Tensor:
+        """y [..., out] and what comes of the blocks of x under A, z [rows, n, r]."""
+        u = z.unflatten(-1, (self.k, -1)).permute(2, 0, 1, 3).flatten(2)  # [j, rows, n·c]
+        return (
+            y.unflatten(-1, (self.k, -1)) + (u @ p["sb"]).transpose(0, 1).reshape(*y.shape[:-1], self.k, -1)
+        ).flatten(-2)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"alpha": self.scale * (self.rank + self.hybrid_rank)}

@@ -1,12 +1,12 @@
 """HiRA: W ⊙ (1 + B A), a low-rank factor for every entry of the weight."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
+from peftfn.method import Leaf, Method, Padding, Peft, Probability, Product, Whole, names
 from peftfn.rng import Rng
 
 
@@ -17,6 +17,8 @@ class HiRA(Method):
     Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025.
     PEFT ignores a rank pattern on first use; here the rank is the rule's.
 
+    Trains rank·(in + out) numbers. For: changes of full rank; makes a dense weight each call, so for many tokens.
+
     Args:
         rank: inner dimension of the product.
         dropout: probability of dropping an input feature of the change in train mode; embeddings have none to drop.
@@ -24,27 +26,20 @@ class HiRA(Method):
             std 1/rank, B zero), or "random" (both normal: not the identity).
     """
 
-    per_row: ClassVar = False
-    cases: ClassVar[Cases] = (
+    per_row = False
+    cases = (
         {"rank": 2},
         {"rank": 3, "init_weights": "gaussian"},
         {"rank": 2, "init_weights": "random"},
     )
 
-    peft = Peft("HIRA", {"a": "hira_A", "b": "hira_B"}, {"rank": "r", "dropout": "hira_dropout"})
+    padding = Padding()
 
-    rank: int = 32
-    dropout: float = 0.0
-    init_weights: str = "default"
+    peft = Peft("HIRA", names("a=hira_A b=hira_B"), names("rank=r dropout=hira_dropout"))
 
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, dropout=self.dropout)
-        choice(self, "init_weights", ("default", "gaussian", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    rank: Whole = 32
+    dropout: Probability = 0.0
+    init_weights: Literal["default", "gaussian", "random"] = "default"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r = w.shape, self.rank

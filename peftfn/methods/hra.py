@@ -1,13 +1,12 @@
 """HRA: W H, H = Π (I − 2 û_i û_iᵀ) a product of Householder reflections."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive
+from peftfn.method import Leaf, Method, Peft, Product, Start, Whole, names
 from peftfn.rng import Rng
 
 
@@ -19,28 +18,26 @@ class HRA(Method):
     2024, arXiv:2405.17484. Computed as H = I − Û T Ûᵀ with T⁻¹ = ½I + the upper triangle of ÛᵀÛ, so nothing of size
     [in, in] is made. The identity start has every column twice, which takes an even rank.
 
+    Trains rank·in numbers. For: rotations at LoRA's price.
+
     Args:
         rank: number of reflections.
         orthogonal: Gram-Schmidt first, so that H = I − 2ÛÛᵀ (PEFT's apply_GS). This is never the identity.
         init_weights: "default" (each Kaiming-uniform column twice, if that is the identity) or "random".
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 4},
         {"rank": 2, "orthogonal": True},
         {"rank": 3},
         {"rank": 2, "init_weights": "random"},
     )
 
-    peft = Peft("HRA", {"u": "hra_u"}, {"rank": "r", "orthogonal": "apply_GS"})
+    peft = Peft("HRA", names("u=hra_u"), names("rank=r orthogonal=apply_GS"))
 
-    rank: int = 8
+    rank: Whole = 8
     orthogonal: bool = False
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        choice(self, "init_weights", ("default", "random"))
+    init_weights: Start = "default"
 
     @property
     def identity(self) -> bool:

@@ -1,12 +1,11 @@
 """IA3: l ⊙ (W x + b), or W (l ⊙ x) for feed-forward layers."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 
@@ -17,13 +16,15 @@ class IA3(Method):
     Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
     arXiv:2205.05638: outputs of keys and values, inputs of the second feed-forward layer.
 
+    Trains out, or in numbers. For: thousands of tenants, a few examples each.
+
     Args:
         feedforward: scale the layer's input features instead of its outputs (and bias).
     """
 
-    cases: ClassVar = ({}, {"feedforward": True})
+    cases = ({}, {"feedforward": True})
 
-    peft = Peft("IA3", keys={"l": "ia3_l"}, fields={"feedforward": "feedforward_modules"})
+    peft = Peft("IA3", names("l=ia3_l"), names("feedforward=feedforward_modules"))
 
     feedforward: bool = False
 

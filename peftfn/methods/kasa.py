@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf
+from peftfn.method import Leaf, names
 from peftfn.methods.adalora import off_orthogonal
 from peftfn.methods.variant import _Variant, leaves_of, read_off
 from peftfn.plan import wide
@@ -23,6 +23,8 @@ class KaSA(_Variant):
     In training, add `penalty(adapter)` to the loss. The components taken out are constants, and dropout acts on the
     whole change, them included.
 
+    Trains rank·(in + out + 1) numbers. For: LoRA whose components are weighed, against noise in the weight.
+
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; d starts normal.
         truncate: take the components out, as the paper and PEFT do; a fresh adapter then is not the identity.
@@ -33,12 +35,17 @@ class KaSA(_Variant):
         ValueError: truncate would leave nothing of the weight.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0},
         {"rank": 3, "rslora": True, "truncate": True, "init_weights": "gaussian"},
     )
 
-    peft = replace(_Variant.peft, keys={**_Variant.peft.keys, "d": "lora_diag"}, fixed={"kasa_config": ...})
+    peft = replace(
+        _Variant.peft,
+        keys={**_Variant.peft.keys, "d": "lora_diag"},
+        fields={**_Variant.peft.fields, **names("beta=kasa_config.beta gamma=kasa_config.gamma")},
+        fixed={"kasa_config": ...},
+    )
 
     truncate: bool = False
     beta: float = 1e-4
@@ -76,10 +83,9 @@ class KaSA(_Variant):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        kasa = {k: v for k, v in config["kasa_config"].items() if k in ("beta", "gamma")}
-        return replace(super().from_peft(config), truncate=True, **kasa)
+        return replace(super().from_peft(config), truncate=True)
 
     def to_peft(self) -> dict[str, Any]:
         if not self.truncate:
             raise ValueError("KaSA.truncate is False, and PEFT's KaSA always truncates the base: give truncate=True")
-        return super().to_peft() | {"kasa_config": {"beta": self.beta, "gamma": self.gamma}}
+        return super().to_peft()

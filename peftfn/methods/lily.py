@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, choice, positive
+from peftfn.method import Leaf, Method, Peft, Start, Whole, names
 from peftfn.rng import Rng
 
 
@@ -21,6 +21,9 @@ class Lily(Method):
     Each site has a router R [experts, rank]. A rule's sites, which must be of one shape, share B [experts, rank, out]
     and, in blocks of `stride` of them, A [rank, in].
 
+    Trains rank·in + experts·rank a site, and experts·rank·out shared numbers. For: experts that are shared by layers
+    of one shape.
+
     Args:
         rank: inner dimension.
         experts: number of B_e, at least 2.
@@ -29,38 +32,29 @@ class Lily(Method):
         init_weights: "default" (A and R Kaiming-uniform, B zero), or "random" (B too: not the identity).
     """
 
-    kinds: ClassVar = frozenset({"linear"})
-    mergeable: ClassVar = False
-    cases: ClassVar[Cases] = (
+    kinds = frozenset({"linear"})
+    mergeable = False
+    cases = (
         {"rank": 2, "experts": 3},
         {"rank": 3, "stride": 2, "scale": 0.5, "init_weights": "random"},
     )
 
     peft = Peft(
         "LILY",
-        keys={
-            "a": "lily_A.weight",
-            "b": "lily_B.weight",
-            "r": "lily_router.weight",
-        },  # a file has B and a shared A at every site
-        fields={"rank": "r", "experts": "num_B", "scale": "scaling"},
+        names("a=lily_A.weight b=lily_B.weight r=lily_router.weight"),
+        names("rank=r experts=num_B scale=scaling"),
     )
 
-    rank: int = 32
+    rank: Whole = 32
     experts: int = 2
-    stride: int = 1
+    stride: Whole = 1
     scale: float = 1.0
-    init_weights: str = "default"
+    init_weights: Start = "default"
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank, stride=self.stride)
-        choice(self, "init_weights", ("default", "random"))
+        super().__post_init__()
         if self.experts < 2:
             raise ValueError(f"Lily.experts is {self.experts}; a router needs a choice: give experts >= 2")
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         if self.stride == 1:

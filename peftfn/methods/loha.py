@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft, Product
+from peftfn.method import STARTS, Leaf, Padding, Peft, Product, names
 from peftfn.methods.lycoris import _Lycoris, kernel, spread
 from peftfn.rng import Rng
 
@@ -21,6 +20,8 @@ class LoHa(_Lycoris):
 
     The same matrix is a LoRA of rank², whose factors are all products of columns of A₁, A₂ and of rows of B₁, B₂:
     small ranks run in that form, on any layer. (With a core, PEFT's gradients of A₁ and A₂ are wrong; these are not.)
+
+    Trains 2·rank·(in + out) numbers. For: rank up to rank², as image models like it.
 
     Args:
         rank: inner dimension of each of the two products.
@@ -35,7 +36,7 @@ class LoHa(_Lycoris):
             "random" (all Kaiming-uniform: not the identity).
     """
 
-    cases: ClassVar = (
+    cases = (
         {"rank": 2, "alpha": 3.0, "tucker": True},
         {"rank": 1, "alpha": 3.0, "init_weights": "random"},
         {"rank": 2, "init_weights": "lycoris"},
@@ -44,22 +45,12 @@ class LoHa(_Lycoris):
 
     peft = Peft(
         "LOHA",
-        keys={
-            "a1": "hada_w1_a",
-            "b1": "hada_w1_b",
-            "a2": "hada_w2_a",
-            "b2": "hada_w2_b",
-            "t1": "hada_t1",
-            "t2": "hada_t2",
-        },
-        fields={
-            "rank": "r",
-            "alpha": "alpha",
-            "rank_dropout": "rank_dropout",
-            "module_dropout": "module_dropout",
-            "tucker": "use_effective_conv2d",
-        },
+        names("a1=hada_w1_a b1=hada_w1_b a2=hada_w2_a b2=hada_w2_b t1=hada_t1 t2=hada_t2"),
+        names("rank=r alpha rank_dropout module_dropout tucker=use_effective_conv2d init_weights"),
+        {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
     )
+
+    padding = Padding(gain=("a1",))
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r, window = w.shape, self.rank, kernel(rng)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft
+from peftfn.method import STARTS, Leaf, Peft, divides, names
 from peftfn.methods.lycoris import _Lycoris, kernel, spread
 from peftfn.rng import Rng
 
@@ -23,10 +23,13 @@ class LoKr(_Lycoris):
     alpha/rank also where both matrices are full (LyCORIS takes 1 there). At a Conv1d, PEFT puts the entries of a full
     W₂ into other places than the Kronecker product's, and fails with a core; here both are as at any convolution.
 
+    Trains √(in·out) + rank·(√in + √out), about numbers. For: the smallest files with changes of high rank.
+
     Args:
         rank: inner dimension of the low-rank ones; a large one makes W₂ full.
         alpha: numerator of the scale; None means rank, so s = 1.
-        decompose_factor: h and m where it divides out and in, else their upper bound; -1 takes the most square pair.
+        decompose_factor: h and m where it divides out and in, else their upper bound; -1 takes the most square pair;
+            a pair is (h, m) itself.
         decompose_both: W₁ may be low-rank too.
         rank_dropout: probability of dropping an output's change in train mode.
         module_dropout: probability of dropping the whole change in train mode.
@@ -38,7 +41,7 @@ class LoKr(_Lycoris):
             Kaiming-uniform.
     """
 
-    cases: ClassVar = (
+    cases = (
         {"rank": 2, "alpha": 3.0, "init_weights": "lycoris"},
         {"rank": 1, "alpha": 3.0, "tucker": True},
         {"rank": 1, "decompose_both": True, "decompose_factor": 4, "init_weights": "random"},
@@ -47,48 +50,38 @@ class LoKr(_Lycoris):
 
     peft = Peft(
         "LOKR",
-        keys={
-            "w1": "lokr_w1",
-            "a1": "lokr_w1_a",
-            "b1": "lokr_w1_b",
-            "w2": "lokr_w2",
-            "a2": "lokr_w2_a",
-            "b2": "lokr_w2_b",
-            "t2": "lokr_t2",
-        },
-        fields={
-            "rank": "r",
-            "alpha": "alpha",
-            "decompose_factor": "decompose_factor",
-            "decompose_both": "decompose_both",
-            "rank_dropout": "rank_dropout",
-            "module_dropout": "module_dropout",
-            "rank_dropout_scale": "rank_dropout_scale",
-            "tucker": "use_effective_conv2d",
-        },
+        names("w1=lokr_w1 a1=lokr_w1_a b1=lokr_w1_b w2=lokr_w2 a2=lokr_w2_a b2=lokr_w2_b t2=lokr_t2"),
+        names(
+            "rank=r alpha decompose_factor decompose_both rank_dropout module_dropout rank_dropout_scale "
+            "tucker=use_effective_conv2d init_weights"
+        ),
+        {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
     )
 
     rank_dropout_scale: bool = False
-    decompose_factor: int = -1
+    decompose_factor: int | tuple[int, int] = -1
     decompose_both: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decompose_factor < 1 and self.decompose_factor != -1:
+        f = self.decompose_factor
+        if not (f == -1 or (len(f) == 2 and min(f) > 0 if isinstance(f, tuple) else f > 0)):
             raise ValueError(
-                f"LoKr.decompose_factor is {self.decompose_factor}; give a positive divisor, or -1 for the most square"
+                f"LoKr.decompose_factor is {f}; give a positive divisor, a pair of them, or -1 for the most square"
             )
 
-    def _split(self, size: int) -> tuple[int, int]:
-        """(small, large) or (decompose_factor, rest), whose product is the size."""
+    def _split(self, size: int, side: int) -> tuple[int, int]:
+        """(small, large) or (decompose_factor, rest), whose product is the size; side: 0 for out, 1 for in."""
         f = self.decompose_factor
-        if f < 1 or size % f:
+        if isinstance(f, tuple):
+            divides(self, "decompose_factor", f := f[side], size=size)
+        elif f < 1 or size % f:
             f = max(d for d in range(1, isqrt(size) + 1) if size % d == 0 and (f < 1 or d <= f))
         return f, size // f
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         r, window = self.rank, kernel(rng)
-        (h, k), (m, n) = self._split(w.shape[0]), self._split(w.shape[1] // prod(window))
+        (h, k), (m, n) = self._split(w.shape[0], 0), self._split(w.shape[1] // prod(window), 1)
         first = rng.zeros if self.init_weights == "default" else rng.kaiming
         last = rng.zeros if self.init_weights == "lycoris" else rng.kaiming
         low1 = self.decompose_both and 2 * r < max(h, m)
@@ -116,6 +109,13 @@ class LoKr(_Lycoris):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         z = p["sw1"] @ F.linear(x.unflatten(-1, (p["sw1"].shape[1], -1)), p["v"])  # [..., h, k or rank]
         return self.joined(p, F.linear(x, w), (F.linear(z, p["u"]) if "u" in p else z).flatten(-2))
+
+    def to_peft(self) -> dict[str, Any]:
+        if isinstance(self.decompose_factor, tuple):
+            raise ValueError(
+                f"PEFT's LoKr has one decompose_factor for out and in, and here it is {self.decompose_factor}"
+            )
+        return super().to_peft()
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None if "c" in p else p | {"sw1": s * p["sw1"]}

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
+from peftfn.method import Cases, Leaf, LowRank, Method, Padding, Peft, Positive, Probability, Product, Whole, names
 from peftfn.rng import Rng
 from peftfn.transform import eager
 
@@ -20,6 +21,8 @@ class LoRA(Method):
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685;
     rslora: Kalajdzievski, 2023, arXiv:2312.03732.
+
+    Trains rank·(in + out) numbers. For: the first thing to try; every tool reads it.
 
     Args:
         rank: inner dimension of the product.
@@ -39,36 +42,23 @@ class LoRA(Method):
 
     peft = Peft(
         "LORA",
-        keys={"a": "lora_A.weight", "b": "lora_B.weight", "beta": "lora_B.bias"},
-        fields={
-            "rank": "r",
-            "alpha": "lora_alpha",
-            "rslora": "use_rslora",
-            "dropout": "lora_dropout",
-            "lora_bias": "lora_bias",
-        },
+        names("a=lora_A.weight b=lora_B.weight beta=lora_B.bias"),
+        names("rank=r alpha=lora_alpha rslora=use_rslora dropout=lora_dropout lora_bias"),
     )
 
-    rank: int = 8
-    alpha: float | None = None
-    rslora: bool = False
-    dropout: float = 0.0
-    lora_bias: bool = False
-    init_weights: str = "default"
+    padding: ClassVar[Padding | None] = Padding(gain=("b", "beta"))
 
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank, **({} if self.alpha is None else {"alpha": self.alpha}))
-        probability(self, dropout=self.dropout)
-        choice(self, "init_weights", ("default", "gaussian", "random"))
+    rank: Whole = 8
+    alpha: Positive | None = None
+    rslora: bool = False
+    dropout: Probability = 0.0
+    lora_bias: bool = False
+    init_weights: Literal["default", "gaussian", "random"] = "default"
 
     @property
     def scale(self) -> float:
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, in_ = w.shape
@@ -86,13 +76,17 @@ class LoRA(Method):
         return self.scale * p["beta"] if b is None else b + self.scale * p["beta"]
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(self.scale * dot(dropped, p["a"]), p["b"])
+        return dot(x, w) + F.linear(self.scale * dot(self.dropped(x), p["a"]), p["b"])
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if self.dropout or not eager(x) or w.dtype != x.dtype or p["a"].dtype != x.dtype:
+        if (y := fused_linear(x, w, p["a"], p["b"], self.scale, dropout=self.dropout)) is not None:
+            return y
+        if self.dropout or not eager(x) or w.dtype != x.dtype or p["a"].dtype != x.dtype or not isinstance(w, Tensor):
             return LoRA.product(self, p, w, x, F.linear)
         return lora_linear(x, w, p["a"], p["b"], self.scale)
+
+    def low_rank(self, p: Leaf) -> LowRank | None:
+        return None if self.dropout else LowRank(p["a"], p["b"], self.scale)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"lora_alpha": self.rank if self.alpha is None else self.alpha}

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Leaf, Method, Product
+from peftfn.method import Leaf, LowRank, Method, Product
 from peftfn.transform import eager
 
 
@@ -14,17 +15,31 @@ class _LowRank(Method):
 
     dropout: float = 0.0  # probability of dropping an input feature of D in train mode
 
+    def drawn(self, p: Leaf) -> Leaf:
+        """The factors of one product, for methods whose factors are random in train mode."""
+        return p
+
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return p["up"] @ p["down"]
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(dot(dropped, p["down"]), p["up"])
+        return self._sum(self.drawn(p), w, x, dot)
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if self.dropout or not eager(x) or w.dtype != x.dtype or p["down"].dtype != x.dtype:
-            return self.product(p, w, x, F.linear)
+        p = self.drawn(p)
+        if (y := fused_linear(x, w, p["down"], p["up"], dropout=self.dropout)) is not None:
+            return y
+        plain = isinstance(w, Tensor) and w.dtype == x.dtype == p["down"].dtype
+        if self.dropout or not plain or not eager(x):
+            return self._sum(p, w, x, F.linear)
         return lora_linear(x, w, p["down"], p["up"], 1.0)
+
+    def _sum(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        return dot(x, w) + F.linear(dot(self.dropped(x), p["down"]), p["up"])
+
+    def low_rank(self, p: Leaf) -> LowRank | None:
+        fixed = type(self).drawn is _LowRank.drawn and type(self).linear is _LowRank.linear
+        return LowRank(p["down"], p["up"]) if fixed and not self.dropout else None
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf:
         return p | {"up": s * p["up"]}

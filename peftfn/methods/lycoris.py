@@ -1,13 +1,12 @@
 """What LyCORIS' methods share: m ⊙ (W + Δ) / ‖W + Δ‖ row by row, scale, dropouts of the change, Tucker cores."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, choice, positive, probability
+from peftfn.method import Leaf, Method, Probability, Whole
 from peftfn.rng import Rng
 
 
@@ -19,27 +18,20 @@ class _Lycoris(Method):
     its fast forms. All fields are described in LoHa and LoKr.
     """
 
-    rank: int = 8
+    in_eval = (("rank_dropout", 0.0), ("module_dropout", 0.0))
+
+    rank: Whole = 8
     alpha: float | None = None
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
     rank_dropout_scale: bool = True
     tucker: bool = False
     weight_decompose: bool = False
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
-        choice(self, "init_weights", ("default", "lycoris", "random"))
+    init_weights: Literal["default", "lycoris", "random"] = "default"
 
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
 
     def factors(self, p: Leaf, w: Tensor) -> Leaf:
         raise NotImplementedError
@@ -78,23 +70,13 @@ class _Lycoris(Method):
         y = y + (dy * p["keep"] if "keep" in p else dy)
         return p["c"] * y if "c" in p else y
 
-    def eval(self) -> Self:
-        return replace(self, rank_dropout=0.0, module_dropout=0.0) if self.rank_dropout or self.module_dropout else self
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        names = {True: "default", False: "random"}
-        given = config.get("init_weights", True)
-        return replace(super().from_peft(config), init_weights=names.get(given, given))
-
     def to_peft(self) -> dict[str, Any]:
         if self.weight_decompose:
             raise ValueError(
                 f"{type(self).__name__}.weight_decompose is True, which PEFT does not have: save in our own format, or "
                 "merge the adapter"
             )
-        init = {"default": True, "random": False}.get(self.init_weights, self.init_weights)
-        return super().to_peft() | {"alpha": self.scale * self.rank, "init_weights": init}
+        return super().to_peft() | {"alpha": self.scale * self.rank}
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:  # PEFT gives the core of a 1-D convolution a second kernel axis
         return {

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf
+from peftfn.method import Leaf
 from peftfn.methods.lora import LoRA
 from peftfn.methods.variant import _Variant, at_most_full, read_off
 from peftfn.plan import wide
@@ -20,6 +20,8 @@ class MiCA(LoRA):
 
     "Minor Component Adaptation", 2026, arXiv:2604.01694.
 
+    Trains rank·in numbers. For: half of LoRA's numbers, in directions the weight does not use.
+
     Args:
         rank: singular vectors, at most min(out, in).
         alpha, rslora, dropout: as for `LoRA`.
@@ -28,12 +30,13 @@ class MiCA(LoRA):
         ValueError: a rank above the weight's own.
     """
 
-    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
+    cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
     peft = replace(_Variant.peft, fixed={"init_lora_weights": "mica"})
 
     lora_bias: ClassVar[bool] = False  # type: ignore[misc]
     init_weights: ClassVar[str] = "default"  # type: ignore[misc]
+    padding = None  # B has the rank too
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         at_most_full(self, w)

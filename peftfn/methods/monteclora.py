@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import lgamma
-from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Product, positive
+from peftfn.method import Leaf, Positive, Whole, names
 from peftfn.methods.variant import _Variant, leaves_of
 from peftfn.rng import Rng
 
@@ -25,6 +24,8 @@ class MonteCLoRA(_Variant):
     noise·diag(σ) z with one z, which has the same law. The penalty has the Dirichlet divergence with all signs as they
     should be, unlike PEFT's.
 
+    Trains rank·(in + out + 1) + samples numbers. For: robust training and calibrated outputs.
+
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; std and mix start uniform in [0, 1).
         samples: number of z_n; more means less noise.
@@ -35,34 +36,37 @@ class MonteCLoRA(_Variant):
         random: draw in train mode.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0, "samples": 3, "random": False},
         {"rank": 3, "rslora": True, "samples": 1, "random": False, "init_weights": "gaussian"},
     )
 
+    in_eval = (("dropout", 0.0), ("random", False))
+    padding = None  # the noise depends on the rank
     peft = replace(
         _Variant.peft,
-        keys={**_Variant.peft.keys, "std": f"{_SAMPLER}.std_prior", "mix": f"{_SAMPLER}.expert_weights_prior"},
+        keys={**_Variant.peft.keys, **names(f"std={_SAMPLER}.std_prior mix={_SAMPLER}.expert_weights_prior")},
+        fields={
+            **_Variant.peft.fields,
+            **names(
+                "samples=monteclora_config.num_samples noise=monteclora_config.sample_scaler "
+                "prior=monteclora_config.dirichlet_prior kl=monteclora_config.kl_loss_weight "
+                "entropy=monteclora_config.use_entropy"
+            ),
+        },
         fixed={"monteclora_config": ...},
     )
 
-    samples: int = 8
+    samples: Whole = 8
     noise: float = 1e-4
-    prior: float = 0.1
+    prior: Positive = 0.1
     kl: float = 1e-5
     entropy: bool = False
     random: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, samples=self.samples, prior=self.prior)
-
     @property
     def exact_gradient(self) -> bool:
         return not self.random
-
-    def eval(self) -> Self:
-        return replace(super().eval(), random=False)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         start = {k: rng.uniform(n, bound=0.5) + 0.5 for k, n in (("std", self.rank), ("mix", self.samples))}
@@ -80,20 +84,12 @@ class MonteCLoRA(_Variant):
         logits = p["mix"] - p["mix"].mean() + spread.clamp(min=1e-6).sqrt() * torch.randn_like(spread)
         return (torch.exp(2 * p["std"]) * chi2).clamp(min=1e-3), torch.softmax(logits, -1)
 
-    def _noisy(self, p: Leaf) -> Leaf:
+    def drawn(self, p: Leaf) -> Leaf:
+        if not self.random or "std" not in p:  # a sum of adapters has none
+            return p
         square, pi = self._draw(p)
         size = self.noise * torch.linalg.vector_norm(pi) * square.sqrt()
         return p | {"down": p["down"] + size[:, None] * torch.randn_like(p["down"])}
-
-    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        if self.random and "std" in p:  # a sum of adapters has none
-            return replace(self, random=False).product(self._noisy(p), w, x, dot)
-        return super().product(p, w, x, dot)
-
-    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if self.random and "std" in p:
-            return replace(self, random=False).linear(self._noisy(p), w, x)
-        return super().linear(p, w, x)
 
     def penalty(self, adapter: Mapping[str, Leaf]) -> Tensor:
         """The mean, over all MonteCLoRA leaves, of kl times what separates π, σ and z from their priors."""
@@ -109,19 +105,6 @@ class MonteCLoRA(_Variant):
         wishart = r * (torch.exp(2 * p["std"]).sum() - 2 * p["std"].sum() - r) / 2
         normal = n * (square.sum() - square.log().sum() - r) / 2
         return self.kl * (dirichlet + wishart + normal) + (pi.square().sum() if self.entropy else 0.0)
-
-    _NESTED: ClassVar = {
-        "samples": "num_samples", "noise": "sample_scaler", "prior": "dirichlet_prior", "kl": "kl_loss_weight",
-        "entropy": "use_entropy",
-    }  # fmt: skip
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        c = config["monteclora_config"]
-        return replace(super().from_peft(config), **{f: c[key] for f, key in cls._NESTED.items() if key in c})
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"monteclora_config": {key: getattr(self, f) for f, key in self._NESTED.items()}}
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         last = {

@@ -1,19 +1,19 @@
 """OFT: W Rᵀ with R block-diagonal and orthogonal, so that x is rotated before it meets W."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive
-from peftfn.methods.rotation import block, bounded, cayley, enough, neumann, one_of, skew, turn
+from peftfn.method import Leaf, Peft, Positive, Product, Start, names
+from peftfn.methods.rotation import _Blocks, bounded, cayley, enough, neumann, places, skew, turn
 from peftfn.rng import Rng
 
 
 @dataclass(frozen=True)
-class OFT(Method):
+class OFT(_Blocks):
     """W Rᵀ: block i of x becomes x_i R_i, with R_i the Cayley transform of a skew-symmetric Q_i = U_i − U_iᵀ.
 
     Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023, arXiv:2306.07280, in the
@@ -22,6 +22,8 @@ class OFT(Method):
     exact: R = (I − Q)(I + Q)⁻¹. Otherwise PEFT's series, which approximates the inverse of that (so a checkpoint
     belongs to one of the two): R = I + 2Q + 2Q² + … with `terms` terms, the last one counted once. Convolutions
     rotate the flattened window as merging does; PEFT's own forward differs from its merge there.
+
+    Trains in·(block_size − 1)/2 numbers. For: keeping what the model knows: angles between neurons stay.
 
     Args:
         block_size: h, size of a block, or
@@ -34,43 +36,48 @@ class OFT(Method):
         init_weights: "default" (q zero) or "random" (q normal with std 0.1: not the identity).
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"block_size": 2},
         {"blocks": 2, "exact": True, "share": True, "init_weights": "random"},
         {"block_size": 2, "terms": 3, "eps": 0.5},
         {"blocks": 2, "side": "output"},
     )
 
-    peft = Peft("OFT", {"q": "oft_R.weight"}, {"share": "block_share", "terms": "num_cayley_neumann_terms"})
+    peft = Peft(
+        "OFT",
+        names("q=oft_R.weight"),
+        names(
+            "block_size=oft_block_size blocks=r share=block_share exact=use_cayley_neumann "
+            "terms=num_cayley_neumann_terms"
+        ),
+        {"exact": [(True, False), (False, True)]},
+    )
+    default_size = 32
 
-    block_size: int | None = None
     share: bool = False
     exact: bool = False
     terms: int = 5
-    eps: float | None = None
-    side: str = "input"
-    blocks: int | None = None
-    init_weights: str = "default"
+    eps: Positive | None = None
+    side: Literal["input", "output"] = "input"
+    init_weights: Start = "default"
 
     def __post_init__(self) -> None:
-        one_of(self)
-        positive(self, **({} if self.eps is None else {"eps": self.eps}))
-        choice(self, "side", ("input", "output"))
-        choice(self, "init_weights", ("default", "random"))
+        super().__post_init__()
         enough(self)
 
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    def _block(self, w: Tensor) -> int:
+        return self.block(w.shape[1 if self.side == "input" else 0], self.side)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
-        size = w.shape[1 if self.side == "input" else 0]
-        h = block(self, size, self.side, default=32)
-        shape = 1 if self.share else size // h, h * (h - 1) // 2
+        h = self._block(w)
+        shape = 1 if self.share else w.shape[1 if self.side == "input" else 0] // h, h * (h - 1) // 2
         return {"q": rng.zeros(*shape) if self.identity else rng.normal(*shape, std=0.1)}
 
+    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+        return {"at": places(self._block(w)).to(rng.device)}
+
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        q = skew(p["q"], block(self, w.shape[1 if self.side == "input" else 0], self.side, default=32))
+        q = skew(p["q"], p["at"])
         if self.eps is not None:
             q = bounded(q, self.eps / len(q) ** 0.5, (1, 2))
         return {"r": cayley(-q) if self.exact else neumann(q, self.terms)}
@@ -86,23 +93,13 @@ class OFT(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        return cls(
-            block_size=config.get("oft_block_size", 32) or None,
-            blocks=config.get("r") or None,
-            share=config.get("block_share", False),
-            exact=not config.get("use_cayley_neumann", True),
-            terms=config.get("num_cayley_neumann_terms", 5),
-            eps=config.get("eps", 6e-5) if config.get("coft") else None,
-            side="output" if config.get("kind") == "embedding" else "input",
+        eps = config.get("eps", 6e-5) if config.get("coft") else None
+        return replace(
+            super().from_peft(config), eps=eps, side="output" if config.get("kind") == "embedding" else "input"
         )
 
     def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {
-            "r": self.blocks or 0,
-            "oft_block_size": 0 if self.blocks else self.block_size or 32,
-            "use_cayley_neumann": not self.exact,
-            **({} if self.eps is None else {"coft": True, "eps": self.eps}),
-        }
+        return super().to_peft() | ({} if self.eps is None else {"coft": True, "eps": self.eps})
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         return {"oft_R.weight" if self.side == "input" else "oft_embedding_R.weight": p["q"]}

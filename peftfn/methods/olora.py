@@ -1,12 +1,11 @@
 """OLoRA: W + s·(B A − B₀A₀), started at the QR decomposition of W."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf
+from peftfn.method import Leaf
 from peftfn.methods.variant import _FromWeight, _Variant
 from peftfn.rng import Rng
 
@@ -20,6 +19,8 @@ class OLoRA(_FromWeight):
     trains B A on a base from which s·B₀A₀ was taken; here B₀ and A₀ are constants, and dropout acts on the difference,
     so that the start is the identity also in train mode. PEFT decomposes the transpose for `Conv1D`, and fails.
 
+    Trains rank·(in + out) numbers. For: LoRA that converges sooner; costs a QR at the start.
+
     Args:
         rank: columns of Q that are trained, at most min(out, in).
         alpha, rslora, dropout: as for `LoRA`.
@@ -28,7 +29,7 @@ class OLoRA(_FromWeight):
         ValueError: a rank above the weight's own.
     """
 
-    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
+    cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
     peft = replace(_Variant.peft, fixed={"init_lora_weights": "olora"})
 

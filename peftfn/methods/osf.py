@@ -1,23 +1,26 @@
 """OSF: W + U S V − U₀ S₀ V₀, the weight's own lesser singular directions trained."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Peft, choice, positive
-from peftfn.methods.lowrank import _LowRank
+from peftfn.kernels.lora_linear import lora_linear
+from peftfn.method import Leaf, Method, Peft, Product, Start, names
 from peftfn.rng import Rng
 from peftfn.transform import eager
 
 
 @dataclass(frozen=True)
-class OSF(_LowRank):
+class OSF(Method):
     """W + U S V − U₀ S₀ V₀, with U [out, n], S [n], V [n, in] starting at the n least singular directions of W.
 
     Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning", 2025,
     arXiv:2504.07097. n = min(out, in) − rank. Gradients of U and V are projected off the `rank` kept directions.
+
+    Trains (min(in, out) − rank)·(in + out + 1) numbers. For: continual learning: what was learnt before is protected.
 
     Args:
         rank: directions kept as they are: a number, a share in (0, 1] of min(out, in), or None for half of them.
@@ -25,26 +28,17 @@ class OSF(_LowRank):
         init_weights: "default" (from W) or "random" (standard normal: not the identity).
     """
 
-    cases: ClassVar[Cases] = ({}, {"rank": 4, "project": False, "init_weights": "random"}, {"rank": 0.7})
+    cases = ({}, {"rank": 4, "project": False, "init_weights": "random"}, {"rank": 0.7})
 
     peft = Peft(
         "OSF",
-        keys={"u": "osf_svd_params.U_low", "s": "osf_svd_params.S_low", "v": "osf_svd_params.V_low"},
-        fields={"rank": "effective_rank"},
+        names("u=osf_svd_params.U_low s=osf_svd_params.S_low v=osf_svd_params.V_low"),
+        names("rank=effective_rank"),
     )
-    dropout = 0.0
 
     rank: int | float | None = None
     project: bool = True
-    init_weights: str = "default"
-
-    def __post_init__(self) -> None:
-        positive(self, **({} if self.rank is None else {"rank": self.rank}))
-        choice(self, "init_weights", ("default", "random"))
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
+    init_weights: Start = "default"
 
     @property
     def exact_gradient(self) -> bool:
@@ -66,27 +60,37 @@ class OSF(_LowRank):
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         u, s, v, k = self._svd(w)
-        p = {"u0": u[:, k:], "s0": s[k:], "v0": v[k:]}
-        if self.project and w.shape[0] > w.shape[1]:  # U₀ and the kept directions do not span everything
-            p["uh"] = u[:, :k]
-        if self.project and w.shape[0] < w.shape[1]:
-            p["vh"] = v[:k]
+        p = {"low": u[:, k:] * s[k:] @ v[k:]}
+        if self.project:  # what spans the kept directions, or all others if these and the lesser ones span everything
+            p |= {"uh": u[:, :k]} if w.shape[0] > w.shape[1] else {"u0": u[:, k:]}
+            p |= {"vh": v[:k]} if w.shape[0] < w.shape[1] else {"v0": v[k:]}
         return {name: t.contiguous() for name, t in p.items()}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         u, v = p["u"], p["v"]
         if self.project:
-            high = p["vh"].mT if "vh" in p else None
-            u, v = _projected(u, p["u0"], p.get("uh")), _projected(v.mT, p["v0"].mT, high).mT
-        return {"down": torch.cat([v, p["v0"]]), "up": torch.cat([u * p["s"], -p["u0"] * p["s0"]], 1)}
+            u = _projected(u, p.get("u0"), p.get("uh"))
+            v = _projected(v.mT, *(t if t is None else t.mT for t in (p.get("v0"), p.get("vh")))).mT
+        return {"us": u * p["s"], "vt": v, "low": p["low"]}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return p["us"] @ p["vt"] - p["low"]
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        return dot(x, w) - dot(x, p["low"]) + F.linear(dot(x, p["vt"]), p["us"])
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(w, Tensor) or w.dtype != x.dtype or not eager(x):
+            return self.product(p, w, x, F.linear)
+        return lora_linear(x, w - p["low"], p["vt"], p["us"])
 
 
-def _off(g: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
-    """g without its part in the span of `high`, whose complement is the span of `low` if high is None."""
-    return low @ (low.mT @ g) if high is None else g - high @ (high.mT @ g)
+def _off(g: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """The part of g in the span of `low`, or else off that of `high`: one of them is None."""
+    return g - high @ (high.mT @ g) if low is None else low @ (low.mT @ g)  # type: ignore[operator, union-attr]
 
 
-def _projected(x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
+def _projected(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     """x, whose derivatives are projected by `_off`."""
     if eager(x):
         return _Project.apply(x, low, high)  # type: ignore[no-any-return, no-untyped-call]
@@ -98,7 +102,7 @@ class _Project(torch.autograd.Function):
     """`_projected` without work in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(low, high)
         return x.view_as(x)
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Peft, choice, positive
+from peftfn.method import Leaf, Peft, Start, Whole, choice
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -34,6 +33,8 @@ class PEANuT(_LowRank):
     A [rank, out], E_i and D_i [rank, rank], B [out, rank]. f(W) [rank, in] depends on parameters alone, so that what a
     call computes is a LoRA of this rank.
 
+    Trains 2·rank·out + 2·depth·rank² numbers. For: changes that depend on the weight without a linear bound.
+
     Args:
         rank: width of the network.
         depth: number of encoders, and of decoders, at most 64.
@@ -42,7 +43,7 @@ class PEANuT(_LowRank):
         init_weights: "default" (Kaiming-uniform, B zero), or "random" (B too: not the identity).
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 3, "activation": "tanh"},
         {"rank": 2, "depth": 2, "activation": "gelu", "scale": 0.5, "init_weights": "random"},
     )
@@ -55,22 +56,17 @@ class PEANuT(_LowRank):
         fields={"rank": "r", "depth": "depth", "activation": "act_fn", "scale": "scaling"},
     )
 
-    rank: int = 32
+    rank: Whole = 32
     depth: int = 0
     activation: str = "relu"
     scale: float = 1.0
-    init_weights: str = "default"
+    init_weights: Start = "default"
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
+        super().__post_init__()
         choice(self, "activation", tuple(_ACTIVATIONS))
-        choice(self, "init_weights", ("default", "random"))
         if not 0 <= self.depth <= _DEPTHS:
             raise ValueError(f"PEANuT.depth is {self.depth}; give 0 <= depth <= {_DEPTHS}")
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, r = w.shape[0], self.rank

@@ -1,12 +1,12 @@
 """PiSSA: W + s·(B A − B₀A₀), started at the largest singular components of W."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf
+from peftfn.method import Leaf
 from peftfn.methods.variant import _FromWeight, _Variant
 from peftfn.rng import Rng
 
@@ -20,6 +20,8 @@ class PiSSA(_FromWeight):
     2024, arXiv:2404.02948. The paper trains B A on a base from which B₀A₀ was taken; here B₀ and A₀ are constants, and
     dropout acts on the difference, so that the start is the identity also in train mode.
 
+    Trains rank·(in + out) numbers. For: LoRA that converges sooner; costs an SVD at the start.
+
     Args:
         rank: components that are trained, at most min(out, in).
         alpha, rslora, dropout: as for `LoRA`.
@@ -30,7 +32,7 @@ class PiSSA(_FromWeight):
         ValueError: a rank above the weight's own.
     """
 
-    cases: ClassVar[Cases] = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "niter": 3})
+    cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "niter": 3})
 
     peft = replace(_Variant.peft, fixed={"init_lora_weights": "pissa"})
 

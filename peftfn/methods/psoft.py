@@ -1,15 +1,14 @@
 """PSOFT: W + s·B (R − I) A, a rotation R of the weight's own principal subspace."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, choice, positive, probability
-from peftfn.methods.rotation import bounded, cayley, enough, neumann, skew
+from peftfn.method import Leaf, Method, Peft, Positive, Probability, Product, Start, Whole, names
+from peftfn.methods.rotation import bounded, cayley, enough, neumann, places, skew
 from peftfn.rng import Rng
 
 
@@ -20,6 +19,9 @@ class PSOFT(Method):
     Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", ICLR 2026, arXiv:2505.11235.
     Trained: the upper triangle q [rank(rank−1)/2] of Q, b [rank], a [rank]. A and B are constants from the weight's
     SVD, so a checkpoint of PEFT, which recomputes them, depends on the signs its SVD chooses.
+
+    Trains rank·(rank − 1)/2 + 2·rank numbers. For: rotations from a few hundred numbers, in the weight's own
+    subspace.
 
     Args:
         rank: dimension of the subspace, at most min(out, in).
@@ -34,7 +36,8 @@ class PSOFT(Method):
         init_weights: "default" (R = I) or "random" (q around that with std 0.1: not the identity).
     """
 
-    cases: ClassVar[Cases] = (
+    linear_in = ("m",)
+    cases = (
         {"rank": 3, "alpha": 2.0},
         {"rank": 4, "exact": False, "terms": 6, "eps": 0.5, "split": "pissa", "magnitude_a": False},
         {"rank": 3, "orthogonal": False, "svd": "lowrank", "init_weights": "random"},
@@ -42,27 +45,20 @@ class PSOFT(Method):
 
     peft = Peft(
         "PSOFT",
-        keys={"q": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"},
-        fields={
-            "rank": "r",
-            "alpha": "psoft_alpha",
-            "dropout": "psoft_dropout",
-            "svd": "psoft_svd",
-            "niter": "psoft_svd_lowrank_niter",
-            "seed": "random_seed",
-            "orthogonal": "psoft_orth",
-            "magnitude_b": "psoft_mag_b",
-            "magnitude_a": "psoft_mag_a",
-            "terms": "num_cayley_neumann_terms",
-            "eps": "cayley_neumann_eps",
-        },
+        names("q=psoft_R.weight b=psoft_R.vector_b a=psoft_R.vector_a"),
+        names(
+            "rank=r alpha=psoft_alpha dropout=psoft_dropout split=ab_svd_init svd=psoft_svd "
+            "niter=psoft_svd_lowrank_niter seed=random_seed orthogonal=psoft_orth magnitude_b=psoft_mag_b "
+            "magnitude_a=psoft_mag_a exact=use_cayley_neumann terms=num_cayley_neumann_terms eps=cayley_neumann_eps"
+        ),
+        {"split": [(s, f"{s}_init") for s in ("psoft", "pissa")], "exact": [(True, False), (False, True)]},
     )
 
-    rank: int = 32
+    rank: Whole = 32
     alpha: float | None = None
-    dropout: float = 0.0
-    split: str = "psoft"
-    svd: str = "full"
+    dropout: Probability = 0.0
+    split: Literal["psoft", "pissa"] = "psoft"
+    svd: Literal["full", "lowrank"] = "full"
     niter: int = 10
     seed: int = 0
     orthogonal: bool = True
@@ -70,31 +66,24 @@ class PSOFT(Method):
     magnitude_a: bool = True
     exact: bool = True
     terms: int = 5
-    eps: float | None = None
-    init_weights: str = "default"
+    eps: Positive | None = None
+    init_weights: Start = "default"
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank, **({} if self.eps is None else {"eps": self.eps}))
-        probability(self, dropout=self.dropout)
+        super().__post_init__()
         enough(self)
-        choice(self, "split", ("psoft", "pissa"))
-        choice(self, "svd", ("full", "lowrank"))
-        choice(self, "init_weights", ("default", "random"))
 
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights != "random"
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         w, r = w.detach().float(), self.rank
         u, s, v = torch.linalg.svd(w, full_matrices=False) if self.svd == "full" else self._sketch(rng, w)
         u, s, v = u[:, :r], s[:r] / self.scale, v[:r]
         a, b = (torch.ones_like(s), s) if self.split == "psoft" else (s.sqrt(), s.sqrt())
-        return {"A": (a[:, None] * v).contiguous(), "B": (u * b).contiguous()}
+        at = {"at": places(r).to(rng.device)} if self.orthogonal else {}
+        return {"A": (a[:, None] * v).contiguous(), "B": (u * b).contiguous(), **at}
 
     def _sketch(self, rng: Rng, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`torch.svd_lowrank` from the method's own seed (Halko et al., 2009)."""
@@ -119,7 +108,7 @@ class PSOFT(Method):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         r = p["q"]
         if self.orthogonal:
-            q = skew(r, self.rank)
+            q = skew(r, p["at"])
             q = q if self.eps is None or self.exact else bounded(q, self.eps, (0, 1))
             r = cayley(q) if self.exact else neumann(q, self.terms)
         r = p["b"][:, None] * r if "b" in p else r
@@ -131,22 +120,7 @@ class PSOFT(Method):
         return p["B"] @ p["m"] @ p["A"]
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(F.linear(dot(dropped, p["A"]), p["m"]), p["B"])
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {"m": s * p["m"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        return ps[0] | {"m": torch.stack([p["m"] for p in ps]).sum(0)}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        split = config.get("ab_svd_init", "psoft_init").removesuffix("_init")
-        exact = not config.get("use_cayley_neumann", False)
-        return replace(super().from_peft(config), split=split, exact=exact)
+        return dot(x, w) + F.linear(F.linear(dot(self.dropped(x), p["A"]), p["m"]), p["B"])
 
     def to_peft(self) -> dict[str, Any]:
-        alpha = self.rank if self.alpha is None else self.alpha
-        init = f"{self.split}_init"
-        return super().to_peft() | {"psoft_alpha": alpha, "ab_svd_init": init, "use_cayley_neumann": not self.exact}
+        return super().to_peft() | {"psoft_alpha": self.rank if self.alpha is None else self.alpha}

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any, ClassVar, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Peft, Product, choice
+from peftfn.method import Leaf, Peft, Product, names
 from peftfn.methods.vera import VeRA
 from peftfn.rng import Rng
 
@@ -23,33 +23,27 @@ class PVeRA(VeRA):
     λ_d [2·rank], λ_b [out]; frozen and shared by a rule's sites: A [2·rank, in_max], B [out_max, rank], drawn from
     `projection_seed` as PEFT draws them.
 
+    Trains 2·rank + out numbers. For: VeRA with uncertainty: samples differ from call to call.
+
     Args:
         rank, projection_seed, d_initial, dropout: as for `VeRA`.
         sample: "train" (in train mode), "always", or "never". The noise comes from torch's global generator.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 3, "sample": "never"},
         {"rank": 2, "projection_seed": 5, "d_initial": 1.0, "sample": "never"},
     )
 
     peft = Peft(
         "PVERA",
-        keys={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
-        fields={
-            "rank": "r",
-            "projection_seed": "projection_prng_key",
-            "d_initial": "d_initial",
-            "dropout": "pvera_dropout",
-        },
-        shared={"A": "pvera_A", "B": "pvera_B"},
+        names("b=pvera_lambda_b d=pvera_lambda_d"),
+        names("rank=r projection_seed=projection_prng_key d_initial dropout=pvera_dropout sample=sample_at_inference"),
+        {"sample": [("train", False), ("always", True)]},
+        shared=names("A=pvera_A B=pvera_B"),
     )
 
-    sample: str = "train"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice(self, "sample", ("train", "always", "never"))
+    sample: Literal["train", "always", "never"] = "train"
 
     def eval(self) -> Self:
         return replace(super().eval(), sample="never") if self.sample == "train" else super().eval()
@@ -74,16 +68,6 @@ class PVeRA(VeRA):
         if self.sample == "never":
             return super().product(self._mean(p), w, x, dot)
         out, in_ = w.shape
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        mean, log = (dot(dropped, p["A"][:, :in_]) * p["d"]).chunk(2, -1)
+        mean, log = (dot(self.dropped(x), p["A"][:, :in_]) * p["d"]).chunk(2, -1)
         z = mean + torch.randn_like(mean) * (log / 2).exp()
-        return dot(x, w) + F.linear(z, p["B"][:out]) * p["b"]
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        return replace(super().from_peft(config), sample="always" if config.get("sample_at_inference") else "train")
-
-    def to_peft(self) -> dict[str, Any]:
-        if self.sample == "never":
-            raise ValueError("PVeRA.sample is 'never', which PEFT has not: save it with sample='train'")
-        return super().to_peft() | {"sample_at_inference": self.sample == "always"}
+        return torch.addcmul(dot(x, w), F.linear(z, p["B"][:out]), p["b"])

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, choice, divides, positive
+from peftfn.method import Leaf, Whole, divides
 from peftfn.methods.variant import _Variant
 from peftfn.rng import Rng
 
@@ -20,6 +20,9 @@ class QALoRA(_Variant):
     change can be taken up by the zero points of a weight quantised in such groups. Here W may be any weight; PEFT has
     it for GPTQ layers alone, and multiplies the mean of a group by the number of groups, not by their size.
 
+    Trains rank·(in/group + out) numbers. For: weights that will be quantised in groups: the change merges into zero
+    points.
+
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`.
         group: features of one group.
@@ -29,7 +32,7 @@ class QALoRA(_Variant):
         ValueError: group does not divide the input features.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0, "group": 2},
         {"rank": 3, "group": 4, "pool": "groups", "rslora": True, "init_weights": "gaussian"},
         {"rank": 2, "group": 4, "pool": "mean"},
@@ -41,13 +44,8 @@ class QALoRA(_Variant):
         fixed={"use_qalora": True},
     )
 
-    group: int = 16
-    pool: str = "sum"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, group=self.group)
-        choice(self, "pool", ("sum", "mean", "groups"))
+    group: Whole = 16
+    pool: Literal["sum", "mean", "groups"] = "sum"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         divides(self, "group", self.group, **{"in": w.shape[1]})

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
-from typing import Any, ClassVar, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Peft, choice, positive, probability
+from peftfn.method import Leaf, Peft, Probability, Whole, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -22,6 +22,9 @@ class RandLoRA(_LowRank):
     B [max_max, n_max, rank], drawn in bfloat16 as PEFT draws them. The columns of all B_j are paired with the rows of
     A in PEFT's order, a fixed permutation of the sum's (the B_j are random, so nothing else changes).
 
+    Trains rank·n + n·min(in, out) with n = min(in, out)/rank numbers. For: full rank from few numbers; dense work
+    each call.
+
     Args:
         rank: of each term; smaller means more terms, and more trained numbers.
         alpha: numerator of the scale.
@@ -31,7 +34,7 @@ class RandLoRA(_LowRank):
         dropout: probability of dropping an input feature in train mode.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 20.0},
         {"rank": 4, "alpha": 20.0, "density": "sparse", "projection_seed": 3},
         {"rank": 3, "alpha": 20.0, "density": "very_sparse"},
@@ -39,26 +42,16 @@ class RandLoRA(_LowRank):
 
     peft = Peft(
         "RANDLORA",
-        keys={"l": "randlora_lambda", "g": "randlora_gamma"},
-        fields={
-            "rank": "r",
-            "alpha": "randlora_alpha",
-            "projection_seed": "projection_prng_key",
-            "dropout": "randlora_dropout",
-        },
-        shared={"A": "randlora_A", "B": "randlora_B"},
+        names("l=randlora_lambda g=randlora_gamma"),
+        names("rank=r alpha=randlora_alpha projection_seed=projection_prng_key dropout=randlora_dropout"),
+        shared=names("A=randlora_A B=randlora_B"),
     )
 
-    rank: int = 32
+    rank: Whole = 32
     alpha: float = 640
     projection_seed: int = 0
-    density: str = "dense"
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, dropout=self.dropout)
-        choice(self, "density", ("dense", "sparse", "very_sparse"))
+    density: Literal["dense", "sparse", "very_sparse"] = "dense"
+    dropout: Probability = 0.0
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         out, in_ = (max(w.shape[i] for w in weights.values()) for i in (-2, -1))
@@ -95,8 +88,8 @@ class RandLoRA(_LowRank):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        sparse = "sparse" if config.get("sparse") else "dense"
-        return replace(super().from_peft(config), density="very_sparse" if config.get("very_sparse") else sparse)
+        very, sparse = config.get("very_sparse"), config.get("sparse")
+        return replace(super().from_peft(config), density="very_sparse" if very else "sparse" if sparse else "dense")
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"sparse": self.density == "sparse", "very_sparse": self.density == "very_sparse"}

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Peft, Product, positive
+from peftfn.method import Leaf, Method, Peft, Product, Whole, names
 from peftfn.rng import Rng
 
 
@@ -17,25 +17,21 @@ class SHiRA(Method):
 
     Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175. Weights of one shape share their places.
 
+    Trains rank·(in + out) numbers. For: switching adapters in place: few entries of the weight differ.
+
     Args:
         rank: of the LoRA whose size the change has; rank·(in + out) is at most in·out.
         seed: of the places, drawn as PEFT draws them (random_seed); None means torch's default seed.
     """
 
-    per_row: ClassVar = False
-    cases: ClassVar = ({"rank": 1}, {"rank": 2, "seed": 3})
+    per_row = False
+    linear_in = ("v",)
+    cases = ({"rank": 1}, {"rank": 2, "seed": 3})
 
-    peft = Peft(
-        "SHIRA",
-        keys={"v": "shira_weight", "index": "shira_indices"},
-        fields={"rank": "r", "seed": "random_seed"},
-    )
+    peft = Peft("SHIRA", names("v=shira_weight index=shira_indices"), names("rank=r seed=random_seed"))
 
-    rank: int = 32
+    rank: Whole = 32
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         drawn: dict[tuple[int, int], Tensor] = {}
@@ -63,13 +59,6 @@ class SHiRA(Method):
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         row, col = p["index"]
         return dot(x, added(w, row * w.shape[1] + col, p["v"]))
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {"v": s * p["v"]}
-
-    def summed(self, ps: list[Leaf]) -> Leaf:
-        first, *rest = [p["v"] for p in ps]
-        return ps[0] | {"v": sum(rest, first)}
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"mask_type": "random"}

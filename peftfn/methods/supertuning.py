@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product, positive, probability
+from peftfn.method import Leaf, Method, Peft, Probability, Product, names, positive
 from peftfn.methods.shira import added
 from peftfn.rng import Rng
 
@@ -18,6 +18,8 @@ class SuperTuning(Method):
 
     Super and Supra of PEFT 0.21. The places are a constant of the site, found once in the weight `adapt` was given.
 
+    Trains (1 − sparsity)·in·out, and rank·(in + out) numbers. For: sparse changes of the entries that weigh most.
+
     Args:
         sparsity: share of the weight that stays, 0 ≤ sparsity < 1.
         select_top: take the largest entries by magnitude; otherwise the smallest.
@@ -26,34 +28,24 @@ class SuperTuning(Method):
         dropout: probability of dropping an input feature of the LoRA in train mode; embeddings have none to drop.
     """
 
-    per_row: ClassVar = False
-    cases: ClassVar = ({"sparsity": 0.6}, {"sparsity": 0.8, "select_top": False, "rank": 2, "alpha": 3.0})
+    per_row = False
+    scales_with = ("v", "sb")
+    cases = ({"sparsity": 0.6}, {"sparsity": 0.8, "select_top": False, "rank": 2, "alpha": 3.0})
 
     peft = Peft(
         "SUPERTUNING",
-        keys={
-            "v": "supertuning_values",
-            "at": "supertuning_indices",
-            "a": "supertuning_lora_A.weight",
-            "b": "supertuning_lora_B.weight",
-        },
-        fields={
-            "sparsity": "sparsity",
-            "select_top": "select_top",
-            "rank": "r",
-            "alpha": "lora_alpha",
-            "dropout": "lora_dropout",
-        },
+        names("v=supertuning_values at=supertuning_indices a=supertuning_lora_A.weight b=supertuning_lora_B.weight"),
+        names("sparsity select_top rank=r alpha=lora_alpha dropout=lora_dropout"),
     )
 
     sparsity: float = 0.99
     select_top: bool = True
     rank: int | None = None
     alpha: float | None = None
-    dropout: float = 0.0
+    dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
-        probability(self, dropout=self.dropout)
+        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"SuperTuning.sparsity is {self.sparsity}; it is a share: 0 <= sparsity < 1")
         if self.rank is not None:
@@ -88,15 +80,11 @@ class SuperTuning(Method):
         d = p["v"].new_zeros(w.numel()).scatter(0, p["at"], p["v"]).view(w.shape)
         return d + p["sb"] @ p["a"] if "sb" in p else d
 
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {k: s * p[k] for k in ("v", "sb") if k in p}
-
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         y = dot(x, added(w, p["at"], p["v"]))
         if "sb" not in p:
             return y
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return y + F.linear(dot(dropped, p["a"]), p["sb"])
+        return y + F.linear(dot(self.dropped(x), p["a"]), p["sb"])
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:

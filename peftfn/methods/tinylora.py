@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, Peft, choice, positive, probability
+from peftfn.method import Leaf, Peft, Probability, Start, Whole, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -21,53 +20,42 @@ class TinyLoRA(_LowRank):
     Morris et al., "Learning to Reason in 13 Parameters", 2026, arXiv:2602.04118; LoRA-XS: arXiv:2405.17604.
     Site k of the rule draws P from projection_seed + k and uses row min(k // ⌊sites/groups⌋, groups − 1) of v.
 
+    Trains size, for a whole group of sites numbers. For: reinforcement learning with a handful of numbers.
+
     Args:
         rank: of the truncated SVD, at most min(out, in).
         size: trained numbers a group.
         weight_tying: 0 is one group a site, 1 one group for all: groups = round(sites·(1 − weight_tying)), at least 1.
         projection_seed: of P.
         dropout: probability of dropping an input feature of A in train mode.
-        init_weights: "default" (v is zero), or "uniform" (U(−v_bound, v_bound): not the identity).
+        init_weights: "default" (v is zero), or "random" (U(−v_bound, v_bound): not the identity).
         v_bound: of that.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "size": 3},
-        {"rank": 3, "size": 5, "weight_tying": 1.0, "init_weights": "uniform", "v_bound": 1.0},
+        {"rank": 3, "size": 5, "weight_tying": 1.0, "init_weights": "random", "v_bound": 1.0},
     )
 
     peft = Peft(
         "TINYLORA",
-        keys={"A": "tinylora_A", "B": "tinylora_B", "A_rows": "tinylora_A", "B_rows": "tinylora_B", "P": "tinylora_P"},
-        fields={
-            "rank": "r",
-            "size": "u",
-            "weight_tying": "weight_tying",
-            "projection_seed": "projection_seed",
-            "dropout": "tinylora_dropout",
-            "v_bound": "init_v_bound",
-        },
-        shared={"v": "tinylora_v.*"},
+        names("A=tinylora_A B=tinylora_B A_rows=tinylora_A B_rows=tinylora_B P=tinylora_P"),
+        names("rank=r size=u weight_tying projection_seed dropout=tinylora_dropout v_bound=init_v_bound"),
+        shared=names("v=tinylora_v.*"),
     )
 
-    rank: int = 2
-    size: int = 64
+    rank: Whole = 2
+    size: Whole = 64
     weight_tying: float = 0.0
     projection_seed: int = 42
-    dropout: float = 0.0
-    init_weights: str = "default"
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
     v_bound: float = 0.02
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank, size=self.size)
-        probability(self, dropout=self.dropout)
-        choice(self, "init_weights", ("default", "uniform"))
+        super().__post_init__()
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"TinyLoRA.weight_tying is {self.weight_tying}; give 0 <= weight_tying <= 1")
-
-    @property
-    def identity(self) -> bool:
-        return self.init_weights == "default"
 
     def _groups(self, sites: int) -> int:
         return max(1, round(sites * (1 - self.weight_tying)))

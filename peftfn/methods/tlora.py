@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peftfn.method import Cases, Leaf, choice
+from peftfn.method import Leaf
 from peftfn.methods.variant import _FromWeight
 from peftfn.plan import Plan
 from peftfn.rng import Rng
@@ -22,6 +22,8 @@ class TLoRA(_FromWeight):
     as in lycoris (whose convolutions see 1×1 kernels; here the whole kernel counts). The mask of a call is
     `masked(net.plan, adapter, rank_mask(t, …))`: an adapter like any other, so that a batch can mix timesteps.
 
+    Trains rank·(in + out + 1) numbers. For: diffusion models personalised from one image.
+
     Args:
         rank: components, at most min(out, in).
         alpha, rslora, dropout: as for `LoRA`.
@@ -33,20 +35,18 @@ class TLoRA(_FromWeight):
         ValueError: a rank above the weight's own.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0},
         {"rank": 3, "part": "last", "active": 2},
         {"rank": 4, "part": "middle", "source": "random"},
     )
 
-    part: str = "principal"
-    source: str = "weight"
+    part: Literal["principal", "middle", "last"] = "principal"
+    source: Literal["weight", "random"] = "weight"
     active: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice(self, "part", ("principal", "middle", "last"))
-        choice(self, "source", ("weight", "random"))
         if self.active is not None and not 0 < self.active <= self.rank:
             raise ValueError(f"TLoRA.active is {self.active}, of {self.rank} ranks: give 1 <= active <= rank, or None")
 

@@ -1,13 +1,12 @@
 """TrainableTokens: W with the rows of chosen tokens replaced by trained ones."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 
@@ -18,18 +17,22 @@ class TrainableTokens(Method):
     Hugging Face PEFT, 2025 (no paper). Rows are those of an embedding's own weight [vocab, dim], or the outputs of a
     linear layer (a language model's head [vocab, dim]). A head keeps its bias, which PEFT drops.
 
+    Trains tokens·dim numbers. For: new tokens, without training the whole embedding.
+
     Args:
         tokens: indices of the rows, each once; an index beyond the weight is an error.
     """
 
-    kinds: ClassVar = frozenset({"linear", "linear_t", "embedding"})
-    cases: ClassVar[Cases] = ({"tokens": (4, 0)}, {"tokens": (5,)})
+    kinds = frozenset({"linear", "linear_t", "embedding"})
+    absolute = frozenset({"t"})
+    cases = ({"tokens": (4, 0)}, {"tokens": (5,)})
 
-    peft = Peft("TRAINABLE_TOKENS", keys={"t": "trainable_tokens_delta"}, fields={"tokens": "token_indices"})
+    peft = Peft("TRAINABLE_TOKENS", names("t=trainable_tokens_delta"), names("tokens=token_indices"))
 
     tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "tokens", tuple(self.tokens))
         if not self.tokens or min(self.tokens) < 0 or len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"TrainableTokens.tokens is {self.tokens}; give one or more different indices >= 0")

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.method import MATRIX, Cases, Leaf, Peft, positive, probability
+from peftfn.method import MATRIX, Leaf, Peft, Probability, Whole, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -20,6 +19,8 @@ class UniLoRA(_LowRank):
     assignment of the entries of all A and B of a rule to those of θ (an isometry), the one PEFT draws; θ is all that is
     trained. A fresh adapter is small, not the identity: at θ = 0, the only start that would be, the gradient is zero.
 
+    Trains length, for the whole rule numbers. For: one vector a task, kilobytes for a whole model.
+
     Args:
         rank: inner dimension of the product.
         length: of θ, the number of trained numbers of the whole rule.
@@ -28,31 +29,23 @@ class UniLoRA(_LowRank):
         dropout: probability of dropping an input feature of A in train mode.
     """
 
-    kinds: ClassVar = MATRIX - {"stack", "stack_t"}  # the experts of a stack would all get one and the same change
-    cases: ClassVar[Cases] = ({"rank": 2, "length": 9, "bound": 0.5}, {"rank": 3, "length": 64, "projection_seed": 3})
+    kinds = MATRIX - {"stack", "stack_t"}  # the experts of a stack would all get one and the same change
+    cases = ({"rank": 2, "length": 9, "bound": 0.5}, {"rank": 3, "length": 64, "projection_seed": 3})
 
     peft = Peft(
         "UNILORA",
-        keys={"ia": "unilora_indices_A", "ib": "unilora_indices_B", "ca": "unilora_scales_A", "cb": "unilora_scales_B"},
-        fields={
-            "rank": "r",
-            "length": "theta_d_length",
-            "projection_seed": "proj_seed",
-            "bound": "init_theta_d_bound",
-            "dropout": "unilora_dropout",
-        },
-        shared={"theta": "unilora_theta_d"},
+        names("ia=unilora_indices_A ib=unilora_indices_B ca=unilora_scales_A cb=unilora_scales_B"),
+        names(
+            "rank=r length=theta_d_length projection_seed=proj_seed bound=init_theta_d_bound dropout=unilora_dropout"
+        ),
+        shared=names("theta=unilora_theta_d"),
     )
 
-    rank: int = 4
-    length: int = 256
+    rank: Whole = 4
+    length: Whole = 256
     projection_seed: int = 42
     bound: float = 0.02
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank, length=self.length)
-        probability(self, dropout=self.dropout)
+    dropout: Probability = 0.0
 
     @property
     def identity(self) -> bool:

@@ -36,6 +36,7 @@ class _FromWeight(_Variant):
     """
 
     init_weights: ClassVar[str] = "default"  # type: ignore[misc]
+    padding = None  # where it starts from has its own rank
 
     def factors(self, rng: Rng, w: Tensor) -> Leaf:
         """The leaf to start from, w at least fp32. Called for leaf and constants: draw nothing from the seed."""
@@ -43,7 +44,8 @@ class _FromWeight(_Variant):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         at_most_full(self, w)
-        return read_off(rng, **self.factors(rng, wide(w)))
+        known = {k[:-1]: t for k, t in rng.constants.items() if k[-1] == "0" and t.is_meta == w.is_meta}
+        return {k: t.to(rng.dtype, copy=True) for k, t in known.items()} or read_off(rng, **self.factors(rng, wide(w)))
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {f"{k}0": t for k, t in read_off(rng, **self.factors(rng, wide(w))).items()}

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Peft, divides, positive, probability
+from peftfn.method import Leaf, Peft, Probability, Whole, divides, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -22,6 +21,9 @@ class VBLoRA(_LowRank):
     and lb [out/length, rank, vectors] for B [out, rank]. A fresh adapter is not the identity but small: at V = 0, the
     only start that would be, every gradient is zero. V is drawn once (PEFT draws it anew for every layer).
 
+    Trains rank·vectors·(in + out)/length, and vectors·length shared numbers. For: small files: only the top logits
+    and the bank need be kept.
+
     Args:
         rank: inner dimension of the product.
         vectors: of the bank.
@@ -32,37 +34,31 @@ class VBLoRA(_LowRank):
         logits_std: logits start as N(0, logits_std²).
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "vectors": 5, "length": 2, "bank_bound": 1.0},
         {"rank": 3, "vectors": 4, "length": 1, "topk": 3, "logits_std": 0.5},
     )
 
     peft = Peft(
         "VBLORA",
-        keys={"la": "vblora_logits_A", "lb": "vblora_logits_B"},
-        fields={
-            "rank": "r",
-            "vectors": "num_vectors",
-            "length": "vector_length",
-            "topk": "topk",
-            "dropout": "vblora_dropout",
-            "bank_bound": "init_vector_bank_bound",
-            "logits_std": "init_logits_std",
-        },
-        shared={"bank": "vblora_vector_bank"},
+        names("la=vblora_logits_A lb=vblora_logits_B"),
+        names(
+            "rank=r vectors=num_vectors length=vector_length topk dropout=vblora_dropout "
+            "bank_bound=init_vector_bank_bound logits_std=init_logits_std"
+        ),
+        shared=names("bank=vblora_vector_bank"),
     )
 
-    rank: int = 4
-    vectors: int = 256
-    length: int = 256
-    topk: int = 2
-    dropout: float = 0.0
+    rank: Whole = 4
+    vectors: Whole = 256
+    length: Whole = 256
+    topk: Whole = 2
+    dropout: Probability = 0.0
     bank_bound: float = 0.02
     logits_std: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(self, rank=self.rank, vectors=self.vectors, length=self.length, topk=self.topk)
-        probability(self, dropout=self.dropout)
+        super().__post_init__()
         if self.topk > self.vectors:
             raise ValueError(f"VBLoRA.topk is {self.topk}; the bank has {self.vectors} vectors: give topk <= vectors")
 

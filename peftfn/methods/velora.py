@@ -1,15 +1,14 @@
 """VeLoRA: W + s·B A, whose gradient of A is made from one number a group of features."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, choice, positive
+from peftfn.method import Leaf, LowRank, Positive, Whole, names
 from peftfn.methods.lora import LoRA
 from peftfn.rng import Rng
 from peftfn.transform import under_transform
@@ -24,6 +23,8 @@ class VeLoRA(LoRA):
     It saves memory in plain `.backward()` alone: torch.func's transforms, compilers and layers that are not linear take
     LoRA's exact gradient. The last group is filled up with zeros.
 
+    Trains rank·(in + out) numbers. For: training in little memory: activations are kept compressed.
+
     Args:
         rank, alpha, rslora, dropout, lora_bias, init_weights: as for `LoRA`.
         groups: of input features: numbers kept a token.
@@ -32,29 +33,31 @@ class VeLoRA(LoRA):
         compress: do so in train mode.
     """
 
-    cases: ClassVar[Cases] = (
+    cases = (
         {"rank": 2, "alpha": 3.0, "groups": 3},
         {"rank": 3, "rslora": True, "groups": 4, "projection": "fixed", "init_weights": "random"},
     )
 
-    peft = replace(LoRA.peft, keys={**LoRA.peft.keys, "e": "lora_velora_embed"}, fixed={"velora_config": ...})
+    in_eval = (("dropout", 0.0), ("compress", False))
+    peft = replace(
+        LoRA.peft,
+        keys={**LoRA.peft.keys, "e": "lora_velora_embed"},
+        fields={
+            **LoRA.peft.fields,
+            **names("groups=velora_config.num_groups restore=velora_config.scale projection=velora_config.init_type"),
+        },
+        values={"projection": [("batch", "batch_average"), ("fixed", "random"), ("fixed", "batch_average_once")]},
+        fixed={"velora_config": ...},
+    )
 
-    groups: int = 64
-    restore: float = 1.0
-    projection: str = "batch"
+    groups: Whole = 64
+    restore: Positive = 1.0
+    projection: Literal["batch", "fixed"] = "batch"
     compress: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, groups=self.groups, restore=self.restore)
-        choice(self, "projection", ("batch", "fixed"))
 
     @property
     def exact_gradient(self) -> bool:
         return not self.compress
-
-    def eval(self) -> Self:
-        return replace(super().eval(), compress=False)
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         d = -(-w.shape[1] // self.groups)
@@ -69,20 +72,11 @@ class VeLoRA(LoRA):
         low: Tensor = _Compressed.apply(dropped, p["a"], e, self.groups, self.restore)  # type: ignore[no-untyped-call]
         return F.linear(x, w) + F.linear(self.scale * low, p["b"])
 
+    def low_rank(self, p: Leaf) -> LowRank | None:
+        return None if self.compress else super().low_rank(p)
+
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return {k: v if k in ("a", "e") else s * v for k, v in p.items()}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        v = config["velora_config"]
-        projection = "batch" if v.get("init_type", "batch_average") == "batch_average" else "fixed"
-        groups, restore = v.get("num_groups", 64), v.get("scale", 1.0)
-        return replace(super().from_peft(config), groups=groups, restore=restore, projection=projection)
-
-    def to_peft(self) -> dict[str, Any]:
-        kind = "batch_average" if self.projection == "batch" else "random"
-        velora = {"num_groups": self.groups, "scale": self.restore, "init_type": kind}
-        return super().to_peft() | {"velora_config": velora}
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Cases, Leaf, Method, Peft, Product, positive, probability
+from peftfn.method import Leaf, Method, Peft, Probability, Product, Whole, names
 from peftfn.rng import Rng
 
 
@@ -19,6 +19,8 @@ class VeRA(Method):
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
     one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.
 
+    Trains rank + out numbers. For: small files at a large rank; costs as a LoRA of that rank.
+
     Args:
         rank: rows of A; cheap, since it costs rank + out trained numbers a site.
         projection_seed: of A and B (PEFT's projection_prng_key).
@@ -26,28 +28,20 @@ class VeRA(Method):
         dropout: probability of dropping an input feature of A in train mode.
     """
 
-    cases: ClassVar[Cases] = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
+    scales_with = ("b",)
+    cases = ({"rank": 3}, {"rank": 2, "projection_seed": 5, "d_initial": 1.0})
 
     peft = Peft(
         "VERA",
-        keys={"b": "vera_lambda_b", "d": "vera_lambda_d"},
-        fields={
-            "rank": "r",
-            "projection_seed": "projection_prng_key",
-            "d_initial": "d_initial",
-            "dropout": "vera_dropout",
-        },
-        shared={"A": "vera_A", "B": "vera_B"},
+        names("b=vera_lambda_b d=vera_lambda_d"),
+        names("rank=r projection_seed=projection_prng_key d_initial dropout=vera_dropout"),
+        shared=names("A=vera_A B=vera_B"),
     )
 
-    rank: int = 256
+    rank: Whole = 256
     projection_seed: int = 0
     d_initial: float = 0.1
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        positive(self, rank=self.rank)
-        probability(self, dropout=self.dropout)
+    dropout: Probability = 0.0
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         out, in_ = (max(w.shape[i] for w in weights.values()) for i in (-2, -1))
@@ -65,8 +59,5 @@ class VeRA(Method):
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         out, in_ = w.shape
-        dropped = F.dropout(x, self.dropout) if self.dropout and x.is_floating_point() else x
-        return dot(x, w) + F.linear(dot(dropped, p["A"][:, :in_]) * p["d"], p["B"][:out]) * p["b"]
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf:
-        return p | {"b": s * p["b"]}
+        z = F.linear(dot(self.dropped(x), p["A"][:, :in_]) * p["d"], p["B"][:out])
+        return torch.addcmul(dot(x, w), z, p["b"])

@@ -1,14 +1,14 @@
 """WaveFT: W + s·idwt2(S), with n trained entries among a matrix' wavelet coefficients S; or W + s·S."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft
+from peftfn.method import STARTS, Cases, Leaf, Peft, names
 from peftfn.methods.fourierft import FourierFT
 from peftfn.methods.wavelets import length, low_pass
 from peftfn.rng import Rng
@@ -22,6 +22,8 @@ class WaveFT(FourierFT):
     One level of the transform; with a filter of length L, S is [out, in] centred in a matrix larger by L − 2, as in
     PEFT. x goes through a filter bank, meets c at its n places, and comes back through another.
 
+    Trains n_frequency numbers. For: tiny files with local changes; costs two filter banks a call.
+
     Args:
         n_frequency: n, trained entries; at most out·in.
         scaling: s.
@@ -32,7 +34,7 @@ class WaveFT(FourierFT):
         init_weights: "default" (zero) or "random" (normal of std 0.01: not the identity).
     """
 
-    cases: ClassVar = (
+    cases: ClassVar[Cases] = (
         {"n_frequency": 12, "scaling": 4.0},
         {"n_frequency": 20, "scaling": 3.0, "wavelet": "sym4", "seed": 3},
         {"n_frequency": 15, "scaling": 2.0, "idwt": False},
@@ -40,14 +42,9 @@ class WaveFT(FourierFT):
 
     peft = Peft(
         "WAVEFT",
-        keys={"c": "waveft_spectrum"},
-        fields={
-            "n_frequency": "n_frequency",
-            "scaling": "scaling",
-            "seed": "random_loc_seed",
-            "wavelet": "wavelet_family",
-            "idwt": "use_idwt",
-        },
+        names("c=waveft_spectrum"),
+        names("n_frequency scaling seed=random_loc_seed wavelet=wavelet_family idwt=use_idwt init_weights"),
+        {"init_weights": STARTS},
     )
 
     n_frequency: int = 2592
@@ -95,14 +92,3 @@ class WaveFT(FourierFT):
         extra = length(self.wavelet) - 2
         y = F.conv_transpose1d(z.reshape(-1, 2, z.shape[-1] // 2), p["bank"][:, None].to(z.dtype), stride=2)
         return y[:, 0, extra : extra + size].reshape(*z.shape[:-1], size)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        if config.get("proportional_parameters"):
-            raise ValueError(
-                "WaveFT: proportional_parameters is True, which gives every site its own n_frequency: write one rule "
-                "for each shape, with the length of its waveft_spectrum as n_frequency"
-            )
-        return replace(
-            super().from_peft(config), init_weights="default" if config.get("init_weights", True) else "random"
-        )

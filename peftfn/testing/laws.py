@@ -207,6 +207,65 @@ def many_by_row(c: Case) -> None:
     close(got, want, "gradient of mixed", 1e-3)
 
 
+def gated(c: Case) -> None:
+    """gated(…) == base + Σ_k g_k ⊙ (apply(a_k) − base), forward and gradient; one-hot gates are `mixed`."""
+    if not c.kind.rowed:
+        return
+    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(4, c.seed, c.dtype)
+    g = torch.Generator().manual_seed(c.seed)
+    tokens = [x.shape[1]] if c.kind.kind in ("linear", "linear_t", "embedding", "other") else []
+    rows, some = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
+    some[0, 1:], some[1:3, 2] = 0, 0
+
+    base = c.model(x)
+
+    def changes_of(s: Any) -> Tensor:
+        return torch.stack([c.net.apply(a, x) - base for a in pf.unstack(s)], -1)
+
+    def by_outputs(changes: Tensor, gates: Tensor) -> Tensor:
+        if gates.dim() == 2:
+            gates = gates.view(4, *[1] * (base.dim() - 1), 3)
+        elif gates.dim() == 3:
+            gates = gates.view(4, -1, *[1] * (base.dim() - 2), 3)
+        out: Tensor = base + (changes * gates).sum(-1)
+        return out
+
+    changes = changes_of(stacked)
+    for gates in (rows[0], some, *(torch.randn(4, t, 3, generator=g) for t in tokens)):
+        close(c.net.gated(stacked, gates, x), by_outputs(changes, gates), f"gates {list(gates.shape)}")
+    hot = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    close(c.net.gated(stacked, hot, x), c.net.mixed(stacked, [1, -1, 0, 1], x), "one-hot gates", 1e-6)
+    if c.model_name not in ("linear", "embedding", "other"):
+        return
+    got, want = (
+        grad(lambda s, r, f=f: f(s, r).square().mean(), (0, 1))(stacked, rows)
+        for f in (lambda s, r: c.net.gated(s, r, x), lambda s, r: by_outputs(changes_of(s), r))
+    )
+    close(got[0], want[0], "gradient of gated", 1e-3)
+    close(got[1], want[1], "gradient of gates", 1e-3)
+
+
+def conformed(c: Case) -> None:
+    """An adapter fitted to a wider plan does there what it does in its own."""
+    a, padding = c.adapter(), c.method.padding
+    method = c.method
+    if padding is not None:
+        wider: dict[str, Any] = {"rank": method.rank + 2, "alpha": 5.0, "init_weights": "default"}  # type: ignore[attr-defined]
+        names = {f.name for f in fields(method)}  # type: ignore[arg-type]
+        method = replace(method, **{k: v for k, v in wider.items() if k in names & padding.fields})
+    more = {"bias": pf.Full()} if "layer.bias" in dict(c.model.named_parameters()) else {}
+    to = pf.adapt(c.model, {SITE: method, **more}, seed=c.seed)
+    try:
+        b = pf.conform(a, c.net, to)
+    except ValueError as e:
+        assert SITE in str(e) and c.net.plan[SITE].frozen, f"{c.method} has padding, and conform says {e}"
+        return
+    to.plan.check(b)
+    if c.method.mergeable and not c.method.overrides("bias"):
+        close(to.delta(b)[SITE], c.net.delta(a)[SITE], "delta of the wider adapter")
+    close(to.apply(b, c.x), c.net.apply(a, c.x), "apply with the wider adapter")
+
+
 def gradients(c: Case) -> None:
     """backward == grad == a central difference; jvp and vjp are adjoint; the Hessian is symmetric. In fp64."""
     c = replace(c, dtype=torch.float64)
@@ -406,8 +465,8 @@ def _runs_in(c: Case, dtype: torch.dtype) -> bool:
 LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
-        identity, effect, meaning_is_speed, merge_is_apply, purity, many_by_vmap, many_by_row, gradients, per_sample,
-        structure, round_trip, values, algebra, prepared, half_precision, bad_leaves, compiled,
+        identity, effect, meaning_is_speed, merge_is_apply, purity, many_by_vmap, many_by_row, gated, conformed,
+        gradients, per_sample, structure, round_trip, values, algebra, prepared, half_precision, bad_leaves, compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "values"})

@@ -4,9 +4,13 @@ python -m peftfn.testing.support > docs/methods.md
 """
 
 import inspect
+import json
 import re
+import statistics
 import sys
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +31,8 @@ in memory. `VeRA`, `VBLoRA`, `UniLoRA` and `TinyLoRA` share most of what they us
 puts several methods at one site.
 """
 SIZE = 1024
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "methods.json"
+"""What `python -m benchmarks methods` found; not part of an installed package."""
 
 
 def methods() -> list[type[Method]]:
@@ -53,6 +59,60 @@ def size(cls: type[Method]) -> str:
     own = sum(prod(shape) for shape in plan["0.weight"].spec.values())
     bank = sum(prod(shape) for b in plan.banks.values() for shape in b.values())
     return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
+
+
+def use(cls: type[Method]) -> tuple[str, str]:
+    """(how many numbers a site trains, when to choose the method) from the docstring."""
+    doc = " ".join((inspect.getdoc(cls) or "").split())
+    found = re.search(r"Trains (.+?) numbers\. For: (.+?)\.(?: |$)", doc)
+    if found is None:
+        raise ValueError(f'{cls.__name__}: its docstring has no "Trains … numbers. For: …."')
+    return found[1], found[2]
+
+
+def times(path: Path = MEASURED) -> list[str]:
+    """The measured table: ratios to PEFT's same method, and to the bare base."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    lines: dict[tuple[str, str], Any] = {}
+    for row in record["rows"]:
+        lines[row["method"], row["case"].partition(", ")[2]] = row
+
+    def ratio(name: str, case: str) -> str:
+        ratios = lines.get((name, case), {}).get("ratio_to", {})
+        return " / ".join(f"{ratios[way]['median']:.2f}" if way in ratios else "–" for way in ("PEFT", "base"))
+
+    cases = ("training step", "forward", "forward, prepared")
+    rows = ["", "## What they take", ""]
+    rows += [
+        "Time and memory on one small Llama, from `benchmarks/results/methods.json` (`python -m benchmarks methods`):"
+    ]
+    rows += [
+        "ours / PEFT's same method, then ours / the bare base, each the median of paired ratios; – where PEFT does not"
+    ]
+    rows += [
+        'have the method. "prepared": after `net.prepare`. Memory: the most that a training step allocates, in MiB.'
+    ]
+    rows += [""]
+    for case in cases[:2]:
+        all_ = [
+            row["ratio_to"]["PEFT"]["median"]
+            for (_, c), row in lines.items()
+            if c == case and "PEFT" in row["ratio_to"]
+        ]
+        slower = sum(r > 1 for r in all_)
+        rows += [
+            f"* {case}: median {statistics.median(all_):.2f} of PEFT's time over {len(all_)} methods; {slower} slower."
+        ]
+    rows += ["", f"| method | trained | {' | '.join(cases)} | memory: ours, PEFT, base |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(name for name, _ in lines):
+        first = lines[name, cases[0]]
+        memory = ", ".join(
+            f"{first['peak_mib'][way]:.1f}" if way in first["peak_mib"] else "–" for way in ("peftfn", "PEFT", "base")
+        )
+        rows += [f"| `{name}` | {first['trained']:,} | {' | '.join(ratio(name, c) for c in cases)} | {memory} |"]
+    return rows
 
 
 def cell(method: Method, model: str) -> str:
@@ -85,14 +145,12 @@ def cell(method: Method, model: str) -> str:
 
 
 def page() -> str:
-    rows = [
-        "## What they mean and cost",
-        "",
-        f"| method | meaning | paper | trained numbers at {SIZE}×{SIZE}, defaults |",
-    ]
-    rows += ["|---|---|---|---|"]
-    rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} | {size(c)} |" for c in methods()]
-    rows += ["", "## Where they work", ""]
+    rows = ["## What they mean", "", "| method | meaning | paper |", "|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in methods()]
+    rows += ["", "## What they train, and for what", ""]
+    rows += [f"| method | trained numbers a site | {SIZE}×{SIZE}, defaults | for |", "|---|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {use(c)[0]} | {size(c)} | {use(c)[1]} |" for c in methods()]
+    rows += [*times(), "", "## Where they work", ""]
     rows += ["a: applies. m: merges. x: in a mixed batch. l: converts to LoRA. ·: refused with an error."]
     rows += ["Every letter was earned by running it against its definition, once a method with its first test case."]
     rows += ["", f"| method | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]

@@ -1,0 +1,295 @@
+"""What the laws do not say of single methods: training aids, parity with PEFT beside the format, and their size."""
+
+import ast
+import copy
+import io
+import statistics
+import tokenize
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet, kl_divergence
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftfn as pf
+from peftfn.methods.adalora import orthogonality
+from peftfn.methods.allocation import Allocation, allocate
+from peftfn.methods.tlora import masked, rank_mask
+from peftfn.methods.wavelets import low_pass
+from peftfn.testing import shaken
+
+FOLDER = Path(pf.__file__).parent / "methods"
+HELPERS = {"__init__", "allocation", "lowrank", "lycoris", "rotation", "variant", "wavelets"}
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that are no blank, comment or docstring."""
+    text = path.read_text()
+    strings = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in blank]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - strings)
+
+
+def test_a_method_is_a_small_file() -> None:
+    sizes = {p.stem: lines_of_code(p) for p in FOLDER.glob("*.py") if p.stem not in HELPERS}
+    assert len(sizes) >= 49
+    assert statistics.median(sizes.values()) <= 50, sorted(sizes.items(), key=lambda item: item[1])
+    assert max(sizes.values()) <= 90, sorted(sizes.items(), key=lambda item: item[1])[-5:]
+
+
+# AdaLoRA's training: the allocator and the penalty.
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5)).requires_grad_(False)
+
+
+def peft_leaves(model: nn.Module, what: str = "data") -> dict[str, dict[str, Tensor]]:
+    """AdaLoRA's tensors in PEFT's model, as our leaves; `what`: "data" or "grad"."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, p in model.named_parameters():
+        if ".lora_" in name and "ranknum" not in name:
+            site, _, kind = name.removeprefix("base_model.model.").removesuffix(".default").partition(".lora_")
+            t = getattr(p, what).clone()
+            out.setdefault(f"{site}.weight", {})[kind.lower()] = t.squeeze(-1) if kind == "E" else t
+    return out
+
+
+def test_adalora_gives_the_rank_where_peft_does() -> None:
+    schedule = {"tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": 9}
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4, target_modules=["0", "1"], **schedule)
+    theirs = peft.get_peft_model(two_layers(), config)
+    method = pf.AdaLoRA(4, target_rank=2, warmup=1, final=2, interval=2, total_steps=9)
+    adapter = peft_leaves(theirs)
+    state, counts = Allocation.start(method, adapter), []
+    g = torch.Generator().manual_seed(1)
+    for step in range(8):
+        for name, p in theirs.named_parameters():
+            if ".lora_" in name and p.requires_grad:
+                p.data += torch.randn(p.shape, generator=g) * 0.1
+                p.grad = torch.randn(p.shape, generator=g)
+        adapter = peft_leaves(theirs)
+        state, adapter = allocate(state, adapter, peft_leaves(theirs, "grad"), step)
+        theirs.base_model.update_and_allocate(step)
+        want = peft_leaves(theirs)
+        counts.append(sum(int((leaf["e"] != 0).sum()) for leaf in adapter.values()))
+        for site, leaf in adapter.items():
+            kept = leaf["e"] != 0
+            if want[site]["e"].shape == leaf["e"].shape:
+                assert torch.equal(leaf["e"], want[site]["e"]), f"step {step}, {site}"
+            else:  # at the end PEFT cuts what is not kept off
+                assert torch.equal(leaf["e"][kept], want[site]["e"]), f"step {step}, {site}"
+    assert counts[0] == 8
+    assert counts[-1] == 4
+
+
+def test_adaloras_penalty_is_pefts() -> None:
+    model = two_layers()
+    config = peft.AdaLoraConfig(init_r=3, target_modules=["0", "1"], total_step=9, orth_reg_weight=1.0)
+    theirs = peft.get_peft_model(model, config)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+
+    # PEFT adds the penalty to an output's `loss`
+    theirs.base_model.model.forward = lambda *_: type("Output", (), {"loss": torch.zeros(())})()
+    penalty = theirs.base_model.forward(torch.ones(1, 8)).loss
+    assert penalty > 1
+    torch.testing.assert_close(orthogonality(peft_leaves(theirs)), penalty)
+
+
+def test_kasas_penalty() -> None:
+    net = pf.adapt(two_layers(), {"weight": pf.KaSA(2, truncate=True, beta=0.5, gamma=2.0)})
+    adapter = shaken(net.init(), 1)
+    want = torch.zeros(())
+    for leaf in adapter.values():
+        want += 0.5 * leaf["d"].norm() ** 2
+        want += 2 * ((leaf["b"].T @ leaf["b"] - torch.eye(2)).norm() + (leaf["a"] @ leaf["a"].T - torch.eye(2)).norm())
+    torch.testing.assert_close(pf.KaSA(2, truncate=True, beta=0.5, gamma=2.0).penalty(adapter), want)
+    with pytest.raises(ValueError, match="none of the adapter's 1 leaves"):
+        pf.KaSA(2).penalty({"x": {"a": torch.zeros(1)}})
+
+
+def test_montecloras_penalty_has_the_dirichlets_divergence() -> None:
+    """What changes with `mix` alone, the draws being the same, is the divergence from the prior."""
+    method = pf.MonteCLoRA(3, samples=4, prior=0.5, kl=2.0)
+    adapter = pf.adapt(two_layers(), {"0.weight": method}).init()
+
+    def penalty(mix: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return method.penalty({"0.weight": adapter["0.weight"] | {"mix": mix}})
+
+    def divergence(mix: Tensor) -> Tensor:
+        return kl_divergence(Dirichlet(mix.exp()), Dirichlet(torch.full((4,), 0.5)))
+
+    one, other = torch.tensor([0.3, -0.2, 1.0, 0.5]), torch.tensor([0.0, 0.4, -0.7, 0.1])
+    torch.testing.assert_close(penalty(one) - penalty(other), 2 * (divergence(one) - divergence(other)))
+
+
+# T-LoRA's masks.
+
+
+def test_tloras_mask_is_a_smaller_active() -> None:
+    assert rank_mask(0, 10, 4).tolist() == [True] * 4
+    assert rank_mask(10, 10, 4).tolist() == [True, False, False, False]
+    assert rank_mask(torch.tensor([0, 5, 10]), 10, 4, minimum=2).sum(-1).tolist() == [4, 3, 2]
+    model, x = two_layers(), torch.randn(3, 8)
+    net, few = (pf.adapt(model, {"0.weight": pf.TLoRA(4, active=n)}) for n in (None, 2))
+    adapter = shaken(net.init(), 3)
+    off = masked(net.plan, adapter, torch.tensor([True, True, False, False]))
+    torch.testing.assert_close(net.apply(off, x), few.apply(adapter, x))
+    assert not torch.allclose(net.apply(off, x), net.apply(adapter, x))
+
+
+# Methods that start from the weight.
+
+
+@pytest.mark.parametrize("method", [pf.PiSSA(2), pf.OLoRA(2), pf.TLoRA(2)], ids=str)
+def test_a_start_from_the_weight_is_computed_once(method: pf.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = pf.adapt(two_layers(), {"0.weight": method})
+    for name in ("svd", "qr"):
+        monkeypatch.setattr(torch.linalg, name, None)
+    leaf, frozen = net.init()["0.weight"], net.plan["0.weight"].frozen
+    for k, t in leaf.items():
+        assert torch.equal(t, frozen[f"{k}0"])
+        t += 1  # it is a copy
+        assert not torch.equal(t, frozen[f"{k}0"])
+
+
+# Trained tokens in a model whose head is its embedding.
+
+
+def tied_llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+TOKENS = {
+    "beside LoRA": peft.LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3, 7]),
+    "alone": peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")  # of PEFT's own calls, and advice
+@pytest.mark.parametrize("config", TOKENS.values(), ids=TOKENS)
+def test_tied_tokens_are_pefts(config: peft.PeftConfig, tmp_path: Path) -> None:
+    """PEFT replaces the rows of the head too, though its file has those of the embedding alone."""
+    theirs = peft.get_peft_model(tied_llama(), config).eval()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=g) * 0.3
+    theirs.save_pretrained(tmp_path / "theirs")
+    net, adapter = pf.load(tmp_path / "theirs", tied_llama())
+    rules = [rule for rule, method in net.plan.rules.items() if isinstance(method, pf.TiedTokens)]
+    assert len(rules) == 1
+    assert adapter["TiedTokens"]["t"].shape == (2, 16)
+    ids = torch.tensor([[3, 1, 7], [2, 3, 3]])
+    adapter["TiedTokens"]["t"].requires_grad_()
+    ours, want = net.apply(adapter, ids).logits, theirs(ids).logits
+    torch.testing.assert_close(ours, want)
+    ours.square().sum().backward()
+    want.square().sum().backward()
+    (trained,) = [p for n, p in theirs.named_parameters() if "trainable_tokens_delta" in n]
+    torch.testing.assert_close(adapter["TiedTokens"]["t"].grad, trained.grad, rtol=1e-4, atol=1e-4)
+    pf.save(tmp_path / "ours", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).logits, want)
+
+
+def test_tied_tokens_must_be_tied() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**tied_llama().config.to_dict(), "tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has other rows at \(3,\) than model\.embed_tokens\.weight"):
+        pf.adapt(model, {"embed_tokens|lm_head": pf.TiedTokens((3,))}).init()
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight.*tokens has 99"):
+        pf.adapt(tied_llama(), {"embed_tokens|lm_head": pf.TiedTokens((99,))})
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # and PEFT applies them
+def test_osf_keeps_what_peft_keeps_at_each_layer(tmp_path: Path) -> None:
+    """OSF's rank_pattern is searched in the name, unlike that of other methods."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"in_q": nn.Linear(8, 8), "in_v": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = copy.deepcopy(base)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers.values():
+                x = torch.tanh(layer(x))
+            return x
+
+    config = peft.OSFConfig(
+        target_modules=["in_q", "in_v", "out"], effective_rank=4, rank_pattern={"_v": 6, "^lay.*t$": 0.5}
+    )
+    theirs = peft.get_peft_model(Model().eval(), config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.2
+    theirs.save_pretrained(tmp_path)
+    net, adapter = pf.load(tmp_path, Model().eval())
+    assert {n: leaf["s"].numel() for n, leaf in adapter.items()} == {
+        "layers.in_q.weight": 4,
+        "layers.in_v.weight": 2,
+        "layers.out.weight": 4,
+    }
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(net.apply(adapter, x), theirs(x))
+
+
+# FRoD, whose checkpoints depend on a decomposition of the base.
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_frod_is_pefts() -> None:
+    config = peft.FrodConfig(target_modules=["0"], sparse_rate=0.2, projection_prng_key=3)
+    theirs = peft.get_peft_model(two_layers(), config).eval()
+    net = pf.adapt(two_layers(), {"0.weight": pf.FRoD(density=0.2, projection_seed=3)})
+    layer = theirs.base_model.model[0]
+    g = torch.Generator().manual_seed(4)
+    start = layer.frod_lambda_l["default"].data.clone()
+    with torch.no_grad():
+        for p in (layer.frod_lambda_l["default"], layer.frod_lambda_s_values["default"]):
+            p += torch.randn(p.shape, generator=g) * 0.3
+    adapter = {
+        "0.weight": {
+            "d": (layer.frod_lambda_l["default"] - start).detach(),
+            "s": layer.frod_lambda_s_values["default"].detach(),
+        }
+    }
+    frozen = net.plan["0.weight"].frozen
+    torch.testing.assert_close(frozen["U"], layer.frod_U["default"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(frozen["places"], layer.frod_s_indices["default"])
+    x = torch.randn(4, 8, generator=g)
+    torch.testing.assert_close(net.apply(adapter, x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(theirs(x), net.model(x), atol=1e-2)
+
+
+# The wavelets.
+
+
+WAVELETS = [f"db{n}" for n in range(1, 39)] + [f"sym{n}" for n in range(2, 11)] + [f"coif{n}" for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("name", WAVELETS)
+def test_wavelets_are_orthonormal(name: str) -> None:
+    h = torch.tensor(low_pass(name), dtype=torch.float64)
+    shifts = torch.stack([torch.roll(torch.cat([h, torch.zeros(len(h))]), 2 * k) for k in range(len(h) // 2)])
+    torch.testing.assert_close(shifts @ shifts.T, torch.eye(len(shifts), dtype=h.dtype), rtol=0, atol=1e-7)
+    assert h.sum().item() == pytest.approx(2**0.5, abs=1e-9)
