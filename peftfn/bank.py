@@ -1,0 +1,359 @@
+"""Banks: adapters by name, of different methods, ranks and targets, in one batch and in bounded memory."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from peftfn.apply import Adapted
+from peftfn.conform import conform
+from peftfn.nets import Nets
+from peftfn.plan import Adapter, near
+
+BASE = "__base__"
+"""The name of a row without an adapter."""
+
+
+@dataclass
+class _Slots:
+    """The resident adapters of one net: a stack of fixed size, and who is where."""
+
+    net: Adapted
+    start: int  # number of its first slot among those of all nets
+    stack: Adapter  # [capacity, …]
+    capacity: int
+    free: list[int]
+    names: "OrderedDict[str, int]" = field(default_factory=OrderedDict)  # name → slot, least recently used first
+    pins: dict[int, int] = field(default_factory=dict)  # slot → calls that read it now
+    retired: set[int] = field(default_factory=set)  # slots to free when nobody reads them any more
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An adapter where it is when nobody uses it: in memory, or in a file."""
+
+    net: Adapted
+    kept: Adapter | Path
+    home: int  # number of the slots it fits
+
+    def load(self) -> Mapping[str, Any]:
+        return read(self.kept, self.net) if isinstance(self.kept, Path) else self.kept
+
+
+class Bank:
+    """Adapters by name, of which a fixed number is resident.
+
+    Each of `nets` has its slots, allocated once; their number and the ranks of the nets bound the memory, and no shape
+    ever changes, so nothing recompiles. Any number of adapters may be registered: they wait in the memory of the CPU,
+    or in files, which are mapped, and are written into a slot when a batch names them, in place of the least recently
+    used one. An adapter of smaller rank, other alpha or fewer targets goes to the smallest of the nets that can hold
+    it exactly (`conform`).
+
+    Many threads may call `apply` while others `put` and `evict`. A call holds the slots it reads until it is over:
+    what is put meanwhile goes elsewhere. Nothing is trained here: a call's gradient reaches its inputs, and only as
+    long as no slot was written since (torch then raises). Train with `net.mixed` or `Nets.mixed`.
+
+    Args:
+        nets: on one model; the shapes of the slots.
+        capacity: slots of each net; one number, or one for each net.
+        prepared: keep adapters prepared (`net.prepare`), DoRA's norms for one: less work in each call. Right as long as
+            the base's parameters stay what they are; `put` again after changing them.
+    """
+
+    def __init__(self, nets: Sequence[Adapted], capacity: int | Sequence[int], *, prepared: bool = False):
+        sizes = [capacity] * len(nets) if isinstance(capacity, int) else list(capacity)
+        if len(sizes) != len(nets) or any(not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
+        self.nets, self.prepared = Nets(nets), prepared
+        self._lock = Lock()
+        self._waiting: dict[str, _Waiting] = {}
+        self._homes: WeakKeyDictionary[Adapted, tuple[int, bool]] = WeakKeyDictionary()
+        self._slots: list[_Slots] = []
+        start = 0
+        for net, n in zip(nets, sizes, strict=True):
+            leaf = net.prepare(net.init()) if prepared else net.init()
+            room = _tree(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
+            self._slots.append(_Slots(net, start, room, n, list(range(n))[::-1]))
+            start += n
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every registered adapter."""
+        with self._lock:
+            return tuple(self._waiting)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The adapters in slots, net by net, the least recently used first."""
+        with self._lock:
+            return tuple(name for slots in self._slots for name in slots.names)
+
+    def put(self, name: str, net: Adapted, adapter: Mapping[str, Any] | str | Path) -> None:
+        """Register an adapter, or replace the one of that name. Calls that run now finish with the old one.
+
+        Args:
+            name: any but "__base__".
+            net: whose adapter it is; a net of its own rank and targets, on a model of the same sizes.
+            adapter: a tree, which waits on the CPU and is not copied if it is there already; or where `peftfn.save`
+                wrote one, which waits there.
+
+        Raises:
+            ValueError: no net of the bank can hold it exactly, with the reason of each.
+        """
+        if not isinstance(name, str) or name == BASE:
+            raise ValueError(f"put: {name!r} is no name for an adapter; {BASE!r} is the base's")
+        home, same = self._home(net)
+        mine = self._slots[home].net
+        kept: Any
+        if isinstance(adapter, str | Path):
+            kept = Path(adapter)
+            kept = kept / "adapter.safetensors" if kept.is_dir() else kept
+            if not kept.is_file():
+                raise FileNotFoundError(f"{name}: there is no {kept}; give the folder that peftfn.save wrote")
+        else:
+            net.plan.check(adapter)
+            kept = _tree(adapter, lambda t: t.detach().cpu())
+            _same_structure(name, self._ready(_Waiting(net, kept, home)), self._slots[home].stack)
+        with self._lock:
+            self._drop(name)
+            self._waiting[name] = _Waiting(mine if same else net, kept, home)
+
+    def evict(self, name: str | None = None) -> str:
+        """Take an adapter out of its slot (None: the least recently used that no call reads); it stays registered.
+
+        Returns its name. Raises KeyError if it is not resident, ValueError if there is nothing to evict.
+        """
+        with self._lock:
+            if name is None:
+                name = next((victim for slots in self._slots if (victim := _idle(slots)) is not None), None)
+                if name is None:
+                    raise ValueError("evict: no resident adapter is idle; wait for a call to end")
+            if not self._drop(name):
+                raise KeyError(
+                    f"{name!r} is not resident; resident are {[n for s in self._slots for n in s.names][:8]}"
+                )
+            return name
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. Calls that run now finish with it."""
+        with self._lock:
+            self._known([name], "remove")
+            self._drop(name)
+            del self._waiting[name]
+
+    @contextmanager
+    def holding(self, names: Sequence[str]) -> Iterator[tuple[list[Adapter], Tensor]]:
+        """(stacks, index) for `bank.nets.mixed`, with every named adapter resident until the block ends.
+
+        For functions that are compiled once: the stacks and the index have the same shapes whatever the names.
+
+        Raises:
+            KeyError: an unknown name, with its row.
+            ValueError: more adapters than slots, or all slots are read by other calls.
+        """
+        with self._lock:
+            self._known(names, "row")
+            wanted = [n for n in dict.fromkeys(names) if n != BASE]
+            self._room_for(wanted)
+            held: list[tuple[_Slots, int]] = []
+            place: dict[str, int] = {BASE: -1}
+            try:
+                for absent in (False, True):  # pin what is there first, so that it is not what has to go
+                    for n in wanted:
+                        home = self._waiting[n].home
+                        slots = self._slots[home]
+                        if n not in place and (absent or n in slots.names):
+                            slot = self._fetch(n, slots) if absent else slots.names[n]
+                            slots.names.move_to_end(n)
+                            slots.pins[slot] = slots.pins.get(slot, 0) + 1
+                            held.append((slots, slot))
+                            place[n] = slots.start + slot
+            except BaseException:
+                self._release(held)
+                raise
+        try:
+            yield [slots.stack for slots in self._slots], torch.tensor([place[n] for n in names], dtype=torch.long)
+        finally:
+            with self._lock:
+                self._release(held)
+
+    def apply(
+        self,
+        names: Sequence[str],
+        *args: Any,
+        params: Mapping[str, Tensor] | None = None,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model on a batch whose row i uses the adapter names[i]; "__base__" is the base. One pass for all.
+
+        args, kwargs, params and method are as for `Adapted.mixed`: the model's own `generate`, for one, where each
+        name holds for all beams of its row.
+        """
+        with self.holding(names) as (stacks, index):
+            return self.nets.mixed(stacks, index, *args, params=params, method=method, **kwargs)
+
+    # Under the lock.
+
+    def _known(self, names: Sequence[str], what: str) -> None:
+        for row, name in enumerate(names):
+            if name not in self._waiting and (name != BASE or what != "row"):
+                where = f"row {row}: " if what == "row" else ""
+                known = list(self._waiting)
+                hint = near(name, known) if known else "; it is empty"
+                raise KeyError(f"{where}the bank has no adapter {name!r}{hint}. Register it with bank.put first.")
+
+    def _room_for(self, wanted: list[str]) -> None:
+        for home in {self._waiting[n].home for n in wanted}:
+            here = [n for n in wanted if self._waiting[n].home == home]
+            n = self._slots[home].capacity
+            if len(here) > n:
+                raise ValueError(
+                    f"{here[n]!r}: the batch names {len(here)} adapters of one net, and the bank has {n} slots for it: "
+                    "split the batch, or make a bank of larger capacity"
+                )
+
+    def _fetch(self, name: str, slots: _Slots) -> int:
+        if not slots.free:
+            victim = _idle(slots)
+            if victim is None:
+                raise ValueError(
+                    f"{name!r}: all {slots.capacity} slots are read by running calls: wait for one to end, or make a "
+                    "bank of larger capacity"
+                )
+        else:
+            victim = None
+        adapter = self._ready(self._waiting[name])
+        _same_structure(name, adapter, slots.stack)
+        if victim is not None:
+            self._drop(victim)
+        slot = slots.free.pop()
+        with torch.no_grad():
+            for site, leaf in slots.stack.items():
+                for k, t in leaf.items():
+                    t[slot].copy_(adapter[site][k])
+        slots.names[name] = slot
+        return slot
+
+    def _ready(self, waiting: _Waiting) -> Mapping[str, Any]:
+        """The adapter as its slot holds it."""
+        net, adapter = self._slots[waiting.home].net, waiting.load()
+        if waiting.net is not net:
+            adapter = conform(adapter, waiting.net, net)
+        return net.prepare(adapter) if self.prepared else adapter
+
+    def _drop(self, name: str) -> bool:
+        for slots in self._slots:
+            slot = slots.names.pop(name, None)
+            if slot is not None:
+                if slots.pins.get(slot):
+                    slots.retired.add(slot)
+                else:
+                    slots.free.append(slot)
+                return True
+        return False
+
+    def _release(self, held: list[tuple[_Slots, int]]) -> None:
+        for slots, slot in held:
+            slots.pins[slot] -= 1
+            if not slots.pins[slot]:
+                del slots.pins[slot]
+                if slot in slots.retired:
+                    slots.retired.remove(slot)
+                    slots.free.append(slot)
+
+    def _home(self, net: Adapted) -> tuple[int, bool]:
+        """(number of the smallest of the bank's nets that holds any adapter of `net`, whether it is the same plan)."""
+        if net not in self._homes:
+            why = []
+            for i in sorted(range(len(self._slots)), key=lambda i: size(self._slots[i].net)):
+                mine = self._slots[i].net
+                try:
+                    given = net.init()
+                    fitted = given if net is mine else conform(given, net, mine)
+                    same = fitted.keys() == given.keys() and all(fitted[n] is given[n] for n in given)
+                except ValueError as e:
+                    why.append(str(e))
+                else:
+                    self._homes[net] = i, same
+                    break
+            else:
+                raise ValueError("put: no net of the bank can hold this adapter exactly. " + " ".join(why))
+        return self._homes[net]
+
+
+def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared: bool = False) -> Bank:
+    """A bank with a slot for each of these adapters: {"a": (net_a, a), "b": (net_b, b), …}, nets on one model.
+
+    Adapters share a stack where one net holds them all and its padding at most doubles their size.
+    """
+    if not adapters:
+        raise ValueError("bank: give at least one adapter, as {name: (net, adapter)}")
+    nets: list[Adapted] = []
+    counts: list[int] = []
+    for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
+        for i, other in enumerate(nets):
+            if net is other or (size(other) <= 2 * size(net) and _holds(net, other)):
+                counts[i] += 1
+                break
+        else:
+            nets.append(net)
+            counts.append(1)
+    out = Bank(nets, counts, prepared=prepared)
+    for name, (net, adapter) in adapters.items():
+        out.put(name, net, adapter)
+    return out
+
+
+def size(net: Adapted) -> int:
+    """Numbers in an adapter of the net."""
+    specs = [e.spec for e in net.plan.values()] + list(net.plan.banks.values())
+    return sum(shape.numel() for spec in specs for shape in spec.values())
+
+
+def read(path: Path, net: Adapted) -> Adapter:
+    """The adapter that `peftfn.save` wrote, for a net of the plan it was saved with. The file is mapped, not read."""
+    out: Adapter = {name: {} for name in [*net.plan, *net.plan.banks]}
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        for key in file.keys():  # noqa: SIM118
+            name, _, tensor = key.removeprefix("adapter/").rpartition("/")
+            if key.startswith("adapter/"):
+                out.setdefault(name, {})[tensor] = file.get_tensor(key)
+    try:
+        net.plan.check(out)
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: {e.args[0]}") from e
+    return out
+
+
+def _holds(net: Adapted, other: Adapted) -> bool:
+    try:
+        conform(net.init(), net, other)
+    except ValueError:
+        return False
+    return True
+
+
+def _idle(slots: _Slots) -> str | None:
+    return next((name for name, slot in slots.names.items() if not slots.pins.get(slot)), None)
+
+
+def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter) -> None:
+    for site, leaf in stack.items():
+        if adapter[site].keys() != leaf.keys():
+            raise ValueError(
+                f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
+                "no fixed shape, and prepared adapters go into a bank with prepared=True"
+            )
+
+
+def _tree(tree: Mapping[str, Any], f: Any) -> Any:
+    return {k: _tree(v, f) if isinstance(v, Mapping) else f(v) for k, v in tree.items()}
