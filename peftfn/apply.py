@@ -1,17 +1,26 @@
 """adapt: rules on a model → a net, whose functions take the adapter as an argument. The only file that runs a model."""
 
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfn.many import MixedWeight, Rows, stack_size
+from peftfn.distributed import misplaced, on_mesh
+from peftfn.gated import Gates
+from peftfn.many import stack_size
 from peftfn.method import Method
+from peftfn.mixed import MixedWeight
+from peftfn.part import Part
 from peftfn.plan import Adapter, Entry, Plan, draw, make, wide
+from peftfn.quantised import QuantisedWeight, parameters
 from peftfn.rng import Rng
+from peftfn.route import Route, Rows
 from peftfn.skeleton import Skeleton
+from peftfn.transform import moment
 from peftfn.weight import AdaptedWeight, dense
 
 
@@ -39,10 +48,11 @@ class Adapted:
 
     def __init__(self, model: nn.Module, plan: Plan):
         self.model, self.plan = model, plan
-        self._biases = {name: e.site.bias for name, e in plan.items() if e.site.bias and e.method.overrides("bias")}
+        self._biases = {name: e.site.bias for name, e in plan.items() if e.site.bias and e.changes_bias}
         self._slots = list(dict.fromkeys([*plan, *self._biases.values()]))
         self._first = Skeleton(model, self._slots)
         self._idle = [self._first]
+        self._running = _Running()
         # what delta, merge and prepare are about, and eval mode: no dropout
         self._meant = {n: replace(e, method=e.method.eval()) for n, e in plan.items()}
 
@@ -59,13 +69,15 @@ class Adapted:
         A site's values depend on (seed, site name) alone, not on what else is adapted.
         """
         weights = self._weights()
-        adapter: Adapter = {n: draw(e.method.init, e.site, weights[n], seed, dtype) for n, e in self.plan.items()}
+        adapter: Adapter = {
+            n: draw(e.method.init, e.site, weights[n], seed, dtype, e.frozen) for n, e in self.plan.items()
+        }
         for bank in self.plan.banks:
             mine = {n: e.site.canonical(weights[n]) for n, e in self.plan.items() if e.bank == bank}
             first = next(iter(mine))
-            adapter[bank] = self.plan[first].method.bank(
-                Rng(seed, bank, dtype=dtype, device=weights[first].device), mine
-            )
+            sites = {n: e.site for n, e in self.plan.items()}
+            rng = Rng(seed, bank, sites=sites, dtype=dtype, device=weights[first].device)
+            adapter[bank] = {k: on_mesh(t, weights[first]) for k, t in self.plan[first].method.bank(rng, mine).items()}
         return adapter
 
     def apply(
@@ -107,7 +119,45 @@ class Adapted:
             ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
         """
         self.plan.check(stacked, lead=1)
-        return self._run(stacked, Rows.of(index, stack_size(stacked), (args, kwargs)), args, kwargs, params, method)
+        rows = Rows.of(index, stack_size(stacked), (args, kwargs), self._copies(method, kwargs))
+        return self._run(stacked, rows, args, kwargs, params, method)
+
+    def gated(
+        self,
+        stacked: Mapping[str, Any],
+        gates: Tensor | list[Any],
+        *args: Any,
+        params: Mapping[str, Tensor] | None = None,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A weighted sum of adapters at every site: y = base + Σ_k g_k ⊙ (f_k(x) − base), f_k the site with adapter k.
+
+        Differentiable in the gates, the adapters and the inputs.
+
+        Args:
+            stacked: `stack` of K adapters of this net.
+            gates: [K] for all rows alike, [rows, K], or [rows, tokens, K]; 1 is the adapter, 0 the base. Rows that
+                have one gate of 1 and no other cost what `mixed` costs. In `generate`, later tokens have the gates of
+                the last one given.
+            args, kwargs: as for the model.
+
+        Raises:
+            ValueError: gates that fit neither the stack nor the inputs, or a site whose output does not have the rows
+                (and tokens) in its first dimensions.
+        """
+        self.plan.check(stacked, lead=1)
+        copies = self._copies(method, kwargs)
+        route = Gates.of(gates, stack_size(stacked), (args, kwargs), copies, stepwise=method is not None)
+        return self._run(stacked, route, args, kwargs, params, method)
+
+    def _copies(self, method: str | None, kwargs: Mapping[str, Any]) -> int:
+        """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
+        if method != "generate":
+            return 1
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
+        return max(n or 1 for n in counts)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """{site: change of the parameter, in its own shape}, in fp32 or wider."""
@@ -151,7 +201,7 @@ class Adapted:
                     f"{name}: {entry.method} adds a bias and this layer has none to merge it into. Use net.apply, or "
                     "give the layer a bias of zeros first."
                 )
-        out = dict(weights)
+        out = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
         for name, value in self._adapted(adapter, weights.get).items():
             merged = dense(value)
             if check_finite and not merged.isfinite().all():
@@ -159,6 +209,8 @@ class Adapted:
                 raise ValueError(
                     f"{name}: merging gives {bad} values that are not finite; the adapter or the base has them"
                 )
+            if isinstance(old := weights.get(name), QuantisedWeight):
+                merged = old.requantise(merged)
             for alias in self._first.names(name):
                 out[alias] = merged
         return out
@@ -178,18 +230,31 @@ class Adapted:
             out[name] = {k: t for k, t in p.items() if k in entry.prepared}
         return out
 
+    def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """`context_fn` for a torch.utils.checkpoint in the model's own code, with use_reentrant=False.
+
+        The recomputation, which comes in backward, then sees the tensors of the call that is running now. Outside of a
+        call of this net it does nothing, so the bare model may use it too. (Checkpointing that transformers does
+        needs no help.)
+        """
+        if not self._running.calls:
+            return nullcontext(), nullcontext()
+        return self._running.calls[-1].checkpoint_context()
+
     @staticmethod
     def _bank(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
         return adapter[entry.bank] if entry.bank else {}
 
     def _weights(self) -> dict[str, Tensor]:
         """The base's parameters as they are now, every name of each, as constants."""
-        return {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+        return parameters(self.model)
 
     # How a call runs.
 
-    def _run(self, adapter: Any, rows: Rows | None, args: Any, kwargs: Any, params: Any, method: str | None) -> Any:
+    def _run(self, adapter: Any, rows: Route | None, args: Any, kwargs: Any, params: Any, method: str | None) -> Any:
         skeleton = self._acquire()
+        if not torch.compiler.is_compiling():
+            self._running.calls.append(skeleton)
         try:
             skeleton.refresh()
             before = skeleton.open()
@@ -211,8 +276,13 @@ class Adapted:
                     "place, and so wrote the base's. Have it work on a copy, or pass copies as params=."
                 )
             return dense(out)
+        except Exception as e:
+            if problem := misplaced(self, adapter):
+                raise ValueError(problem) from e
+            raise
         finally:
             if not torch.compiler.is_compiling():
+                self._running.calls.pop()
                 self._idle.append(skeleton)
 
     def _acquire(self) -> Skeleton:
@@ -223,32 +293,47 @@ class Adapted:
         except IndexError:
             return Skeleton(self.model, self._slots)
 
-    def _adapted(self, adapter: Any, weight: Any, rows: Rows | None = None, training: bool = False) -> dict[str, Any]:
+    def _adapted(self, adapter: Any, weight: Any, rows: Route | None = None, training: bool = False) -> dict[str, Any]:
         """slot → value, for every adapted weight and every bias that a method changes."""
         entries = self.plan.entries if training else self._meant
+        now = moment()
         out: dict[str, Any] = {}
         for name, entry in entries.items():
-            w = weight(name)
-            if w is None or w.shape != entry.site.shape:
-                now = None if w is None else list(w.shape)
-                raise ValueError(
-                    f"{name}: the model's parameter has shape {now} now; it was {list(entry.site.shape)} when it was "
-                    "adapted. Call adapt again."
-                )
+            w = current(name, entry, weight)
             bank = self._bank(entry, adapter)
             if rows is not None:
-                out[name] = MixedWeight(entry, adapter[name], bank, w, rows)
+                out[name] = MixedWeight([Part(entry, adapter[name], bank, w, 0, rows.count)], w, rows)
             else:
-                weight_now = AdaptedWeight(entry, *entry.tensors(adapter[name], bank, entry.site.canonical(w)), w)
+                method, p = entry.tensors(adapter[name], bank, entry.site.canonical(w))
+                weight_now = AdaptedWeight(entry, method, p, w, now)
                 out[name] = weight_now.dense() if entry.site.kind == "other" else weight_now
         for name, slot in self._biases.items():
             b = out[slot] if slot in out else weight(slot)
-            new = _adapted_bias(out[name], b) if rows is None else out[name].bias(b)
+            new = adapted_bias(out[name], b) if rows is None else out[name].bias(b)
             if new is not None:
                 out[slot] = new
         return out
 
 
-def _adapted_bias(weight: AdaptedWeight, b: Any) -> Tensor | None:
+class _Running(threading.local):
+    """The skeletons of the calls that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Skeleton] = []
+
+
+def current(name: str, entry: Entry, weight: Any) -> Tensor:
+    """The model's parameter at a site, weight(name). ValueError if it is another than was adapted."""
+    w: Tensor | None = weight(name)
+    if w is None or w.shape != entry.site.shape:
+        now = None if w is None else list(w.shape)
+        raise ValueError(
+            f"{name}: the model's parameter has shape {now} now; it was {list(entry.site.shape)} when it was adapted. "
+            "Call adapt again."
+        )
+    return w
+
+
+def adapted_bias(weight: AdaptedWeight, b: Any) -> Tensor | None:
     new = weight.method.bias(weight.p, None if b is None else wide(b))
     return None if new is None else new.to(weight.dtype if b is None else b.dtype)

@@ -12,9 +12,11 @@ from torch import Size, Tensor, nn
 from torch.func import vmap
 
 from peftfn.combine import is_expression, resolve, terms
+from peftfn.distributed import is_sharded, on_mesh, placed
 from peftfn.method import Leaf, Method
+from peftfn.quantised import QuantisedWeight, parameters
 from peftfn.rng import Rng
-from peftfn.site import Site, sites
+from peftfn.site import Site, refuse_occupied, sites
 from peftfn.transform import exactly
 
 Adapter = dict[str, Leaf]
@@ -34,6 +36,7 @@ class Entry:
     common: frozenset[str]  # names of tensors without an expert axis at a stacked site
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
+    changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
 
     def __iter__(self) -> Iterator[Any]:
         """method, frozen: a plan reads as dict[site, (method, frozen tensors)]."""
@@ -48,16 +51,16 @@ class Entry:
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
-        if not is_expression(leaf):
-            if not self.method.overrides("prepare"):
-                return self.method, self._prepare(leaf, bank, w=w)
+        if is_expression(leaf):
             with exactly(w):
-                return self.method, self._prepare(leaf, bank, w=w)
+                return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
+        if not self.method.overrides("prepare"):
+            return self.method, self._prepare(leaf, bank, w=w)
         with exactly(w):
-            return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
+            return self.method, self._prepare(leaf, bank, w=w)
 
     def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
-        dtype = torch.promote_types(w.dtype, torch.float32)
+        dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
         p = {**self.frozen, **bank, **leaf}
         for k, t in p.items():
             if t.dtype != dtype and t.is_floating_point():
@@ -121,22 +124,38 @@ class Plan(Mapping[str, Entry]):
             )
         for name, leaf in adapter.items():
             entry = self.entries.get(name)
-            spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], {})
-            if not isinstance(leaf, Mapping):
-                raise TypeError(f"{name}: its leaf is a {type(leaf).__name__}; give a dict of tensors {sorted(spec)}")
-            for part in terms(leaf, name, lead) if is_expression(leaf) else (leaf,):
-                if part.keys() == spec.keys() or (entry and part.keys() == prepared.keys()):
-                    want = spec if part.keys() == spec.keys() else prepared
-                    for k, t in part.items():
-                        if not isinstance(t, Tensor):
-                            raise TypeError(f"{name}: {k} is a {type(t).__name__}; leaves are floating-point tensors")
-                        if t.shape[lead:] != want[k] or t.dim() < lead or not t.is_floating_point():
-                            _bad_tensor(name, k, t, want[k], lead)
-                else:
-                    raise KeyError(
-                        f"{name}: the leaf has {sorted(part)}, and {entry.method if entry else 'the bank'} has "
-                        f"{sorted(spec)}"
-                    )
+            if lead or entry is None or not _fits(leaf, entry.spec):
+                self._check_leaf(name, leaf, lead)
+
+    def _check_leaf(self, name: str, leaf: Any, lead: int) -> None:
+        entry = self.entries.get(name)
+        spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], {})
+        if not isinstance(leaf, Mapping):
+            raise TypeError(f"{name}: its leaf is a {type(leaf).__name__}; give a dict of tensors {sorted(spec)}")
+        for part in terms(leaf, name, lead) if is_expression(leaf) else (leaf,):
+            if part.keys() == spec.keys() or (entry and part.keys() == prepared.keys()):
+                want = spec if part.keys() == spec.keys() else prepared
+                for k, t in part.items():
+                    if not isinstance(t, Tensor):
+                        raise TypeError(f"{name}: {k} is a {type(t).__name__}; leaves are floating-point tensors")
+                    if t.shape[lead:] != want[k] or t.dim() < lead or not t.is_floating_point():
+                        _bad_tensor(name, k, t, want[k], lead)
+            else:
+                raise KeyError(
+                    f"{name}: the leaf has {sorted(part)}, and {entry.method if entry else 'the bank'} has "
+                    f"{sorted(spec)}"
+                )
+
+
+def _fits(leaf: Any, spec: Mapping[str, Size]) -> bool:
+    """Whether `leaf` is exactly what `spec` says: the common case of `check`, in the fewest steps."""
+    if type(leaf) is not dict or len(leaf) != len(spec):
+        return False
+    for k, shape in spec.items():
+        t = leaf.get(k)
+        if not isinstance(t, Tensor) or t.shape != shape or not t.is_floating_point():
+            return False
+    return True
 
 
 def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
@@ -204,16 +223,40 @@ def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, s
     return {name: taken[name] for name in found if name in taken}
 
 
-def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
-    """The plan of `rules` on `model`. Everything that can be wrong is found on meta tensors first."""
+def make(
+    model: nn.Module,
+    rules: Mapping[str, Method],
+    seed: int,
+    *,
+    taken: Mapping[str, str] | None = None,
+    constants: bool = True,
+) -> Plan:
+    """The plan of `rules` on `model`. Everything that can be wrong is found on meta tensors first.
+
+    taken: site name → its rule, where that is known already: no pattern is matched then.
+    constants: if False, the plan's frozen tensors are on the meta device, for the caller to replace.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt takes a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+            raise TypeError(
+                f"{name or 'the model'}: fully_shard moves this module's parameters in and out by hooks of its own, so "
+                "there are none to adapt. Adapt the model first and shard the module: m = peftfn.as_module(net, a); "
+                "fully_shard(m)"
+            )
     if not isinstance(rules, Mapping) or not rules:
         raise ValueError(f"rules is {rules!r}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
     found = sites(model)
-    taken = match(rules, found)
-    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if name in taken}
+    if taken is None:
+        taken = match(rules, found)
+        for name, pattern in taken.items():
+            refuse_occupied(model, name, pattern)
+    taken = {n: taken[n] for n in found if n in taken}
+    weights = {name: p for name, p in parameters(model).items() if name in taken}
     for name, w in weights.items():
+        if isinstance(w, QuantisedWeight) and (problem := w.problem()):
+            raise ValueError(f"{name}: {type(w.layer).__name__} cannot be adapted as it is: {problem}")
         if not w.is_floating_point():
             raise ValueError(
                 f"{name}: the weight is {w.dtype}, and a method needs a floating-point one: dequantise it, or leave "
@@ -224,7 +267,8 @@ def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
     banks = _bank_names(rules)
     probes: dict[tuple[Any, ...], Entry] = {}
     dry = {
-        p: _Shared.of(m, Rng(seed, p, device="meta"), {n: canonical[n] for n in of_rule[p]}) for p, m in rules.items()
+        p: _Shared.of(m, Rng(seed, p, sites=found, device="meta"), {n: canonical[n] for n in of_rule[p]})
+        for p, m in rules.items()
     }
 
     def kind_of(name: str) -> tuple[Any, ...]:
@@ -233,17 +277,21 @@ def make(model: nn.Module, rules: Mapping[str, Method], seed: int) -> Plan:
 
     for name, pattern in taken.items():
         if kind_of(name) not in probes:
-            empty = torch.empty_like(canonical[name], device="meta")
+            empty = torch.empty(canonical[name].shape, dtype=weights[name].dtype, device="meta")
             probes[kind_of(name)] = _probe(
                 found[name], pattern, rules[pattern], empty, dry[pattern], banks.get(pattern)
             )
-    real = {p: m.shared(Rng(seed, p), {n: canonical[n] for n in of_rule[p]}) for p, m in rules.items()}
+    real = {
+        p: m.shared(Rng(seed, p, sites=found), {n: canonical[n] for n in of_rule[p]}) if constants else dry[p].frozen
+        for p, m in rules.items()
+    }
     moved: dict[tuple[int, torch.device], Tensor] = {}
     entries = {}
     for name, pattern in taken.items():
-        method, w = rules[pattern], weights[name]
+        method, w = rules[pattern], weights[name] if constants else torch.empty_like(weights[name], device="meta")
         frozen = {
-            k: moved.setdefault((id(t), w.device), t.to(w.device)) for k, t in real[pattern].get(name, {}).items()
+            k: moved.setdefault((id(t), w.device), on_mesh(t.to(w.device), w))
+            for k, t in real[pattern].get(name, {}).items()
         }
         if method.overrides("frozen"):
             frozen |= draw(method.frozen, found[name], w, seed)
@@ -260,7 +308,7 @@ class _Shared:
     def of(cls, method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
         if not method.overrides("shared") and not method.overrides("bank"):
             return cls({}, {})
-        empty = {n: torch.empty_like(w, device="meta") for n, w in weights.items()}
+        empty = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in weights.items()}
         return cls(method.shared(rng, empty), method.bank(rng, empty))
 
 
@@ -290,6 +338,8 @@ def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared
         if method.mergeable:
             method.delta(ready, wide(w))
         adds_bias = method.bias(ready, None) is not None
+        b = torch.empty(len(w), device="meta") if site.bias else None
+        changes_bias = method.bias(ready, b) is not b
     except ValueError as e:
         raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
     if adds_bias and site.bias is None:
@@ -303,15 +353,26 @@ def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared
         k: t.shape if k in shared.bank and t is p[k] else Size((*experts, *t.shape)) for k, t in changed.items()
     }
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
-    return Entry(site, rule, method, {}, spec, prepared, frozenset({*common, *shared.bank}), bank, adds_bias)
+    names = frozenset({*common, *shared.bank})
+    return Entry(site, rule, method, {}, spec, prepared, names, bank, adds_bias, changes_bias)
 
 
-def draw(make: Any, site: Site, w: Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Leaf:
+def draw(
+    make: Any,
+    site: Site,
+    w: Any,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    constants: Mapping[str, Tensor] | None = None,
+) -> Leaf:
     """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
     m = site.canonical(w)
     rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
+    if is_sharded(w):
+        whole = draw(make, site, w.full_tensor(), seed, dtype)  # every rank draws the same
+        return {k: placed(t, m) for k, t in whole.items()}
     if not site.stacked:
-        return {k: t.contiguous() for k, t in make(rng(site.name), m).items()}
+        return {k: t.contiguous() for k, t in make(rng(site.name, constants=constants), m).items()}
     if w.is_meta:
         return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
     each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]

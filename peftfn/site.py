@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+
+from peftfn.quantised import QuantisedWeight, quantised
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -21,6 +24,7 @@ class Site:
     bias: str | None = None  # the slot that holds this layer's bias, also when it is empty
     aliases: tuple[str, ...] = field(default=(), compare=False)  # other names of the same slot (a shared submodule)
     tied: tuple[str, ...] = field(default=(), compare=False)  # names of other slots that hold the same tensor
+    quantised: bool = False  # what stands for the weight is a `QuantisedWeight`
 
     @property
     def module(self) -> str:
@@ -106,9 +110,10 @@ def sites(model: nn.Module) -> dict[str, Site]:
 def _sites(model: nn.Module) -> Iterator[Site]:
     names: dict[tuple[int, str], list[str]] = {}
     tensors: dict[int, list[tuple[int, str]]] = {}
-    owner: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+    owner: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for attr, p in module._parameters.items():
+        weight = quantised(module)
+        for attr, p in {**module._parameters, **({} if weight is None else {"weight": weight})}.items():
             if p is None:
                 continue
             if isinstance(p, UninitializedParameter):
@@ -121,8 +126,9 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     for slot, (name, *aliases) in names.items():
         module, p = owner[slot]
         attr = slot[1]
-        kind, bias = _kind(module, p), attr.replace("weight", "bias")
-        owned = bias != attr and bias in module._parameters and kind not in ("stack", "stack_t", "other")
+        opaque = isinstance(p, QuantisedWeight)
+        kind, bias = "linear" if opaque else _kind(module, p), attr.replace("weight", "bias")
+        owned = bias != attr and (opaque or bias in module._parameters) and kind not in ("stack", "stack_t", "other")
         yield Site(
             name=name,
             kind=kind,
@@ -130,4 +136,25 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             bias=name[: len(name) - len(attr)] + bias if owned else None,
             aliases=tuple(aliases),
             tied=tuple(names[s][0] for s in tensors[id(p)] if s != slot),
+            quantised=opaque,
         )
+
+
+def refuse_occupied(model: nn.Module, name: str, pattern: str) -> None:
+    """Raise ValueError if the parameter belongs to another library's adapter, or to a parametrization, at the place
+    that the rule means; a rule that names such a part itself gets it."""
+    path, parts = model, name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        path = getattr(path, part)
+        if part == "parametrizations" and part not in pattern and "original" not in pattern:
+            raise ValueError(
+                f"{name}: {'.'.join(parts[:i])} is parametrized, so rule {pattern!r} finds what its {parts[i + 1]} is "
+                "computed from, and not that. Make it permanent with torch.nn.utils.parametrize."
+                "remove_parametrizations, or name this parameter in the rule"
+            )
+        if "base_layer" in path._modules and hasattr(path, "adapter_layer_names") and parts[i + 1] not in pattern:
+            raise ValueError(
+                f"{name}: {'.'.join(parts[: i + 1])} is a {type(path).__name__} that PEFT put there, so rule "
+                f"{pattern!r} finds its parts. Take the model back with unload() or merge_and_unload() first, or name "
+                "the part in the rule"
+            )

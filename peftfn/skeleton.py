@@ -5,11 +5,9 @@ the start of the call and restored at its end; whatever a forward pass writes (a
 it writes there. One skeleton serves one call at a time, so threads cannot collide.
 """
 
-import copy
 import operator
-import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from threading import RLock
@@ -17,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftfn.plan import near
+from peftfn.quantised import Parts, QuantisedWeight, weights
+from peftfn.structure import STANDARD, copy_structure, is_plain, reachable
 from peftfn.transform import backward_task, under_transform
-from peftfn.weight import OUTLIVED, Slot
+from peftfn.weight import OUTLIVED, Slot, plus
 
-Place = tuple[MutableMapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
+Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -36,18 +37,20 @@ class Skeleton:
         self._build()
 
     def _build(self) -> None:
-        modules, loose = _reachable(self.base)
+        modules, loose = reachable(self.base)
         named = dict(self.base.named_modules(remove_duplicate=False))
+        opaque = dict(weights(self.base))
+        layers = {id(w.layer): w for w in opaque.values()}
         for name in self.sites:
             module, _, key = name.rpartition(".")
-            if module not in named or key not in named[module]._parameters:
+            if module not in named or (key not in named[module]._parameters and id(named[module]) not in layers):
                 raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
         self.loose = [(p, p.detach()) for p in loose]
-        self.root, copies = _copy(self.base, modules, {id(p): alias for p, alias in self.loose})
+        self.root, copies = copy_structure(self.base, modules, {id(p): alias for p, alias in self.loose})
         self.pairs = list(zip(modules, copies, strict=True))
         self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
         self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
-        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if _is_plain(t)]
+        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if is_plain(t)]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
         self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
         self.flags = [
@@ -59,6 +62,10 @@ class Skeleton:
             for k in m._parameters
         }
         self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
+        stands = {id(b): self._stand_in(layers[id(b)], s) for b, s in self.pairs if id(b) in layers}
+        for name, w in opaque.items():
+            for k, slots in stands[id(w.layer)].items():
+                self.slots[f"{name.removesuffix('weight')}{k}"] = (slots, k)
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
@@ -66,6 +73,18 @@ class Skeleton:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
         self._watch()
+
+    def _stand_in(self, weight: QuantisedWeight, copied: nn.Module) -> dict[str, MutableMapping[str, Any]]:
+        """Slots for a quantised layer: where they are, by the name of what they hold."""
+        slots: MutableMapping[str, Any] = copied._parameters
+        if weight.own_forward:
+            slots = {"weight": None, "bias": None}
+            vars(copied)["forward"] = partial(_linear, slots)
+        self.parameters = [p for p in self.parameters if p[1] is not slots or p[2] != "weight"]
+        names = ["weight", "bias"] if weight.own_forward else ["weight"]
+        self.parameters += [(Parts(weight), slots, k) for k in names]
+        self.originals.setdefault(id(slots), Parts(weight))
+        return dict.fromkeys(names, slots)
 
     # Freshness: what the owner did to the base between calls is seen by the next one.
 
@@ -232,12 +251,16 @@ class Skeleton:
         options = {
             k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")
         }
-        values = self.snapshot()
-        contexts = lambda: (nullcontext(), self._holding(values))  # noqa: E731
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **options, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=self.checkpoint_context, **options, **kwargs)
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Around a checkpointed forward pass, and around its recomputation."""
+        return nullcontext(), self._holding(self.snapshot())
 
 
-_STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
+def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:
+    """A quantised layer's forward, with its weight and bias as they stand in the slots."""
+    return plus(F.linear(x, slots["weight"]), slots["bias"])
 
 
 def _clone(v: Any) -> Any:
@@ -258,7 +281,7 @@ def _equal(v: Any, was: Any) -> bool:
 
 def _own(attributes: dict[str, Any]) -> list[str]:
     """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
-    return [k for k in attributes if k not in _STANDARD]
+    return [k for k in attributes if k not in STANDARD]
 
 
 class _Released(Tensor):
@@ -292,90 +315,3 @@ _LOOKS = frozenset(
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
     return clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
-
-    Raises TypeError for an attribute that is a function over one of the modules: a copy of it would run the original.
-    """
-    modules = dict.fromkeys(model.modules())
-    loose: dict[nn.Parameter, None] = {}
-    functions: list[tuple[nn.Module, str, Any]] = []
-
-    def look(value: Any, where: nn.Module, key: str) -> None:
-        if isinstance(value, nn.Module):
-            fresh = [m for m in value.modules() if m not in modules]
-            modules.update(dict.fromkeys(fresh))
-            for m in fresh:
-                scan(m)
-        elif isinstance(value, nn.Parameter):
-            loose[value] = None
-        elif isinstance(value, list | tuple | set):
-            for v in value:
-                look(v, where, key)
-        elif isinstance(value, dict):
-            for v in value.values():
-                look(v, where, key)
-        elif isinstance(value, types.FunctionType) and value.__closure__:
-            functions.append((where, key, value))
-
-    def scan(module: nn.Module) -> None:
-        for key, value in vars(module).items():
-            if key not in _STANDARD:
-                look(value, module, key)
-
-    for module in list(modules):
-        scan(module)
-    for where, key, function in functions:
-        for cell in function.__closure__ or ():
-            held = getattr(cell.cell_contents, "__self__", cell.cell_contents)
-            if isinstance(held, nn.Module) and held in modules:
-                raise TypeError(
-                    f"{type(where).__name__}.{key} is a function that holds a {type(held).__name__} of the model; "
-                    "calls run on a copy of the model's structure, and this would lead back to the model. Make it a "
-                    "method, or pass the module as an argument."
-                )
-    return list(modules), list(loose)
-
-
-def _copy(model: nn.Module, modules: list[nn.Module], aliases: dict[int, Tensor]) -> tuple[nn.Module, list[nn.Module]]:
-    """A copy of the structure, and the copy of each of `modules`. Tensors, hooks and settings are not copied."""
-    memo: dict[int, Any] = {}
-    keep = []
-    for module in modules:
-        keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        keep += [v for k, v in vars(module).items() if _is_plain(v) or k.endswith(_HOOKS) or _is_setting(v)]
-    memo = {id(value): value for value in keep} | aliases
-    try:
-        root = copy.deepcopy(model, memo)
-        return root, [copy.deepcopy(m, memo) for m in modules]
-    except Exception as e:
-        raise TypeError(
-            f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
-            f"{type(e).__name__}: {e}. Keep such objects out of the module, or give their class a __deepcopy__."
-        ) from e
-
-
-_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-
-
-def _is_setting(value: Any) -> bool:
-    return type(value).__name__.endswith("Config")
-
-
-def _culprit(model: nn.Module, keep: list[Any]) -> str:
-    """The attribute that cannot be copied."""
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                continue
-            try:
-                copy.deepcopy(value, {id(v): v for v in [*keep, *model.modules()]})
-            except Exception:
-                return f"{name}.{key}" if name else key
-    return type(model).__name__

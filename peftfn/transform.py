@@ -19,6 +19,8 @@ def eager(x: Tensor) -> bool:
 
 
 def autocast(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # asked at every product, and cheaper than the question per device
+        return False
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
@@ -30,3 +32,13 @@ def exactly(x: Tensor) -> AbstractContextManager[Any]:
 def backward_task() -> int:
     """Which backward pass this code runs in; −1 outside of any."""
     return torch._C._current_graph_task_id()
+
+
+def in_function() -> bool:
+    """Whether this code runs in the forward of a torch.autograd.Function."""
+    return not torch._C._is_fwd_grad_enabled()
+
+
+def moment() -> tuple[int, bool]:
+    """(`backward_task`, `in_function`); nothing special while compiling."""
+    return (-1, False) if torch.compiler.is_compiling() else (backward_task(), in_function())

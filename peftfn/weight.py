@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from peftfn.method import LINEAR, Method, Product
 from peftfn.plan import Entry, wide
-from peftfn.transform import autocast, backward_task, exactly
+from peftfn.transform import autocast, backward_task, exactly, in_function, moment
 
 OUTLIVED = (
     "{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the tensors of the "
     "call have left the model: turn checkpointing on with the model's gradient_checkpointing_enable(), which peftfn "
-    "follows, or wrap the whole of net.apply in torch.utils.checkpoint."
+    "follows, give the model's own torch.utils.checkpoint use_reentrant=False and context_fn=net.checkpoint_context, "
+    "or wrap the whole of net.apply in torch.utils.checkpoint."
 )
 
 
@@ -30,12 +31,14 @@ class Slot:
     """Whatever stands in a parameter's slot during a call: what it is asked for by torch, and where that goes.
 
     task: the backward pass in which the call runs (−1: none). A recomputation that belongs to another call comes in
-    another one, and must not read this call's weights.
+    another one, and must not read this call's weights. inside: made inside an autograd.Function's forward, where
+    nothing is recorded, so there is no gradient to lose.
     """
 
     __slots__ = ("__weakref__", "entry", "task", "w")  # RNNs keep weak references to their weights
     task: int
     multiplies = True  # has `linear` and `product`
+    inside: bool = False
     entry: Entry
     w: Tensor
 
@@ -125,11 +128,11 @@ class AdaptedWeight(Slot):
     entry: the site and its constants. method, p: what its leaf resolved to, prepared. w: the parameter.
     """
 
-    __slots__ = ("method", "p")
+    __slots__ = ("inside", "method", "p")
 
-    def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor):
+    def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
         self.entry, self.method, self.p, self.w = entry, method, p, w
-        self.task = -1 if torch.compiler.is_compiling() else backward_task()
+        self.task, self.inside = now or moment()
 
     def dense(self) -> Tensor:
         return self.entry.dense(self.method, self.p, self.w)
@@ -139,12 +142,21 @@ class AdaptedWeight(Slot):
         if not self.method.overrides("product"):
             return dot(x, self._matrix())
         dtype = _operand_dtype(x) if x.is_floating_point() else self.w.dtype
-        return self.method.product(_cast(self.p, dtype), self.canonical(), x, dot)
+        return self.method.product(self._operands(dtype), self.canonical(), x, dot)
 
     def linear(self, x: Tensor) -> Tensor:
+        dtype, m = _operand_dtype(x), self.canonical()
+        if self.entry.site.quantised:
+            m = m.to(dtype)
         if not self.method.fast_linear():
-            return F.linear(x, self._matrix())
-        return self.method.linear(_cast(self.p, _operand_dtype(x)), self.canonical(), x)
+            return F.linear(x, self._matrix().to(m.dtype))
+        return self.method.linear(self._operands(dtype), m, x)
+
+    def _operands(self, dtype: torch.dtype) -> dict[str, Any]:
+        """p in the dtype in which a product runs."""
+        if dtype == torch.float32 and self.w.dtype != torch.float64:  # prepared in it already
+            return self.p
+        return _cast(self.p, dtype)
 
     def _matrix(self) -> Tensor:
         """The dense adapted weight in canonical orientation."""
@@ -161,10 +173,20 @@ class AdaptedWeight(Slot):
 
     @classmethod
     def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if args and isinstance(args[0], AdaptedWeight):
+            args[0]._refuse_write(getattr(func, "__name__", ""))
         return func(*dense(args), **dense(kwargs))
 
     def _attribute(self, name: str) -> Any:
+        self._refuse_write(name)
         return getattr(self.dense(), name)
+
+    def _refuse_write(self, function: str) -> None:
+        if function.endswith("_") and not function.endswith("__"):
+            raise RuntimeError(
+                f"{self.name}: {function} would write to the adapted weight, which is computed anew each time, so the "
+                "write would be lost. Write to the base's parameter, or to the adapter's tensors"
+            )
 
     def __getitem__(self, index: Any) -> Any:
         if self.entry.site.stacked and _picks_one(index):
@@ -207,12 +229,12 @@ def _picks_one(index: Any) -> bool:
 
 def _check(args: Any, kwargs: Any) -> None:
     """Raise where reading the weight now would give a wrong value or a wrong gradient."""
-    now, in_function = backward_task(), not torch._C._is_fwd_grad_enabled()
+    now, inside = backward_task(), in_function()
     for v in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(v, Slot):
             if v.task != now:
                 raise RuntimeError(OUTLIVED.format(name=v.name))
-            if in_function:
+            if inside and not v.inside:
                 raise RuntimeError(
                     f"{v.name}: passed to a torch.autograd.Function, which hides its gradient from the adapter (so "
                     "does torch.utils.checkpoint with use_reentrant=True). Call the model on merged parameters, "
@@ -251,7 +273,7 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _plus(y: Tensor, bias: Any) -> Tensor:
+def plus(y: Tensor, bias: Any) -> Tensor:
     return y if bias is None else bias.added_to(y) if isinstance(bias, Slot) else y + bias.to(y.dtype)
 
 
@@ -261,7 +283,7 @@ def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if _is(weight, x, _ROWS):
-        return _plus(weight.linear(x), bias)
+        return plus(weight.linear(x), bias)
     return NotImplemented if isinstance(weight, Slot) else bias.added_to(F.linear(x, weight))
 
 
@@ -270,7 +292,7 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1,
     if beta != 1 or alpha != 1 or out is not None or isinstance(x, Slot):
         return NotImplemented
     if _is(weight, x, _COLUMNS):
-        return _plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
+        return plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
     if isinstance(weight, Slot) or bias.dim() != 1:
         return NotImplemented
     return bias.added_to(bias.rowed(torch.mm(x, weight))).reshape(x.shape[0], -1)
@@ -317,7 +339,7 @@ def _conv(conv: Any, dims: int) -> Callable[..., Any]:
         def dot(x: Tensor, m: Tensor) -> Tensor:
             return conv(x, m.reshape(-1, *window), None, stride, padding, dilation).movedim(channels, -1)
 
-        return _plus(weight.product(x, dot), bias).movedim(-1, channels)
+        return plus(weight.product(x, dot), bias).movedim(-1, channels)
 
     return product
 
