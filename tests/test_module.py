@@ -1,0 +1,585 @@
+"""as_module: for every method and kind of site it is net.apply, and it does what an nn.Module does."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import CASES, Case, by_name, noise
+from test_laws import CHAINS, FIRST, METHODS
+from test_models import random, same_state, state
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import peftfn as pf
+from peftfn import IA3, DoRA, Full, LoRA, Method, VBLoRA, VeRA
+from peftfn.module import parameters_of
+from peftfn.testing import Case as MethodCase
+from peftfn.testing import close, leaves, models_for
+
+
+def flat(net: pf.Adapted, a: Any, case: Case) -> Tensor:
+    args, kwargs = case.inputs(2)
+    return case.output(net.apply(a, *args, **kwargs))
+
+
+def called(m: Any, case: Case) -> Tensor:
+    args, kwargs = case.inputs(2)
+    return case.output(m(*args, **kwargs))
+
+
+def weighted(y: Tensor) -> Tensor:
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+
+
+def trained(tree: Any) -> Any:
+    """A copy of an adapter whose tensors require gradients."""
+    return {k: trained(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.detach().requires_grad_()
+
+
+def gradients(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: gradients(v) for k, v in tree.items()}
+    return torch.zeros_like(tree) if tree.grad is None else tree.grad
+
+
+def same(a: Any, b: Any) -> None:
+    close(a, b, "as_module", 1e-5)
+
+
+# Laws, for every method and kind of site.
+
+
+@pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
+def test_the_module_is_apply(method: Method) -> None:
+    """Outputs, gradients, the adapter that comes back, and the base, whose bits and versions stay."""
+    for name in models_for(method)[: None if method in FIRST else 1]:
+        case = MethodCase(method, name)
+        before, a = state(case.model), case.adapter()
+        m = pf.as_module(case.net, a)
+        same(m(case.x), case.net.apply(a, case.x))
+        b = trained(a)
+        weighted(case.net.apply(b, case.x)).backward()
+        weighted(m(case.x)).backward()
+        same(gradients(parameters_of(m)), gradients(b))
+        assert all(p.grad is None for p in m.parameters() if not p.requires_grad)
+        assert sum(p.requires_grad for p in m.parameters()) == len(leaves(a))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(pf.adapter_of(m)), leaves(a), strict=True))
+        with m.use(None):
+            same(m(case.x), case.model(case.x))
+        assert same_state(before, state(case.model))
+
+
+@pytest.mark.parametrize("method", FIRST, ids=str)
+def test_copies_of_the_module(method: Method) -> None:
+    """deepcopy, pickle, torch.save and state_dict give the same module; what is done to a copy stays with it."""
+    case = MethodCase(method, models_for(method)[0])
+    m = pf.as_module(case.net, case.adapter())
+    want = m(case.x)
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), torch.load(buffer, weights_only=False)):
+        assert type(other) is type(m)
+        assert torch.equal(other(case.x), want)
+        assert not {p.data_ptr() for p in m.parameters() if p.numel()} & {p.data_ptr() for p in other.parameters()}
+        for t in (*other.parameters(), *other.buffers()):
+            t.data.zero_()
+    assert torch.equal(m(case.x), want)
+    fresh = pf.as_module(case.net, case.net.init(5))
+    buffer = io.BytesIO()
+    torch.save(m.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert torch.equal(fresh(case.x), want)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("method", [LoRA(2), DoRA(2), IA3(), Full()], ids=lambda m: type(m).__name__)
+def test_models(case: Case, method: Method) -> None:
+    model = case.build()
+    before = state(model)
+    rules = {case.linear: method} | ({r"norm|bn|bias": Full()} if isinstance(method, LoRA) else {})
+    rules = {k: v for k, v in rules.items() if k == case.linear or any(pf.plan.matches(k, n) for n in pf.sites(model))}
+    net = pf.adapt(model, rules)
+    a = random(net)
+    m = pf.as_module(net, a)
+    assert isinstance(m, type(model))
+    assert type(m).__name__ == type(model).__name__
+    same(called(m, case), flat(net, a, case))
+    b = trained(a)
+    weighted(flat(net, b, case)).backward()
+    weighted(called(m, case)).backward()
+    same(gradients(parameters_of(m)), gradients(b))
+    assert torch.equal(called(copy.deepcopy(m), case), called(m, case))
+    assert same_state(before, state(model))
+
+
+# What an nn.Module is asked for.
+
+
+def llama() -> tuple[Case, Any, pf.Adapted]:
+    case = by_name["llama"]
+    model = case.build()
+    return case, model, pf.adapt(model, {case.linear: LoRA(2), "embed_tokens": LoRA(3), "norm": Full()})
+
+
+def test_ties_hooks_settings_and_buffers_are_its_own_where_the_base_could_be_hurt() -> None:
+    case = by_name["tied"]
+    model = case.build()
+    m = pf.as_module(pf.adapt(model, {"mid": LoRA(2)}), pf.adapt(model, {"mid": LoRA(2)}).init())
+    assert m.head.weight is m.embed.weight
+    assert m.head.weight is not model.head.weight
+    assert m.head.weight.data_ptr() == model.head.weight.data_ptr()
+    assert model.head.weight.requires_grad and not m.head.weight.requires_grad
+    m.mid.register_forward_hook(lambda *_: None)
+    assert not model.mid._forward_hooks
+    case, model, net = llama()
+    m = pf.as_module(net, net.init())
+    m.config.use_cache = False
+    assert model.config.use_cache and m.model.config is m.config
+    convs = by_name["convs"].build()
+    net = pf.adapt(convs, {"one": LoRA(2)})
+    before, m = state(convs), pf.as_module(net, net.init()).train()
+    m(noise(3, 4, 12))
+    assert not torch.equal(m.bn1.running_mean, convs.bn1.running_mean)
+    assert same_state(before, state(convs))
+
+
+def test_a_tied_weight_adapted_under_one_name_is_one_site() -> None:
+    """An embedding's adapter leaves the head it is tied to alone; a rule over both adapts both."""
+    case = by_name["tied"]
+    for rule in ("embed", "embed|head"):
+        model = case.build()
+        net = pf.adapt(model, {rule: LoRA(2)})
+        a = random(net, scale=0.5)
+        m = pf.as_module(net, a)
+        same(called(m, case), flat(net, a, case))
+        assert parametrize.is_parametrized(m.head) == ("head" in rule)
+        assert m.embed.parametrizations.weight.original.data_ptr() == model.head.weight.data_ptr()
+
+
+def test_dropout_follows_the_module_s_own_mode() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"weight": LoRA(2, dropout=0.5)})
+    a = random(net)
+    m = pf.as_module(net, a)
+    assert not m.training
+    x = noise(4, 8)
+    assert torch.equal(m(x), m(x))
+    assert not torch.equal(m.train()(x), m(x))
+    assert torch.equal(m.eval()(x), net.apply(a, x))
+    model.train()
+    assert torch.equal(m(x), m(x))
+
+
+@pytest.mark.parametrize("method", [VeRA(3), pf.PiSSA(2), pf.FourierFT(8)], ids=lambda m: type(m).__name__)
+def test_to_moves_leaves_and_constants(method: Method) -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"weight": method, "bias": Full()})
+    a = random(net)
+    m, x = pf.as_module(net, a).to(torch.float64), noise(2, 8).double()
+    assert {t.dtype for t in m.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    same(m(x).float(), net.apply(a, x.float()))
+    meta = pf.as_module(net, a).to("meta")
+    assert {t.device.type for t in meta.state_dict().values()} == {"meta"}
+    assert meta(x.float().to("meta")).shape == (2, 4)
+    shared = [k for k in m.state_dict() if k.startswith("adapter_")]
+    if isinstance(method, VeRA):
+        assert shared == ["adapter_A", "adapter_B"], "what the sites share is stored once"
+
+
+def test_loading_another_base_s_state_leaves_the_base_and_the_net_alone() -> None:
+    model, other = by_name["tied"].build(), by_name["tied"].build()
+    for p in other.parameters():
+        p.data.mul_(2)
+    net, theirs = (pf.adapt(m, {"mid|head": VeRA(3)}, seed=s) for s, m in enumerate((model, other)))
+    a, b, x = random(net), random(theirs, 1), by_name["tied"].inputs(2)[0][0]
+    want, m = net.apply(a, x), pf.as_module(net, a)
+    before = [p.detach().clone() for p in model.parameters()]
+    m.load_state_dict(pf.as_module(theirs, b).state_dict(), strict=True)
+    same(m(x), theirs.apply(b, x))
+    assert torch.equal(net.apply(a, x), want)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert m.embed.weight.data_ptr() == m.head.parametrizations.weight.original.data_ptr()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        m.load_state_dict({}, strict=True)
+
+
+def test_state_dict_names() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"0.weight": LoRA(2), "2.weight": VBLoRA(2, vectors=3, length=2)})
+    keys = pf.as_module(net, net.init()).state_dict().keys()
+    assert {"0.parametrizations.weight.original", "0.parametrizations.weight.0.default.a", "0.bias"} <= keys
+    assert [k for k in keys if k.startswith("adapter_")] == ["adapter_default_VBLoRA_bank"]
+    tree = pf.add(pf.scale(net.init(), 2.0), net.init(1))
+    m = pf.as_module(net, tree)
+    assert torch.equal(m(noise(2, 8)), net.apply(tree, noise(2, 8)))
+    assert pf.adapter_of(m).keys() == tree.keys()
+    assert "0.parametrizations.weight.0.default.add:0/of/a" in m.state_dict()
+
+
+def test_compiled_hot_swapped_without_compiling_anew_or_new_storage() -> None:
+    torch._dynamo.reset()
+    case, _, net = llama()
+    m = pf.as_module(net, random(net))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(m, fullgraph=True, backend=counter)
+    storage = [t.data_ptr() for t in m.state_dict().values()]
+    for seed in range(3):
+        a = random(net, seed)
+        pf.copy_(m if seed else compiled, a)
+        b = trained(a)
+        weighted(flat(net, b, case)).backward()
+        m.zero_grad()
+        y = called(compiled, case)
+        same(y, flat(net, a, case))
+        weighted(y).backward()
+        same(gradients(parameters_of(compiled)), gradients(b))
+    assert counter.frame_count == 1
+    assert [t.data_ptr() for t in m.state_dict().values()] == storage
+    assert not {t.data_ptr() for t in leaves(a)} & set(storage)
+
+
+def test_equal_layers_are_compiled_once() -> None:
+    """Compiled layer by layer, as is usual for large models: layers of one class parametrized alike are one class."""
+    torch._dynamo.reset()
+    _, _, net = llama()
+    m = pf.as_module(net, net.init())
+    counter = CompileCounterWithBackend("eager")
+    mlps = [torch.compile(layer.self_attn.q_proj, fullgraph=True, backend=counter) for layer in m.model.layers]
+    [mlp(noise(2, 16)) for mlp in mlps]
+    assert len(mlps) == 2 and counter.frame_count == 1
+
+
+def test_exported() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"weight": DoRA(2), "bias": Full()})
+    a = random(net)
+    m = pf.as_module(net, a)
+    program = torch.export.export(m, (noise(3, 8),))
+    assert {"0.parametrizations.weight.0.default.a", "0.parametrizations.weight.original"} <= program.state_dict.keys()
+    same(program.module()(noise(3, 8, seed=4)), net.apply(a, noise(3, 8, seed=4)))
+
+
+def test_copy_to_an_adapter_is_all_or_nothing() -> None:
+    _, _, net = llama()
+    a, b = random(net), random(net, 1)
+    dst = {k: {n: t.clone() for n, t in leaf.items()} for k, leaf in a.items()}
+    storage = [t.data_ptr() for t in leaves(dst)]
+    pf.copy_(dst, b)
+    assert all(torch.equal(x, y) for x, y in zip(leaves(dst), leaves(b), strict=True))
+    assert storage == [t.data_ptr() for t in leaves(dst)]
+    *_, last = a
+    for bad, error in [
+        ({**a, last: {"b": a[last].get("b")}}, KeyError),
+        ({**a, last: {k: t[:1] for k, t in a[last].items()}}, ValueError),
+        ({**a, last: {k: t.double() for k, t in a[last].items()}}, ValueError),
+        ({**a, last: {k: t.to("meta") for k, t in a[last].items()}}, ValueError),
+        ({**a, last: dict.fromkeys(a[last], 1.0)}, TypeError),
+    ]:
+        for to in (dst, pf.as_module(net, b)):
+            with pytest.raises(error, match=last.replace(".", r"\.")):
+                pf.copy_(to, bad)
+            held = to if isinstance(to, dict) else pf.adapter_of(to)
+            assert all(torch.equal(x, y) for x, y in zip(leaves(held), leaves(b), strict=True))
+
+
+# Several adapters.
+
+
+def several() -> tuple[Case, Any, pf.Adapted, dict[str, Any], Any]:
+    case, model, net = llama()
+    other = pf.adapt(model, {"q_proj": IA3(), "lm_head": Full()})
+    adapters = {"one": random(net), "two": random(net, 1), "other": random(other, 2)}
+    m = pf.as_module(net, one=adapters["one"], two=adapters["two"], other=(other, adapters["other"]))
+    want = {k: flat(other if k == "other" else net, a, case) for k, a in adapters.items()}
+    return case, model, net, want | {None: called(model, case)}, m
+
+
+def test_use() -> None:
+    case, _, net, want, m = several()
+    same(called(m, case), want["one"])
+    for name, y in want.items():
+        with m.use(name):
+            same(called(m, case), y)
+            with m.use(None):
+                same(called(m, case), want[None])
+            same(called(m, case), y)
+    with pytest.raises(ZeroDivisionError), m.use("two"):
+        raise ZeroDivisionError
+    same(called(m, case), want["one"])
+    with pytest.raises(KeyError, match="no adapter 'tow'; near: two"), m.use("tow"):
+        pass
+    again = pickle.loads(pickle.dumps(m))
+    with again.use("other"):
+        same(called(again, case), want["other"])
+    with m.use("two"):
+        assert torch.equal(pf.adapter_of(m)["model.norm.weight"]["diff"], random(net, 1)["model.norm.weight"]["diff"])
+
+
+def test_use_is_local_to_the_thread() -> None:
+    case, _, _, want, m = several()
+    names, failed, ready = [*want] * 2, [], threading.Barrier(8)
+
+    def run(name: str | None) -> None:
+        try:
+            with m.use(name):
+                ready.wait(60)
+                for _ in range(5):
+                    same(called(m, case), want[name])
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not failed
+    same(called(m, case), want["one"])
+
+
+def test_compiled_use() -> None:
+    torch._dynamo.reset()
+    net = pf.adapt(by_name["mlp"].build(), {"weight": LoRA(2)})
+    a, b, x = random(net), random(net, 1), noise(2, 8)
+    m = pf.as_module(net, one=a, two=b)
+    want = {"one": net.apply(a, x), "two": net.apply(b, x), None: net.model(x)}
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(m, fullgraph=True, backend=counter)
+    for name, y in [*want.items()] * 2:
+        with m.use(name):
+            same(compiled(x), y)
+    assert counter.frame_count == len(want)
+
+
+def test_status_trainable_offload_onload() -> None:
+    case, _, net, want, m = several()
+    pf.trainable_(m, "one", False)
+    status = pf.status(m)
+    assert [(a.name, a.in_force, a.trainable, a.offloaded) for a in status.adapters] == [
+        ("one", True, False, False),
+        ("two", False, True, False),
+        ("other", False, True, False),
+    ]
+    assert status.adapters[0].numbers == sum(t.numel() for t in leaves(net.init()))
+    assert status.base == sum(p.numel() for p in net.model.parameters()) and status.base_trainable == 0
+    assert "one: frozen, in force" in str(status) and "LoRA(rank=2" in str(status)
+    with m.use("two"):
+        weighted(called(m, case)).backward()
+        assert [a.in_force for a in pf.status(m).adapters] == [False, True, False]
+    assert all(p.grad is None for name in ("one", "other") for p in leaves(parameters_of(m, name)))
+    parameters = leaves(parameters_of(m, "two"))
+    kept = pf.offload_(m, "two", "meta")
+    assert {t.device.type for t in leaves(pf.adapter_of(m, "two"))} == {"meta"}
+    assert pf.status(m).adapters[1].devices == ("meta",) and pf.status(m).adapters[1].offloaded
+    with pytest.raises(ValueError, match=r"'two' is offloaded; bring it back with peftfn.onload_"), m.use("two"):
+        pass
+    with pytest.raises(ValueError, match="meta"):
+        pf.onload_(m, "two")
+    pf.onload_(m, "two", kept)
+    assert all(p is q for p, q in zip(leaves(parameters_of(m, "two")), parameters, strict=True))
+    pf.offload_(m, "two", "cpu")
+    pf.onload_(m, "two")
+    with m.use("two"):
+        same(called(m, case), want["two"])
+        with pytest.raises(ValueError, match="'two' is in force"):
+            pf.offload_(m, "two")
+    with pytest.raises(ValueError, match="'one' is in force"):
+        pf.offload_(m, "one")
+
+
+# Checkpointing.
+
+
+def steps(m: Any, case: Case) -> list[Tensor | None]:
+    m.zero_grad()
+    weighted(called(m, case)).backward()
+    return [None if p.grad is None else p.grad.clone() for p in m.parameters()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", [None, "two"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointing_of_transformers(reentrant: bool, name: str | None) -> None:
+    """The gradients are those without it, also where the backward pass runs outside of `use`."""
+    case, _, net = llama()
+    m = pf.as_module(net, random(net)) if name is None else several()[-1]
+    m.train()
+    name = name or "default"
+    with m.use(name):
+        want = steps(m, case)
+    m.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    m.zero_grad()
+    calls = []
+    m.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    with m.use(name):
+        y = called(m, case)
+    weighted(y).backward()
+    assert len(calls) == 2, "nothing was recomputed"
+    for p, g in zip(m.parameters(), want, strict=True):
+        assert (p.grad is None) == (g is None)
+        if g is not None:
+            same(p.grad, g)
+    assert any(g is not None for g in want)
+
+
+class Blocks(nn.Module):
+    """A model that checkpoints on its own."""
+
+    on, reentrant = True, False
+    context_fn: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            options = {"context_fn": type(self).context_fn} if type(self).context_fn else {}
+            run = lambda x, block=block: torch.tanh(block(x))  # noqa: E731
+            x = checkpoint(run, x, use_reentrant=self.reentrant, **options) if self.on else run(x)
+        return x
+
+
+def plain_gradients(net: pf.Adapted, a: Any, x: Tensor) -> Any:
+    """Those without checkpointing."""
+    b, net.model.on = trained(a), False
+    weighted(net.apply(b, x)).backward()
+    net.model.on = True
+    return gradients(b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_one_s_own(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Blocks()
+    monkeypatch.setattr(Blocks, "reentrant", reentrant)
+    net = pf.adapt(model, {"weight": DoRA(2)})
+    a = random(net)
+    m, x, want = pf.as_module(net, a), noise(2, 8).requires_grad_(), plain_gradients(net, a, noise(2, 8))
+    weighted(m(x)).backward()
+    same(gradients(parameters_of(m)), want)
+    two = pf.as_module(net, one=a, two=random(net, 1))
+    with pytest.raises(RuntimeError, match=r"blocks\.2\.weight: recomputed in a backward pass.*checkpoint_context"):
+        weighted(two(x)).backward()
+
+
+def test_checkpoint_context_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Blocks()
+    net = pf.adapt(model, {"weight": DoRA(2)})
+    m, x = pf.as_module(net, one=random(net), two=random(net, 1)), noise(2, 8)
+    want = plain_gradients(net, random(net, 1), x)
+    monkeypatch.setattr(Blocks, "context_fn", lambda: m.checkpoint_context())
+    with m.use("two"):
+        y = m(x)
+    weighted(y).backward()
+    same(gradients(parameters_of(m, "two")), want)
+
+
+def test_checkpoint_context_of_a_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interleaved calls of two adapters, backward in any order; the bare model too; without it, an error."""
+    model = Blocks()
+    net, x = pf.adapt(model, {"weight": DoRA(2)}), noise(2, 8).requires_grad_()
+    a, b = trained(random(net)), trained(random(net, 1))
+    want = [plain_gradients(net, random(net, seed), x) for seed in (0, 1)]
+    with pytest.raises(RuntimeError, match=r"weight: used after its call was over.*net\.checkpoint_context"):
+        weighted(net.apply(a, x)).backward()
+    monkeypatch.setattr(Blocks, "context_fn", net.checkpoint_context)
+    one, two = net.apply(a, x), net.apply(b, x)
+    weighted(one).backward()
+    weighted(two).backward()
+    same(gradients(a), want[0])
+    same(gradients(b), want[1])
+    weighted(model(x)).backward()
+    assert model.blocks[0].weight.grad.isfinite().all()
+    monkeypatch.setattr(Blocks, "reentrant", True)
+    monkeypatch.setattr(Blocks, "context_fn", None)
+    with pytest.raises(RuntimeError, match=r"passed to a torch\.autograd\.Function|used after its call was over"):
+        weighted(net.apply(a, x)).backward()
+
+
+# Bad input.
+
+
+def test_errors() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"weight": LoRA(2)})
+    a = net.init()
+    other = pf.adapt(by_name["mlp"].build(), {"weight": LoRA(2)})
+    for make, error, match in [
+        (lambda: pf.as_module(net), ValueError, "give an adapter"),
+        (lambda: pf.as_module(net, a, b=a), ValueError, "give an adapter"),
+        (lambda: pf.as_module(net, **{"a.b": a}), ValueError, "cannot be named 'a.b'"),
+        (lambda: pf.as_module(net, train=a), ValueError, "cannot be named 'train'"),
+        (lambda: pf.as_module(net, x=(other, a)), ValueError, "'x' adapts another model"),
+        (lambda: pf.as_module(net, {"0.weight": a["0.weight"]}), KeyError, "lacks 1 of the plan's 2 sites"),
+        (lambda: pf.adapter_of(model), ValueError, "holds 0 modules that as_module made"),
+        (lambda: pf.adapter_of(pf.as_module(net, a), "b"), KeyError, "no adapter 'b'"),
+        (lambda: pf.copy_(a, a, "b"), TypeError, "no names"),
+    ]:
+        with pytest.raises(error, match=match):
+            make()
+
+
+def test_a_parametrized_layer_is_refused() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"2.weight": LoRA(2)})
+    torch.nn.utils.parametrizations.weight_norm(model[2], "bias", dim=0)
+    with pytest.raises(ValueError, match=r"2\.weight: its layer is parametrized already \(bias\).*remove_param"):
+        pf.as_module(net, net.init())
+
+
+def test_adapt_refuses_occupied_layers_unless_a_rule_names_the_part() -> None:
+    import peft
+
+    model = by_name["mlp"].build()
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(ValueError, match=r"2\.parametrizations.*original0: 2 is parametrized.*remove_parametrizations"):
+        pf.adapt(model, {"2": LoRA(2)})
+    x = noise(2, 8)
+    net = pf.adapt(model, {r"2.parametrizations.weight.original1": LoRA(2)})
+    a = random(net)
+    same(pf.as_module(net, a)(x), net.apply(a, x))
+    tuned = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), by_name["mlp"].build())
+    with pytest.raises(ValueError, match=r"0\..*: 0 is a Linear that PEFT put there.*merge_and_unload"):
+        pf.adapt(tuned, {"0": LoRA(2)})
+    net = pf.adapt(tuned, {"0.base_layer": LoRA(2)})
+    same(net.apply(net.init(), x), tuned(x))
+
+
+def test_accelerate_s_offload_is_refused() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"2.weight": LoRA(2)})
+    a = net.init()
+    add_hook_to_module(model[2], AlignDevicesHook(execution_device="cpu", offload=True, offload_buffers=False))
+    with pytest.raises(ValueError, match=r"2\.weight: accelerate's offload.*remove_hook_from_submodules"):
+        pf.as_module(net, a)
+
+
+def test_a_write_to_an_adapted_weight_is_an_error_and_not_lost() -> None:
+    net = pf.adapt(by_name["mlp"].build(), {"weight": LoRA(2)})
+    m = pf.as_module(net, net.init())
+    for write in (torch.nn.init.zeros_, lambda w: w.mul_(2), lambda w: torch.relu_(w)):
+        with pytest.raises(RuntimeError, match=r"0\.weight: \w+_ would write to the adapted weight"):
+            write(m[0].weight)
+    y = noise(6, 8).add_(m[0].weight)
+    assert torch.equal(y, noise(6, 8) + net.model[0].weight)
+
+
+def test_a_module_keeps_no_reference_to_the_base() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"weight": LoRA(2)})
+    m, alive = pf.as_module(net, net.init()), weakref.ref(model)
+    del model, net
+    gc.collect()
+    assert alive() is None
+    assert m(noise(2, 8)).isfinite().all()
