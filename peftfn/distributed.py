@@ -1,0 +1,179 @@
+"""Sharded tensors: leaves placed as their weights are, and gathered again, one tensor at a time.
+
+Under tensor parallelism a weight is a `DTensor`, and a call mixes it with the leaves, so those must be DTensors on the
+same mesh. Which way a leaf is sharded changes no result; it follows the weight, so that B [out, r] of a column-wise
+layer and A [r, in] of a row-wise one stay local.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftfn.apply import Adapted
+    from peftfn.plan import Adapter
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether t is a DTensor. (Asked by name: importing its module takes a second.)"""
+    return isinstance(t, Tensor) and type(t).__name__ == "DTensor"
+
+
+def placed(t: Tensor, m: Any) -> Tensor:
+    """t as a DTensor on the mesh of the canonical weight m, sharded in the dimensions it shares with m.
+
+    A dimension of t is m's if it stands at the same end and has the same size. t is the same on every rank.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def same(p: Any) -> Any:
+        if not isinstance(p, Shard):
+            return Replicate()
+        dim = t.dim() - 1 if p.dim == m.dim() - 1 else p.dim
+        return Shard(dim) if 0 <= dim < t.dim() and t.shape[dim] == m.shape[p.dim] else Replicate()
+
+    placements = [same(p) for p in m.placements]
+    if is_sharded(t):
+        return t.redistribute(m.device_mesh, placements)  # type: ignore[attr-defined, no-any-return]
+    return distribute_tensor(t.detach(), m.device_mesh, placements, src_data_rank=None)
+
+
+def on_mesh(t: Tensor, w: Any) -> Tensor:
+    """t, which belongs to no single site, whole on every rank of the mesh of w; t itself if w is on none, or t is."""
+    if not is_sharded(w) or is_sharded(t):
+        return t
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = [Replicate()] * w.device_mesh.ndim
+    return distribute_tensor(t.detach(), w.device_mesh, placements, src_data_rank=None)
+
+
+def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
+    """An adapter of plain tensors, the same on every rank, for a model whose weights are sharded (DTensors).
+
+    Leaves are sharded as their weight is; leaves of weights that are no DTensors stay as they are. `net.init` gives
+    such adapters by itself, and so does `load`. Nothing is sent: each rank takes its part.
+    """
+    net.plan.check(adapter)
+    weights = net._weights()
+    out: dict[str, Any] = {}
+    for name, tree in adapter.items():
+        entry = net.plan.entries.get(name)
+        at = name if entry else next(n for n, e in net.plan.items() if e.bank == name)
+        w = weights[at]
+        if not is_sharded(w):
+            out[name] = tree
+        elif entry:
+            m = entry.site.canonical(w)
+            out[name] = _map(tree, lambda t, m=m: placed(t, m))
+        else:
+            out[name] = _map(tree, lambda t, w=w: on_mesh(t, w))
+    return out
+
+
+def gather(tree: Mapping[str, Any] | Iterable[tuple[str, Any]], rank: int | None = None) -> dict[str, Any]:
+    """Whole tensors on the CPU, gathered one at a time: of an adapter, merged parameters, or pairs (name, tensor).
+
+    Every rank of the mesh must call this.
+
+    Args:
+        rank: the only rank that keeps them, and the others get {}; None: each does.
+    """
+    keep = rank is None or torch.distributed.get_rank() == rank
+    out: dict[str, Any] = {}
+    for k, v in tree.items() if isinstance(tree, Mapping) else tree:
+        if isinstance(v, Mapping):
+            whole: Any = gather(v, rank)
+        else:
+            t = v.detach()
+            whole = (t.full_tensor() if is_sharded(t) else t).cpu()
+        if keep:
+            out[k] = whole
+    return out
+
+
+def merged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the base, parameter with the adapter folded in), one at a time, of a module that `as_module` made.
+
+    They are sharded as the module's parameters are: `gather(merged(m), rank=0)` never holds more than one of them
+    whole on an accelerator. For a net, `gather(net.merge(adapter))` does the same.
+
+    Raises ValueError in train mode, or where the adapter gives a bias to a layer without one.
+    """
+    from peftfn.module import parameters_of, status
+    from peftfn.weight import dense
+
+    if module.training:
+        raise ValueError("merged: the module is in train mode, where a method may act otherwise; call m.eval() first")
+    sharded = any(is_sharded(p) for p in module.parameters())
+    leaves = {id(t) for row in status(module).adapters for t in _tensors(parameters_of(module, row.name))}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if "parametrizations" in path.split("."):
+            continue
+        slots = getattr(layer, "parametrizations", {})
+        for attr in (*layer._parameters, *slots):
+            with torch.no_grad(), _plain_constants(sharded):
+                value = dense(getattr(layer, attr))
+            if value is None or id(value) in leaves:
+                continue
+            name = f"{path}.{attr}" if path else attr
+            if attr in slots and getattr(slots[attr][0], "missing", False):
+                raise ValueError(f"{name}: the adapter gives this layer a bias, and the base has none to merge it into")
+            yield name, value
+
+
+def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:
+    """Where parameters are sharded, plain tensors among them are constants, the same on every rank."""
+    if not sharded:
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
+
+
+def refuse_sharded(net: "Adapted", adapter: Mapping[str, Any]) -> None:
+    """ValueError unless every tensor of the adapter and of the plan's constants is whole, as a file holds them."""
+    for name, tree in adapter.items():
+        if any(map(is_sharded, _tensors(tree))):
+            raise ValueError(
+                f"{name}: its leaf is sharded, and a file holds whole tensors. Call a = peftfn.gather(adapter, rank=0) "
+                "on every rank, and save a on rank 0"
+            )
+    for name, e in net.plan.items():
+        if any(map(is_sharded, e.frozen.values())):
+            raise ValueError(
+                f"{name}: its constants are sharded as the model is, and a file holds whole tensors. Save with a net "
+                "of the model as it is without sharding, peftfn.adapt(model, rules)"
+            )
+
+
+def misplaced(net: "Adapted", adapter: Mapping[str, Any]) -> str | None:
+    """What is wrong where weight and leaf are not on one mesh: the first such site, and the cure."""
+    weights = net._weights()
+    for name in net.plan:
+        w: Any = weights.get(name)  # the model may have changed since
+        mesh = w.device_mesh if is_sharded(w) else None
+        for t in _tensors(adapter[name]):
+            other = t.device_mesh if is_sharded(t) else None
+            if mesh != other:
+                cure = "place the adapter with peftfn.distribute(net, peftfn.gather(adapter))"
+                if mesh is None:
+                    cure = "make the leaf plain with peftfn.gather(adapter), or shard the model first"
+                there, here = (f"on {x}" if x is not None else "a plain tensor" for x in (mesh, other))
+                return f"{name}: the weight is {there}, and its leaf is {here}. Both must be on one mesh: {cure}"
+    return None
+
+
+def _tensors(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        for v in tree.values():
+            yield from _tensors(v)
+    else:
+        yield tree
+
+
+def _map(tree: Any, f: Any) -> Any:
+    return {k: _map(v, f) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
