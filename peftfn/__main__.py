@@ -1,29 +1,96 @@
-"""The command line: `peftfn demo`, also as `python -m peftfn demo`."""
+"""The command line: `peftfn demo`, `inspect`, `convert` and `merge`; also as `python -m peftfn …`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+FORMATS = ("native", "peft", "kohya", "swift")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0; 1 where the answer is no; 2, after one line on stderr, for input that is no good."""
+    options = _parser().parse_args(argv)
+    expected = () if options.command == "demo" else (ValueError, KeyError, OSError)
+    try:
+        code: int = options.run(options)
+    except expected as e:
+        what = e.args[0] if isinstance(e, KeyError) and e.args else e
+        print(f"peftfn {options.command}: {' '.join(str(what).split())}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peftfn", description="Adapters as values, methods as pure functions.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    command = commands.add_parser(
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command", dest="command")
+
+    def command(name: str, run: Any, brief: str, description: str) -> argparse.ArgumentParser:
+        new = commands.add_parser(name, help=brief, description=description)
+        new.set_defaults(run=run)
+        return new
+
+    new = command(
         "demo",
-        help="train several adapters on real texts, and check what must hold",
-        description="Trains several methods and seeds on a frozen sentence encoder, on two real tasks; prints a table, "
+        _demo,
+        "train several adapters on real texts, and check what must hold",
+        "Trains several methods and seeds on a frozen sentence encoder, on two real tasks; prints a table, "
         "writes a plot and the adapters. Needs no network and no GPU.",
     )
-    command.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="output folder (%(default)s)")
-    command.add_argument("--seeds", type=_positive, metavar="N", help="adapters a method, trained at once")
-    command.add_argument("--steps", type=_positive, metavar="N", help="training steps")
-    command.add_argument("--quick", action="store_true", help="a few texts and steps: seconds, but no result")
-    command.set_defaults(run=_demo)
-    options = parser.parse_args(argv)
-    code: int = options.run(options)
-    return code
+    new.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="output folder (%(default)s)")
+    new.add_argument("--seeds", type=_positive, metavar="N", help="adapters a method, trained at once")
+    new.add_argument("--steps", type=_positive, metavar="N", help="training steps")
+    new.add_argument("--quick", action="store_true", help="a few texts and steps: seconds, but no result")
+
+    new = command(
+        "inspect",
+        _inspect,
+        "what is in an adapter, and whether it fits a model",
+        "Prints method, ranks, layers and size of an adapter, from its headers. Exit code 1: it does not fit MODEL.",
+    )
+    new.add_argument(
+        "path", type=Path, metavar="PATH", help="an adapter's folder, or .safetensors of kohya's or diffusers'"
+    )
+    new.add_argument(
+        "--model", type=Path, metavar="MODEL", help="a model's folder or config.json: does the adapter fit?"
+    )
+    new.add_argument("--layers", action="store_true", help="list the adapted layers too")
+    new.add_argument("--json", action="store_true", help="print JSON")
+
+    new = command(
+        "convert",
+        _convert,
+        "write an adapter in another format",
+        "Reads an adapter of any format and writes it in another; its meaning stays, or it is an error.",
+    )
+    new.add_argument("path", type=Path, metavar="PATH", help="an adapter's folder or file")
+    new.add_argument("out", type=Path, metavar="OUT", help="a new folder (kohya: or a .safetensors file)")
+    new.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    new.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="the base model: its folder, or its config.json. Without it, the local folder that the adapter names",
+    )
+    new.add_argument("--rank", type=_positive, metavar="R", help="write the best LoRA of rank R of any method")
+    new.add_argument("--layout", choices=("kohya", "diffusers"), help="kohya: whose names (kohya)")
+    new.add_argument("--prefix", metavar="NAME", help="kohya: the names' prefix, lora_te for one")
+    new.add_argument("--name", metavar="NAME", help="swift: the adapter's name (default)")
+
+    new = command(
+        "merge",
+        _merge,
+        "fold an adapter into a base model's files",
+        "Writes the model of the folder BASE with ADAPTER folded in to the new folder OUT, tensor by tensor. Names, "
+        "dtypes, shards and other files stay.",
+    )
+    new.add_argument("base", type=Path, metavar="BASE", help="a folder of safetensors")
+    new.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter's folder or file")
+    new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -39,6 +106,39 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         print(e, file=sys.stderr)
         return 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from peftfn.cli.inspect import inspect, report
+
+    found = inspect(options.path, options.model)
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        texts = [report(name, facts, options.path, options.model, options.layers) for name, facts in found.items()]
+        print("\n\n".join(texts))
+    return int(any(facts.get("fits", "yes") != "yes" for facts in found.values()))
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from peftfn.cli.convert import convert
+
+    own = {"kohya": ("layout", "prefix"), "swift": ("name",)}
+    given = {k: v for k in ("layout", "prefix", "name") if (v := getattr(options, k)) is not None}
+    for k in given:
+        if k not in own.get(options.to, ()):
+            raise ValueError(f"--{k} is no option of {options.to}")
+    print(convert(options.path, options.out, options.to, options.model, options.rank, **given))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from peftfn.cli.merge import merge
+
+    done = merge(options.base, options.adapter, options.out)
+    untied = f"; no longer tied: {', '.join(done['untied'])}" if done["untied"] else ""
+    print(f"wrote {options.out}: {len(done['adapted'])} tensors changed, {len(done['files'])} files{untied}")
+    return 0
 
 
 def _positive(text: str) -> int:

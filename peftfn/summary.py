@@ -3,17 +3,22 @@
 from collections import Counter
 from math import prod
 
-from torch import Tensor
-
 from peftfn.apply import Adapted
+from peftfn.quantised import weights
+from peftfn.table import table
 
 
 def counts(net: Adapted) -> tuple[int, int]:
-    """(trainable parameters of one adapter, parameters of base and adapter together); tied tensors count once."""
+    """(trainable parameters of one adapter, parameters of base and adapter together).
+
+    Tied tensors count once, and quantised weights as the matrices they stand for.
+    """
     trained = sum(prod(shape) for e in net.plan.values() for shape in e.spec.values())
     trained += sum(prod(shape) for bank in net.plan.banks.values() for shape in bank.values())
-    unique: dict[int, Tensor] = {id(p): p for p in net.model.parameters()}
-    return trained, trained + sum(p.numel() for p in unique.values())
+    hidden = {id(w.layer): w for _, w in weights(net.model)}
+    packed = {id(w.layer._parameters.get("weight")) for w in hidden.values()}
+    base = sum(p.numel() for p in net.model.parameters() if id(p) not in packed)
+    return trained, trained + base + sum(w.numel() for w in hidden.values())
 
 
 def summary(net: Adapted, *, by_site: bool = True) -> str:
@@ -29,6 +34,4 @@ def summary(net: Adapted, *, by_site: bool = True) -> str:
     for name, bank in net.plan.banks.items():
         sites = Counter(e.bank for e in net.plan.values())[name]
         rows.append((name, "bank", f"of {sites} sites", "", f"{sum(map(prod, bank.values())):,}"))
-    width = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in rows]
-    return "\n".join([head, *lines])
+    return f"{head}\n{table(rows)}"

@@ -1,0 +1,73 @@
+"""`peftfn convert`: an adapter of one format written in another."""
+
+from pathlib import Path
+from typing import Any
+
+from peftfn.cli.base import Base, guard, load_base
+from peftfn.combine import Chain
+from peftfn.convert import to_lora
+from peftfn.formats import load, save, swift
+from peftfn.formats.files import Loaded, read_json
+from peftfn.methods.full import Full
+from peftfn.plan import Entry
+
+
+def convert(path: Path, out: Path, to: str, model: Path | None = None, rank: int | None = None, **options: Any) -> str:
+    """Write the adapter at `path` to `out` in the format `to`; what it says is a line about it.
+
+    Args:
+        model: the base: a folder, or a config.json where no tensor of the adapter depends on the base's values. Without
+            it, the local folder that the adapter's configuration names. From ms-swift's LoRA to PEFT none is needed.
+        rank: write the best LoRA of this rank in place of each method (`to_lora`), which needs the base's values.
+        options: of the format.
+
+    Raises:
+        FileExistsError: `out` is there, and no empty folder.
+        ValueError: the format cannot express the adapter, or it needs a model, or the model's values.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists; name a new one")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    where = model or _named(path)
+    if where is None and to == "peft" and rank is None and swift.is_mine(path):
+        swift.to_peft(path, out)
+        return f"wrote {out}, PEFT's, with the tensors as they are"
+    if where is None:
+        raise ValueError(f"{path}: which layers its names mean is for the base model to say: give --model")
+    base = load_base(where)
+    net, adapter = bound(path, base)
+    if base.hollow:
+        for name, entry in net.plan.items():
+            if rank is not None or _of_values(entry):
+                raise ValueError(
+                    f"{name}: {entry.method} is written down relative to the base's values, and {where} has none; give "
+                    "a --model folder with *.safetensors"
+                )
+    if rank is not None:
+        net, adapter = to_lora(net, adapter, rank=rank)
+    save(out, net, adapter, format=to, **options)
+    methods = ", ".join(sorted({type(e.method).__name__ for e in net.plan.values()}))
+    return f"wrote {out}: {methods} at {len(net.plan)} sites, format {to}"
+
+
+def bound(path: Path, base: Base) -> Loaded:
+    """The adapter, on the model of the base. ValueError where it does not fit."""
+    guard(base, path)
+    return load(path, base.model)
+
+
+def _named(path: Path) -> Path | None:
+    """The base that PEFT's or ms-swift's configuration names, where that is a folder on this machine."""
+    config = swift.only(path) / "adapter_config.json" if swift.is_mine(path) else path / "adapter_config.json"
+    if not config.is_file():
+        return None
+    read = read_json(config)
+    name = read.get("base_model_name_or_path") if isinstance(read, dict) else None
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def _of_values(entry: Entry) -> bool:
+    """Whether what stands at the site in one format is not the same number in another without the base's values."""
+    methods = entry.method.methods if isinstance(entry.method, Chain) else (entry.method,)
+    return bool(entry.frozen) or any(isinstance(m, Full) for m in methods)

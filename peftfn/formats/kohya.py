@@ -1,0 +1,129 @@
+"""kohya's, ComfyUI's and diffusers' LoRA files: one safetensors file without a configuration, both ways.
+
+kohya writes `lora_unet_down_blocks_0_proj.lora_up.weight`: a prefix for the part of the pipeline, and the module's path
+with underscores for dots; diffusers `unet.down_blocks.0.proj.lora_A.weight`. Methods, ranks and sizes follow from
+names and shapes, the scale from `….alpha` (a file without it means alpha = rank). Methods: LoRA (`lora_up`, …), LoHa
+(`hada_w1_a`, …), LoKr (`lokr_w1`, …), each with or without `dora_scale`, and `Full` (`diff`, `diff_b`, `w_norm`,
+`b_norm`), with lycoris-lora's meaning. A LoRA's Tucker core (`lora_mid`) is multiplied into its down factor.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.apply import Adapted
+from peftfn.combine import is_expression
+from peftfn.formats.files import Loaded, opened, write
+from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
+from peftfn.formats.kohya_read import Reader
+from peftfn.method import Leaf
+from peftfn.methods.dora import DoRA
+from peftfn.methods.full import Full
+from peftfn.methods.loha import LoHa
+from peftfn.methods.lokr import LoKr
+from peftfn.methods.lora import LoRA
+from peftfn.plan import Entry
+
+FILE = "pytorch_lora_weights.safetensors"
+"""Its name in a folder, as diffusers has it."""
+_OTHERS = frozenset({"adapter_model.safetensors", "adapter.safetensors"})
+
+
+def is_mine(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".safetensors" and path.name not in _OTHERS
+    return (path / FILE).is_file()
+
+
+def save(
+    path: Path,
+    net: Adapted,
+    adapter: Mapping[str, Any],
+    *,
+    layout: str = "kohya",
+    prefix: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write one file: `path` itself if it ends in .safetensors, else pytorch_lora_weights.safetensors in it.
+
+    Args:
+        layout: "kohya", or "diffusers" (LoRA and DoRA alone; the scale is multiplied into lora_B, as diffusers
+            reads no alpha there).
+        prefix: of every name. Without it, that of the part of the pipeline (a model with children `unet`,
+            `text_encoder`, …); for a model without such parts "lora_unet", and "unet" with diffusers' layout.
+        dtype: of the file's tensors; without it, what the adapter has.
+    """
+    known = {"kohya": tuple(FLAT), "diffusers": DOTTED}
+    if layout not in known:
+        raise ValueError(f"save: there is no layout {layout!r}; choose one of {sorted(known)}")
+    if prefix is not None and prefix not in known[layout]:
+        raise ValueError(f"save: prefix is {prefix!r}; {layout} has {', '.join(known[layout])}")
+    names, out = Names(net.model), dict[str, Tensor]()
+    for site, entry in net.plan.items():
+        name = names.written(entry.site.module, layout, prefix)
+        if (found := names.find(name, f"save: {site}")) != entry.site.module:
+            raise ValueError(f"{site}: its name in the file, {name}, would be read as {found}")
+        out |= {f"{name}.{k}": t for k, t in _written(entry, adapter[site], names, layout).items()}
+    if dtype is not None:
+        out = {k: t if k.endswith(".alpha") else t.to(dtype) for k, t in out.items()}
+    write(path if path.suffix == ".safetensors" else path / FILE, out)
+
+
+def load(
+    path: Path,
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    pickled: bool = False,
+) -> Loaded:
+    with opened(path / FILE if path.is_dir() else path) as file:
+        return Reader(file, model, key_mapping or {}).load(strict)
+
+
+def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -> Leaf:
+    """{end of the key: tensor} of a site's leaf. ValueError for what these files have no form for."""
+    site, method = entry.site, entry.method
+    if is_expression(leaf) or leaf.keys() != entry.spec.keys():
+        raise ValueError(f"{site.name}: these files have no sums, scalings or prepared adapters; give the original")
+    attr = site.name.rpartition(".")[2]
+    if type(method) is Full and attr in ("weight", "bias") and layout == "kohya":
+        weight = names.sites.get((site.module, "weight"))
+        norm = weight is not None and weight.kind == "other"
+        end = {"weight": "w_norm" if norm else "diff", "bias": "b_norm" if norm else "diff_b"}[attr]
+        return {end: site.original(leaf["diff"])}
+    forms = (LoRA, DoRA) if layout == "diffusers" else (LoRA, DoRA, LoHa, LoKr)
+    if type(method) not in forms:
+        raise ValueError(
+            f"{site.name}: {layout}'s files have no {type(method).__name__}; peftfn.to_lora(net, adapter, rank=…) "
+            "gives the nearest LoRA (convert --rank on the command line)"
+        )
+    if site.kind not in ("linear", "conv") or attr != "weight":
+        raise ValueError(
+            f"{site.name}: these files have nn.Linear and convolutions alone, and this is {site.kind}: use the native "
+            "format"
+        )
+    assert isinstance(method, LoRA | LoHa | LoKr)
+    ones = (1,) * (len(site.shape) - 2)
+    p: Leaf = dict(leaf)
+    if isinstance(method, LoRA):
+        p |= {"a": p["a"].reshape(method.rank, *site.shape[1:]), "b": p["b"].reshape(*p["b"].shape, *ones)}
+        ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
+        if layout == "diffusers":
+            p |= {k: method.scale * p[k] for k in ("b", "beta") if k in p}
+            p |= {"m": p["m"].reshape(1, -1, *ones) if ones else p["m"]} if "m" in p else {}
+            return {(ends | {"beta": "lora_B.bias", "m": "lora_magnitude_vector"})[k]: t for k, t in p.items()}
+        if "beta" in p:
+            raise ValueError(f"{site.name}: kohya's LoRA has no bias; use diffusers' layout")
+        ends = {"a": "lora_down.weight", "b": "lora_up.weight"}
+    else:
+        ends = dict(method.peft.keys)
+    alpha = method.scale * method.rank
+    if {"w1", "w2"} <= p.keys():  # lycoris and ComfyUI take no scale where both factors are full
+        p["w1"], alpha = method.scale * p["w1"], float(method.rank)
+    if "m" in p:
+        p["m"] = p["m"].reshape(-1, 1, *ones)
+    return {"alpha": torch.tensor(alpha)} | {(ends | {"m": "dora_scale"})[k]: t for k, t in p.items()}

@@ -1,0 +1,104 @@
+"""The names that kohya's and diffusers' files give to a model's layers and to a method's tensors."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from peftfn.formats.kohya_unet import older
+from peftfn.method import Method
+from peftfn.methods.full import Full
+from peftfn.methods.loha import LoHa
+from peftfn.methods.lokr import LoKr
+from peftfn.methods.lora import LoRA
+from peftfn.site import Site, sites
+
+FLAT: dict[str, tuple[str, ...]] = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    "lora_transformer": ("transformer", "unet"),
+    "lycoris": (),
+}
+"""kohya's prefixes → the part of a pipeline they mean; where the model has no such part, they mean the model."""
+DOTTED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model")
+"""diffusers' prefixes; where the model has no such part, they mean the model."""
+
+Key = tuple[type[Method] | None, str]
+ENDS: dict[str, Key] = {
+    **dict.fromkeys(("lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight", "lora_B.weight"), (LoRA, "b")),
+    **dict.fromkeys(
+        ("lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_A.weight"), (LoRA, "a")
+    ),
+    "lora_mid.weight": (LoRA, "mid"),
+    "lora_B.bias": (LoRA, "beta"),
+    **{key: (LoHa, k) for k, key in LoHa.peft.keys.items()},
+    **{key: (LoKr, k) for k, key in LoKr.peft.keys.items()},
+    **dict.fromkeys(("diff", "w_norm"), (Full, "weight")),
+    **dict.fromkeys(("diff_b", "b_norm"), (Full, "bias")),
+    "alpha": (None, "alpha"),
+    "dora_scale": (None, "m"),
+    "lora_magnitude_vector": (None, "m"),
+}
+"""The end of a key → the method it belongs to (None: any), and the tensor's name in that method's leaf."""
+
+
+class Names:
+    """The names that files give to a model's layers."""
+
+    def __init__(self, model: nn.Module):
+        self.parts = [n for n, _ in model.named_children()]
+        self.sites: dict[tuple[str, str], Site] = {}  # (module, "weight" or "bias")
+        self.meant: dict[str, set[str]] = {}  # a file's name → modules
+        real: dict[str, str] = {}  # every name of a module → its first
+        for site in sites(model).values():
+            for name in (site.name, *site.aliases):
+                module, _, attr = name.rpartition(".")
+                if attr in ("weight", "bias"):
+                    self.sites.setdefault((site.module, attr), site)
+                    real[module] = site.module
+        self.unet = {path for m in real if (path := self.inside("lora_unet", m)) is not None}
+        for module, first in real.items():
+            for spelling in self.spellings(module):
+                self.meant.setdefault(spelling, set()).add(first)
+
+    def spellings(self, module: str) -> Iterator[str]:
+        """Every name that a file may have for a module."""
+        yield module
+        yield from (f"{p}.{module}" for p in DOTTED if p not in self.parts)
+        for prefix in FLAT:
+            if (path := self.inside(prefix, module)) is not None:
+                yield f"{prefix}_{path}".replace(".", "_")
+                if prefix == "lora_unet" and (old := older(path, self.unet)) is not None:
+                    yield f"{prefix}_{old}".replace(".", "_")
+                    yield f"diffusion_model.{old}"
+
+    def inside(self, prefix: str, module: str) -> str | None:
+        """The module's path inside the part that a prefix of kohya's means; None if it is in another part."""
+        part = next((p for p in FLAT[prefix] if p in self.parts), None)
+        if part is None:
+            return module
+        return module.removeprefix(f"{part}.") if module.startswith(f"{part}.") else None
+
+    def find(self, name: str, where: object) -> str | None:
+        """The module of a name, or None. ValueError where a name means several."""
+        found = sorted(self.meant.get(name, ()))
+        if len(found) > 1:
+            raise ValueError(
+                f"{where}: {name} may be {' or '.join(found)}: names with underscores do not tell them apart. Use "
+                "diffusers' layout, which has dots, or rename one with key_mapping."
+            )
+        return found[0] if found else None
+
+    def written(self, module: str, layout: str, prefix: str | None) -> str:
+        if layout == "diffusers":
+            part = module.partition(".")[0]
+            return module if prefix is None and part in DOTTED else f"{prefix or 'unet'}.{module}"
+        if prefix is None:
+            several = "text_encoder_2" in self.parts
+            mine = [p for p in FLAT if module.partition(".")[0] in FLAT[p] and (p != "lora_te" or not several)]
+            prefix = mine[0] if mine else "lora_unet"
+        if (path := self.inside(prefix, module)) is None:
+            raise ValueError(f"{module}: it is in no part of a pipeline that {prefix} names; give another prefix=")
+        return f"{prefix}_{path}".replace(".", "_")

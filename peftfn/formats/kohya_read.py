@@ -1,0 +1,253 @@
+"""Reading kohya's and diffusers' files: which module a key belongs to, which method its tensors are, what fits."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Size, nn
+
+from peftfn.apply import Adapted
+from peftfn.formats import peft_config as configs
+from peftfn.formats.files import Loaded, Tensors, mismatch
+from peftfn.formats.kohya_keys import ENDS, Key, Names
+from peftfn.formats.peft_read import pattern
+from peftfn.method import Method
+from peftfn.methods.dora import DoRA
+from peftfn.methods.full import Full
+from peftfn.methods.loha import LoHa
+from peftfn.methods.lokr import LoKr
+from peftfn.methods.lora import LoRA
+from peftfn.methods.lycoris import spread
+from peftfn.plan import Adapter, Entry, Plan, make, near
+from peftfn.quantised import parameters
+from peftfn.site import Site, sites
+
+
+class Reader:
+    """One load: the file's keys sorted by module, then by method."""
+
+    def __init__(self, file: Tensors, model: nn.Module, key_mapping: Mapping[str, str]):
+        self.file, self.where, self.model, self.names = file, file.where, model, Names(model)
+        try:
+            self.mapping = {re.compile(k): v for k, v in key_mapping.items()}
+        except re.error as e:
+            raise ValueError(f"load: key_mapping has {e.pattern!r}, which is no regular expression: {e}") from e
+        self.found: dict[str, dict[Key, str]] = {}  # module → {(method, tensor): the file's key}
+        self.called: dict[str, str] = {}  # module → its name in the file
+        self.stray: list[str] = []
+        self.missing: list[str] = []
+        self.configs = self.metadata()
+
+    def load(self, strict: bool) -> Loaded:
+        self.sort()
+        methods: dict[str, Method] = {}  # by site
+        keys: dict[str, dict[str, str]] = {}  # site → {tensor: the file's key}
+        for module in self.found:
+            for site, method, mine in self.layer(module):
+                methods[site.name], keys[site.name] = method, mine
+        if strict and (self.missing or self.stray):
+            hint = near(self.stray[0].partition(".lora")[0], [m for m, _ in self.names.sites]) if self.stray else ""
+            raise mismatch(self.where, self.missing, self.stray, hint)
+        if not methods:
+            raise ValueError(f"{self.where}: there is no adapter in it that this model has a place for")
+        known = list(sites(self.model))
+        groups: dict[Method, list[str]] = {}
+        for name in known:
+            if name in methods:
+                groups.setdefault(methods[name], []).append(name)
+        rules = {pattern(names, known): method for method, names in groups.items()}
+        taken = {n: rule for rule, names in zip(rules, groups.values(), strict=True) for n in names}
+        try:
+            plan = make(self.model, rules, 0, taken=taken, constants=False)
+        except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError, ArithmeticError) as e:
+            raise ValueError(f"{self.where}: does not fit the model: {e}") from e
+        for name, entry in plan.items():
+            self.check(entry, keys[name])
+        return self.fill(plan, keys)
+
+    def metadata(self) -> dict[str, Any]:
+        """diffusers' configuration, `<part>.<PEFT's key>` → value."""
+        text = self.file.metadata.get("lora_adapter_metadata", "{}")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{self.where}: lora_adapter_metadata is no valid JSON: {e}") from e
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.where}: lora_adapter_metadata is {text[:80]}; it must be an object")
+        return found
+
+    def sort(self) -> None:
+        ends = sorted(ENDS, key=len, reverse=True)
+        for key in self.file.meta:
+            end = next((e for e in ends if key.endswith(f".{e}")), None)
+            name = key.removesuffix(f".{end}")
+            for regex, new in self.mapping.items():
+                if regex.search(name):
+                    name = regex.sub(new, name)
+                    break
+            module = self.names.find(name, self.where) if end else None
+            if end is None or module is None:
+                self.stray.append(key)
+                continue
+            mine = self.found.setdefault(module, {})
+            if (have := mine.setdefault(ENDS[end], key)) != key:
+                raise ValueError(f"{self.where}: {have!r} and {key!r} are the same tensor")
+            self.called[module] = name
+
+    def layer(self, module: str) -> Iterator[tuple[Site, Method, dict[str, str]]]:
+        """The sites of a module that the file adapts, with their methods and keys."""
+        found = self.found[module]
+        for attr in ("weight", "bias"):
+            if (key := found.get((Full, attr))) is not None:
+                site = self.names.sites.get((module, attr))
+                if site is None:
+                    self.stray.append(key)
+                else:
+                    yield site, Full(), {"diff": key}
+        classes = {cls for cls, _ in found if cls not in (Full, None)}
+        common = {k: key for (cls, k), key in found.items() if cls is None}
+        if len(classes) + ((Full, "weight") in found) > 1 or (common and not classes):
+            raise ValueError(f"{self.where}: {sorted(found.values())} are not the tensors of one method")
+        for cls in classes:
+            own = {k: key for (c, k), key in found.items() if c is cls}
+            site = self.names.sites.get((module, "weight"))
+            if site is None or site.kind not in ("linear", "conv"):
+                self.stray += (own | common).values()
+            elif lacks := _lacks(cls, own.keys()):
+                self.missing += [f"{self.called[module]}.{k}" for k in lacks]
+                self.stray += (own | common).values()
+            else:
+                method = self.method(cls, site, own | common)
+                yield site, method, {k: key for k, key in (own | common).items() if k != "alpha"}
+
+    def method(self, cls: type[Method] | None, site: Site, keys: Mapping[str, str]) -> Method:
+        shape = {k: self.file.meta[key].shape for k, key in keys.items()}
+        for part in shape.keys() - {"alpha", "m", "beta"}:
+            if len(shape[part]) < 2 or 0 in shape[part]:
+                raise ValueError(
+                    f"{self.where}: {keys[part]} has shape {list(shape[part])}; it must be a matrix, not empty"
+                )
+        wd = "m" in keys
+        if wd and keys["m"].endswith("dora_scale") and shape["m"][:1] != site.shape[:1]:
+            raise ValueError(
+                f"{self.where}: {keys['m']} is {list(shape['m'])}, not [{site.shape[0]}, 1]: a magnitude of each "
+                "input is none that this release has"
+            )
+        if cls is LoRA:
+            rank = shape["a"][0]
+            alpha = self.alpha(site, keys, rank)
+            return DoRA(rank, alpha, attached=True) if wd else LoRA(rank, alpha, lora_bias="beta" in keys)
+        if cls is LoHa:
+            rank = shape["b1"][0]
+            return LoHa(rank, self.alpha(site, keys, rank), tucker="t1" in keys, weight_decompose=wd)
+        low = [i for i in "21" if f"w{i}" not in keys]
+        h, m = shape["w1"][:2] if "w1" in keys else (shape["a1"][0], shape["b1"][1])
+        k, n = shape["w2"][:2] if "w2" in keys else (shape["a2"][1 if "t2" in keys else 0], shape["b2"][1])
+        if low[:1] == ["2"] and "t2" not in keys:
+            n //= math.prod(site.shape[2:])
+        if (h * k, m * n) != site.shape[:2]:
+            raise ValueError(
+                f"{self.where}: {self.called[site.module]}: {[h, m]} ⊗ {[k, n]} has not the size of {site.name}, "
+                f"{list(site.shape)}"
+            )
+        rank = shape[f"b{low[0]}"][0] if low else (max(k, n) + 1) // 2
+        return LoKr(
+            rank,
+            self.alpha(site, keys, rank) if low else None,  # both full: lycoris and ComfyUI take no scale
+            tucker="t2" in keys,
+            weight_decompose=wd,
+            decompose_factor=_factor((h, k), (m, n)),
+            decompose_both="1" in low,
+        )
+
+    def alpha(self, site: Site, keys: Mapping[str, str], rank: int) -> float | None:
+        """The numerator of the scale; None where it is the rank."""
+        if (key := keys.get("alpha")) is not None:
+            if self.file.meta[key].numel() != 1:
+                raise ValueError(f"{self.where}: {key} has shape {list(self.file.meta[key].shape)}; it is one number")
+            value = float(self.file.tensor(key))
+            if not 0 < value < math.inf:
+                raise ValueError(f"{self.where}: {key} is {value}; it must be a finite number above 0")
+        elif self.configs:
+            part, _, path = self.called[site.module].partition(".")
+            mine = {k.removeprefix(f"{part}."): v for k, v in self.configs.items() if k.startswith(f"{part}.")}
+            if not mine:
+                return None
+            config = configs.checked({"peft_type": "LORA", **mine}, self.where)
+            method = configs.method(config, path, site.kind, self.where)
+            if not isinstance(method, LoRA | LoHa | LoKr):
+                raise ValueError(f"{self.where}: lora_adapter_metadata is of {method}, and the tensors are not")
+            value = method.scale * rank
+        else:
+            return None
+        return None if value == rank else value
+
+    def check(self, entry: Entry, keys: Mapping[str, str]) -> None:
+        """ValueError unless the file has what the method has, in shapes that mean the same."""
+        spec, site = dict(entry.spec), entry.site
+        if "mid" in keys:
+            core, down = (self.file.meta[keys[k]].shape for k in ("mid", "a"))
+            r = spec["a"][0]
+            if len(site.shape) < 3 or core != (r, r, *site.shape[2:]) or down[:2] != (r, site.shape[1]):
+                raise ValueError(f"{self.where}: {keys['mid']} is {list(core)}, and {site.name} {list(site.shape)}")
+            spec |= {"mid": core, "a": Size(down[:2])}
+        if odd := spec.keys() ^ keys.keys():
+            raise ValueError(
+                f"{self.where}: {sorted(keys.values())} are not what {entry.method} has at {site.name}: {sorted(odd)} "
+                "differ"
+            )
+        for k, key in keys.items():
+            have, want = self.file.meta[key].shape, site.shape if k == "diff" else spec[k]
+            if k == "m":
+                alike = _squeezed(have) == _squeezed(want)
+            elif k in ("a", "b"):  # a convolution's kernel, or a linear layer that was one of 1 × 1
+                alike = have == (want[0], *site.shape[1:]) or have == (*want, *(1,) * (len(have) - len(want)))
+            else:
+                alike = have == want
+            if not alike:
+                raise ValueError(
+                    f"{self.where}: {key} has shape {list(have)}, and {entry.method} at {site.name} wants {list(want)}"
+                )
+            if not self.file.meta[key].is_floating_point():
+                raise ValueError(f"{self.where}: {key} is {self.file.meta[key].dtype}; it must be floating")
+
+    def fill(self, plan: Plan, keys: Mapping[str, Mapping[str, str]]) -> Loaded:
+        devices = {n: p.device for n, p in parameters(self.model).items()}
+        adapter: Adapter = {}
+        for name, entry in plan.items():
+            p = {k: self.file.tensor(key, devices[name]) for k, key in keys[name].items()}
+            if "mid" in p:
+                p["a"] = spread(p.pop("mid"), p["a"].flatten(1))
+            if "diff" in p:
+                p["diff"] = entry.site.canonical(p["diff"]).contiguous()
+            adapter[name] = {k: p[k].reshape(shape) for k, shape in entry.spec.items()}
+        net = Adapted(self.model, plan)
+        net.plan.check(adapter)
+        return Loaded(net, adapter, tuple(sorted(self.missing)), tuple(sorted(self.stray)))
+
+
+def _lacks(cls: type[Method] | None, have: Collection[str]) -> list[str]:
+    """The ends of the keys without which a method's tensors are not whole."""
+    if cls is LoRA:
+        need = {"a": "lora_down.weight", "b": "lora_up.weight"}
+    elif cls is LoHa:
+        need = {k: key for k, key in LoHa.peft.keys.items() if k[0] != "t" or {"t1", "t2"} & {*have}}
+    else:
+        low = [i for i in "12" if f"w{i}" not in have]
+        need = {f"{k}{i}": LoKr.peft.keys[f"{k}{i}"] for i in low for k in "ab"}
+    return [key for k, key in need.items() if k not in have]
+
+
+def _squeezed(shape: Iterable[int]) -> list[int]:
+    return [n for n in shape if n != 1]
+
+
+def _factor(out: tuple[int, int], in_: tuple[int, int]) -> int | tuple[int, int]:
+    """LoKr's decompose_factor under which out and in are split like this; where it can, what PEFT has too."""
+    for f in (-1, out[0]):
+        one = LoKr(decompose_factor=f)
+        if one._split(math.prod(out), 0) == out and one._split(math.prod(in_), 1) == in_:
+            return f
+    return out[0], in_[0]
