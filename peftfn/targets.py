@@ -1,7 +1,7 @@
 """PEFT's way to say which modules are adapted, as rules: names, a regular expression, "all-linear", layers."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -9,14 +9,19 @@ from torch import nn
 
 from peftfn.method import Method
 from peftfn.plan import near
+from peftfn.quantised import quantised
+from peftfn.target_table import OF_METHOD, USUAL
+
+Modules = str | Iterable[str] | Callable[[str], bool]
+"""Names of modules; a regular expression that matches whole names, or "all-linear"; or a function of the name."""
 
 
 def targets(
     model: nn.Module,
     method: Method,
-    modules: str | Iterable[str] | None = None,
+    modules: Modules | None = None,
     *,
-    exclude: str | Iterable[str] | None = None,
+    exclude: Modules | None = None,
     layers: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,
     parameters: Iterable[str] = (),
@@ -27,13 +32,17 @@ def targets(
 
     Args:
         modules: names, each of which takes the modules of that name and those that end in it after a dot; or one
-            regular expression that must match a whole name; or "all-linear".
+            regular expression that must match a whole name; or "all-linear"; or a function of the name. Without it (and
+            without `parameters`), what PEFT adapts in a model of this `model.config.model_type`.
         exclude: modules to leave out, written as `modules`.
         layers: indices of layers to keep, the number after `layers_pattern`, or the first number in the name.
         parameters: parameters that are no layer's weight (experts), by suffix.
         rank_pattern, alpha_pattern: name or regular expression → value, for the modules whose name it matches to the
             end, from the start or from a dot on; the first that matches counts.
     """
+    inputs: list[str] = []
+    if modules is None and not parameters:
+        modules, inputs = defaults(model, method)
     chosen = matched(model, modules, exclude, layers, layers_pattern) if modules is not None else []
     params = [n for n, _ in model.named_parameters() if any(n == p or n.endswith(f".{p}") for p in parameters)]
     if not chosen and not params:
@@ -50,15 +59,28 @@ def targets(
             raise ValueError(
                 f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern gives at {name}"
             )
-        own = replace(method, **given)
+        own = replace(method, **given, **({"feedforward": True} if inputs and _matches(inputs, name) else {}))
         rules.setdefault(own, []).append(re.escape(name) + ("" if name in params else r"\.(weight|in_proj_weight)"))
     return {f"^({'|'.join(names)})$": m for m, names in rules.items()}
 
 
+def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
+    """(modules, those of them whose inputs IA3 scales) that PEFT adapts with this method if one names none."""
+    kind, name = getattr(getattr(model, "config", None), "model_type", None), type(method).__name__
+    found = OF_METHOD.get(name, {}).get(str(kind)) or USUAL.get(str(kind))
+    if found is None:
+        raise ValueError(
+            f"targets: no default modules for a model of type {kind!r}; name them, or say modules='all-linear'"
+        )
+    if found.startswith(".*"):
+        return found, []
+    return found.replace("*", "").split(), [n.removesuffix("*") for n in found.split() if n.endswith("*")]
+
+
 def matched(
     model: nn.Module,
-    modules: str | Iterable[str],
-    exclude: str | Iterable[str] | None = None,
+    modules: Modules,
+    exclude: Modules | None = None,
     layers: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,
 ) -> list[str]:
@@ -72,7 +94,7 @@ def matched(
         hits = [n for n in hits if not _matches(exclude, n)]
     if layers is None:
         return hits
-    if isinstance(modules, str) and modules.lower() != "all-linear":
+    if callable(modules) or (isinstance(modules, str) and modules.lower() != "all-linear"):
         raise ValueError("targets: layers goes with names; a regular expression says the layers itself")
     wanted = {layers} if isinstance(layers, int) else set(layers)
     lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
@@ -88,12 +110,15 @@ def linears(model: nn.Module) -> list[str]:
     hits = []
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+        linear = linear or quantised(module) is not None
         if linear and name and module is not out:
             hits.append(name)
     return hits
 
 
-def _matches(wanted: str | Iterable[str], name: str) -> bool:
+def _matches(wanted: Modules, name: str) -> bool:
+    if callable(wanted):
+        return wanted(name)
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith(f".{w}") for w in wanted)

@@ -1,18 +1,28 @@
 """Targeting as PEFT users write it, against what the installed PEFT adapts."""
 
+import re
+import time
 from typing import Any
 
 import peft
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import by_name
+from peft.utils import constants
 from torch import nn
 
 import peftfn as pf
-from peftfn.targets import matched, targets
+from peftfn.formats.regex import Pattern
+from peftfn.method import registry
+from peftfn.targets import defaults, matched, targets
 
 EXCLUDED = ["mlp.c_proj", "output.dense", "SelfAttention.q", "1.self_attn.k_proj", "attention.k_proj"]
 LISTS = ["layers", "h", "layer", "block"]
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's own calls into transformers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of PEFT's own calls into transformers
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
@@ -82,3 +92,180 @@ def test_what_is_refused() -> None:
         targets(model, pf.IA3(), ["q_proj"], rank_pattern={"q_proj": 3})
     with pytest.raises(ValueError, match="says the layers itself"):
         matched(model, ".*q_proj", layers=[1])
+
+
+# What PEFT adapts if one names nothing.
+
+OURS = {  # PEFT's name in its tables → ours
+    "LORA": "LoRA", "ADALORA": "AdaLoRA", "ADAMSS": "AdaMSS", "BEFT": "BEFT", "BOFT": "BOFT", "C3A": "C3A",
+    "DELORA": "DeLoRA", "FOURIERFT": "FourierFT", "FROD": "FRoD", "GLORA": "GLoRA", "GRALORA": "GraLoRA", "HRA": "HRA",
+    "IA3": "IA3", "LOHA": "LoHa", "LOKR": "LoKr", "MISS": "MiSS", "OFT": "OFT", "OSF": "OSF", "PVERA": "PVeRA",
+    "RANDLORA": "RandLoRA", "ROAD": "RoAd", "SHIRA": "SHiRA", "TINYLORA": "TinyLoRA", "UNILORA": "UniLoRA",
+    "VBLORA": "VBLoRA", "VERA": "VeRA", "WAVEFT": "WaveFT",
+}  # fmt: skip
+
+
+class Typed(nn.Module):
+    """A model that says of what type it is, and no more."""
+
+    def __init__(self, kind: str | None):
+        super().__init__()
+        self.config = type("Config", (), {"model_type": kind})
+
+
+@pytest.mark.parametrize("table", OURS)
+def test_the_tables_are_pefts(table: str) -> None:
+    method = registry[OURS[table]]()
+    theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_TARGET_MODULES_MAPPING")
+    assert len(theirs) > 15
+    for kind, names in theirs.items():
+        mine, inputs = defaults(Typed(kind), method)
+        assert (mine if isinstance(mine, str) else set(mine)) == (names if isinstance(names, str) else set(names)), kind
+        if table == "IA3":
+            assert set(inputs) == set(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_defaults_adapt_what_peft_adapts(name: str) -> None:
+    configs = {
+        pf.LoRA(2): peft.LoraConfig(r=2), pf.IA3(): peft.IA3Config(), pf.OFT(4): peft.OFTConfig(r=0, oft_block_size=4)
+    }  # fmt: skip
+    for method, config in configs.items():
+        if name == "gpt2" and isinstance(method, pf.OFT):
+            continue  # PEFT's OFT takes no Conv1D
+        if name == "gpt2":
+            config.fan_in_fan_out = True
+        theirs = peft.get_peft_model(by_name[name].build(), config)
+        model = by_name[name].build()
+        net = pf.adapt(model, targets(model, method))
+        assert sorted(s.rpartition(".")[0] for s in net.plan) == sorted(theirs.base_model.targeted_module_names)
+        if isinstance(method, pf.IA3):
+            ahead = [s.rpartition(".")[0] for s, e in net.plan.items() if e.method.feedforward]
+            assert sorted(ahead) == sorted(
+                n for n, m in theirs.base_model.model.named_modules() if getattr(m, "is_feedforward", 0)
+            )
+
+
+def test_no_defaults_for_what_is_not_known() -> None:
+    for kind in ("something", None):
+        with pytest.raises(ValueError, match=r"no default modules.*all-linear"):
+            targets(Typed(kind), pf.LoRA(2))
+
+
+# Patterns.
+
+
+def nested() -> nn.Module:
+    """foo, module.foo, module.foobar, module.module.foo, module.module.barfoo."""
+    inner = nn.ModuleDict({"foo": nn.Linear(8, 8), "barfoo": nn.Linear(8, 8)})
+    outer = nn.ModuleDict({"foo": nn.Linear(8, 8), "foobar": nn.Linear(8, 8), "module": inner})
+    return nn.ModuleDict({"foo": nn.Linear(8, 8), "module": outer})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hits"),
+    [
+        ({"foo": 5}, {"foo": 5, "module.foo": 5, "module.module.foo": 5}),
+        ({"^foo": 5}, {"foo": 5}),
+        ({"^module.foo": 5}, {"module.foo": 5}),
+        ({"module.foo": 5}, {"module.foo": 5, "module.module.foo": 5}),
+        ({"^foo": 5, "^module.module.foo": 6}, {"foo": 5, "module.module.foo": 6}),
+        ({"foo": 5, "^foo": 6}, {"foo": 5, "module.foo": 5, "module.module.foo": 5}),
+        ({"module.foo$": 5}, {"module.foo": 5, "module.module.foo": 5}),
+        ({r"(bar)?foo": 5}, {"foo": 5, "module.foo": 5, "module.module.foo": 5, "module.module.barfoo": 5}),
+        ({"fo": 5, "foo": 7, "oo": 5}, {"foo": 7, "module.foo": 7, "module.module.foo": 7}),
+    ],
+    ids=str,
+)
+def test_the_truth_table_of_patterns(pattern: dict[str, int], hits: dict[str, int]) -> None:
+    """SEMANTICS C5.2, C6.1 7 to 11, P15: and the scale is that of the module's own rank."""
+    model, names = nested(), ["foo", "foobar", "barfoo"]
+    every = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    net = pf.adapt(model, targets(model, pf.LoRA(2, alpha=4), names, rank_pattern=pattern))
+    assert {n: net.plan[f"{n}.weight"].method.rank for n in every} == {n: hits.get(n, 2) for n in every}
+    assert all(e.method.scale == 4 / e.method.rank for e in net.plan.values())
+    net = pf.adapt(model, targets(model, pf.LoRA(2, alpha=4), names, alpha_pattern=pattern))
+    assert {n: net.plan[f"{n}.weight"].method.scale for n in every} == {n: hits.get(n, 4) / 2 for n in every}
+    theirs = peft.get_peft_model(
+        nested(), peft.LoraConfig(target_modules=names, r=2, lora_alpha=4, rank_pattern=pattern)
+    )
+    assert {n: theirs.get_submodule(f"base_model.model.{n}").r["default"] for n in every} == {
+        n: hits.get(n, 2) for n in every
+    }
+
+
+def test_layers_that_no_pattern_finds_are_an_error() -> None:
+    """SEMANTICS C6.1 28."""
+    model = by_name["llama"].build()
+    assert len(pf.adapt(model, targets(model, pf.LoRA(2), ["q_proj"], layers=[0])).plan) == 1
+    for options in ({"layers": [0], "layers_pattern": "blocks"}, {"layers": [7]}):
+        with pytest.raises(ValueError, match="takes no module"):
+            targets(model, pf.LoRA(2), ["q_proj"], **options)
+
+
+def test_parameters_that_are_no_matrix_are_an_error() -> None:
+    """SEMANTICS C6.1 12."""
+    model = by_name["llama"].build()
+    with pytest.raises(ValueError, match="no meaning for their kinds"):
+        pf.adapt(model, targets(model, pf.LoRA(2), parameters=["norm.weight"]))
+
+
+def test_a_function_of_the_name() -> None:
+    model = by_name["llama"].build()
+    rules = targets(model, pf.LoRA(2), lambda n: n.endswith("1.self_attn.q_proj"))
+    assert list(pf.adapt(model, rules).plan) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+# Regular expressions from files.
+
+ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\w", r"\d", "(a|b)", "(ab)?", "(?:a*)", "^", "$", r"\b", "(?=a)",
+    "(?!b)", "a{2}", "b{1,3}", "(a+)*", "1", "|"]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(["", "*", "+", "?", "*?", "{0,2}"])), max_size=6),
+    st.text("ab.1", max_size=7),
+)
+def test_bounded_patterns_match_what_re_matches(parts: list[tuple[str, str]], text: str) -> None:
+    source = "".join(atom + times for atom, times in parts)
+    try:
+        pattern, want = Pattern(source), re.fullmatch(source, text) is not None
+        got = pattern.matches(text)
+    except (re.error, ValueError):
+        return  # what is no pattern, or not read from files: the next test sees that these are few
+    assert got == want, source
+
+
+def test_patterns_that_are_in_use_are_read() -> None:
+    names = ["model.layers.10.mlp.v_proj", "a.language_model.layers.3.self_attn.k_proj", "visual.q_proj", "a.q_proj"]
+    unsloth = (
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|v_proj)))"
+    )
+    for source in (
+        unsloth,
+        r"^(a(?=\.).*\.(k_proj|q_proj))$",
+        r"^(?!.*visual).*(q_proj|v_proj)$",
+        r".*\.\d+\..*[kv]_proj",
+    ):
+        assert [Pattern(source).matches(n) for n in names] == [re.fullmatch(source, n) is not None for n in names]
+
+
+@pytest.mark.parametrize(
+    "source", ["(a+)+b", "(a*)*(a*)*(a*)*b", "(a|aa)+b", "(.*)*" * 20 + "x", "(a?){60}a{60}", r"(\w+\.?)+$x"]
+)
+def test_patterns_that_make_re_backtrack_for_hours_end_at_once(source: str) -> None:
+    start = time.perf_counter()
+    assert Pattern(source).matches("a" * 59) is False
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    "source", ["(a*){999999999}", "(){999999999}", "(" * 3000 + ")" * 3000, "(?<=a)b", r"(a)\1", "(?i)a", "("]
+)
+def test_patterns_that_are_refused(source: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"too long|nested|not read|flags|no regular"):
+        Pattern(source).matches("a" * 59)
+    assert time.perf_counter() - start < 1

@@ -1,6 +1,16 @@
-"""Adapters on disk: one module a format, and `save` and `load` in front of them."""
+"""Adapters on disk: one module a format, and `save` and `load` in front of them.
+
+A format is a module with three functions:
+
+    is_mine(path) -> bool                                  whether the file or folder `path` is of this format
+    load(path, model, *, strict, key_mapping, pickled) -> Loaded
+    save(path, net, adapter, **options)                    the adapter has been checked against the net's plan
+
+and what is common to reading and writing files is in `files.py`.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,31 +18,81 @@ from typing import Any
 from torch import nn
 
 from peftfn.apply import Adapted
-from peftfn.formats import native, peft
-from peftfn.plan import Adapter
+from peftfn.distributed import distribute, is_sharded, refuse_sharded
+from peftfn.formats import hub, kohya, native, peft, swift
+from peftfn.formats.files import Loaded
 
-FORMATS: dict[str, Any] = {"native": native, "peft": peft}
+FORMATS: dict[str, Any] = {"native": native, "swift": swift, "peft": peft, "kohya": kohya}
+"""name → module, in the order in which `load` asks whose a path is."""
 
 
-def save(path: str | PathLike[str], net: Adapted, adapter: Mapping[str, Any], *, format: str = "native") -> None:
-    """Write an adapter, and the plan it belongs to, into the folder `path`.
+def save(
+    path: str | PathLike[str], net: Adapted, adapter: Mapping[str, Any], *, format: str = "native", **options: Any
+) -> None:
+    """Write an adapter, and the plan it belongs to, to `path`.
+
+    Each file is written beside its place and renamed: an interrupted save leaves the old one.
 
     Args:
-        format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), or "peft" (what Hugging Face PEFT
-            has a configuration for: adapter_model.safetensors and adapter_config.json).
+        format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), "peft" (what Hugging Face PEFT
+            has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
+            whole modules), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr; with layout="diffusers" as
+            diffusers has it).
+        options: of the format: those of `save` in its module.
+
+    Raises:
+        ValueError: the format cannot express the plan, or tensors are sharded; names the sites. Nothing has been
+            written then.
     """
-    if format not in FORMATS:
-        raise ValueError(f"save: there is no format {format!r}; choose one of {sorted(FORMATS)}")
+    module = _format(format)
     net.plan.check(adapter)
-    FORMATS[format].save(Path(path), net, adapter)
+    refuse_sharded(net, adapter)
+    module.save(Path(path), net, adapter, **options)
 
 
-def load(path: str | PathLike[str], model: nn.Module) -> tuple[Adapted, Adapter]:
-    """(net, adapter) from a folder that `save` or PEFT wrote, bound to `model`; each tensor on its site's device."""
-    folder = Path(path)
-    for module in FORMATS.values():
-        if (folder / module.CONFIG).is_file():
-            net, adapter = module.load(folder, model)
-            return net, adapter
-    known = ", ".join(f"{m.CONFIG} ({name})" for name, m in FORMATS.items())
-    raise FileNotFoundError(f"{folder} holds no adapter: none of {known} is there")
+def load(
+    path: str | PathLike[str],
+    model: nn.Module,
+    *,
+    format: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    strict: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    pickled: bool = False,
+) -> Loaded:
+    """`net, adapter` from a file or folder, or from a repository of the Hugging Face hub, bound to `model`.
+
+    A file is untrusted input: names, shapes and dtypes are checked against the model before a tensor is read, and the
+    model is never changed. Each tensor is read once, onto its site's device.
+
+    Args:
+        path: a folder or file; or, where there is none, the hub's "owner/name" (needs huggingface_hub).
+        format: one of `FORMATS`; without it, what the path holds says.
+        subfolder: folder or file inside of `path`.
+        revision: branch, tag or commit on the hub.
+        strict: whether tensors that the adapter lacks, or that have no place in the model, are errors. If not, they
+            are listed in the result's `missing` and `unexpected`.
+        key_mapping: regular expression → replacement, tried in order on each module's name in the file, the first that
+            matches counts: for a model whose modules have other names now.
+        pickled: read adapter_model.bin (tensors alone, `weights_only=True`) where there is no safetensors file.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: a file that is broken, or does not fit the model; names file and key.
+    """
+    where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
+    if format is None:
+        format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
+        if format is None:
+            raise FileNotFoundError(f"{where} holds no adapter of a known format: {', '.join(FORMATS)}")
+    loaded: Loaded = _format(format).load(where, model, strict=strict, key_mapping=key_mapping, pickled=pickled)
+    if any(map(is_sharded, model.parameters())):
+        loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
+    return loaded
+
+
+def _format(name: str) -> Any:
+    if name not in FORMATS:
+        raise ValueError(f"there is no format {name!r}; choose one of {sorted(FORMATS)}")
+    return FORMATS[name]

@@ -1,88 +1,164 @@
 """The native format: adapter.safetensors (trained and frozen tensors) and peftfn.json (rules, methods, shapes)."""
 
 import dataclasses
+import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfn.apply import Adapted, adapt
+from peftfn.apply import Adapted
+from peftfn.distributed import on_mesh
+from peftfn.formats.files import MOST, Loaded, Tensors, mismatch, opened, read_json, write
 from peftfn.method import Method, registry
-from peftfn.plan import Adapter, Plan
+from peftfn.plan import Entry, Plan, make
+from peftfn.quantised import parameters
+from peftfn.site import sites
 
 CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
 
 
+def is_mine(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
 def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
-    """Both files are written beside their final names and renamed: an interrupted save leaves the old ones."""
     tensors = {f"adapter/{k}": t for k, t in _flat(adapter)}
     stored: dict[int, str] = {}  # a constant that several sites share is written once
     for name, entry in net.plan.items():
         for k, t in entry.frozen.items():
-            key = stored.setdefault(id(t), f"frozen/{name}/{k}")
-            tensors[key] = t
-    constants = {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen}
-    config = {
+            tensors[stored.setdefault(id(t), f"frozen/{name}/{k}")] = t
+    config: dict[str, Any] = {
         "format": "peftfn",
         "version": VERSION,
         "torch": torch.__version__,
         "rules": [[pattern, to_json(method)] for pattern, method in net.plan.rules.items()],
-        "constants": constants,
-        "sites": {name: list(entry.site.shape) for name, entry in net.plan.items()},
+        "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
+        "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / f".{TENSORS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
-    save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, written[0], metadata={"format": "pt"})
-    written[1].write_text(json.dumps(config, indent=2, ensure_ascii=False))
-    os.replace(written[0], folder / TENSORS)
-    os.replace(written[1], folder / CONFIG)
+    # the two files are renamed one after the other: this tells whether they are of one save
+    config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
+    write(folder / TENSORS, tensors, {"id": config["id"]})
+    write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def load(folder: Path, model: nn.Module) -> tuple[Adapted, Adapter]:
-    config = json.loads((folder / CONFIG).read_text())
-    if config.get("format") != "peftfn" or config.get("version") != VERSION:
+def load(
+    folder: Path,
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    pickled: bool = False,
+) -> Loaded:
+    if key_mapping:
+        raise ValueError(f"{folder}: key_mapping is for PEFT's files; sites in {CONFIG} have the model's own names")
+    where = folder / CONFIG
+    config = _read(where)
+    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    found, taken = sites(model), {}
+    for name, site in config["sites"].items():
+        rule, have = site["rule"], found.get(name)
+        if have is None or list(have.shape) != site["shape"]:
+            raise ValueError(
+                f"{where}: made for another model: {name} is {site['shape']} in the file, and "
+                + ("not in the model" if have is None else f"{list(have.shape)} in the model")
+            )
+        if rule not in rules or have.kind not in rules[rule].kinds:
+            raise ValueError(f"{where}: {name} has the rule {str(rule)[:80]!r}, which gives no method for it")
+        taken[name] = rule
+    if rules.keys() != set(taken.values()):
+        raise ValueError(f"{where}: the rule {min(rules.keys() - set(taken.values()))[:80]!r} has no site")
+    try:
+        plan = make(model, rules, 0, taken=taken, constants=False)
+    except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
+        raise ValueError(f"{where}: its methods do not fit the model: {e}") from e
+    with opened(folder / TENSORS) as file:
+        if file.metadata.get("id") != config["id"]:
+            raise ValueError(f"{file.where} and {where} are of different saves: one was interrupted, or is a copy")
+        return _filled(model, plan, config["constants"], file, strict)
+
+
+def _read(where: Path) -> dict[str, Any]:
+    """peftfn.json, its structure checked."""
+    config = read_json(where)
+    have = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
+    if have != ("peftfn", VERSION):
         raise ValueError(
-            f"{folder / CONFIG}: format {config.get('format')!r}, version {config.get('version')!r}; this release "
-            f"reads 'peftfn', version {VERSION}"
+            f"{where}: format {have[0]!r}, version {have[1]!r}; this release reads 'peftfn', version {VERSION}"
         )
-    rules = {pattern: from_json(method, folder / CONFIG) for pattern, method in config["rules"]}
-    net = adapt(model, rules)
-    want = {name: list(e.site.shape) for name, e in net.plan.items()}
-    if want != config["sites"]:
-        odd = sorted(n for n in want.keys() | config["sites"].keys() if want.get(n) != config["sites"].get(n))
-        raise ValueError(
-            f"{folder / CONFIG}: made for another model: {len(odd)} sites differ, first {odd[0]} (file: "
-            f"{config['sites'].get(odd[0])}, model: {want.get(odd[0])})"
-        )
-    adapter: Adapter = {name: {} for name, e in net.plan.items() if not e.spec}  # all that they train is in a bank
-    frozen: dict[str, Tensor] = {}
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    devices = {name: weights[name].device for name in net.plan}
-    devices |= {e.bank: devices[n] for n, e in net.plan.items() if e.bank}
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            group, place, *path = key.split("/")
-            # a copy: a mapped tensor is not aligned as torch aligns its own, and BLAS would round differently
-            t = file.get_tensor(key).to(devices.get(place, "cpu"), copy=True)
-            if group == "adapter":
-                _put(adapter, [place, *path], t)
-            else:
-                frozen[key] = t
-    entries = {}
-    for name, e in net.plan.items():
-        names = config["constants"].get(name, {})
-        if names.keys() != e.frozen.keys() or not frozen.keys() >= set(names.values()):
-            raise ValueError(f"{folder}: {name} has constants {sorted(names)}, and {e.method} has {sorted(e.frozen)}")
-        entries[name] = dataclasses.replace(e, frozen={k: frozen[key].to(devices[name]) for k, key in names.items()})
-    net = Adapted(model, Plan(entries, net.plan.rules, net.plan.banks))
+    for key, kind in {"id": str, "rules": list, "constants": dict, "sites": dict}.items():
+        if not isinstance(config.get(key), kind) or (not config[key] and key in ("rules", "sites")):
+            raise ValueError(f"{where}: {key} is {str(config.get(key))[:80]}; it must be a {kind.__name__}, not empty")
+    for rule in config["rules"]:
+        if not (isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise ValueError(f"{where}: rules has {str(rule)[:80]}; it must be a pattern and a method")
+    for name, site in config["sites"].items():
+        if not (isinstance(site, dict) and site.keys() == {"shape", "rule"} and isinstance(site["rule"], str)):
+            raise ValueError(f"{where}: sites: {name} is {str(site)[:80]}; it must have a shape and a rule")
+    for name, keys in config["constants"].items():
+        if not (isinstance(keys, dict) and all(isinstance(k, str) for k in keys.values())):
+            raise ValueError(f"{where}: constants: {name} is {str(keys)[:80]}; it must be name → key")
+    if len({p for p, _ in config["rules"]}) != len(config["rules"]):
+        raise ValueError(f"{where}: rules: a pattern is there twice")
+    return config
+
+
+def _filled(
+    model: nn.Module, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
+) -> Loaded:
+    """The net and adapter of a plan without constants, with the file's tensors."""
+    specs = {**{n: e.spec for n, e in plan.items()}, **plan.banks}
+    places: dict[str, list[str]] = {}  # the file's key → the path to its place in the adapter
+    for key in file.meta:
+        if key.startswith("adapter/"):
+            places[key] = _path(key.removeprefix("adapter/"), specs)
+    want = {f"adapter/{n}/{k}" for n, spec in specs.items() for k in spec}
+    used = {key for keys in constants.values() for key in keys.values()}
+    stray = {k for k in file.meta if k not in places and k not in used}
+    tree: dict[str, Any] = {name: {} for name, spec in specs.items() if not spec}  # all they train is in a bank
+    for key, path in places.items():
+        _put(tree, path, file.meta[key], file.where)
+    try:
+        plan.check(tree)
+        missing, unexpected = set[str](), stray
+    except (KeyError, ValueError, TypeError) as error:
+        missing, unexpected = want - places.keys(), places.keys() - want | stray
+        if not missing and not unexpected:
+            raise ValueError(f"{file.where}: {error.args[0]}") from error
+    if strict and (missing or unexpected):
+        raise mismatch(file.where, missing, unexpected)
+    for key in want & places.keys() if missing or unexpected - stray else ():
+        name, k = places[key]
+        file.check(key, specs[name][k])
+
+    homes = parameters(model)
+    devices = {n: p.device for n, p in homes.items()}
+    devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
+    once: dict[tuple[str, torch.device], Tensor] = {}
+    entries: dict[str, Entry] = {}
+    for name, e in plan.items():
+        keys = constants.get(name, {})
+        if keys.keys() != e.frozen.keys() or not file.meta.keys() >= set(keys.values()):
+            raise ValueError(
+                f"{file.where}: {name} has constants {sorted(keys)}, and {e.method} has {sorted(e.frozen)}"
+            )
+        frozen = {}
+        for k, key in keys.items():
+            file.check(key, e.frozen[k].shape, e.frozen[k].is_floating_point())
+            if (key, devices[name]) not in once:
+                once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), homes[name])
+            frozen[k] = once[key, devices[name]]
+        entries[name] = dataclasses.replace(e, frozen=frozen)
+    net = Adapted(model, Plan(entries, plan.rules, plan.banks))
+    adapter: dict[str, Any] = net.init() if missing else {name: {} for name, spec in specs.items() if not spec}
+    for key, path in places.items():
+        if key not in unexpected:
+            _put(adapter, path, file.tensor(key, devices[path[0]], exact=True), file.where)
     net.plan.check(adapter)
-    return net, adapter
+    return Loaded(net, adapter, tuple(sorted(missing)), tuple(sorted(unexpected)))
 
 
 def to_json(method: Method) -> dict[str, Any]:
@@ -107,15 +183,18 @@ def from_json(data: Any, where: Path) -> Method:
             return from_json(v, where)
         return tuple(value(x) for x in v) if isinstance(v, list) else v
 
-    if not isinstance(data, dict) or data.get("method") not in registry:
-        name = data.get("method") if isinstance(data, dict) else data
+    name = data.get("method") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in registry:
         raise ValueError(
             f"{where}: unknown method {name!r}; known are {sorted(registry)}. Import the module that defines it."
         )
-    cls = registry[data["method"]]
+    cls = registry[name]
+    for field in ("terms", "niter", "depth"):  # how often something is done
+        if isinstance(n := data.get(field), int) and n > MOST:
+            raise ValueError(f"{where}: {name}.{field} is {n}; at most {MOST} are read from files")
     try:
         return cls(**{k: value(v) for k, v in data.items() if k != "method"})
-    except TypeError as e:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"{where}: {cls.__name__} does not take what the file gives it: {e}") from e
 
 
@@ -127,8 +206,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tens
             yield f"{prefix}{k}", v
 
 
-def _put(tree: dict[str, Any], path: list[str], t: Tensor) -> None:
+def _path(key: str, names: Mapping[str, Any]) -> list[str]:
+    """A key of `_flat` as a path: the first part is one of the names, which may have a slash in it."""
+    parts = key.split("/")
+    for i in range(1, len(parts)):
+        if (name := "/".join(parts[:i])) in names:
+            return [name, *parts[i:]]
+    return parts
+
+
+def _put(tree: dict[str, Any], path: list[str], t: Tensor, where: Path) -> None:
     *folders, last = path
     for folder in folders:
         tree = tree.setdefault(folder, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{where}: adapter/{'/'.join(path)} is below a tensor")
+    if isinstance(tree.get(last), dict):
+        raise ValueError(f"{where}: adapter/{'/'.join(path)} is a tensor, and others are below it")
     tree[last] = t

@@ -1,9 +1,8 @@
 """PEFT's names of tensors in a file, and the shapes it gives them at each kind of layer."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from peftfn.formats.peft_config import listed
 from peftfn.method import Leaf, Method
-from peftfn.plan import near
-from peftfn.rng import Rng
+from peftfn.quantised import parameters
 from peftfn.site import Site, sites
 
 PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
@@ -52,15 +50,27 @@ class Place:
         if site.kind == "conv" and key in _POINT:
             return t.reshape(*t.shape, *point)
         if site.kind == "conv" and key in _CHANNEL:
+            if t.shape[0] == 1 and (k := site.shape[2:].numel()) > 1 and t.numel() == site.shape[1] * k:
+                t = self.channels(t.reshape(-1, k))
             return t.reshape(1, t.numel(), *point)
         if site.kind == "conv" and key == "boft_s":
             return t.reshape(1, -1)
         return t
 
+    def channels(self, t: Tensor) -> Tensor:
+        """One number of each row [channels, window]: PEFT scales a convolution's input channels, we every column."""
+        if not t.is_meta and not torch.equal(t, t[:, :1].expand_as(t)):
+            raise ValueError(
+                f"{self.site.name}: PEFT scales whole input channels, and here the window's columns differ"
+            )
+        return t[:, 0]
+
     def read(self, key: str, t: Tensor, shape: torch.Size) -> Tensor:
         """Back from the file, in the shape of our leaf."""
         if self.site.stacked and key != "lora_A.weight":
             return t.reshape(len(t), -1, self.site.shape[0]).permute(2, 0, 1).contiguous()
+        if self.site.kind == "conv" and key == "ia3_l" and t.numel() < shape.numel():
+            return t.flatten().repeat_interleave(shape.numel() // t.numel()).reshape(shape)
         return (t * 2 if self.twice and key == "lora_B.weight" else t).reshape(shape)
 
 
@@ -73,18 +83,23 @@ class Model:
     modules: dict[str, nn.Module] = field(init=False)
     buffers: dict[str, Tensor] = field(init=False)
     weights: dict[str, Tensor] = field(init=False)  # by every name
+    names: list[str] = field(init=False)  # of the sites, the first of each
 
     def __post_init__(self) -> None:
         found = sites(self.model)
-        self.sites = {n: s for s in found.values() for n in (s.name, *s.aliases)}
+        self.sites, self.names = {n: s for s in found.values() for n in (s.name, *s.aliases)}, list(found)
         self.modules = dict(self.model.named_modules())
         self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        self.weights = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+        self.weights = parameters(self.model)
 
-    def empty(self, site: Site) -> Tensor:
-        """What a method sees at the site, without values; of one expert if it is a stack."""
-        w = torch.empty(site.shape, dtype=self.weights[site.name].dtype, device="meta")
-        return site.canonical(w)[0] if site.stacked else site.canonical(w)
+    def whole(self, key: str) -> Site | None:
+        """The site whose whole value is under this key, `base_layer`s left out."""
+        path, _, attr = key.rpartition(".")
+        return self.sites.get(key) or self.sites.get(f"{self.plain(path)[0]}.{attr}")
+
+    def owner(self, module: str) -> str:
+        """The module PEFT targets: for an attention's out-projection, the attention."""
+        return module.rpartition(".")[0] if self.in_attention(module) else module
 
     def plain(self, path: str) -> tuple[str, int]:
         """(the path without the `base_layer`s of PEFT's wrappers, how many there were)."""
@@ -143,25 +158,16 @@ def split(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def drawn(site: Site, method: Method, w: Tensor) -> tuple[Leaf, Leaf]:
-    """(leaf, its own constants) on the meta device; w as the method sees it."""
-    rng = Rng(0, site.name, site=site, device="meta")
-    both = method.init(rng, w), method.frozen(rng, w)
-    if not site.stacked:
-        return both
-    leaf, frozen = ({k: t.expand(site.shape[0], *t.shape) for k, t in p.items()} for p in both)
-    return leaf, frozen
-
-
 def tensors(place: Place, method: Method, p: Leaf) -> Leaf:
     """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
     return {place.key(k): place.write(k, t) for k, t in method.to_peft_leaf(p).items()}
 
 
-def unexpected(keys: list[str], known: list[str], where: Path) -> ValueError:
-    return ValueError(
-        f"{where}: {len(keys)} tensors have no place in this model, {keys[0]!r} first{near(clean(keys[0]), known)}"
-    )
+def heads(key: str) -> Iterator[str]:
+    """The key without its last component, without its last two, …"""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def variants(key: str) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,62 @@ from torch import Tensor, nn
 from peftfn.apply import Adapted
 from peftfn.combine import is_expression
 from peftfn.formats import peft_config as configs
+from peftfn.formats import peft_table as table
 from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors
 from peftfn.method import Leaf, Method
 from peftfn.methods.full import Full
-from peftfn.plan import Entry, wide
+from peftfn.methods.tiedtokens import TiedTokens
+from peftfn.methods.trainabletokens import TrainableTokens
+from peftfn.plan import Entry, Plan, wide
 
-_MORE = {  # layers besides nn.Linear that PEFT 0.21.2 has a method for
-    "LORA": "linear_t embedding conv1 conv2 conv3 attention stack stack_t parameter",
-    "ADALORA": "linear_t conv2",
-    "BOFT": "conv2",
-    "DEFT": "linear_t",
-    "FOURIERFT": "linear_t",
-    "FROD": "linear_t",
-    "GRALORA": "linear_t",
-    "HIRA": "linear_t embedding conv1 conv2 conv3",
-    "HRA": "conv2",
-    "IA3": "linear_t conv2 conv3",
-    "LOHA": "conv1 conv2",
-    "LOKR": "conv1 conv2",
-    "OFT": "embedding conv2",
-    "PVERA": "linear_t",
-    "RANDLORA": "linear_t",
-    "TINYLORA": "linear_t embedding",
-    "TRAINABLE_TOKENS": "embedding",
-    "UNILORA": "linear_t",
-    "VBLORA": "linear_t",
-    "VERA": "linear_t",
-}
-_BUT = "embedding conv1 conv2 conv3 attention stack stack_t parameter"
-_LESS = {  # and those of them that it has no such option for
-    "use_dora": "attention stack stack_t parameter",
-    "lora_bias": "embedding attention stack stack_t parameter",
-    "use_bdlora": f"linear_t {_BUT}",
-    "kasa_config": f"linear_t {_BUT}",
-    "use_qalora": f"linear_t {_BUT}",
-    "monteclora_config": _BUT,
-    "velora_config": _BUT,
-    "init_lora_weights": _BUT.removeprefix("embedding "),
-}
 _BIAS = {"LORA": "lora_only", "OFT": "oft_only", "BOFT": "boft_only", "HRA": "hra_only", "VERA": "vera_only"}
+
+
+def documents(
+    net: Adapted, adapter: Mapping[str, Any], *, split: bool = False
+) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """{folder below: (configuration, tensors)}: one, or with `split` one for each of PEFT's types in the plan."""
+    net, adapter = _untied(net, adapter)
+    types: dict[str, dict[str, Entry]] = {}
+    for name, entry in net.plan.items():
+        kind = entry.method.peft.type if entry.method.peft and not isinstance(entry.method, Full) else ""
+        types.setdefault(kind, {})[name] = entry
+    if not split or len(types.keys() - {""}) < 2:
+        return {"": document(net, adapter)}
+    first = next(kind for kind in types if kind)
+    types[first] |= types.pop("", {})
+    out = {}
+    for kind, entries in types.items():
+        banks = {b: spec for b, spec in net.plan.banks.items() if b in {e.bank for e in entries.values()}}
+        part = Adapted(net.model, Plan(entries, net.plan.rules, banks))
+        out[kind.lower()] = document(part, {n: adapter[n] for n in (*entries, *banks)})
+    return out
+
+
+def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[str, Any]]:
+    """TiedTokens as PEFT has them: trained tokens of the embedding, which its model's head follows by itself."""
+    tied = {n: e for n, e in net.plan.items() if isinstance(e.method, TiedTokens)}
+    if not tied:
+        return net, adapter
+    entries, out = dict(net.plan.items()), dict(adapter)
+    for name, e in tied.items():
+        together = {n for n, other in tied.items() if other.bank == e.bank}
+        if e.site.kind != "embedding":
+            if not any(tied[n].site.kind == "embedding" for n in together):
+                raise ValueError(f"{name}: PEFT trains tokens of a head along with its embedding only; adapt both")
+            del entries[name], out[name]
+            continue
+        if together != {name, *e.site.tied} or not getattr(net.model.config, "tie_word_embeddings", False):
+            raise ValueError(f"{name}: PEFT ties {[name, *e.site.tied]}, and the rule has {sorted(together)}")
+        assert e.bank is not None
+        leaf = adapter[e.bank]
+        spec = {k: t.shape for k, t in leaf.items()}
+        method = TrainableTokens(e.method.tokens)  # type: ignore[attr-defined]
+        entries[name] = replace(e, method=method, spec=spec, prepared=spec, bank=None)
+        out[name] = leaf
+    names = {e.bank for e in tied.values()}
+    banks = {b: spec for b, spec in net.plan.banks.items() if b not in names}
+    return Adapted(net.model, Plan(entries, net.plan.rules, banks)), {n: t for n, t in out.items() if n not in names}
 
 
 def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -102,7 +120,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     (kind,) = types
     config: dict[str, Any] = {
         "peft_type": kind,
-        "peft_version": configs.VERSION,
+        "peft_version": table.VERSION,
         "task_type": None,
         "inference_mode": True,
         "base_model_name_or_path": getattr(model.model, "name_or_path", None) or None,
@@ -127,13 +145,13 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     if banks and len({e.rule for e in main.values()}) > 1:
         raise ValueError(f"PEFT's {kind} shares its tensors among all layers, and here several rules have their own")
     config |= _common(kind, each, {n: p.module for n, p in places.items()}, model)
-    modules = list(dict.fromkeys(_owner(places[n].module, model) for n in main if n not in parameters))
+    modules = list(dict.fromkeys(model.owner(places[n].module) for n in main if n not in parameters))
     ahead = {places[n].module for n in main if each[n].get("feedforward_modules")}
     if "feedforward_modules" in config:
         config["target_modules"], config["feedforward_modules"] = _two(modules, ahead, model)
     else:
         config["target_modules"] = targets(modules, model.modules)
-    if "save_indices" in configs.DEFAULTS.get(kind, {}):
+    if "save_indices" in table.DEFAULTS.get(kind, {}):
         config["save_indices"] = True
     if parameters:
         config["target_parameters"] = parameters
@@ -143,20 +161,15 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     return config, out
 
 
-def _owner(module: str, model: Model) -> str:
-    """The module PEFT targets: for an attention's out-projection, the attention."""
-    return module.rpartition(".")[0] if model.in_attention(module) else module
-
-
 def _layer(entry: Entry, model: Model) -> str:
-    """The kind of a site as `_MORE` names it."""
+    """The kind of a site as `table.MORE` names it."""
     site = entry.site
     module = model.modules[site.module]
     if isinstance(module, nn.MultiheadAttention) or model.in_attention(site.module):
         return "attention"
     if site.kind == "conv":
         return f"conv{len(site.shape) - 2}"
-    if site.kind == "linear" and not isinstance(module, nn.Linear):
+    if site.kind == "linear" and not isinstance(module, nn.Linear) and not site.quantised:
         return "parameter"
     if site.kind == "other" and site.name.endswith("bias") and isinstance(module, nn.Linear):
         return "linear"
@@ -167,16 +180,16 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
     """ValueError for a layer that PEFT does not adapt with this method, or not as we do."""
     for n, e in main.items():
         layer, module = _layer(e, model), model.modules[e.site.module]
-        less = next((k for k, v in _LESS.items() if layer in v.split() and each[n].get(k)), None)
+        less = next((k for k, v in table.LESS.items() if layer in v.split() and each[n].get(k)), None)
         less = None if less == "init_lora_weights" and not isinstance(each[n][less], str) else less
-        if layer not in f"linear {_MORE.get(kind, '')}".split() or less:
+        if layer not in f"linear {table.MORE.get(kind, '')}".split() or less:
             raise ValueError(f"{n}: PEFT's {kind} {f'with {less} ' if less else ''}does not take this layer ({layer})")
         if layer.startswith("conv") and kind != "HIRA":
             d, g, m = module.dilation, module.groups, module.padding_mode
             if g != 1 or m != "zeros" or any(x != 1 for x in d):  # type: ignore[union-attr]
                 raise ValueError(f"{n}: PEFT leaves out groups={g}, dilation={d} and padding_mode={m!r} in its {kind}")
         if layer == "attention":
-            pair = [k for k in main if _owner(main[k].site.module, model) == _owner(e.site.module, model)]
+            pair = [k for k in main if model.owner(main[k].site.module) == model.owner(e.site.module)]
             if len(pair) != 2 or any(each[k] != each[n] for k in pair):
                 raise ValueError(
                     f"{n}: PEFT adapts in_proj_weight and out_proj.weight of an attention alike, or neither"
@@ -186,7 +199,7 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
 def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str, str], model: Model) -> dict[str, Any]:
     """One configuration for all sites: where they differ, patterns for those that have one."""
     out: dict[str, Any] = {}
-    patterns = {} if kind in configs.UNPATTERNED else configs.PATTERNS
+    patterns = {} if kind in table.UNPATTERNED else table.PATTERNS
     fields = {key: pattern for pattern, names in patterns.items() for key in names}
     for key in dict.fromkeys(k for c in each.values() for k in c):
         values = {n: c.get(key) for n, c in each.items()}
@@ -195,15 +208,31 @@ def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str,
         others = {n: v for n, v in values.items() if v != out[key]}
         if others and key == "feedforward_modules":
             continue
+        if others and key == "use_bdlora" and (both := _sides(values, modules)):
+            out[key] = both
+            continue
         if others and key not in fields:
             raise ValueError(
                 f"PEFT's {kind} has one {key} for all layers; here it is {out[key]!r}, and "
                 f"{next(iter(others.values()))!r} at {_some(list(others))}"
             )
         if others:
-            legacy = kind in configs.LEGACY
+            legacy = kind in table.LEGACY
             out[fields[key]] = {modules[n] if legacy else f"^{re.escape(modules[n])}": v for n, v in others.items()}
     return out
+
+
+def _sides(values: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any] | None:
+    """BD-LoRA on both sides, which PEFT tells apart by parts of the layers' last names; None where it cannot."""
+    blocks = {v["nblocks"] for v in values.values() if v}
+    out: dict[str, Any] = {"nblocks": min(blocks), "match_strict": None not in values.values()}
+    last = {n: m.rpartition(".")[2] for n, m in modules.items()}
+    for side in ("target_modules_bd_a", "target_modules_bd_b"):
+        mine = {n for n, v in values.items() if v and v[side]}
+        out[side] = sorted({last[n] for n in mine})
+        if any(any(part in name for part in out[side]) != (n in mine) for n, name in last.items()):
+            return None
+    return out if len(blocks) == 1 else None
 
 
 def _same(
@@ -220,7 +249,7 @@ def _same(
             continue
         seen.add((e.method, e.site.kind))
         again = configs.method(
-            {**configs.DEFAULTS.get(config["peft_type"], {}), **config},
+            {**table.DEFAULTS.get(config["peft_type"], {}), **config},
             places[n].module,
             e.site.kind,
             Path("(written)"),
@@ -272,7 +301,8 @@ def _whole(
     if clash:
         raise ValueError(f"PEFT saves whole modules, and {_some(clash)} also have another method")
     config["modules_to_save"] = modules
-    state = {**model.buffers, **model.weights, **values}
+    dense = {n: t for n, t in model.weights.items() if isinstance(t, Tensor)}  # not what stands for a quantised one
+    state = {**model.buffers, **dense, **values}
     saved = model.model.state_dict()
     for m in caught:
         out |= {f"{PREFIX}{k}": state.get(k, saved[k]) for k in saved if k.startswith(f"{m}.")}
@@ -288,7 +318,7 @@ def _copies(net: Adapted, adapter: Mapping[str, Any], model: Model) -> tuple[dic
             n = f"{m}.{attr}"
             diff = net.plan[n].site.original(adapter[n]["diff"]) if n in net.plan else 0
             out[f"{PREFIX}{m}.ln_tuning_layers.{attr}"] = wide(p.detach()) + diff
-    config = {"peft_type": "LN_TUNING", "peft_version": configs.VERSION, "task_type": None, "inference_mode": True}
+    config = {"peft_type": "LN_TUNING", "peft_version": table.VERSION, "task_type": None, "inference_mode": True}
     return config | {"target_modules": targets(modules, model.modules), "modules_to_save": None}, out
 
 

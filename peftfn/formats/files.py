@@ -1,0 +1,212 @@
+"""Adapter files: others' are read as untrusted input, ours are written so that none is ever half there."""
+
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftfn.apply import Adapted
+from peftfn.plan import Adapter
+
+LIMIT = 1 << 24
+"""Bytes of a configuration file; the largest real ones (a pattern for every layer) are far smaller."""
+MOST = 1000
+"""Steps of an iteration (terms of a series, layers of a small net) that a file may ask for."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What an adapter's tensors may be, by safetensors' names."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a file gave: `net, adapter = load(…)`; and, where it was read with strict=False, what did not fit.
+
+    missing: keys that the adapter needs and the file lacks: these tensors are as in a fresh adapter.
+    unexpected: keys of the file that have no place in the model: nothing was done with these tensors.
+    """
+
+    net: Adapted
+    adapter: Adapter
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.net, self.adapter))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. ValueError for a large file, one that is not JSON, and a key that is there twice."""
+    if (size := path.stat().st_size) > LIMIT:
+        raise ValueError(f"{path}: {size} bytes; a configuration has at most {LIMIT}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for k, v in pairs:
+            if k in seen:
+                raise ValueError(f"the key {k!r} is there twice")
+            seen[k] = v
+        return seen
+
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=once, parse_float=_number, parse_int=_number)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: no valid JSON: {e}") from e
+
+
+def _number(text: str) -> float:
+    """A number of a JSON text. ValueError for one that no tensor could hold."""
+    value = float(text)
+    if abs(value) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{text[:20]} is beyond what fp32 can hold")
+    return int(text) if text.lstrip("-").isdigit() else value
+
+
+class Tensors:
+    """The tensors of a file: names, shapes and dtypes at once, each value when it is asked for.
+
+    meta: name → the tensor without its values. names: name → its name in the file, which errors give.
+    """
+
+    def __init__(
+        self,
+        where: Path,
+        meta: Mapping[str, Tensor],
+        read: Mapping[str, Callable[[], Tensor]],
+        names: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.where, self.meta, self.sources = where, dict(meta), dict(read)
+        self.names = {k: k for k in meta} if names is None else dict(names)
+        self.metadata = dict(metadata or {})
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
+        """The same tensors under other names; those that get None are left out. ValueError where two get one name."""
+        old: dict[str, str] = {}
+        for key in self.meta:
+            if (new := rename(key)) is None:
+                continue
+            if new in old:
+                raise ValueError(f"{self.where}: {self.names[old[new]]!r} and {self.names[key]!r} are both {new!r}")
+            old[new] = key
+        return Tensors(
+            self.where,
+            {new: self.meta[key] for new, key in old.items()},
+            {new: self.sources[key] for new, key in old.items()},
+            {new: self.names[key] for new, key in old.items()},
+            self.metadata,
+        )
+
+    def replaced(self, gone: Iterable[str], key: str, value: Callable[[], Tensor], shape: Iterable[int]) -> None:
+        """Put a floating tensor, made from others when it is asked for, in the place of those."""
+        names = [self.names[k] for k in gone]
+        for k in gone:
+            del self.meta[k], self.sources[k], self.names[k]
+        self.meta[key], self.sources[key] = torch.empty(tuple(shape), device="meta"), value
+        self.names[key] = " and ".join(names)
+
+    def check(self, key: str, shape: Iterable[int], floating: bool = True) -> None:
+        """ValueError unless the tensor has this shape and is a floating (or integer) one."""
+        have = self.meta[key]
+        if have.shape != (want := torch.Size(shape)):
+            raise ValueError(
+                f"{self.where}: {self.names[key]} has shape {list(have.shape)}, and the model wants {list(want)}"
+            )
+        if have.is_floating_point() != floating:
+            kind = "floating" if floating else "integer"
+            raise ValueError(f"{self.where}: {self.names[key]} is {have.dtype}; it must be {kind}")
+
+    def tensor(self, key: str, device: torch.device | str = "cpu", *, exact: bool = False) -> Tensor:
+        """A tensor on the device, copied there once; in fp32 or wider unless `exact`. ValueError for one with a NaN.
+
+        A copy also on the CPU: a mapped tensor changes with its file, and is not aligned as torch aligns its own.
+        """
+        t = self.sources[key]()
+        if t.is_floating_point() and t.isnan().any():
+            count = int(t.isnan().sum())
+            raise ValueError(f"{self.where}: {self.names[key]} has {count} values that are no numbers (NaN)")
+        wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
+        return t.to(device, wide, copy=True)
+
+
+def mismatch(where: Path, missing: Iterable[str], unexpected: Iterable[str], more: str = "") -> ValueError:
+    """The error for tensors that a file lacks or that have no place."""
+
+    def some(keys: list[str]) -> str:
+        return ", ".join(map(repr, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+    lacks, odd = sorted(missing), sorted(unexpected)
+    parts = [f"lacks {len(lacks)} tensors: {some(lacks)}"] if lacks else []
+    parts += [f"{len(odd)} tensors have no place in this model: {some(odd)}{more}"] if odd else []
+    return ValueError(f"{where}: {'; '.join(parts)}. load(…, strict=False) leaves such tensors out and lists them.")
+
+
+@contextmanager
+def opened(where: Path) -> Iterator[Tensors]:
+    """The tensors of a safetensors file, mapped. ValueError, naming the file, where it is none."""
+    if not where.is_file():
+        raise FileNotFoundError(f"{where} is missing")
+    try:
+        with safe_open(where, framework="pt") as file:
+            meta: dict[str, Tensor] = {}
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                part = file.get_slice(name)
+                if (kind := str(part.get_dtype())) not in DTYPES:
+                    raise ValueError(f"{where}: {name} is {kind}; an adapter's tensors are of {', '.join(DTYPES)}")
+                meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[kind], device="meta")
+            read = {name: partial(file.get_tensor, name) for name in meta}
+            yield Tensors(where, meta, read, metadata=file.metadata())
+    except SafetensorError as e:
+        raise ValueError(f"{where}: no valid safetensors file: {e}") from e
+
+
+def unpickled(where: Path) -> Tensors:
+    """The tensors of a file that torch.save wrote: no code of it runs (`weights_only=True`). ValueError for others."""
+    try:
+        state = torch.load(where, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{where}: no file of tensors alone: {str(e).splitlines()[0]}") from e
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{where}: it holds a {type(state).__name__}, and an adapter is a dict of name → tensor")
+    for name, t in state.items():
+        if not isinstance(t, Tensor) or t.dtype not in DTYPES.values() or t.layout != torch.strided:
+            raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}")
+    meta = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    return Tensors(where, meta, {name: partial(state.__getitem__, name) for name in state})
+
+
+def write(path: Path, content: Mapping[str, Tensor] | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file (tensors: as safetensors), with the old one in its place until it is whole."""
+    beside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if isinstance(content, str):
+            beside.write_text(content, encoding="utf-8")
+        else:
+            tensors = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in content.items()}
+            save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

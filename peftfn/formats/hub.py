@@ -1,0 +1,39 @@
+"""Where an adapter's files are: a path, or a repository of the Hugging Face hub. All that ever touches the network."""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+NAMES = ("*.json", "*.safetensors")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find(
+    path: str | PathLike[str], *, subfolder: str | None = None, revision: str | None = None, pickled: bool = False
+) -> Path:
+    """The local path of `path`, or of the hub's repository of that name, or of what is at `subfolder` in it."""
+    where = Path(path)
+    if not where.exists():
+        where = _fetched(path, subfolder, revision, pickled)
+    elif revision is not None:
+        raise ValueError(f"load: revision={revision!r} is of the hub, and {where} is a local path: leave it out")
+    where = where / subfolder if subfolder else where
+    if not where.exists():
+        raise FileNotFoundError(f"{where} does not exist")
+    return where
+
+
+def _fetched(path: str | PathLike[str], subfolder: str | None, revision: str | None, pickled: bool) -> Path:
+    name = str(path)
+    if not isinstance(path, str) or not _REPOSITORY.fullmatch(name) or ".." in name:
+        raise FileNotFoundError(f"{name} does not exist, and is no hub's owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as e:
+        raise FileNotFoundError(f"{name} does not exist; to read it from the hub, pip install huggingface_hub") from e
+    wanted = [*NAMES, *(("*.bin",) if pickled else ())]
+    if subfolder:
+        wanted = [subfolder, *(f"{subfolder}/{n}" for n in wanted)]
+    # without a subfolder, only what lies at the top ("*" would match a "/" too)
+    ignored = None if subfolder else ["*/*"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))

@@ -1,0 +1,127 @@
+"""PEFT files in another layout than the one that is written now: other module names, and tensors in a shorter form."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.formats import peft_keys as keys
+from peftfn.formats.files import Tensors
+
+
+def renaming(model: keys.Model, file: Tensors, mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    """The file's key → the key in this model.
+
+    With a mapping, as PEFT has it: the first regular expression that is found in a key (behind `base_model.model.`) is
+    replaced. Without, a key whose module the model does not have goes through the model's own table of old names.
+    """
+    old = table(model.model) if mapping is None else None
+
+    def rename(key: str) -> str:
+        head = next((h for h in (keys.PREFIX, "base_model.") if key.startswith(h)), "")
+        bare = key.removeprefix(head)
+        for expression, new in (mapping or {}).items():
+            renamed, count = re.subn(expression, new, bare)
+            if count:
+                return head + renamed
+        if old is None or any(model.plain(h)[0] in model.modules for h in keys.heads(bare) if "." in h):
+            return key
+        renamed = old(bare)
+        return head + renamed if any(model.plain(h)[0] in model.modules for h in keys.heads(renamed)) else key
+
+    return rename
+
+
+def table(model: nn.Module) -> Callable[[str], str] | None:
+    """Old name → new name of a tensor of the model, where the model has such a table."""
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    if isinstance(mapping, dict) and mapping:
+        pairs = list(mapping.items())
+
+        def first(key: str) -> str:
+            for expression, new in pairs:
+                renamed, count = re.subn(expression, new, key)
+                if count:
+                    return renamed
+            return key
+
+        return first
+    transformers: Any = sys.modules.get("transformers")  # a model of its classes means that it is there
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # an older release, which has no such table
+        return None
+    steps = [s for s in get_model_conversion_mapping(model) if type(s) is WeightRenaming]
+
+    def all_of(key: str) -> str:
+        for step in steps:
+            key = step.rename_source_key(key)[0]
+        return key
+
+    return all_of if steps else None
+
+
+def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
+    """Puts tensors that the file has in a shorter form into `file` in the full one."""
+    kind = config["peft_type"]
+    if kind == "VBLORA" and config.get("save_only_topk_weights"):
+        _logits(config, file)
+    if kind == "ADALORA" and isinstance(masks := config.get("rank_pattern"), dict):
+        for name, mask in masks.items():
+            if not (isinstance(mask, list) and mask and all(isinstance(m, bool) for m in mask)):
+                raise ValueError(f"{where}: rank_pattern: {name} is {str(mask)[:80]}; it must be truth values")
+            _unpruned(name.removesuffix(".lora_E"), mask, config.get("init_r"), file, where)
+
+
+def _logits(config: dict[str, Any], file: Tensors) -> None:
+    """VB-LoRA's top-k indices and weights [rows, pieces, k−1] → logits [rows, pieces, vectors], −∞ for all others."""
+    vectors = config["num_vectors"]
+    for index in [k for k in file.meta if k.endswith("_topk_indices")]:
+        key, weights = index.removesuffix("_topk_indices"), index.removesuffix("indices") + "weights"
+        if weights not in file.meta:
+            raise ValueError(f"{file.where}: {index} is there, and {weights} is not")
+        *rows, k = file.meta[weights].shape
+        if len(rows) != 2 or not 0 <= k < vectors < 1 << 24:
+            raise ValueError(f"{file.where}: {weights} has shape {[*rows, k]} for {vectors} vectors")
+        file.check(index, (*rows, k + 1), floating=False)
+        sources = file.sources[index], file.sources[weights]
+        read = partial(_scattered, *sources, vectors, f"{file.where}: {index} or {weights}")
+        file.replaced([index, weights], key, read, (*rows, vectors))
+
+
+def _scattered(indices: Callable[[], Tensor], weights: Callable[[], Tensor], vectors: int, names: str) -> Tensor:
+    at, w = indices().long(), weights().float()
+    w = torch.cat([w, 1 - w.sum(-1, keepdim=True)], -1)
+    if int(at.min()) < 0 or int(at.max()) >= vectors or not bool((w >= 0).all()):
+        raise ValueError(f"{names} is out of range for {vectors} vectors")
+    return torch.full((*w.shape[:-1], vectors), -torch.inf).scatter(-1, at, w.log())
+
+
+def _unpruned(path: str, mask: list[bool], rank: Any, file: Tensors, where: Path) -> None:
+    """AdaLoRA's tensors of the triplets that are left → of all `init_r`, which PEFT's scale is about."""
+    if len(mask) != rank:
+        raise ValueError(f"{where}: rank_pattern: {path} has {len(mask)} truth values, and init_r is {rank}")
+    for name, axis in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        key = next((k for k in file.meta if keys.clean(k) == f"{path}.{name}"), None)
+        if key is None:
+            continue  # missing, and reported with all others
+        shape = list(file.meta[key].shape)
+        if len(shape) != 2 or shape[axis] not in (sum(mask), len(mask)):
+            raise ValueError(f"{file.where}: {key} has shape {shape}, and rank_pattern keeps {sum(mask)} triplets")
+        if shape[axis] != len(mask):
+            shape[axis] = len(mask)
+            file.replaced([key], key, partial(_padded, file.sources[key], mask, axis), shape)
+
+
+def _padded(read: Callable[[], Tensor], mask: list[bool], axis: int) -> Tensor:
+    t = read()
+    shape = [len(mask) if i == axis else n for i, n in enumerate(t.shape)]
+    return t.new_zeros(shape).index_copy(axis, torch.tensor(mask).nonzero()[:, 0], t)

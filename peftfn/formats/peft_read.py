@@ -1,0 +1,320 @@
+"""PEFT's tensors and configuration → a plan and its adapter, all of it checked before a value is read."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfn.apply import Adapted
+from peftfn.combine import chain
+from peftfn.formats import peft_config as configs
+from peftfn.formats import peft_keys as keys
+from peftfn.formats.files import Loaded, Tensors, mismatch
+from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place
+from peftfn.method import Leaf, Method
+from peftfn.methods.full import Full
+from peftfn.methods.tiedtokens import TiedTokens
+from peftfn.methods.trainabletokens import TrainableTokens
+from peftfn.plan import Adapter, Plan, make, near, wide
+from peftfn.targets import matched
+
+
+class Reader:
+    """One load: the file's keys sorted into places, each with its method."""
+
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: Model, strict: bool):
+        self.where, self.config, self.file, self.model, self.strict = where, config, file, model, strict
+        self.classes, self.tokens = configs.candidates(config["peft_type"]), configs.candidates("TRAINABLE_TOKENS")
+        self.places: dict[str, Place] = {}  # by site
+        self.found: dict[str, dict[str, str]] = {}  # site → {method's key: file's key}
+        self.whole: dict[str, str] = {}  # site → the file's key of its full value
+        self.shared: dict[str, str] = {}  # the key behind base_model. → the file's key
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+
+    def load(self) -> Loaded:
+        copies = self.sort()
+        if not (self.places or self.whole or self.shared):
+            raise self.error() if self.unexpected else ValueError(f"{self.file.where}: there is no adapter in it")
+        self.expect()
+        if not (self.places or self.whole):
+            raise self.error()
+        self.bounds()
+        methods = {name: self.method(place, self.found[name]) for name, place in self.places.items()}
+        self.tie(methods)
+        both = {n: chain(Full(), m) for n, m in methods.items() if n in self.whole}  # saved whole, and adapted
+        chosen: dict[str, Method] = {**methods, **{n: Full() for n in self.whole}, **both}
+        order = [s.name for s in dict.fromkeys(self.model.sites.values()) if s.name in chosen]
+        groups: dict[Method, list[str]] = {}
+        for name in order:
+            groups.setdefault(chosen[name], []).append(name)
+        rules = {pattern(names, self.model.names): method for method, names in groups.items()}
+        taken = {n: rule for rule, method in rules.items() for n in groups[method]}
+        try:
+            plan = make(self.model.model, rules, 0, taken=taken, constants=False)
+        except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
+            raise ValueError(f"{self.where}: its method does not fit the model: {e}") from e
+        zeros = {name: self.fits(name, plan, methods[name]) for name in order if name in self.places}
+        if self.strict and (self.missing or self.unexpected):
+            raise self.error()
+        for key, mine in copies:
+            if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
+                raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
+        return self.fill(plan, rules, taken, methods, zeros)
+
+    def sort(self) -> list[tuple[str, str]]:
+        """Where each of the file's tensors belongs. Returns shared tensors that are there once more for a site."""
+        config, model, copies, strays = self.config, self.model, list[tuple[str, str]](), list[str]()
+        parameter = "ln_tuning_layers" if config["peft_type"] == "LN_TUNING" else ""
+        if not self.classes and not parameter:
+            raise ValueError(f"{self.where}: PEFT's {config['peft_type']} is no method this release has")
+        written = {k for c in (*self.classes, *self.tokens) if c.peft for k in c.peft.keys.values()}
+        shared = {k for c in self.classes if c.peft for k in c.peft.shared.values()}
+        variants = {v for k in written for v in keys.variants(k)}
+        suffixes = sorted(written | variants | shared, key=len, reverse=True)
+        for key in self.file.meta:
+            bare = keys.clean(key, parameter)
+            if (mine := key.removeprefix("base_model.")) in shared or re.sub(r"\d+$", "*", mine) in shared:
+                self.shared[mine] = key
+                continue
+            parts = keys.split(bare, suffixes)
+            if parts and parts[1] in shared:
+                copies.append((key, parts[1]))
+            elif parts and (place := self.place(parts[0])):
+                self.places[place.site.name] = place
+                self.once(self.found.setdefault(place.site.name, {}), parts[1], key)
+            elif site := model.whole(bare):
+                self.file.check(key, site.shape)
+                if self.trained(site.name, key):
+                    self.once(self.whole, site.name, key)
+            elif bare in model.buffers:
+                self.same(key, model.buffers[bare])
+            else:
+                strays.append(key)
+        paths = {p.path: n for n, p in self.places.items()}
+        for key in strays:  # what belongs to an adapted layer is for its method to know
+            bare = keys.clean(key)
+            if (path := next((h for h in keys.heads(bare) if h in paths), None)) is None:
+                self.unexpected.append(key)
+            else:
+                self.once(self.found[paths[path]], bare.removeprefix(f"{path}."), key)
+        for key, mine in copies:
+            if mine not in self.shared or self.file.meta[key].shape != self.file.meta[self.shared[mine]].shape:
+                self.unexpected.append(key)
+        return [(key, mine) for key, mine in copies if key not in self.unexpected]
+
+    def place(self, path: str) -> Place | None:
+        return self.model.place(path.removesuffix(f".{TOKENS}"), self.config, (*self.classes, *self.tokens))
+
+    def once(self, into: dict[str, str], name: str, key: str) -> None:
+        if name in into:
+            raise ValueError(f"{self.file.where}: {into[name]!r} and {key!r} are the same tensor")
+        into[name] = key
+
+    def expect(self) -> None:
+        """What the configuration names and the file has no tensor of is missing, or made of shared tensors alone; what
+        the file has tensors of and a configuration that names anything of this model does not name is unexpected."""
+        config, model = self.config, self.model
+        saved = configs.listed(config.get("modules_to_save"))
+        whole = {model.sites[n].module for n in self.whole}
+        for m in (m for m in model.modules if any(m == s or m.endswith(f".{s}") for s in saved)):
+            if not any(f"{w}.".startswith(f"{m}.") for w in whole) and any(
+                n.startswith(f"{m}.") for n in model.weights
+            ):
+                self.missing.append(f"{PREFIX}{m}")
+        wanted, exclude, layers = configs.chosen(config, self.where)
+        if wanted is None:
+            if self.shared and not self.places:
+                raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
+            return
+        adapted = whole | {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
+        named = matched(model.model, wanted, exclude, *layers)
+        parameters, tokens = configs.listed(config.get("target_parameters")), self.token_keys
+        for site, place in list(self.places.items()):
+            ours = not named or {model.owner(place.module), place.module} & {*named}
+            if not ours and not model.direct(place.site.module, parameters) and tokens.isdisjoint(self.found[site]):
+                self.unexpected += self.found.pop(site).values()
+                del self.places[site]
+        for name in named:
+            inside = any(name == s or name.endswith(f".{s}") or f".{s}." in f".{name}" for s in saved)
+            new = None if name in adapted or inside else model.place(name, config, self.classes)
+            if new and new.site.name not in self.whole:
+                self.places[new.site.name], self.found[new.site.name] = new, {}
+
+    def bounds(self) -> None:
+        """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
+        largest = max((max(p.site.shape, default=1) for p in self.places.values()), default=1)
+        if isinstance(r := self.config.get("r"), int) and r > 8 * largest:
+            raise ValueError(f"{self.where}: r is {r}, and the largest side of an adapted weight is {largest}")
+
+    def trained(self, name: str, key: str) -> bool:
+        """Whether a tensor saved whole is part of the adapter, or only a copy of the base's (an embedding's)."""
+        saved = configs.listed(self.config.get("modules_to_save"))
+        module = name.rpartition(".")[0]
+        if self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved):
+            return True
+        if name.endswith("bias") and self.config.get("bias", "none") != "none":
+            return True
+        return not torch.equal(wide(self.model.weights[name]).cpu(), self.file.tensor(key))
+
+    def same(self, key: str, buffer: Tensor) -> None:
+        """modules_to_save holds buffers too; an adapter has none."""
+        self.file.check(key, buffer.shape, buffer.is_floating_point())
+        if not torch.equal(wide(buffer).cpu(), self.file.tensor(key)):
+            raise ValueError(
+                f"{self.file.where}: {key} is a buffer that differs from the model's (BatchNorm's statistics, say); "
+                "an adapter has no buffers: put the file's value into the model first"
+            )
+
+    @property
+    def token_keys(self) -> set[str]:
+        return {k for c in self.tokens if c.peft for k in c.peft.keys.values()}
+
+    def method(self, place: Place, found: Mapping[str, str]) -> Method:
+        config, module = self.config, place.module
+        if config["peft_type"] != "TRAINABLE_TOKENS" and not self.token_keys.isdisjoint(found):
+            given = config.get("trainable_token_indices") or []
+            if isinstance(given, dict):
+                given = next((v for k, v in given.items() if f".{module}".endswith(f".{k}")), [])
+            tied = {"peft_type": "TRAINABLE_TOKENS", "token_indices": given}
+            return configs.method(tied, module, place.site.kind, self.where)
+        return configs.method(config, module, place.site.kind, self.where)
+
+    def tie(self, methods: dict[str, Method]) -> None:
+        """Where a transformers model ties its head to the embedding, PEFT replaces the rows of both."""
+        if not getattr(getattr(self.model.model, "config", None), "tie_word_embeddings", False):
+            return
+        for name, method in list(methods.items()):
+            site = self.places[name].site
+            if type(method) is not TrainableTokens or site.kind != "embedding" or not site.tied:
+                continue
+            for other in (name, *site.tied):
+                methods[other] = TiedTokens(method.tokens)
+                self.places.setdefault(other, Place(self.model.sites[other], other.rpartition(".")[0], ""))
+                self.found.setdefault(other, {})
+
+    def fits(self, name: str, plan: Plan, method: Method) -> set[str]:
+        """Note what is missing and unexpected at a site; ValueError for other shapes. Returns our names of tensors of
+        a part that PEFT leaves out at this layer, and marks with a tensor of zeros."""
+        entry, place, found, before = plan[name], self.places[name], self.found[name], self.inside(name)
+        assert method.peft is not None
+        constants = {k.removeprefix(before): t for k, t in entry.frozen.items()}
+        bank = {k: torch.empty(s, device="meta") for k, s in plan.banks[entry.bank].items()} if entry.bank else {}
+        leaf = {k.removeprefix(before): torch.empty(s, device="meta") for k, s in entry.spec.items() if before in k}
+        try:
+            want = keys.tensors(place, method, {**constants, **bank, **leaf})
+            seeded = keys.tensors(place, method, constants) if self.seeded else {}
+        except RuntimeError as e:
+            raise ValueError(f"{self.where}: {method} does not fit {name} in PEFT's shape: {e}") from e
+        off = tuple(k.removesuffix("zeros") for k in found if k.endswith(".zeros") and k not in want)
+        for part in off:
+            del found[f"{part}zeros"]
+        for k, t in want.items():
+            if k in found:
+                self.file.check(found[k], t.shape, t.is_floating_point())
+            elif k not in seeded and not k.startswith(off or ("\0",)) and (found or not isinstance(method, TiedTokens)):
+                self.missing.append(f"{PREFIX}{place.path}.{k}")
+        for k in found.keys() - want.keys():
+            self.unexpected.append(found.pop(k))
+        for k, key in method.peft.shared.items():
+            if (one := {**constants, **bank}.get(k)) is None:
+                continue
+            for r in keys.rows(key, one.shape):
+                if r in self.shared:
+                    shape = one.shape[1:] if key.endswith("*") else one.shape
+                    self.file.check(self.shared[r], shape, one.is_floating_point())
+                elif k in bank or not self.seeded:
+                    self.missing.append(f"base_model.{r}")
+        return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the file leaves out what a seed gives."""
+        return any(self.config.get(k) is False for k in ("save_projection", "save_indices"))
+
+    def inside(self, name: str) -> str:
+        """What stands before the method's names: it is the second of a chain where the site is saved whole too."""
+        return "1." if name in self.whole and name in self.places else ""
+
+    def error(self) -> ValueError:
+        more = near(keys.clean(self.unexpected[0]), list(self.model.sites)) if self.unexpected else ""
+        return mismatch(self.file.where, set(self.missing), self.unexpected, more)
+
+    def fill(
+        self,
+        plan: Plan,
+        rules: Mapping[str, Method],
+        taken: Mapping[str, str],
+        methods: Mapping[str, Method],
+        zeros: Mapping[str, set[str]],
+    ) -> Loaded:
+        """The net and adapter with the file's tensors, each moved once to its site's device."""
+        file, model = self.file, self.model
+        adapter: Adapter = {}
+        entries = dict(plan.items())
+        once: dict[tuple[str, torch.device], Tensor] = {}
+
+        def shared(key: str, like: torch.Size, device: torch.device) -> Tensor:
+            if (key, device) not in once:
+                rows = [file.tensor(self.shared[r], device) for r in keys.rows(key, like)]
+                once[key, device] = torch.stack(rows) if key.endswith("*") else rows[0]
+            return once[key, device]
+
+        for name, entry in plan.items():
+            w, before = model.weights[name], self.inside(name)
+            leaf, frozen = Leaf(), dict(entry.frozen)
+            if name in self.whole:
+                value = file.tensor(self.whole[name], w.device)
+                diff = entry.site.canonical(value) - wide(entry.site.canonical(w))
+                leaf["0.diff" if before else "diff"] = diff
+            if name in self.places:
+                place, peft = self.places[name], methods[name].peft
+                assert peft is not None
+                bank = plan.banks[entry.bank] if entry.bank else {}
+                mine = adapter.setdefault(entry.bank, {}) if entry.bank else {}
+                for k, key in peft.keys.items():
+                    into = leaf if before + k in entry.spec else frozen if before + k in frozen else None
+                    if (source := self.found[name].get(place.key(key))) is None or (into is None and k not in bank):
+                        continue  # the same key under another name of ours, at other layers
+                    if into is None:  # every layer has a copy
+                        t = place.read(key, file.tensor(source, w.device), bank[k])
+                        if k in mine and not torch.equal(mine[k].to(w.device), t):
+                            raise ValueError(f"{file.where}: {source} differs from other layers' copies")
+                        mine.setdefault(k, t)
+                    else:
+                        shape = entry.spec[before + k] if into is leaf else frozen[before + k].shape
+                        t = place.read(key, file.tensor(source, w.device), shape)
+                        into[before + k] = t if into is leaf else t.to(frozen[before + k].dtype)
+                for k, key in peft.shared.items():
+                    like = frozen[k].shape if k in frozen else bank.get(k)
+                    if like is not None and self.shared.keys() >= set(keys.rows(key, like)):
+                        (frozen if k in frozen else mine)[k] = shared(key, like, w.device)
+            for k, s in entry.spec.items():
+                if k not in leaf and (k in zeros.get(name, ()) or name not in self.places):
+                    leaf[k] = torch.zeros(s, device=w.device)
+            adapter[name], entries[name] = leaf, dataclasses.replace(entry, frozen=frozen)
+        if any(t.is_meta != model.weights[n].is_meta for n, e in entries.items() for t in e.frozen.values()):
+            drawn = make(model.model, rules, 0, taken=taken)
+            for n, e in entries.items():
+                kept = {k: t for k, t in e.frozen.items() if not t.is_meta}
+                entries[n] = dataclasses.replace(e, frozen={**drawn[n].frozen, **kept})
+        net = Adapted(model.model, Plan(entries, rules, plan.banks))
+        if self.missing:
+            adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
+        net.plan.check(adapter)
+        return Loaded(net, adapter, tuple(dict.fromkeys(self.missing)), tuple(self.unexpected))
+
+
+def pattern(names: Iterable[str], known: Iterable[str]) -> str:
+    """A rule for exactly these sites: one for all layers' numbers where that finds no other site."""
+    wanted, safe, parts = set(names), dict[str, bool](), dict[str, None]()
+    for name in names:
+        general = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+        if general not in safe:
+            safe[general] = all(n in wanted for n in known if re.fullmatch(general, n))
+        parts[general if safe[general] else re.escape(name)] = None
+    return f"^({'|'.join(parts)})$"
