@@ -34,10 +34,10 @@ def method(dora: bool) -> pf.Method:
     return pf.DoRA(rank=RANK, alpha=ALPHA) if dora else pf.LoRA(rank=RANK, alpha=ALPHA)
 
 
-def inject(model: nn.Module, *, dora: bool = False, **options: Any) -> PeftModel:
+def inject(model: nn.Module, *, dora: bool = False, rank: int = RANK, **options: Any) -> PeftModel:
     """PEFT's form of the same, no dropout; it changes `model`. Its FutureWarnings are its own affair."""
     targets = PROJECTIONS if isinstance(model, LlamaForCausalLM) else rf"({RULE})\.\d+"
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, use_dora=dora)
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, use_dora=dora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = get_peft_model(model, config, **options)  # type: ignore[arg-type]

@@ -37,6 +37,28 @@ SECTIONS = {
         "without gradients. With one row and one token a call is mostly overhead: LoRA's three small products, and the "
         "dispatch from `F.linear` to them.",
     ),
+    "load": (
+        "Loading a checkpoint",
+        "`pf.load` of a LoRA that PEFT wrote, against PEFT's `load_adapter` of the same file, with the others there "
+        "already. Ours reads the file and binds it to the model anew each time; PEFT adds layers to its model.",
+    ),
+    "methods": (
+        "Every method",
+        "Each method on the same small Llama (3 layers, d 256, 2×32 tokens, fp32) against PEFT's same method at the "
+        "same hyper-parameters, loaded from PEFT's own checkpoint; what PEFT does not have, against the base alone. "
+        "docs/methods.md has the same figures by method, with memory and trained numbers.",
+    ),
+    "mixed": (
+        "Every row with its own adapter",
+        "`bank.apply` against PEFT's `adapter_names` and the bare base, forward without gradients, in eval mode. "
+        "distinct: as many rows as adapters; otherwise twice as many, spread evenly, half of them on one adapter, or "
+        "all on one. Loading writes an adapter into a bank's slot; PEFT's `add_adapter` is its second, its cheapest.",
+    ),
+    "module": (
+        "The nn.Module view",
+        "A training step of `as_module` (forward, backward and dropping the gradients, no optimizer) against the same "
+        "through `net.apply`, and PEFT's; then what making it takes.",
+    ),
     "vmap": (
         "Many adapters in one pass",
         "`vmap(net.apply)` over a stack of adapters against a loop over them; all of it is ours. One pass saves the "
