@@ -13,7 +13,7 @@ from peftfn.kernels import use
 from peftfn.kernels.dora_norm import dora_norm
 from peftfn.kernels.dora_norm import reference as dense_norm
 from peftfn.kernels.lora_fused import fused_linear
-from peftfn.kernels.lora_linear import lora_linear
+from peftfn.kernels.lora_linear import lora_first
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,9 +96,7 @@ def forced(job: Job, dora: bool) -> Step:
 
 def tier0(job: Job) -> Step:
     """The low-rank product first, the library's product added onto it; no Triton."""
-    return job.step(
-        lambda: lora_linear(job.x, job.w, job.a.to(job.dtype), job.b.to(job.dtype), job.scale), job.a, job.b
-    )
+    return job.step(lambda: lora_first(job.x, job.w, job.a.to(job.dtype), job.b.to(job.dtype), job.scale), job.a, job.b)
 
 
 def base_first(job: Job) -> Step:
@@ -130,7 +128,7 @@ def dense_dora(job: Job) -> Step:
     def f() -> Tensor:
         with torch.no_grad():
             n = dense_norm(job.w, job.a.to(job.dtype), job.b.to(job.dtype), job.scale)
-        y = lora_linear(job.x, job.w, job.a.to(job.dtype), job.b.to(job.dtype), job.scale)
+        y = lora_first(job.x, job.w, job.a.to(job.dtype), job.b.to(job.dtype), job.scale)
         return y * (job.mag / n).to(job.dtype)
 
     return job.step(f, job.a, job.b, job.mag)

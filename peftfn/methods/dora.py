@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.kernels.dora_norm import dora_norm
-from peftfn.kernels.lora_fused import fused_linear
+from peftfn.kernels.lora_linear import lora_linear
 from peftfn.method import Leaf, LowRank, Product
 from peftfn.methods.lora import LoRA
 from peftfn.methods.variant import _Variant
@@ -67,8 +67,7 @@ class DoRA(LoRA):
         return p["c"] * super().product(p, w, x, dot)
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        y = fused_linear(x, w, p["a"], p["b"], self.scale, c=p["c"], dropout=self.dropout)
-        return p["c"] * super().linear(p, w, x) if y is None else y
+        return lora_linear(x, w, p["a"], p["b"], self.scale, c=p["c"], dropout=self.dropout)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         low = super().low_rank(p)

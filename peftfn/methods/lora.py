@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.method import Cases, Leaf, LowRank, Method, Padding, Peft, Positive, Probability, Product, Whole, names
 from peftfn.rng import Rng
-from peftfn.transform import eager
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,7 @@ class LoRA(Method):
         return dot(x, w) + F.linear(self.scale * dot(self.dropped(x), p["a"]), p["b"])
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if (y := fused_linear(x, w, p["a"], p["b"], self.scale, dropout=self.dropout)) is not None:
-            return y
-        if self.dropout or not eager(x) or w.dtype != x.dtype or p["a"].dtype != x.dtype or not isinstance(w, Tensor):
-            return LoRA.product(self, p, w, x, F.linear)
-        return lora_linear(x, w, p["a"], p["b"], self.scale)
+        return lora_linear(x, w, p["a"], p["b"], self.scale, dropout=self.dropout)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         return None if self.dropout else LowRank(p["a"], p["b"], self.scale)

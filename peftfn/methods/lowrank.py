@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.method import Leaf, LowRank, Method, Product
-from peftfn.transform import eager
 
 
 class _LowRank(Method):
@@ -23,19 +21,12 @@ class _LowRank(Method):
         return p["up"] @ p["down"]
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        return self._sum(self.drawn(p), w, x, dot)
+        p = self.drawn(p)
+        return dot(x, w) + F.linear(dot(self.dropped(x), p["down"]), p["up"])
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         p = self.drawn(p)
-        if (y := fused_linear(x, w, p["down"], p["up"], dropout=self.dropout)) is not None:
-            return y
-        plain = isinstance(w, Tensor) and w.dtype == x.dtype == p["down"].dtype
-        if self.dropout or not plain or not eager(x):
-            return self._sum(p, w, x, F.linear)
-        return lora_linear(x, w, p["down"], p["up"], 1.0)
-
-    def _sum(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        return dot(x, w) + F.linear(dot(self.dropped(x), p["down"]), p["up"])
+        return lora_linear(x, w, p["down"], p["up"], dropout=self.dropout)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         fixed = type(self).drawn is _LowRank.drawn and type(self).linear is _LowRank.linear
