@@ -1,16 +1,14 @@
 """What a method is: a frozen dataclass of hyper-parameters with pure functions on one weight, and the registry."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.fields import checks_of
 from peftfn.rng import Rng
 
 Leaf = dict[str, Tensor]
@@ -26,87 +24,6 @@ LINEAR = frozenset({"linear", "linear_t", "stack", "stack_t"})
 """Kinds of site whose input is a feature vector [..., in]."""
 ALL = MATRIX | {"other"}
 """Every kind: "other" are norms, biases, and any other tensor."""
-
-
-def whole(method: "Method", **values: Any) -> None:
-    """Raise ValueError unless every value is an integer >= 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{type(method).__name__}.{name} is {value!r}; it must be a positive integer: give {name} >= 1"
-            )
-
-
-def positive(method: "Method", **values: Any) -> None:
-    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
-    types = {f.name: f.type for f in dataclasses.fields(method)}
-    for name, value in values.items():
-        if types.get(name) in (int, "int"):
-            whole(method, **{name: value})
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(
-                f"{type(method).__name__}.{name} is {value!r}; it must be a finite number above 0: give {name} > 0"
-            )
-
-
-def probability(method: "Method", **values: Any) -> None:
-    """Raise ValueError unless every value is in [0, 1)."""
-    for name, value in values.items():
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
-
-
-def choice(method: "Method", name: str, options: tuple[Any, ...]) -> None:
-    """Raise ValueError unless the field `name` is one of the options."""
-    value = getattr(method, name)
-    if value not in options:
-        raise ValueError(f"{type(method).__name__}.{name} is {value!r}; choose one of {list(options)}")
-
-
-def divides(method: "Method", name: str, block: int, **sizes: int) -> None:
-    """Raise ValueError unless `block` (the field `name`) divides every size."""
-    for size_name, size in sizes.items():
-        if size % block:
-            near = [d for d in range(1, size + 1) if size % d == 0]
-            raise ValueError(
-                f"{type(method).__name__}.{name} is {block}, which does not divide {size_name}={size}: "
-                f"choose one of {sorted(near, key=lambda d: abs(d - block))[:5]}"
-            )
-
-
-Whole = Annotated[int, whole]
-"""Type of a field that is a positive integer: a rank, a size, a count."""
-Positive = Annotated[float, positive]
-"""Type of a field that is a finite number above 0."""
-Probability = Annotated[float, probability]
-"""Type of a field that is a probability."""
-
-
-@cache
-def _checks(cls: Any) -> list[tuple[str, Callable[["Method"], None]]]:
-    """What the types of a method's fields say about their values: `Whole` and its like, and `Literal`s."""
-    hints = get_type_hints(cls, include_extras=True)
-
-    def checks(name: str) -> Iterator[Callable[[Method], None]]:
-        hint, optional = hints[name], False
-        if get_origin(hint) in (Union, UnionType):
-            some = [h for h in get_args(hint) if h is not type(None)]
-            hint, optional = some[0] if len(some) == 1 else Any, type(None) in get_args(hint)
-        if get_origin(hint) is Literal:
-            yield lambda m: choice(m, name, (*get_args(hint), *([None] if optional else [])))
-        for check in getattr(hint, "__metadata__", ()):
-            yield lambda m, check=check: (  # type: ignore[misc]
-                None if optional and getattr(m, name) is None else check(m, **{name: getattr(m, name)})
-            )
-
-    return [(f.name, check) for f in dataclasses.fields(cls) for check in checks(f.name)]  # type: ignore[arg-type]
-
-
-Start = Literal["default", "random"]
-"""Type of `init_weights`: how a fresh leaf starts; "random" is not the identity."""
-STARTS = (("default", True), ("random", False))
-"""`init_weights` here and PEFT's flag."""
 
 
 def names(text: str) -> dict[str, str]:
@@ -245,7 +162,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check the fields by their types (`Whole`, `Positive`, `Probability`, `Literal`)."""
-        for _, check in _checks(type(self)):  # type: ignore[arg-type]
+        for _, check in checks_of(type(self)):  # type: ignore[arg-type]
             check(self)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:

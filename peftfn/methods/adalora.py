@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Padding, Peft, Whole, choice, names
+from peftfn.fields import Whole, choice
+from peftfn.method import Leaf, Padding, Peft, names
 from peftfn.methods.variant import _Variant, leaves_of
 from peftfn.rng import Rng
 

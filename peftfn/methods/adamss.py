@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Start, Whole
+from peftfn.fields import Start, Whole
+from peftfn.method import Leaf
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

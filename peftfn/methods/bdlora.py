@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Whole, divides
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf
 from peftfn.methods.variant import _Variant
 from peftfn.rng import Rng
 

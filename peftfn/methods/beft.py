@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Peft, Product, Start, names
+from peftfn.fields import Start
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft, Probability, Product, Start, Whole, names
+from peftfn.fields import Probability, Start, Whole
+from peftfn.method import Leaf, Peft, Product, names
 from peftfn.methods.rotation import _Blocks, cayley, turn
 from peftfn.rng import Rng
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Whole, divides, names
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf, Method, Peft, names
 from peftfn.rng import Rng
 
 _RANDOM = ("xavier_uniform", "kaiming_uniform", "gaussian")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Peft, Probability, Start, Whole, names
+from peftfn.fields import Probability, Start, Whole
+from peftfn.method import Leaf, Peft, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Product, Whole, divides
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf, Method, Product
 from peftfn.methods.rotation import bounded, cayley, turn
 from peftfn.rng import Rng
 

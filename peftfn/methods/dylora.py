@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Whole, divides
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf
 from peftfn.methods.variant import _Variant
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import STARTS, Cases, Leaf, Method, Peft, Start, Whole, names
+from peftfn.fields import STARTS, Start, Whole
+from peftfn.method import Cases, Leaf, Method, Peft, names
 from peftfn.rng import Rng
 
 

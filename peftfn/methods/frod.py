@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Positive, Probability, Product
+from peftfn.fields import Positive, Probability
+from peftfn.method import Leaf, Method, Product
 from peftfn.rng import Rng
 
 

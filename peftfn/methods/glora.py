@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product, Start, Whole
+from peftfn.fields import Start, Whole
+from peftfn.method import Leaf, Method, Peft, Product
 from peftfn.rng import Rng
 
 

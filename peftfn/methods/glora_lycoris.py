@@ -6,7 +6,8 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Product, Whole
+from peftfn.fields import Whole
+from peftfn.method import Leaf, Method, Product
 from peftfn.rng import Rng
 
 

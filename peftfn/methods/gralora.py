@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Probability, Product, Whole, divides, names
+from peftfn.fields import Probability, Whole, divides
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Padding, Peft, Probability, Product, Whole, names
+from peftfn.fields import Probability, Whole
+from peftfn.method import Leaf, Method, Padding, Peft, Product, names
 from peftfn.rng import Rng
 
 

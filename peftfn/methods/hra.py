@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Product, Start, Whole, names
+from peftfn.fields import Start, Whole
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Start, Whole, names
+from peftfn.fields import Start, Whole
+from peftfn.method import Leaf, Method, Peft, names
 from peftfn.rng import Rng
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import STARTS, Leaf, Padding, Peft, Product, names
+from peftfn.fields import STARTS
+from peftfn.method import Leaf, Padding, Peft, Product, names
 from peftfn.methods.lycoris import _Lycoris, kernel, spread
 from peftfn.rng import Rng
 

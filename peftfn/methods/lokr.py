@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import STARTS, Leaf, Peft, divides, names
+from peftfn.fields import STARTS, divides
+from peftfn.method import Leaf, Peft, names
 from peftfn.methods.lycoris import _Lycoris, kernel, spread
 from peftfn.rng import Rng
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.fields import Positive, Probability, Whole
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Cases, Leaf, LowRank, Method, Padding, Peft, Positive, Probability, Product, Whole, names
+from peftfn.method import Cases, Leaf, LowRank, Method, Padding, Peft, Product, names
 from peftfn.rng import Rng
 
 

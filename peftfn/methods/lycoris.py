@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Probability, Whole
+from peftfn.fields import Probability, Whole
+from peftfn.method import Leaf, Method
 from peftfn.rng import Rng
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Peft, Whole, divides, names
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf, Method, Peft, names
 from peftfn.rng import Rng
 
 

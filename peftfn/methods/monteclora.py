@@ -7,7 +7,8 @@ from math import lgamma
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Positive, Whole, names
+from peftfn.fields import Positive, Whole
+from peftfn.method import Leaf, names
 from peftfn.methods.variant import _Variant, leaves_of
 from peftfn.rng import Rng
 

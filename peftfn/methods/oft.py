@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft, Positive, Product, Start, names
+from peftfn.fields import Positive, Start
+from peftfn.method import Leaf, Peft, Product, names
 from peftfn.methods.rotation import _Blocks, bounded, cayley, enough, neumann, places, skew, turn
 from peftfn.rng import Rng
 

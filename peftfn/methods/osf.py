@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.fields import Start
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.method import Leaf, Method, Peft, Product, Start, names
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 from peftfn.transform import eager
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft, Start, Whole, choice
+from peftfn.fields import Start, Whole, choice
+from peftfn.method import Leaf, Peft
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

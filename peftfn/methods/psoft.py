@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Positive, Probability, Product, Start, Whole, names
+from peftfn.fields import Positive, Probability, Start, Whole
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.methods.rotation import bounded, cayley, enough, neumann, places, skew
 from peftfn.rng import Rng
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from peftfn.method import Leaf, Whole, divides
+from peftfn.fields import Whole, divides
+from peftfn.method import Leaf
 from peftfn.methods.variant import _Variant
 from peftfn.rng import Rng
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Peft, Probability, Whole, names
+from peftfn.fields import Probability, Whole
+from peftfn.method import Leaf, Peft, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Peft, Product, Start, Whole, divides, names
+from peftfn.fields import Start, Whole, divides
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 

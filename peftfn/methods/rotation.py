@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from peftfn.method import Method, Whole, divides
+from peftfn.fields import Whole, divides
+from peftfn.method import Method
 
 
 @dataclass(frozen=True)

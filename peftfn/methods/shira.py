@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Method, Peft, Product, Whole, names
+from peftfn.fields import Whole
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Method, Peft, Probability, Product, names, positive
+from peftfn.fields import Probability, positive
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.methods.shira import added
 from peftfn.rng import Rng
 

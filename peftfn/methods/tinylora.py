@@ -7,7 +7,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from peftfn.method import Leaf, Peft, Probability, Start, Whole, names
+from peftfn.fields import Probability, Start, Whole
+from peftfn.method import Leaf, Peft, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

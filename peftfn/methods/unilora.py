@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.method import MATRIX, Leaf, Peft, Probability, Whole, names
+from peftfn.fields import Probability, Whole
+from peftfn.method import MATRIX, Leaf, Peft, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

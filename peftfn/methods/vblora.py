@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, Peft, Probability, Whole, divides, names
+from peftfn.fields import Probability, Whole, divides
+from peftfn.method import Leaf, Peft, names
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 

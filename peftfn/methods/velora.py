@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.method import Leaf, LowRank, Positive, Whole, names
+from peftfn.fields import Positive, Whole
+from peftfn.method import Leaf, LowRank, names
 from peftfn.methods.lora import LoRA
 from peftfn.rng import Rng
 from peftfn.transform import under_transform

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.method import STARTS, Cases, Leaf, Peft, names
+from peftfn.fields import STARTS
+from peftfn.method import Cases, Leaf, Peft, names
 from peftfn.methods.fourierft import FourierFT
 from peftfn.methods.wavelets import length, low_pass
 from peftfn.rng import Rng
