@@ -70,7 +70,8 @@ class Adapted:
         """
         weights = self._weights()
         adapter: Adapter = {
-            n: draw(e.method.init, e.site, weights[n], seed, dtype, e.frozen) for n, e in self.plan.items()
+            n: draw(e.method.init, e.site, weights[n], seed, dtype, e.frozen, weights.get(e.site.bias or ""))
+            for n, e in self.plan.items()
         }
         for bank in self.plan.banks:
             mine = {n: e.site.canonical(weights[n]) for n, e in self.plan.items() if e.bank == bank}

@@ -43,6 +43,7 @@ class Peft:
         values: our field → pairs (our value, PEFT's), for fields whose values differ; the first pair that fits counts.
         fixed: configuration that tells this class from others of its type; `...` is anything that is set.
         shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
+        group: a module's name → what stands for "{}" in those keys, where only the sites of one group share.
     """
 
     type: str
@@ -51,6 +52,7 @@ class Peft:
     values: Mapping[str, Sequence[tuple[Any, Any]]] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    group: Callable[[str], str] = str
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields from a configuration."""
@@ -266,10 +268,18 @@ class Method:
     def to_peft_leaf(self, p: Leaf) -> Leaf:
         """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants; override where shapes differ.
 
-        (Reading needs no such rule: a tensor from a file is reshaped to the shape our leaf has.)
+        (Reading needs no such rule: a tensor from a file is reshaped to the shape our leaf has. Where that is not all,
+        define `from_peft_leaf`.)
         """
         assert self.peft is not None
         return {key: p[k] for k, key in self.peft.keys.items() if k in p}
+
+    def from_peft_leaf(self, t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
+        """The leaf and constants of a site from {PEFT's key: tensor}, for methods whose tensors follow from values: of
+        the file's tensors, of the base's weight w [out, in], of its bias [out]. Shared tensors stand under the keys
+        that `Peft.shared` gives. A key that is not there may end in a KeyError. Raise ValueError for what does not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads PEFT's tensors by name and shape")
 
     @classmethod
     def fast_linear(cls) -> bool:

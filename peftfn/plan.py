@@ -253,7 +253,8 @@ def make(
         for name, pattern in taken.items():
             refuse_occupied(model, name, pattern)
     taken = {n: taken[n] for n in found if n in taken}
-    weights = {name: p for name, p in parameters(model).items() if name in taken}
+    values = parameters(model)
+    weights = {name: p for name, p in values.items() if name in taken}
     for name, w in weights.items():
         if isinstance(w, QuantisedWeight) and (problem := w.problem()):
             raise ValueError(f"{name}: {type(w.layer).__name__} cannot be adapted as it is: {problem}")
@@ -273,13 +274,19 @@ def make(
 
     def kind_of(name: str) -> tuple[Any, ...]:
         site = found[name]
-        return taken[name], site.kind, site.shape, weights[name].dtype, site.bias is None
+        return taken[name], site.kind, site.shape, weights[name].dtype, site.bias is None, site.bias in values
 
     for name, pattern in taken.items():
         if kind_of(name) not in probes:
             empty = torch.empty(canonical[name].shape, dtype=weights[name].dtype, device="meta")
             probes[kind_of(name)] = _probe(
-                found[name], pattern, rules[pattern], empty, dry[pattern], banks.get(pattern)
+                found[name],
+                pattern,
+                rules[pattern],
+                empty,
+                dry[pattern],
+                banks.get(pattern),
+                found[name].bias in values,
             )
     real = {
         p: m.shared(Rng(seed, p, sites=found), {n: canonical[n] for n in of_rule[p]}) if constants else dry[p].frozen
@@ -294,7 +301,7 @@ def make(
             for k, t in real[pattern].get(name, {}).items()
         }
         if method.overrides("frozen"):
-            frozen |= draw(method.frozen, found[name], w, seed)
+            frozen |= draw(method.frozen, found[name], w, seed, bias=values.get(found[name].bias or ""))
         entries[name] = replace(probes[kind_of(name)], site=found[name], frozen=frozen)
     return Plan(entries, rules, {banks[p]: {k: t.shape for k, t in dry[p].bank.items()} for p in rules if p in banks})
 
@@ -322,11 +329,14 @@ def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
     return out
 
 
-def _probe(site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared, bank: str | None) -> Entry:
+def _probe(
+    site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared, bank: str | None, biased: bool
+) -> Entry:
     """The entry of a site without its tensors, from a run of the method on meta tensors."""
     w = empty[0] if site.stacked else empty
     dtype = torch.promote_types(w.dtype, torch.float32)
-    rng = Rng(0, site.name, site=site, dtype=dtype, device="meta")
+    given = torch.empty(len(w), dtype=w.dtype, device="meta") if biased else None
+    rng = Rng(0, site.name, site=site, dtype=dtype, device="meta", bias=given)
     common = shared.frozen.get(site.name, {})
     try:
         leaf, own = method.init(rng, w), method.frozen(rng, w)
@@ -364,15 +374,18 @@ def draw(
     seed: int,
     dtype: torch.dtype = torch.float32,
     constants: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> Leaf:
     """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
     m = site.canonical(w)
+    if bias is not None:
+        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(w.device)  # type: ignore[attr-defined]
     rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
     if is_sharded(w):
-        whole = draw(make, site, w.full_tensor(), seed, dtype)  # every rank draws the same
+        whole = draw(make, site, w.full_tensor(), seed, dtype, bias=bias)  # every rank draws the same
         return {k: placed(t, m) for k, t in whole.items()}
     if not site.stacked:
-        return {k: t.contiguous() for k, t in make(rng(site.name, constants=constants), m).items()}
+        return {k: t.contiguous() for k, t in make(rng(site.name, constants=constants, bias=bias), m).items()}
     if w.is_meta:
         return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
     each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]

@@ -25,14 +25,16 @@ class Rng:
         site: Site | None = None,
         sites: Mapping[str, Site] | None = None,
         constants: Mapping[str, Tensor] | None = None,
+        bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         """site: where the tensors are for, for the few methods that need its kind or its own shape; None for those
         that a rule's sites share. sites: those sites, by name, for the latter. constants: the site's `frozen`
-        tensors, for an `init` that would compute the same again; empty where there are none yet."""
+        tensors, for an `init` that would compute the same again; empty where there are none yet. bias: the layer's,
+        for methods that start from it too; None where it has none, and for stacks."""
         self.sites, self.constants = sites or {}, constants or {}
-        self.dtype, self.device, self.seed, self.site = dtype, torch.device(device), seed, site
+        self.dtype, self.device, self.seed, self.site, self.bias = dtype, torch.device(device), seed, site, bias
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         self.generator = torch.Generator()
         self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)

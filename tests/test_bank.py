@@ -208,7 +208,8 @@ def test_smaller_adapters_and_files_are_fetched_exactly(tmp_path: Path) -> None:
 
 
 def test_ten_thousand_adapters_in_the_memory_of_thirty_two(tmp_path: Path) -> None:
-    _, net, bank = tiny(32)
+    net = pf.adapt(tiny()[0], {"weight": LoRA(64)})
+    bank = pf.Bank([net], 32)
     folder, adapter = tmp_path / "one", random(net, 1)
     pf.save(folder, net, adapter)
     size = sum(t.numel() * t.element_size() for leaf in adapter.values() for t in leaf.values())
@@ -219,7 +220,7 @@ def test_ten_thousand_adapters_in_the_memory_of_thirty_two(tmp_path: Path) -> No
         bank.put(f"user {i}", net, folder)
     spent = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert spent < 10_000 * size, "registered adapters are in memory"
+    assert spent < 10_000 * size / 8, "registered adapters are in memory"
     for start in range(0, 10_000, 997):
         names = [f"user {(start + 31 * i) % 10_000}" for i in range(32)]
         close(bank.apply(names, X.repeat(8, 1)), net.apply(adapter, X.repeat(8, 1)))

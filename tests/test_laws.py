@@ -55,11 +55,9 @@ class TestTheLawsFindFaults:
             ("effect", {"delta": lambda self, p, w: 0 * p["a"]}),
         ],
     )
-    def test_broken(self, law: str, broken: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, function in broken.items():
-            monkeypatch.setattr(Dense, name, function, raising=False)
+    def test_broken(self, law: str, broken: dict[str, object]) -> None:
         with pytest.raises(LawBroken, match=law):
-            check_method(Dense(), laws=[law])
+            check_method(type("_Broken", (Dense,), broken)(), laws=[law])
 
 
 class Dense(Method):

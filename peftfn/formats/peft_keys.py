@@ -176,6 +176,7 @@ def variants(key: str) -> list[str]:
     return [] if m is None else [f"{m[1]}_embedding_{m[2]}" if m[1] else f"{m[4]}_embedding_{m[5]}"]
 
 
-def rows(key: str, shape: torch.Size) -> list[str]:
-    """The keys of one shared tensor: itself, or one for each row where it ends in `*`."""
+def rows(key: str, shape: torch.Size, group: str = "") -> list[str]:
+    """The keys of one shared tensor: itself (at its group), or one for each row where it ends in `*`."""
+    key = key.replace("{}", group)
     return [f"{key[:-1]}{i}" for i in range(shape[0])] if key.endswith("*") else [key]

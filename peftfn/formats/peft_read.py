@@ -33,6 +33,9 @@ class Reader:
         self.found: dict[str, dict[str, str]] = {}  # site → {method's key: file's key}
         self.whole: dict[str, str] = {}  # site → the file's key of its full value
         self.shared: dict[str, str] = {}  # the key behind base_model. → the file's key
+        self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
+        self.made: dict[str, Leaf] = {}  # site → what its method's `from_peft_leaf` gives
+        self.fresh: Plan | None = None
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
@@ -64,7 +67,7 @@ class Reader:
         for key, mine in copies:
             if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
-        return self.fill(plan, rules, taken, methods, zeros)
+        return self.fill(plan, methods, zeros)
 
     def sort(self) -> list[tuple[str, str]]:
         """Where each of the file's tensors belongs. Returns shared tensors that are there once more for a site."""
@@ -76,9 +79,11 @@ class Reader:
         shared = {k for c in self.classes if c.peft for k in c.peft.shared.values()}
         variants = {v for k in written for v in keys.variants(k)}
         suffixes = sorted(written | variants | shared, key=len, reverse=True)
+        marked = (re.escape(k).replace(r"\*", r"\d+").replace(r"\{\}", r"[^.]+") for k in shared)
+        patterns = [re.compile(k) for k in marked]
         for key in self.file.meta:
             bare = keys.clean(key, parameter)
-            if (mine := key.removeprefix("base_model.")) in shared or re.sub(r"\d+$", "*", mine) in shared:
+            if (mine := key.removeprefix("base_model.")) in shared or any(p.fullmatch(mine) for p in patterns):
                 self.shared[mine] = key
                 continue
             parts = keys.split(bare, suffixes)
@@ -200,6 +205,9 @@ class Reader:
     def fits(self, name: str, plan: Plan, method: Method) -> set[str]:
         """Note what is missing and unexpected at a site; ValueError for other shapes. Returns our names of tensors of
         a part that PEFT leaves out at this layer, and marks with a tensor of zeros."""
+        if method.overrides("from_peft_leaf"):
+            self.meant(name, plan, method)
+            return set()
         entry, place, found, before = plan[name], self.places[name], self.found[name], self.inside(name)
         assert method.peft is not None
         constants = {k.removeprefix(before): t for k, t in entry.frozen.items()}
@@ -231,6 +239,54 @@ class Reader:
                     self.missing.append(f"base_model.{r}")
         return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
 
+    def meant(self, name: str, plan: Plan, method: Method) -> None:
+        """Let the method say what the file's tensors at a site mean, and check that it fits the plan."""
+        entry, place, found, file = plan[name], self.places[name], self.found[name], self.file
+        w, bias = self.model.weights[name], self.model.weights.get(entry.site.bias or "")
+        assert method.peft is not None
+        if w.is_meta:
+            raise ValueError(f"{file.where}: {name} has no values yet, and {method} reads its tensors by them")
+        t = {k: file.tensor(key, w.device) for k, key in found.items()}
+        for k, key in method.peft.shared.items():
+            named = keys.rows(key, torch.Size(), method.peft.group(place.module))
+            if self.shared.keys() >= {*named}:
+                t[key] = self.common(key, named, w.device)
+            elif self.seeded:
+                t[key] = self.drawn(plan)[name].frozen[k]
+        try:
+            made = method.from_peft_leaf(t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
+            again = method.to_peft_leaf(made)
+        except KeyError as e:
+            self.missing.append(f"{PREFIX}{place.path}.{e.args[0]}")
+            return
+        except (ValueError, RuntimeError, IndexError, TypeError) as e:
+            raise ValueError(f"{file.where}: {method} does not fit {name}: {e}") from e
+        made = {self.inside(name) + k: v for k, v in made.items()}
+        for k, like in (*entry.spec.items(), *((k, c.shape) for k, c in entry.frozen.items())):
+            integer = k in entry.frozen and not entry.frozen[k].is_floating_point()
+            if k in made and (made[k].shape != like or made[k].is_floating_point() == integer):
+                raise ValueError(
+                    f"{file.where}: {name}: {k} is {made[k].dtype} {list(made[k].shape)}; {method} wants {list(like)}"
+                )
+        for k in found.keys() & again.keys():
+            file.check(found[k], file.meta[found[k]].shape, again[k].is_floating_point())
+        self.unexpected += [found[k] for k in found.keys() - again.keys()]
+        self.made[name] = made
+
+    def common(self, key: str, named: list[str], device: torch.device) -> Tensor:
+        """A shared tensor, moved once to each device."""
+        if (named[0], device) not in self.moved:
+            parts = [self.file.tensor(self.shared[r], device) for r in named]
+            self.moved[named[0], device] = torch.stack(parts) if key.endswith("*") else parts[0]
+        return self.moved[named[0], device]
+
+    def drawn(self, plan: Plan) -> Plan:
+        """The plan with the constants that the methods themselves make."""
+        if self.fresh is None:
+            taken = {n: e.rule for n, e in plan.items()}
+            self.fresh = make(self.model.model, plan.rules, 0, taken=taken)
+        return self.fresh
+
     @property
     def seeded(self) -> bool:
         """Whether the file leaves out what a seed gives."""
@@ -244,26 +300,11 @@ class Reader:
         more = near(keys.clean(self.unexpected[0]), list(self.model.sites)) if self.unexpected else ""
         return mismatch(self.file.where, set(self.missing), self.unexpected, more)
 
-    def fill(
-        self,
-        plan: Plan,
-        rules: Mapping[str, Method],
-        taken: Mapping[str, str],
-        methods: Mapping[str, Method],
-        zeros: Mapping[str, set[str]],
-    ) -> Loaded:
+    def fill(self, plan: Plan, methods: Mapping[str, Method], zeros: Mapping[str, set[str]]) -> Loaded:
         """The net and adapter with the file's tensors, each moved once to its site's device."""
         file, model = self.file, self.model
         adapter: Adapter = {}
         entries = dict(plan.items())
-        once: dict[tuple[str, torch.device], Tensor] = {}
-
-        def shared(key: str, like: torch.Size, device: torch.device) -> Tensor:
-            if (key, device) not in once:
-                rows = [file.tensor(self.shared[r], device) for r in keys.rows(key, like)]
-                once[key, device] = torch.stack(rows) if key.endswith("*") else rows[0]
-            return once[key, device]
-
         for name, entry in plan.items():
             w, before = model.weights[name], self.inside(name)
             leaf, frozen = Leaf(), dict(entry.frozen)
@@ -271,7 +312,10 @@ class Reader:
                 value = file.tensor(self.whole[name], w.device)
                 diff = entry.site.canonical(value) - wide(entry.site.canonical(w))
                 leaf["0.diff" if before else "diff"] = diff
-            if name in self.places:
+            if name in self.made:
+                leaf |= {k: t for k, t in self.made[name].items() if k in entry.spec}
+                frozen |= {k: t for k, t in self.made[name].items() if k in frozen}
+            elif name in self.places:
                 place, peft = self.places[name], methods[name].peft
                 assert peft is not None
                 bank = plan.banks[entry.bank] if entry.bank else {}
@@ -291,18 +335,18 @@ class Reader:
                         into[before + k] = t if into is leaf else t.to(frozen[before + k].dtype)
                 for k, key in peft.shared.items():
                     like = frozen[k].shape if k in frozen else bank.get(k)
-                    if like is not None and self.shared.keys() >= set(keys.rows(key, like)):
-                        (frozen if k in frozen else mine)[k] = shared(key, like, w.device)
+                    if like is not None and self.shared.keys() >= set(named := keys.rows(key, like)):
+                        (frozen if k in frozen else mine)[k] = self.common(key, named, w.device)
             for k, s in entry.spec.items():
                 if k not in leaf and (k in zeros.get(name, ()) or name not in self.places):
                     leaf[k] = torch.zeros(s, device=w.device)
             adapter[name], entries[name] = leaf, dataclasses.replace(entry, frozen=frozen)
         if any(t.is_meta != model.weights[n].is_meta for n, e in entries.items() for t in e.frozen.values()):
-            drawn = make(model.model, rules, 0, taken=taken)
+            drawn = self.drawn(plan)
             for n, e in entries.items():
                 kept = {k: t for k, t in e.frozen.items() if not t.is_meta}
                 entries[n] = dataclasses.replace(e, frozen={**drawn[n].frozen, **kept})
-        net = Adapted(model.model, Plan(entries, rules, plan.banks))
+        net = Adapted(model.model, Plan(entries, plan.rules, plan.banks))
         if self.missing:
             adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
         net.plan.check(adapter)

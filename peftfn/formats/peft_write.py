@@ -129,7 +129,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     parameters = [n for n, e in main.items() if _layer(e, model) in ("stack", "stack_t", "parameter")]
     places = {n: model.written(e.site, parameters) for n, e in main.items()}
     _supported(kind, main, each, model)
-    out: Leaf = {}
+    out, makers = Leaf(), dict[str, str]()
     for n, e in main.items():
         assert e.method.peft is not None
         if not set(adapter[n]) <= set(e.method.peft.keys):
@@ -140,7 +140,10 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
         for k, key in e.method.peft.shared.items():
             if k in p:
                 t = p[k]
-                out |= {f"base_model.{r}": t[i] if key.endswith("*") else t for i, r in enumerate(rows(key, t.shape))}
+                named = rows(key, t.shape, e.method.peft.group(places[n].module))
+                out |= {f"base_model.{r}": t[i] if key.endswith("*") else t for i, r in enumerate(named)}
+                if "{}" in key and makers.setdefault(named[0], e.rule) != e.rule:
+                    raise ValueError(f"{n}: PEFT's {kind} has one {named[0]}, and here several rules do: use one rule")
     banks = {e.bank for e in main.values() if e.method.peft and e.method.peft.shared}
     if banks and len({e.rule for e in main.values()}) > 1:
         raise ValueError(f"PEFT's {kind} shares its tensors among all layers, and here several rules have their own")

@@ -1,4 +1,4 @@
-"""FRoD: W + U (diag(d) + S) Vᵀ for W = U diag(λ) Vᵀ, with one V for all sites and a sparse S."""
+"""FRoD: W + U (diag(d) + S) Vᵀ for W = U diag(λ) Vᵀ, with one V for all layers of a role and a sparse S."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.fields import Positive, Probability
-from peftfn.method import Leaf, Method, Product
+from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
+
+
+def role(module: str) -> str:
+    """What the layers have in common that share V: the last two parts of a layer's name, or the one after a number."""
+    parts = module.split(".")
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"  # BERT's, which is no role of the MLP's "output_dense"
+    return parts[-1] if len(parts) == 1 or parts[-2].isdigit() else "_".join(parts[-2:])
+
+
+def _number(site: str, otherwise: int) -> int:
+    """The number of a site's layer: the one after "layers", else the first in its name."""
+    _, _, after = f".{site}".partition(".layers.")
+    return next((int(part) for part in (after.split(".")[0], *site.split(".")) if part.isdigit()), otherwise)
 
 
 @dataclass(frozen=True)
@@ -17,10 +31,11 @@ class FRoD(Method):
     """W + U (diag(d) + S) Vᵀ, where W = U diag(λ) Vᵀ: U [out, in] with columns of length 1, λ [in] and V [in, in] are
     frozen; d [in] and the entries s [n] of the sparse S [in, in], off its diagonal, are trained and start at zero.
 
-    "FRoD", 2026, AAAI, doi:10.1609/aaai.v40i31.39813. PEFT trains λ + d in place of d. V comes from a joint
-    decomposition of the weights of a rule's sites, which must have inputs of one size: a rule is what PEFT calls a
-    category, so sites with different roles should have rules of their own. PEFT puts U (diag(λ + d) + S) Vᵀ in W's
-    place, which is the same up to rounding and to what a singular V cannot express; here W itself always stays.
+    "FRoD", 2026, AAAI, doi:10.1609/aaai.v40i31.39813. V comes from a joint decomposition of the weights of one role
+    (q_proj, say) in all layers of the rule, which must have inputs of one size; as in PEFT, the last part or two of a
+    layer's name are its role, and of two weights with one role and one layer number the later counts. PEFT trains
+    λ + d in place of d, and puts U (diag(λ + d) + S) Vᵀ in W's place, which is the same up to rounding and to what a
+    singular V cannot express; here W itself always stays.
 
     Trains in + density·in² numbers. For: full-rank changes in a basis that layers of one kind share.
 
@@ -35,6 +50,16 @@ class FRoD(Method):
     linear_in = ("c",)
     cases = ({"density": 0.1}, {"density": 0.02, "projection_seed": 3, "ridge": 0.1})
 
+    peft = Peft(
+        "FROD",
+        names("d=frod_lambda_l s=frod_lambda_s_values"),
+        names(
+            "density=sparse_rate ridge=regularization_alpha projection_seed=projection_prng_key dropout=frod_dropout"
+        ),
+        shared=names("V=frod_V.{} places=frod_s_indices.{} size=frod_s_size.{}"),
+        group=role,
+    )
+
     density: Positive = 0.01
     ridge: Positive = 1e-3
     projection_seed: int = 0
@@ -44,24 +69,29 @@ class FRoD(Method):
         return min(max(1, int(self.density * in_ * in_)), in_ * in_ - in_)
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
-        sizes = {w.shape[1] for w in weights.values()}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"FRoD shares V among a rule's sites, and their inputs are {sorted(sizes)}: split the rule"
-            )
-        (in_,) = sizes
-        flat = rng.reseeded(self.projection_seed).permutation(in_ * in_ - in_)[: self._count(in_)]
-        row, column = flat // max(1, in_ - 1), flat % max(1, in_ - 1)
-        places = torch.stack([row, column + (column >= row)])
-        if rng.meta or any(w.is_meta for w in weights.values()):
-            us = [rng.empty(*w.shape) for w in weights.values()]
-            v = rng.empty(in_, in_)
-        else:
-            ws = [w.detach().float().cpu() for w in weights.values()]
-            v = self._joint(ws)
-            us = [self._left(v.double(), w.double()).to(rng.device, rng.dtype) for w in ws]
-        common = {"V": v.to(rng.device, rng.dtype), "places": places}
-        return {site: {**common, "U": u} for site, u in zip(weights, us, strict=True)}
+        roles: dict[str, list[str]] = {}
+        for site in weights:
+            roles.setdefault(role(site.rpartition(".")[0]), []).append(site)
+        draw, number = rng.reseeded(self.projection_seed), {s: _number(s, i) for i, s in enumerate(weights)}
+        meta, out = rng.meta or any(w.is_meta for w in weights.values()), dict[str, Leaf]()
+        for name, sites in sorted(roles.items()):
+            sizes = {weights[s].shape[1] for s in sites}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"FRoD shares V among all {name}, and their inputs are {sorted(sizes)}: split the rule"
+                )
+            (in_,) = sizes
+            flat = draw.permutation(in_ * in_ - in_)[: self._count(in_)]
+            row, column = flat // max(1, in_ - 1), flat % max(1, in_ - 1)
+            places = torch.stack([row, column + (column >= row)])
+            ws = {s: weights[s] if meta else weights[s].detach().float().cpu() for s in sites}
+            layers = {number[s]: ws[s] for s in sites}
+            v = rng.empty(in_, in_) if meta else self._joint([layers[i] for i in sorted(layers)])
+            common = {"V": v.to(rng.device, rng.dtype), "places": places, "size": torch.tensor([in_, in_])}
+            for s in sites:
+                u, at = (rng.empty(*ws[s].shape), rng.empty(in_)) if meta else self._left(v, ws[s])
+                out[s] = {**common, "U": u.to(rng.device, rng.dtype), "start": at.to(rng.device, rng.dtype)}
+        return out
 
     def _joint(self, ws: list[Tensor]) -> Tensor:
         """V [in, in] that turns every w into nearly orthogonal columns."""
@@ -76,14 +106,15 @@ class FRoD(Method):
         return v
 
     @staticmethod
-    def _left(v: Tensor, w: Tensor) -> Tensor:
-        """U [out, in] of w = U diag(λ) vᵀ."""
+    def _left(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(U [out, in], λ [in]) of w = U diag(λ) vᵀ."""
+        v, w = v.double(), w.double()
         try:
             scaled = torch.linalg.solve(v, w.mT).mT
         except RuntimeError:
             scaled = w @ torch.linalg.pinv(v, rtol=1e-6).mT
         size = torch.linalg.vector_norm(scaled, dim=0)
-        return torch.where(size > 1e-12, scaled / size, 0.0)
+        return torch.where(size > 1e-12, scaled / size, 0.0).float(), size.float()
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"d": rng.zeros(w.shape[1]), "s": rng.zeros(self._count(w.shape[1]))}
@@ -97,3 +128,14 @@ class FRoD(Method):
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         return dot(x, w) + F.linear(F.linear(dot(self.dropped(x), p["V"].mT), p["c"]), p["U"])
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        return {"frod_lambda_l": p["start"] + p["d"], "frod_lambda_s_values": p["s"]}
+
+    def from_peft_leaf(self, t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
+        v, places, size = (t[key] for key in ("frod_V.{}", "frod_s_indices.{}", "frod_s_size.{}"))
+        if not bool(((places >= 0) & (places < len(v))).all()) or size.tolist() != list(v.shape):
+            raise ValueError(f"frod_s_indices or frod_s_size goes beyond frod_V's {list(v.shape)}")
+        u, start = (part.to(v) for part in self._left(v.cpu(), w.detach().float().cpu()))
+        leaf = {"d": t["frod_lambda_l"].view_as(start) - start, "s": t["frod_lambda_s_values"]}
+        return leaf | {"V": v, "places": places, "size": size, "U": u, "start": start}
