@@ -22,7 +22,7 @@ from peftfn.methods.wavelets import low_pass
 from peftfn.testing import shaken
 
 FOLDER = Path(pf.__file__).parent / "methods"
-HELPERS = {"__init__", "allocation", "lowrank", "lycoris", "rotation", "variant", "wavelets"}
+HELPERS = {"__init__", "allocation", "kmeans", "lowrank", "lycoris", "roles", "rotation", "variant", "wavelets"}
 
 
 def lines_of_code(path: Path) -> int:

@@ -1,4 +1,5 @@
-"""PEFT files in another layout than the one that is written now: other module names, and tensors in a shorter form."""
+"""PEFT files in another layout than the one that is written now: other module names, tensors in a shorter form, and
+configurations that leave a number to be counted."""
 
 import re
 import sys
@@ -70,8 +71,13 @@ def table(model: nn.Module) -> Callable[[str], str] | None:
 
 
 def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
-    """Puts tensors that the file has in a shorter form into `file` in the full one."""
+    """Puts tensors that the file has in a shorter form into `file` in the full one, and into the configuration what
+    PEFT counts from the model."""
     kind = config["peft_type"]
+    if kind == "WAVEFT" and config.get("proportional_parameters") is True:
+        counts = {keys.clean(k): t.numel() for k, t in file.meta.items() if k.endswith(".waveft_spectrum")}
+        config["n_frequency_pattern"] = {f"^{re.escape(k.rpartition('.')[0])}": n for k, n in counts.items()}
+        config["proportional_parameters"] = False
     if kind == "VBLORA" and config.get("save_only_topk_weights"):
         _logits(config, file)
     if kind == "ADALORA" and isinstance(masks := config.get("rank_pattern"), dict):

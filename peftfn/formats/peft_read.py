@@ -257,7 +257,9 @@ class Reader:
             made = method.from_peft_leaf(t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
             again = method.to_peft_leaf(made)
         except KeyError as e:
-            self.missing.append(f"{PREFIX}{place.path}.{e.args[0]}")
+            (key,), group = e.args, method.peft.group(place.module)
+            common = key in method.peft.shared.values()
+            self.missing += keys.rows(f"base_model.{key}" if common else place.full(key), torch.Size(), group)
             return
         except (ValueError, RuntimeError, IndexError, TypeError) as e:
             raise ValueError(f"{file.where}: {method} does not fit {name}: {e}") from e

@@ -7,8 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from peftfn.fields import Start, Whole
+from peftfn.fields import Probability, Start, Whole
 from peftfn.method import Leaf, Peft, names
+from peftfn.methods.kmeans import kmeans
 from peftfn.methods.lowrank import _LowRank
 from peftfn.rng import Rng
 
@@ -30,15 +31,15 @@ class AdaMSS(_LowRank):
         space: how many singular vectors (PEFT's r).
         clusters: number of them, at most out (PEFT's num_subspaces).
         rank: of each cluster's change (PEFT's subspace_rank).
-        threshold: if given, a cluster's rank counts only squared singular values above threshold times its largest
-            (PEFT's svd_threshold, with use_dynamic_rank).
+        threshold: a cluster's rank counts only squared singular values above threshold times its largest (PEFT's
+            svd_threshold, if above 0 with use_dynamic_rank).
         seed: of the randomised SVD (PEFT's random_seed).
         init_weights: "default" (B is zero), or "random" (B ~ N(0, 0.01²): not the identity).
     """
 
     cases = (
         {"space": 4, "clusters": 2, "rank": 2},
-        {"space": 6, "clusters": 3, "threshold": 0.2, "init_weights": "random"},
+        {"space": 5, "clusters": 3, "threshold": 0.2, "init_weights": "random"},
     )
 
     peft = Peft(
@@ -51,7 +52,7 @@ class AdaMSS(_LowRank):
     space: Whole = 100
     clusters: Whole = 5
     rank: Whole = 1
-    threshold: float | None = None
+    threshold: Probability = 0.0
     seed: int = 0
     init_weights: Start = "default"
 
@@ -64,7 +65,7 @@ class AdaMSS(_LowRank):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             u, _, v = torch.svd_lowrank(w.detach().cpu().float(), q=r, niter=2)
-        return u, v.mT.contiguous(), _kmeans(u, min(self.clusters, len(u)))
+        return u, v.mT.contiguous(), kmeans(u, min(self.clusters, len(u)))
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         _, p, cluster = self._parts(w, rng.bias)
@@ -75,7 +76,7 @@ class AdaMSS(_LowRank):
         a = u.new_zeros(min(self.clusters, len(u)), self.rank, u.shape[1])
         for i in () if w.is_meta else range(len(a)):
             _, s, vh = torch.linalg.svd(u[cluster == i], full_matrices=False)
-            keep = s.square() > (0 if self.threshold is None else self.threshold) * s[:1].square()
+            keep = s.square() > self.threshold * s[:1].square()
             own = (vh * keep[:, None])[: self.rank]
             a[i, : len(own)] = own
         b = rng.zeros(len(u), self.rank) if self.identity else rng.normal(len(u), self.rank, std=0.01)
@@ -96,14 +97,18 @@ class AdaMSS(_LowRank):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        threshold = config["svd_threshold"] if config["use_dynamic_rank"] else None
+        threshold = config["svd_threshold"] if config["use_dynamic_rank"] else 0.0
         return cls(**cls.peft.read(config), threshold=threshold)  # type: ignore[union-attr]
 
     def to_peft(self) -> dict[str, Any]:
-        threshold = {} if self.threshold is None else {"svd_threshold": self.threshold}
-        return super().to_peft() | {"use_dynamic_rank": bool(threshold), **threshold}
+        return super().to_peft() | {"use_dynamic_rank": self.threshold > 0, "svd_threshold": self.threshold}
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
+        if len(p["c"]) <= len(p["P"]) and self.clusters > 1:  # PEFT makes the clusters again on loading
+            raise ValueError(
+                f"AdaMSS.space is {self.space}, and the weight has {len(p['c'])} rows: these are then equally far from "
+                f"each other, and rounding errors alone make PEFT's clusters: choose space < {len(p['c'])}"
+            )
         out = {"adamss_newB": p["P"]}
         for i, a in enumerate(p["a"]):
             b = p["b"][p["c"] == i]
@@ -119,29 +124,7 @@ class AdaMSS(_LowRank):
             n = min(len(down), len(rows), self.rank)
             if down.shape != (n, len(p)) or up.shape != (len(rows), n):
                 raise ValueError(
-                    f"adamss_A.{i} {list(down.shape)} and adamss_B.{i} {list(up.shape)} do not fit its cluster of "
-                    f"{len(rows)} of the weight's rows: load the base model that it was trained on"
+                    f"adamss_A.{i} and adamss_B.{i} do not fit a cluster of {len(rows)} rows: load their base model"
                 )
             a[i, :n], b[rows, :n] = down, up
         return {"a": a, "b": b, "P": p, "c": cluster.to(p.device)}
-
-
-def _kmeans(x: Tensor, k: int, steps: int = 10) -> Tensor:
-    """The cluster of each row of x: Lloyd's algorithm from k of its rows, as scikit-learn draws and runs it."""
-    import numpy
-
-    x = x - x.mean(0)
-    draw = numpy.random.RandomState(123456789)
-    centers = x[torch.as_tensor(draw.choice(len(x), size=k, replace=False, p=numpy.full(len(x), 1 / len(x), "f4")))]
-    cluster = torch.cdist(x, centers).argmin(1)
-    for _ in range(steps):
-        onehot = torch.nn.functional.one_hot(cluster, k).to(x.dtype)  # [n, k]
-        empty = onehot.sum(0) == 0
-        far = (x - centers[cluster]).square().sum(1).argsort(descending=True)[: int(empty.sum())]
-        onehot[far] = 0
-        onehot[far, empty.nonzero()[:, 0]] = 1  # an empty cluster gets the row that lies worst
-        old, centers = centers, (onehot.mT @ x) / onehot.sum(0).clamp(min=1)[:, None]
-        before, cluster = cluster, torch.cdist(x, centers).argmin(1)
-        if torch.equal(before, cluster) or (centers - old).square().sum() <= 1e-4 * x.var(0, correction=0).mean():
-            break
-    return cluster

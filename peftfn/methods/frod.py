@@ -9,21 +9,8 @@ from torch.nn import functional as F
 
 from peftfn.fields import Positive, Probability
 from peftfn.method import Leaf, Method, Peft, Product, names
+from peftfn.methods.roles import number, role
 from peftfn.rng import Rng
-
-
-def role(module: str) -> str:
-    """What the layers have in common that share V: the last two parts of a layer's name, or the one after a number."""
-    parts = module.split(".")
-    if parts[-3:] == ["attention", "output", "dense"]:
-        return "attention_output"  # BERT's, which is no role of the MLP's "output_dense"
-    return parts[-1] if len(parts) == 1 or parts[-2].isdigit() else "_".join(parts[-2:])
-
-
-def _number(site: str, otherwise: int) -> int:
-    """The number of a site's layer: the one after "layers", else the first in its name."""
-    _, _, after = f".{site}".partition(".layers.")
-    return next((int(part) for part in (after.split(".")[0], *site.split(".")) if part.isdigit()), otherwise)
 
 
 @dataclass(frozen=True)
@@ -69,23 +56,20 @@ class FRoD(Method):
         return min(max(1, int(self.density * in_ * in_)), in_ * in_ - in_)
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
-        roles: dict[str, list[str]] = {}
-        for site in weights:
-            roles.setdefault(role(site.rpartition(".")[0]), []).append(site)
-        draw, number = rng.reseeded(self.projection_seed), {s: _number(s, i) for i, s in enumerate(weights)}
+        roles: dict[str, dict[str, int]] = {}
+        for i, site in enumerate(weights):
+            roles.setdefault(role(site.rpartition(".")[0]), {})[site] = number(site, i)
+        draw = rng.reseeded(self.projection_seed)
         meta, out = rng.meta or any(w.is_meta for w in weights.values()), dict[str, Leaf]()
         for name, sites in sorted(roles.items()):
-            sizes = {weights[s].shape[1] for s in sites}
-            if len(sizes) > 1:
-                raise ValueError(
-                    f"FRoD shares V among all {name}, and their inputs are {sorted(sizes)}: split the rule"
-                )
-            (in_,) = sizes
+            in_, *more = sizes = sorted({weights[s].shape[1] for s in sites})
+            if more:
+                raise ValueError(f"FRoD shares V among all {name}, and their inputs are {sizes}: split the rule")
             flat = draw.permutation(in_ * in_ - in_)[: self._count(in_)]
             row, column = flat // max(1, in_ - 1), flat % max(1, in_ - 1)
             places = torch.stack([row, column + (column >= row)])
             ws = {s: weights[s] if meta else weights[s].detach().float().cpu() for s in sites}
-            layers = {number[s]: ws[s] for s in sites}
+            layers = {sites[s]: ws[s] for s in sites}
             v = rng.empty(in_, in_) if meta else self._joint([layers[i] for i in sorted(layers)])
             common = {"V": v.to(rng.device, rng.dtype), "places": places, "size": torch.tensor([in_, in_])}
             for s in sites:
