@@ -105,6 +105,14 @@ def times(path: Path = MEASURED) -> list[str]:
         rows += [
             f"* {case}: median {statistics.median(all_):.2f} of PEFT's time over {len(all_)} methods; {slower} slower."
         ]
+    rows += [
+        "",
+        "The aim was none slower, and a median of 0.7. For most methods the base's own products are most of the time",
+        "(the second figure is near 1), so 0.7 of PEFT's time would be less than the base's. Those above 1: PiSSA and",
+        "OLoRA leave the base's weight as it is, where PEFT replaces it, so they run at twice the rank. FRoD reads W,",
+        "which its owner may change, where PEFT rebuilds it from its factors and saves the product. Full adds to W at",
+        "each call. GLoRA's training step is not explained yet; the others are the fixed cost of a call.",
+    ]
     rows += ["", f"| method | trained | {' | '.join(cases)} | memory: ours, PEFT, base |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(name for name, _ in lines):
         first = lines[name, cases[0]]
