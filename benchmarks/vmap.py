@@ -66,4 +66,4 @@ def run(options: Options) -> list[Json]:
         rows.append(row(f"{what}, forward, {where.format(batch, tokens)}", times, target=target, reason=reason))
     times = options.compare(ensemble.grads(ids[:, :16]))
     target = Target(f"{ADAPTERS} grads", 0.25)
-    return [*rows, row(f"{what}, gradient, {where.format(4, 16)}", times, target=target)]
+    return [*rows, row(f"{what}, gradient, {where.format(4, 16)}", times, target=target, reason=reason)]

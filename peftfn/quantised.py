@@ -499,6 +499,8 @@ _KINDS: dict[str, type[QuantisedWeight]] = {"Params4bit": _Bnb4Weight, "Int8Para
 def _features(module: nn.Module) -> Size | None:
     """[out, in] of a layer that says so."""
     for out, in_ in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        if out not in vars(module) and not hasattr(type(module), out):  # a module without it takes long to say so
+            continue
         sizes = getattr(module, out, None), getattr(module, in_, None)
         if all(isinstance(n, int) for n in sizes):
             return Size(sizes)  # type: ignore[arg-type]
