@@ -9,6 +9,7 @@ from peftfn.convert import to_lora
 from peftfn.describe import Described, Description, describe
 from peftfn.distributed import distribute, gather, merged
 from peftfn.formats import load, save
+from peftfn.formats.files import Loaded
 from peftfn.formats.several import load_all
 from peftfn.gated import alora_gates
 from peftfn.many import stack, unstack
@@ -31,6 +32,7 @@ __all__ = [
     "Chain",
     "Described",
     "Description",
+    "Loaded",
     "Method",
     "Nets",
     "Rng",

@@ -10,6 +10,7 @@ from torch import nn
 from peftfn.method import Method
 from peftfn.plan import near
 from peftfn.quantised import quantised
+from peftfn.site import refuse_occupied
 from peftfn.target_table import OF_METHOD, USUAL
 
 Modules = str | Iterable[str] | Callable[[str], bool]
@@ -39,6 +40,10 @@ def targets(
         parameters: parameters that are no layer's weight (experts), by suffix.
         rank_pattern, alpha_pattern: name or regular expression → value, for the modules whose name it matches to the
             end, from the start or from a dot on; the first that matches counts.
+
+    Raises:
+        ValueError: nothing is found; or what is found belongs to an adapter that another library put into the model, or
+            to a parametrization, and is not named itself.
     """
     inputs: list[str] = []
     if modules is None and not parameters:
@@ -50,6 +55,13 @@ def targets(
         raise ValueError(
             f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
         )
+    words = [modules] if isinstance(modules, str) else [] if modules is None or callable(modules) else modules
+    named = " ".join([*words, *parameters])
+    for name in chosen:
+        occupied = "weight" in getattr(model.get_submodule(name), "parametrizations", ())
+        refuse_occupied(model, f"{name}.{'parametrizations.weight.original' if occupied else 'weight'}", named)
+    for name in params:
+        refuse_occupied(model, name, named)
     rules: dict[Method, list[str]] = {}
     for name in (*chosen, *params):
         rank, alpha = _first(rank_pattern, name), _first(alpha_pattern, name)

@@ -22,6 +22,9 @@ from peftfn.methods.trainabletokens import TrainableTokens
 from peftfn.plan import Adapter, Plan, make, near, wide
 from peftfn.targets import matched
 
+HEADS = frozenset({"classifier", "score", "qa_outputs"})
+"""What PEFT adds to modules_to_save where task_type asks for a head, whether the model has them or not."""
+
 
 class Reader:
     """One load: the file's keys sorted into places, each with its method."""
@@ -131,6 +134,9 @@ class Reader:
                 n.startswith(f"{m}.") for n in model.weights
             ):
                 self.missing.append(f"{PREFIX}{m}")
+        if not whole and not any(m == s or m.endswith(f".{s}") for m in model.modules for s in saved):
+            self.missing += [f"{PREFIX}{s}" for s in saved if s not in HEADS]
+        self.missing += self.lacking_tokens()
         wanted, exclude, layers = configs.chosen(config, self.where)
         if wanted is None:
             if self.shared and not self.places:
@@ -149,6 +155,17 @@ class Reader:
             new = None if name in adapted or inside else model.place(name, config, self.classes)
             if new and new.site.name not in self.whole:
                 self.places[new.site.name], self.found[new.site.name] = new, {}
+
+    def lacking_tokens(self) -> list[str]:
+        """Keys of trained tokens that the configuration names beside another method, and the file does not have."""
+        given = self.config.get("trainable_token_indices")
+        if not given or self.config["peft_type"] == "TRAINABLE_TOKENS":
+            return []
+        there = [self.places[n].module for n, keys in self.found.items() if not self.token_keys.isdisjoint(keys)]
+        names = [n for n in given if not any(f".{m}".endswith(f".{n}") for m in there)]
+        if isinstance(given, list):  # of the embedding's tokens
+            names = [] if there else ["embed_tokens"]
+        return [f"{PREFIX}{n}.{TOKENS}.{key}" for n in names for key in sorted(self.token_keys)]
 
     def bounds(self) -> None:
         """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
