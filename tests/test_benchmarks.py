@@ -140,14 +140,14 @@ def test_every_results_file_is_rendered(path):
     record = json.loads(path.read_text())
     text = table.render([record])
     assert record["name"] == path.stem
+    assert max(line["repeats"] for line in record["rows"]) >= 31, "the results of a --quick run"
     for line in record["rows"]:
         assert line["case"] in text
-        assert line["repeats"] >= 31
+        assert line["repeats"] >= 5  # what takes seconds is not run 31 times; the page says so
         for ratio in line["ratio_to"].values():
             assert table.cell(ratio) in text
 
 
-@pytest.mark.skipif(not RECORDS, reason="no results yet")
 def test_the_page_is_made_from_the_results():
     """docs/benchmarks.md is what `python -m benchmarks` writes; after changing benchmarks/table.py, run that module."""
     assert table.DOCS.read_text() == table.render(table.read())
