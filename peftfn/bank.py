@@ -17,6 +17,7 @@ from peftfn.apply import Adapted
 from peftfn.conform import conform
 from peftfn.nets import Nets
 from peftfn.plan import Adapter, near
+from peftfn.tree import mapped
 
 BASE = "__base__"
 """The name of a row without an adapter."""
@@ -80,7 +81,7 @@ class Bank:
         start = 0
         for net, n in zip(nets, sizes, strict=True):
             leaf = net.prepare(net.init()) if prepared else net.init()
-            room = _tree(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
+            room = mapped(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
             self._slots.append(_Slots(net, start, room, n, list(range(n))[::-1]))
             start += n
 
@@ -120,7 +121,7 @@ class Bank:
                 raise FileNotFoundError(f"{name}: there is no {kept}; give the folder that peftfn.save wrote")
         else:
             net.plan.check(adapter)
-            kept = _tree(adapter, lambda t: t.detach().cpu())
+            kept = mapped(adapter, lambda t: t.detach().cpu())
             _same_structure(name, self._ready(_Waiting(net, kept, home)), self._slots[home].stack)
         with self._lock:
             self._drop(name)
@@ -353,7 +354,3 @@ def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter) -> No
                 f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
                 "no fixed shape, and prepared adapters go into a bank with prepared=True"
             )
-
-
-def _tree(tree: Mapping[str, Any], f: Any) -> Any:
-    return {k: _tree(v, f) if isinstance(v, Mapping) else f(v) for k, v in tree.items()}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftfn.tree import leaves, mapped
+
 if TYPE_CHECKING:
     from peftfn.apply import Adapted
     from peftfn.plan import Adapter
@@ -68,9 +70,9 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
             out[name] = tree
         elif entry:
             m = entry.site.canonical(w)
-            out[name] = _map(tree, lambda t, m=m: placed(t, m))
+            out[name] = mapped(tree, lambda t, m=m: placed(t, m))
         else:
-            out[name] = _map(tree, lambda t, w=w: on_mesh(t, w))
+            out[name] = mapped(tree, lambda t, w=w: on_mesh(t, w))
     return out
 
 
@@ -109,7 +111,7 @@ def merged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if module.training:
         raise ValueError("merged: the module is in train mode, where a method may act otherwise; call m.eval() first")
     sharded = any(is_sharded(p) for p in module.parameters())
-    leaves = {id(t) for row in status(module).adapters for t in _tensors(parameters_of(module, row.name))}
+    ours = {id(t) for row in status(module).adapters for t in leaves(parameters_of(module, row.name))}
     for path, layer in module.named_modules(remove_duplicate=False):
         if "parametrizations" in path.split("."):
             continue
@@ -117,7 +119,7 @@ def merged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for attr in (*layer._parameters, *slots):
             with torch.no_grad(), _plain_constants(sharded):
                 value = dense(getattr(layer, attr))
-            if value is None or id(value) in leaves:
+            if value is None or id(value) in ours:
                 continue
             name = f"{path}.{attr}" if path else attr
             if attr in slots and getattr(slots[attr][0], "missing", False):
@@ -137,7 +139,7 @@ def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:
 def refuse_sharded(net: "Adapted", adapter: Mapping[str, Any]) -> None:
     """ValueError unless every tensor of the adapter and of the plan's constants is whole, as a file holds them."""
     for name, tree in adapter.items():
-        if any(map(is_sharded, _tensors(tree))):
+        if any(map(is_sharded, leaves(tree))):
             raise ValueError(
                 f"{name}: its leaf is sharded, and a file holds whole tensors. Call a = peftfn.gather(adapter, rank=0) "
                 "on every rank, and save a on rank 0"
@@ -156,7 +158,7 @@ def misplaced(net: "Adapted", adapter: Mapping[str, Any]) -> str | None:
     for name in net.plan:
         w: Any = weights.get(name)  # the model may have changed since
         mesh = w.device_mesh if is_sharded(w) else None
-        for t in _tensors(adapter[name]):
+        for t in leaves(adapter[name]):
             other = t.device_mesh if is_sharded(t) else None
             if mesh != other:
                 cure = "place the adapter with peftfn.distribute(net, peftfn.gather(adapter))"
@@ -165,15 +167,3 @@ def misplaced(net: "Adapted", adapter: Mapping[str, Any]) -> str | None:
                 there, here = (f"on {x}" if x is not None else "a plain tensor" for x in (mesh, other))
                 return f"{name}: the weight is {there}, and its leaf is {here}. Both must be on one mesh: {cure}"
     return None
-
-
-def _tensors(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, Mapping):
-        for v in tree.values():
-            yield from _tensors(v)
-    else:
-        yield tree
-
-
-def _map(tree: Any, f: Any) -> Any:
-    return {k: _map(v, f) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)

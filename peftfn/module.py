@@ -5,7 +5,7 @@ The module is a copy of the model's structure that shares the storage of its par
 (`view.py`). Functions whose names end in `_` change the module, or the adapter, that they are given.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from peftfn.apply import Adapted
 from peftfn.plan import Adapter, Plan, near
 from peftfn.structure import lasting_copy
+from peftfn.tree import leaves, mapped
 from peftfn.view import View, build, grown, leaf_at, owner
 
 DEFAULT = "default"
@@ -68,7 +69,7 @@ def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:
         module: what `as_module` gave, or a wrapper around it (DDP, torch.compile, …).
         name: which adapter; None is the one in force.
     """
-    return _map(parameters_of(module, name), Tensor.detach)
+    return mapped(parameters_of(module, name), Tensor.detach)
 
 
 def parameters_of(module: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def copy_(dst: Any, src: Mapping[str, Any], name: str | None = None) -> None:
 
 def trainable_(module: nn.Module, name: str | None = None, flag: bool = True) -> None:
     """Have the leaves of one adapter (None: the one in force) require gradients, or not."""
-    for p in _tensors(parameters_of(module, name)):
+    for p in leaves(parameters_of(module, name)):
         p.requires_grad_(flag)
 
 
@@ -127,7 +128,7 @@ def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -
         raise ValueError(f"offload_: adapter {name!r} is in force, or will be after a use; offload an idle one")
     before = adapter_of(view, name)
     view._peftfn.offloaded.add(name)
-    for p in _tensors(parameters_of(view, name)):
+    for p in leaves(parameters_of(view, name)):
         _set(p, p.detach().to(device))
     return before
 
@@ -145,8 +146,8 @@ def onload_(module: nn.Module, name: str, adapter: Mapping[str, Any] | None = No
             raise ValueError(f"{where}: no data (it was offloaded to meta): give the adapter that offload_ returned")
     home = {site: _weight(view, site).device for site in plan}
     home |= {bank: next(home[n] for n in plan if plan[n].bank == bank) for bank in plan.banks}
-    devices = [home[entry] for entry, tree in held.items() for _ in _tensors(tree)]
-    for p, (_, _, value), device in zip(_tensors(held), pairs, devices, strict=True):
+    devices = [home[entry] for entry, tree in held.items() for _ in leaves(tree)]
+    for p, (_, _, value), device in zip(leaves(held), pairs, devices, strict=True):
         value = value.detach().to(device)
         _set(p, value if adapter is None else value.clone())
     view._peftfn.offloaded.discard(name)
@@ -195,10 +196,10 @@ def status(module: nn.Module) -> Status:
     """What adapters a module holds, which is in force in this thread, which train, and where they are."""
     view, _ = _view(module, None, any_name=True)
     state = view._peftfn
-    rows, leaves = [], set()
+    rows, ours = [], set()
     for name, plan in state.plans.items():
-        ts = _tensors(parameters_of(view, name))
-        leaves |= {id(t) for t in ts}
+        ts = list(leaves(parameters_of(view, name)))
+        ours |= {id(t) for t in ts}
         flags = {t.requires_grad for t in ts}
         rows.append(
             AdapterStatus(
@@ -213,7 +214,7 @@ def status(module: nn.Module) -> Status:
                 methods=tuple(dict.fromkeys(str(e.method) for e in plan.values())),
             )
         )
-    base = [p for p in view.parameters() if id(p) not in leaves]
+    base = [p for p in view.parameters() if id(p) not in ours]
     trainable = sum(p.numel() for p in base if p.requires_grad)
     return Status(type(view).__name__, sum(p.numel() for p in base), trainable, tuple(rows))
 
@@ -236,14 +237,6 @@ def _pairs(dst: Any, src: Any, where: str) -> Iterator[tuple[str, Tensor, Tensor
             "first; another rank needs a module of its own, as_module(net, …)"
         )
     yield where, dst, src
-
-
-def _tensors(tree: Any) -> list[Any]:
-    return [t for v in tree.values() for t in _tensors(v)] if isinstance(tree, Mapping) else [tree]
-
-
-def _map(tree: Any, f: Callable[[Any], Any]) -> Any:
-    return {k: _map(v, f) for k, v in tree.items()} if isinstance(tree, Mapping) else f(tree)
 
 
 def _set(p: nn.Parameter, value: Tensor) -> None:
