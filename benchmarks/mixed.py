@@ -14,7 +14,6 @@ from benchmarks.harness import BASE, OURS, REPEATS, Json, Options, Target, row
 from benchmarks.llama import PEFT, Linears, logits_of, quiet
 from benchmarks.models import ALPHA, PROJECTIONS, RANK, RULE, agree, inject, llama, method
 
-BASE_ROW = "__base__"
 RANKS = {"ranks 16": [16], "ranks 64, 32, 16, 8": [64, 32, 16, 8]}
 
 

@@ -236,10 +236,6 @@ class Side(NamedTuple):
     columns: Columns | None
     slices: int = 1
 
-    def unscaled(self) -> "Side":
-        tables = None if self.tables is None else self.tables._replace(scale=torch.ones_like(self.tables.scale))
-        return self._replace(scale=1.0, tables=tables)
-
     def where(self) -> tuple[Tensor | None, ...]:
         return tuple(self.tables) if self.tables is not None else (None, None, None)
 
