@@ -16,7 +16,8 @@ from torch import Tensor
 from peftfn.apply import Adapted
 from peftfn.conform import conform
 from peftfn.nets import Nets
-from peftfn.plan import Adapter, near
+from peftfn.plan import Adapter
+from peftfn.rules import near
 from peftfn.tree import mapped
 
 BASE = "__base__"

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from peftfn.apply import Adapted
 from peftfn.combine import is_expression
 from peftfn.method import Leaf, Method
-from peftfn.plan import Adapter, Entry, near
+from peftfn.plan import Adapter, Entry
+from peftfn.rules import near
 
 
 def conform(adapter: Mapping[str, Any], net_from: Adapted, net_to: Adapted) -> Adapter:

@@ -9,8 +9,8 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from peftfn.plan import matches
 from peftfn.quantised import parameters
+from peftfn.rules import matches
 from peftfn.site import sites
 from peftfn.table import table
 

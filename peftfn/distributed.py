@@ -7,6 +7,7 @@ layer and A [r, in] of a row-wise one stay local.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,9 +71,9 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
             out[name] = tree
         elif entry:
             m = entry.site.canonical(w)
-            out[name] = mapped(tree, lambda t, m=m: placed(t, m))
+            out[name] = mapped(tree, partial(placed, m=m))
         else:
-            out[name] = mapped(tree, lambda t, w=w: on_mesh(t, w))
+            out[name] = mapped(tree, partial(on_mesh, w=w))
     return out
 
 

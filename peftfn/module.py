@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peftfn.apply import Adapted
-from peftfn.plan import Adapter, Plan, near
+from peftfn.plan import Adapter, Plan
+from peftfn.rules import near
 from peftfn.structure import lasting_copy
 from peftfn.tree import leaves, mapped
 from peftfn.view import View, build, grown, leaf_at, owner

@@ -1,7 +1,5 @@
 """Rules → plan: which method stands at which site, and what a plan gives without running the model."""
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +14,7 @@ from peftfn.distributed import is_sharded, on_mesh, placed
 from peftfn.method import Leaf, Method
 from peftfn.quantised import QuantisedWeight, parameters
 from peftfn.rng import Rng
+from peftfn.rules import match, near
 from peftfn.site import Site, refuse_occupied, sites
 from peftfn.transform import exactly
 
@@ -173,54 +172,6 @@ def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
 def wide(t: Tensor) -> Tensor:
     """A floating tensor in fp32, or in its own dtype if that is wider; anything else as it is."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Word characters and dots match whole dotted components; anything else is a regular expression, searched."""
-    if re.fullmatch(r"[\w.]+", pattern):
-        return f".{pattern}." in f".{name}."
-    return re.search(pattern, name) is not None
-
-
-def near(name: str, names: list[str], n: int = 3) -> str:
-    """The names, or parts of names, most like `name`; for an error message."""
-    parts = list(dict.fromkeys(part for full in names for part in full.split(".") if not part.isdigit()))
-    words = re.findall(r"\w+", name)
-    found = difflib.get_close_matches(name, names, n=n, cutoff=0.6) or [
-        hit for w in reversed(words) for hit in difflib.get_close_matches(w, parts, n=n, cutoff=0.5)
-    ]
-    return f"; near: {', '.join(dict.fromkeys(found[:n]))}" if found else f"; it has {', '.join(parts[:8])} …"
-
-
-def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, str]:
-    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
-    taken: dict[str, str] = {}
-    for pattern, method in rules.items():
-        if not isinstance(method, Method):
-            raise TypeError(f"rule {pattern!r} gives {method!r}; it must give a method, like peftfn.LoRA(rank=8)")
-        try:
-            hits = [s for s in found.values() if any(matches(pattern, n) for n in (s.name, *s.aliases))]
-        except re.error as e:
-            raise ValueError(f"rule {pattern!r} is no valid regular expression: {e}") from e
-        accepted = [s for s in hits if s.kind in method.kinds]
-        if not hits:
-            raise ValueError(
-                f"rule {pattern!r} matches none of the model's {len(found)} parameters{near(pattern, list(found))}"
-            )
-        if not accepted:
-            seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
-            raise ValueError(
-                f"rule {pattern!r} finds {len(hits)} parameters, {seen} first, but {type(method).__name__} has no "
-                f"meaning for their kinds: it takes {', '.join(sorted(method.kinds))}"
-            )
-        free = [s for s in accepted if s.name not in taken]
-        if not free:
-            raise ValueError(
-                f"rule {pattern!r} comes too late: all its {len(accepted)} sites, {accepted[0].name} first, belong to "
-                "earlier rules. The first match wins: put the narrower rule first."
-            )
-        taken |= {s.name: pattern for s in free}
-    return {name: taken[name] for name in found if name in taken}
 
 
 def make(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from peftfn.plan import near
 from peftfn.quantised import Parts, QuantisedWeight, weights
+from peftfn.rules import near
 from peftfn.structure import STANDARD, copy_structure, is_plain, reachable
 from peftfn.transform import backward_task, under_transform
 from peftfn.weight import OUTLIVED, Slot, plus

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from peftfn.method import Method
-from peftfn.plan import near
 from peftfn.quantised import quantised
+from peftfn.rules import near
 from peftfn.site import refuse_occupied
 from peftfn.target_table import OF_METHOD, USUAL
 

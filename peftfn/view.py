@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from peftfn.apply import adapted_bias
-from peftfn.plan import Entry, Plan, near
+from peftfn.plan import Entry, Plan
 from peftfn.quantised import Reader, quantised
+from peftfn.rules import near
 from peftfn.site import Site
 from peftfn.transform import backward_task
 from peftfn.weight import AdaptedWeight, plus

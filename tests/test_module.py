@@ -107,7 +107,7 @@ def test_models(case: Case, method: Method) -> None:
     model = case.build()
     before = state(model)
     rules = {case.linear: method} | ({r"norm|bn|bias": Full()} if isinstance(method, LoRA) else {})
-    rules = {k: v for k, v in rules.items() if k == case.linear or any(pf.plan.matches(k, n) for n in pf.sites(model))}
+    rules = {k: v for k, v in rules.items() if k == case.linear or any(pf.rules.matches(k, n) for n in pf.sites(model))}
     net = pf.adapt(model, rules)
     a = random(net)
     m = pf.as_module(net, a)

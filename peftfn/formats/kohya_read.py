@@ -20,8 +20,9 @@ from peftfn.methods.loha import LoHa
 from peftfn.methods.lokr import LoKr
 from peftfn.methods.lora import LoRA
 from peftfn.methods.lycoris import spread
-from peftfn.plan import Adapter, Entry, Plan, make, near
+from peftfn.plan import Adapter, Entry, Plan, make
 from peftfn.quantised import parameters
+from peftfn.rules import near
 from peftfn.site import Site, sites
 
 

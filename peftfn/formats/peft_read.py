@@ -19,7 +19,8 @@ from peftfn.method import Leaf, Method
 from peftfn.methods.full import Full
 from peftfn.methods.tiedtokens import TiedTokens
 from peftfn.methods.trainabletokens import TrainableTokens
-from peftfn.plan import Adapter, Plan, make, near, wide
+from peftfn.plan import Adapter, Plan, make, wide
+from peftfn.rules import near
 from peftfn.targets import matched
 
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
