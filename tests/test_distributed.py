@@ -24,6 +24,7 @@ def torchrun(processes: int, *args: object, folder: Path) -> subprocess.Complete
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     env = {**os.environ, **settings, "RUN_FOLDER": str(folder)}
+    command.append(str(HERE / "distributed_run.py"))
     return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
 
 
