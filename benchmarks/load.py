@@ -1,4 +1,6 @@
-"""Loading one more adapter of PEFT's format, with 1 to 99 there already: `pf.load` against PEFT's `load_adapter`."""
+"""Loading one more adapter of PEFT's format, with 1 to 99 there already: `pf.load` against PEFT's `load_adapter`, and
+the hundredth against the first.
+"""
 
 import tempfile
 import warnings
@@ -8,11 +10,12 @@ import torch
 from peft import PeftModel
 
 import peftfn as pf
-from benchmarks.harness import OURS, Json, Options, row
+from benchmarks.harness import OURS, Json, Options, Target, row
 from benchmarks.models import agree, llama, pair
 
 COUNTS = (2, 10, 100)
 NEXT = "next"
+FIRST = "the first"
 
 
 def run(options: Options) -> list[Json]:
@@ -22,7 +25,16 @@ def run(options: Options) -> list[Json]:
         warnings.simplefilter("ignore")  # PEFT's own, of names and bases
         theirs.save_pretrained(place)
         folder = Path(place)
-        return measure(options, folder, base, llama(2, 128, 352, 4))
+        rows = alone(options, folder, base, llama(2, 128, 352, 4))
+        return measure(options, folder, base, llama(2, 128, 352, 4)) + rows
+
+
+def alone(options: Options, folder: Path, base: torch.nn.Module, other: torch.nn.Module) -> list[Json]:
+    """Ours with COUNTS[-1] adapters kept on one model, against ours on another model that has none."""
+    kept = [pf.load(folder, base) for _ in range(COUNTS[-1] - 1)]
+    ways = {OURS: lambda: pf.load(folder, base), FIRST: lambda: pf.load(folder, other)}
+    what = f"adapter number {COUNTS[-1]} against the first on another copy of the model, {len(kept[0].net.plan)} sites"
+    return [row(what, options.compare(ways), target=Target(FIRST, 1.1))]
 
 
 def measure(options: Options, folder: Path, base: torch.nn.Module, other: torch.nn.Module) -> list[Json]:

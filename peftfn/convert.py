@@ -62,8 +62,8 @@ def to_lora(
 
 def _rank_for(s: Tensor, energy: float) -> int:
     """The smallest rank that holds `energy` of Σ σ², at least 1; the largest over a stack of experts."""
-    share = (s * s).cumsum(-1) / (s * s).sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
-    return min(s.shape[-1], max(1, int((share < energy * (1 - 1e-6)).sum(-1).max()) + 1))
+    held = (s * s).cumsum(-1)
+    return min(s.shape[-1], int((held < energy * (1 - 1e-6) * held[..., -1:]).sum(-1).max()) + 1)
 
 
 def _exactly(name: str) -> str:

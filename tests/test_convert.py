@@ -34,6 +34,13 @@ def test_energy_is_the_share_kept() -> None:
         assert 0 < left <= 1 - energy
 
 
+def test_no_change_is_a_lora_of_rank_one() -> None:
+    c = Case(pf.LoRA(rank=2))
+    net, a = pf.to_lora(c.net, c.net.init(), energy=0.9)
+    assert net.plan[SITE].method.rank == 1
+    assert not net.delta(a)[SITE].any()
+
+
 def test_what_is_no_matrix_stays_full() -> None:
     c = Case(pf.Full(), "other")
     net, a = pf.to_lora(c.net, c.adapter(), rank=1)
