@@ -246,7 +246,7 @@ class Batch:
 
             def whole() -> Tensor:
                 with use("triton"), torch.no_grad():
-                    return op.mixed_lora(self.x, self.w, self.stack, self.rows)
+                    return op.mixed_lora(self.x, self.w, (self.stack, self.rows))
 
             return whole if base else pair
 
@@ -284,6 +284,8 @@ class Batch:
             "peftfn": kernels, "gathered bmm": gathered, "split-K with atomics": atomics,
             "a loop over adapters": one_by_one,
         }  # fmt: skip
+        if len(self.index) * self.a[0].numel() > 2**31:  # every row's own copy of A and B would be many GB
+            del made["gathered bmm"]
         if base:
             made["base"] = lambda: lambda: torch.mm(self.x, self.w.mT)
             made["all adapters at once"] = lambda: lambda: op.all_slots(self.x, self.w, self.stack, self.index)

@@ -156,3 +156,11 @@ def all_at_once(t: int, slots: int, r: int) -> bool:
     """Whether t rows of a mixed batch should meet all adapters in two plain products. NOT MEASURED: from 64 rows, up
     to 256 ranks in all."""
     return _mode.get() == "auto" and t >= 64 and slots * r <= 256
+
+
+def by_segment(x: Tensor, rows: float, n: int, k: int, r: int) -> bool:
+    """Whether adapters of rank r with so many rows each, of a mixed batch x, should have products of their own, by the
+    vendor's library. NOT MEASURED: from 512 rows, what RULES say of one adapter alone."""
+    if rows < 512 or _mode.get() != "auto" or (there := kernels_for(x)) is None:
+        return False
+    return products(there, int(rows), n, k, r, x.dtype) is None

@@ -49,17 +49,20 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return n.to(b.dtype)
 
 
-def dora_norms(ws: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """The norms of many sites, [sites, out], as constants for the gradient: in one launch if they are all alike."""
-    alike = len({(w.shape, w.stride(), w.dtype, a.shape, a.stride(), a.dtype, b.stride(), b.dtype)
-                 for w, a, b in zip(ws, downs, ups, strict=True)}) == 1  # fmt: skip
-    there = kernels_for(*ws, *downs, *ups) if alike and downs[0].dtype == ups[0].dtype else None
+def dora_norms(
+    ws: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
+) -> Sequence[Tensor]:
+    """The norms of many sites, [out] each, as constants for the gradient: in one launch if they are all alike."""
+    sites = list(zip(ws, downs, ups, scales, strict=True))
+    there = kernels_for(*ws, *downs, *ups)
+    alike = there is not None and len({(w.shape, w.stride(), w.dtype, a.shape, a.stride(), a.dtype, b.stride(), b.dtype)
+                                       for w, a, b, _ in sites}) == 1  # fmt: skip
     with torch.no_grad():
-        if there is None or not memory_bound(*ws[0].shape):
-            return torch.stack([reference(*site) for site in zip(ws, downs, ups, scales, strict=True)])
+        if there is None or not alike or downs[0].dtype != ups[0].dtype or not memory_bound(*ws[0].shape):
+            return [dora_norm(*site) for site in sites]
         from peftfn.kernels.dora_triton import norms
 
-        return norms(there, ws, downs, ups, scales).to(ups[0].dtype)
+        return norms(there, ws, downs, ups, scales).to(ups[0].dtype).unbind()
 
 
 def reference(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -41,12 +41,8 @@ class _Fused(Function):
         if by.large:
             y, v = ops.gemm(there, x, w, s, b, scale, c=c, bias=bias, keep_v=needs_v)
         else:
-            y = torch.mm(s, b.to(x.dtype).mT).addmm_(x, w.mT, beta=scale)
-            v = y if needs_v else None
-            if c is not None:
-                y = y * c.to(y.dtype)
-            if bias is not None:
-                y = y + bias
+            y, v = _by_library(x, w, s, b.to(x.dtype), c, bias, scale)
+            v = v if needs_v else None
         ctx.save_for_backward(x, w, a, b, c, s, v, seed)
         ctx.scale, ctx.p, ctx.there, ctx.by = scale, p, there, by
         return y
@@ -63,6 +59,24 @@ class _Fused(Function):
             grads = gradients(dy, x, w, a, b, c, ctx.scale, ctx.p, seed, s=s, v=v, need=need)
         dbias = dy.sum(0) if need[5] else None
         return *(g if n else None for g, n in zip(grads, need, strict=False)), dbias, *[None] * 6
+
+
+def _by_library(
+    x: Tensor, w: Tensor, s: Tensor, b: Tensor, c: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(y, v) as `gemm` gives them, in the fewest passes: what is added to the large product is there before it."""
+    if c is None and bias is not None:
+        y = torch.addmm(bias.to(x.dtype), s, b.mT, alpha=scale).addmm_(x, w.mT)
+        return y, y
+    v = torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
+    if c is None:
+        return v, v
+    return _rowwise(v, c) if bias is None else torch.addcmul(bias, v, c, out=torch.empty_like(v)), v
+
+
+def _rowwise(t: Tensor, c: Tensor) -> Tensor:
+    """c ⊙ t in t's dtype, whatever c's: one pass, and no copy of c."""
+    return torch.mul(t, c, out=torch.empty_like(t))
 
 
 def _by_kernels(
@@ -83,7 +97,7 @@ def _by_kernels(
     need_x, need_w, need_a, need_b = need[:4]
     dx = dw = da = db = dc = ds = None
     if c is not None and v is None:  # c takes no gradient: only c ⊙ dy is wanted
-        dy, c = dy * c.to(dy.dtype), None
+        dy, c = _rowwise(dy, c), None
     if need_b:
         db = torch.empty_like(b, memory_format=torch.contiguous_format)
     one_pass = b.shape[1] <= 32 and (need_a or need_x)  # above, the planes of dS cost more than a second pass

@@ -156,65 +156,70 @@ def pack(layers: Sequence[Sequence[Low]]) -> Pack:
     return Pack(down, up, rows, inputs, outputs, ranks, scales, tables)
 
 
+Group = tuple[Stack | Pack, Segments]
+"""Adapters, and which rows of the batch are whose; to them, the rows of other groups are the base's."""
+
+
 class _Mixed(Function):
+    """tensors: a, b and c of each group. No row is in two groups, so they may write one output in turn."""
+
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None,
-        adapters: Stack | Pack,
-        rows: Segments,
-        there: Target,
-        graded: bool,
+        ctx: Any, x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, graded: bool, *tensors: Tensor | None
     ) -> Tensor:
         from peftfn.kernels import mixed_triton as ops
 
         y = torch.mm(x, w.mT)
-        down, up = adapters.sides(a, b)
-        planes = ops.thin(there, x, down, rows)
-        v = y.clone() if graded and c is not None and ctx.needs_input_grad[4] else None
-        if v is None:
-            ops.wide(there, planes, up, rows, y, c=c)
-        else:
-            ops.wide(there, planes, up, rows, v, c=c, out=y)
-        ctx.save_for_backward(x, w, a, b, c, planes, v)
-        ctx.adapters, ctx.rows, ctx.there = adapters, rows, there
+        v = y.clone() if graded and any(ctx.needs_input_grad[7::3]) else None
+        planes = []
+        for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
+            down, up = adapters.sides(a, b)
+            planes.append(ops.thin(there, x, down, rows))
+            if c is None or v is None:
+                ops.wide(there, planes[-1], up, rows, y, c=c)
+            else:
+                ops.wide(there, planes[-1], up, rows, v, c=c, out=y)
+        ctx.save_for_backward(x, w, v, *planes, *tensors)
+        ctx.groups, ctx.there = groups, there
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         from peftfn.kernels import mixed_triton as ops
 
-        x, w, a, b, c, planes, v = ctx.saved_tensors
-        adapters, rows, there, need = ctx.adapters, ctx.rows, ctx.there, ctx.needs_input_grad
+        groups, there, need = ctx.groups, ctx.there, ctx.needs_input_grad
+        x, w, v, *saved = ctx.saved_tensors
+        planes, tensors = saved[: len(groups)], saved[len(groups) :]
         if torch.is_grad_enabled():  # to be differentiated again
-            inputs = [t for t, n in zip((x, w, a, b, c), need, strict=False) if n]
+            inputs = [t for t, n in zip((x, w, *tensors), (*need[:2], *need[5:]), strict=True) if n]
             with torch.enable_grad():
-                y = _reference(x, w, a, b, c, adapters, rows.of)
+                y = _reference(x, w, groups, tensors)
             found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True, materialize_grads=True))
-            return *(next(found) if n else None for n in need[:5]), None, None, None, None
-        dy = dy.contiguous()
-        dv = dy if c is None else dy * by_row(c, rows.of).to(dy.dtype)
-        down, up = adapters.sides(a, b)
-        dx = dw = da = db = dc = None
-        if need[0] or need[2]:
-            ds = ops.thin(there, dv, up, rows)
-        if need[0]:
-            dx = torch.mm(dv, w)
-            for piece in range(down.slices):  # one after the other: they add to the same rows
-                ops.wide(there, ds, down, rows, dx, piece=piece)
-        if need[1]:
-            dw = torch.mm(dv.mT, x)
-        if need[2]:
-            da = ops.outer(there, ds, x, down, rows)
-        if need[3]:
-            db = ops.outer(there, planes, dv, up, rows)
-        if c is not None and v is not None:
-            dc = ops.dots(there, dy, v, c, rows)
-        return dx, dw, da, db, dc, None, None, None, None
+            grads = [next(found) if n else None for n in (*need[:2], *need[5:])]
+            return *grads[:2], None, None, None, *grads[2:]
+        dy = dv = dy.contiguous()
+        for (_, rows), (_, _, c) in zip(groups, _threes(tensors), strict=True):
+            dv = dv if c is None else dv * by_row(c, rows.of).to(dv.dtype)
+        dx = torch.mm(dv, w) if need[0] else None
+        dw = torch.mm(dv.mT, x) if need[1] else None
+        grads = []
+        for i, ((adapters, rows), (a, b, c)) in enumerate(zip(groups, _threes(tensors), strict=True)):
+            need_a, need_b, need_c = need[5 + 3 * i : 8 + 3 * i]
+            down, up = adapters.sides(a, b)
+            ds = ops.thin(there, dv, up, rows) if dx is not None or need_a else None
+            if dx is not None:
+                for piece in range(down.slices):  # one after the other: they add to the same rows
+                    ops.wide(there, ds, down, rows, dx, piece=piece)
+            grads += [
+                ops.outer(there, ds, x, down, rows) if need_a else None,
+                ops.outer(there, planes[i], dv, up, rows) if need_b else None,
+                ops.dots(there, dy, v, c, rows) if need_c else None,
+            ]
+        return dx, dw, None, None, None, *grads
+
+
+def _threes(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    return list(zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True))
 
 
 def by_row(c: Tensor, index: Tensor) -> Tensor:
@@ -222,21 +227,22 @@ def by_row(c: Tensor, index: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(c[:1]), c])[index + 1]
 
 
-def mixed_lora(x: Tensor, w: Tensor, adapters: Stack | Pack, rows: Segments) -> Tensor:
+def mixed_lora(x: Tensor, w: Tensor, *groups: Group) -> Tensor:
     """c_k ⊙ (x Wᵀ + s_k·(x A_kᵀ) B_kᵀ), row by row with its own adapter k; −1 is x Wᵀ.
 
-    x [t, in], w [Σ out, in], rows: `segments` of the adapters of x's rows → [t, Σ out].
+    x [t, in], w [Σ out, in] → [t, Σ out]. groups: (adapters, `segments` of the adapters of x's rows); several have one
+    base product and two launches each, and a row that is in one group must be −1 in the others.
     """
-    a, b, c = adapters.operands()
-    there = kernels_for(x, w, a, b, c)
+    tensors = [t for adapters, _ in groups for t in adapters.operands()]
+    there = kernels_for(x, w, *tensors)
     if there is None or x.dtype != w.dtype or not x.numel():
-        return _reference(x, w, a, b, c, adapters, rows.of)
-    if isinstance(adapters, Stack) and all_at_once(x.shape[0], adapters.slots, a.shape[1]):
+        return _reference(x, w, groups, tensors)
+    adapters, rows = groups[0]
+    if len(groups) == 1 and isinstance(adapters, Stack) and all_at_once(len(x), adapters.slots, adapters.down.shape[1]):
         return all_slots(x, w, adapters, rows.of)
     x = x if x.stride(1) == 1 else x.contiguous()
-    if c is not None:
-        c = c.contiguous()
-    y: Tensor = _Mixed.apply(x, w, a, b, c, adapters, rows, there, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    tensors[2::3] = [c if c is None else c.contiguous() for c in tensors[2::3]]
+    y: Tensor = _Mixed.apply(x, w, groups, there, torch.is_grad_enabled(), *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -250,59 +256,84 @@ def all_slots(x: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
     return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
 
 
-def mixed_rows(x: Tensor, w: Tensor, low: Any, index: Tensor, kind: str, cache: dict[Any, Any]) -> Tensor | None:
-    """A mixed batch x [rows, …, in], or ids [rows, …] for kind "embedding", with w [out, in] and adapters `low`, as
-    `Method.low_rank` gives them for a stack; None where plain torch has to run it.
+def mixed_rows(
+    x: Tensor, w: Tensor, parts: Sequence[tuple[Any, int]], index: Tensor, kind: str, cache: dict[Any, Any]
+) -> Tensor | None:
+    """A mixed batch x [rows, …, in], or ids [rows, …] for kind "embedding", with w [out, in]; None where plain torch
+    has to run it.
 
-    index: the adapter of each row. cache: keeps the segments of a batch, which all its layers use.
+    parts: (adapters as `Method.low_rank` gives them for a stack, the number of the first of them); what is in none of
+    them is the base. index: the adapter of each row. cache: keeps the segments of a batch, which all its layers use.
     """
     ids = kind == "embedding"
-    shapes = low.down.dim() == low.up.dim() == 3 and (low.rows is None or low.rows.dim() == 2)
-    if kernels_for(w if ids else x, w, low.down, low.up, low.rows) is None or not shapes or kind == "product":
+    stacks = [Stack(low.down, low.up, low.scale, low.rows) for low, _ in parts]
+    shapes = all(s.down.dim() == s.up.dim() == 3 and (s.rows is None or s.rows.dim() == 2) for s in stacks)
+    if kind == "product" or not shapes:
+        return None
+    tensors = [t for s in stacks for t in (s.down, s.up, s.rows)]
+    if kernels_for(w if ids else x, w, *tensors) is None:
         return None
     if not x.numel() or (not ids and x.dtype != w.dtype) or (ids and x.is_floating_point()):
         return None
+    if ids and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, *tensors)):
+        return None
     each = x.numel() // x.shape[0] // (1 if ids else x.shape[-1])
-    key = "segments", each, x.device
-    if key not in cache:
-        cache[key] = segments(index.to(x.device).repeat_interleave(each), low.down.shape[0])
-    adapters = Stack(low.down, low.up, low.scale, low.rows)
+    groups: list[tuple[Stack, Segments]] = []
+    for stack, (_, start) in zip(stacks, parts, strict=True):
+        key = "segments", each, x.device, start, stack.slots
+        if key not in cache:
+            local = index.to(x.device) - start
+            local = local.where((local >= 0) & (local < stack.slots), -1)
+            cache[key] = segments(local.repeat_interleave(each), stack.slots)
+        groups.append((stack, cache[key]))
     if ids:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, *adapters.operands())):
-            return None
-        return mixed_embedding(x.reshape(-1), w, adapters, cache[key]).view(*x.shape, -1)
-    return mixed_lora(x.reshape(-1, x.shape[-1]), w, adapters, cache[key]).view(*x.shape[:-1], -1)
+        return mixed_embedding(x.reshape(-1), w, *groups).view(*x.shape, -1)
+    return mixed_lora(x.reshape(-1, x.shape[-1]), w, *groups).view(*x.shape[:-1], -1)
 
 
-def mixed_embedding(ids: Tensor, w: Tensor, adapters: Stack, rows: Segments) -> Tensor:
+def mixed_embedding(ids: Tensor, w: Tensor, *groups: tuple[Stack, Segments]) -> Tensor:
     """`mixed_lora` of one-hot rows: ids [t] integers, w [dim, vocab] → [t, dim]. Gradients by plain torch."""
-    a, b, c = adapters.operands()
-    there = kernels_for(w, a, b, c)
-    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, a, b, c))
+    tensors = [t for adapters, _ in groups for t in adapters.operands()]
+    there = kernels_for(w, *tensors)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, *tensors))
     if there is None or graded or ids.device != w.device or not ids.numel():
-        return _embedding_reference(ids, w, adapters, rows.of)
+        return _embedding_reference(ids, w, groups)
     from peftfn.kernels import mixed_triton as ops
 
     y = F.embedding(ids, w.mT).contiguous()
-    down, up = adapters.sides(a, b)
-    ops.wide(there, ops.lookup(there, ids, down, rows), up, rows, y, c=c if c is None else c.contiguous())
+    for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
+        down, up = adapters.sides(a, b)
+        ops.wide(there, ops.lookup(there, ids, down, rows), up, rows, y, c=c if c is None else c.contiguous())
     return y
 
 
-def _embedding_reference(ids: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
-    y, k = F.embedding(ids, w.mT), index.clamp(min=0)
-    s = adapters.down.mT[k, ids][:, None]  # [t, 1, r]
-    change = adapters.scale * (s @ adapters.up[k].mT).squeeze(1)
-    y = y + torch.where(index[:, None] < 0, 0.0, change).to(y.dtype)
-    return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
+def _embedding_reference(ids: Tensor, w: Tensor, groups: Sequence[tuple[Stack, Segments]]) -> Tensor:
+    y = F.embedding(ids, w.mT)
+    for adapters, rows in groups:
+        index, k = rows.of, rows.of.clamp(min=0)
+        s = adapters.down.mT[k, ids][:, None]  # [t, 1, r]
+        change = adapters.scale * (s @ adapters.up[k].mT).squeeze(1)
+        y = y + torch.where(index[:, None] < 0, 0.0, change).to(y.dtype)
+        y = y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
+    return y
 
 
 def reference(x: Tensor, w: Tensor, adapters: Stack | Pack, index: Tensor) -> Tensor:
-    """What `mixed_lora` means: adapter by adapter."""
-    return _reference(x, w, *adapters.operands(), adapters, index)
+    """What `mixed_lora` means for one group: adapter by adapter."""
+    return _alone(x, w, *adapters.operands(), adapters, index)
 
 
-def _reference(
+def _reference(x: Tensor, w: Tensor, groups: Sequence[Group], tensors: Sequence[Any]) -> Tensor:
+    """What `mixed_lora` means: each row as in its own group."""
+    (adapters, rows), *others = groups
+    first, *more = _threes(tensors)
+    y = _alone(x, w, *first, adapters, rows.of)
+    for (adapters, rows), (a, b, c) in zip(others, more, strict=True):
+        y = torch.where((rows.of < 0)[:, None], y, _alone(x, w, a, b, c, adapters, rows.of))
+    return y
+
+
+def _alone(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor | None, adapters: Stack | Pack, index: Tensor
 ) -> Tensor:
     parts = []

@@ -154,7 +154,10 @@ def _wide(
         tl.store(y + to, v.to(y.dtype.element_ty), mask)
     if C:
         v = v * tl.load(c + slot.to(tl.int64) * c_row + col0 + cols, cols < n, other=1.0).to(tl.float32)[None, :]
-    tl.store(out + to, v.to(out.dtype.element_ty), mask)
+    if KEEP_V:
+        tl.store(out + to, v.to(out.dtype.element_ty), mask)
+    else:  # one address less to keep: with `out`, sm_80 spills a register
+        tl.store(y + to, v.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -1,7 +1,7 @@
 """adapt: rules on a model → a net, whose functions take the adapter as an argument. The only file that runs a model."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.distributed import misplaced, on_mesh
+from peftfn.distributed import UNTIED, equal, misplaced, on_mesh
 from peftfn.gated import Gates
 from peftfn.many import stack_size
 from peftfn.method import Method
 from peftfn.mixed import MixedWeight
 from peftfn.part import Part
-from peftfn.plan import Adapter, Entry, Plan, draw, make, wide
+from peftfn.plan import Adapter, Entry, Plan, draw, make, prepared, wide
 from peftfn.quantised import QuantisedWeight, parameters
 from peftfn.rng import Rng
 from peftfn.route import Route, Rows
 from peftfn.skeleton import Skeleton
-from peftfn.transform import moment
+from peftfn.transform import moment, under_transform
 from peftfn.weight import AdaptedWeight, dense
 
 
@@ -107,6 +107,7 @@ class Adapted:
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
+        common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A batch whose row i uses adapter index[i] of the stack: mixed(...)[i] == apply(a[index[i]], row i).
@@ -114,13 +115,17 @@ class Adapted:
         Args:
             stacked: `stack` of adapters of this net, each leaf [k, …].
             index: [rows] integers in [−1, k); −1 is the base.
-            args, kwargs: as for the model; the first dimension of what reaches a site must be the rows.
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
+                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
+                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+            args, kwargs: as for the model; the first dimension of what reaches any other site must be the rows.
 
         Raises:
             ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
         """
         self.plan.check(stacked, lead=1)
-        rows = Rows.of(index, stack_size(stacked), (args, kwargs), self._copies(method, kwargs))
+        rows = Rows.of(index, stack_size(stacked), (args, kwargs), self._copies(method, args, kwargs))
+        rows = rows.told(common, self.plan)
         return self._run(stacked, rows, args, kwargs, params, method)
 
     def gated(
@@ -130,6 +135,7 @@ class Adapted:
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
+        common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A weighted sum of adapters at every site: y = base + Σ_k g_k ⊙ (f_k(x) − base), f_k the site with adapter k.
@@ -141,6 +147,7 @@ class Adapted:
             gates: [K] for all rows alike, [rows, K], or [rows, tokens, K]; 1 is the adapter, 0 the base. Rows that
                 have one gate of 1 and no other cost what `mixed` costs. In `generate`, later tokens have the gates of
                 the last one given.
+            common: as for `mixed`.
             args, kwargs: as for the model.
 
         Raises:
@@ -148,15 +155,17 @@ class Adapted:
                 (and tokens) in its first dimensions.
         """
         self.plan.check(stacked, lead=1)
-        copies = self._copies(method, kwargs)
+        copies = self._copies(method, args, kwargs)
         route = Gates.of(gates, stack_size(stacked), (args, kwargs), copies, stepwise=method is not None)
+        route = route.told(common, self.plan)
         return self._run(stacked, route, args, kwargs, params, method)
 
-    def _copies(self, method: str | None, kwargs: Mapping[str, Any]) -> int:
+    def _copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
         if method != "generate":
             return 1
-        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
+        config = given or getattr(self.model, "generation_config", None)
         counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
         return max(n or 1 for n in counts)
 
@@ -183,16 +192,22 @@ class Adapted:
                 out[name] = new if b is None else new - wide(b)
         return out
 
-    def merge(self, adapter: Mapping[str, Any], *, check_finite: bool = False) -> dict[str, Tensor]:
+    def merge(
+        self, adapter: Mapping[str, Any], *, check_finite: bool = False, untied: bool = False
+    ) -> dict[str, Tensor]:
         """The model's parameters with the adapter folded in: {name: tensor}, to load into, or call, a plain model.
 
         Adapted parameters are new tensors, computed in fp32 and rounded once to their dtype; the others are the
-        model's own. Two names of one slot (a shared submodule) get one tensor; two slots that share a tensor (tied
-        weights) stay tied only where both are adapted alike or not at all.
+        model's own. Two names of one slot (a shared submodule) get one tensor.
+
+        Args:
+            check_finite: whether to look for a NaN or an infinity.
+            untied: whether slots that share a tensor (tied weights) may come out different, for a model that does not
+                tie them; one that does would keep only one of the two.
 
         Raises:
-            ValueError: the adapter gives a bias to a layer without one; or, with check_finite, a merged parameter has
-                a NaN or an infinity.
+            ValueError: the adapter gives a bias to a layer without one; or makes tied weights different, and `untied`
+                is not set; or, with check_finite, a merged parameter has a NaN or an infinity.
         """
         self.plan.check(adapter)
         weights = self._weights()
@@ -214,7 +229,19 @@ class Adapted:
                 merged = old.requantise(merged)
             for alias in self._first.names(name):
                 out[alias] = merged
+        if not untied:
+            self._refuse_untied(out)
         return out
+
+    def _refuse_untied(self, merged: Mapping[str, Tensor]) -> None:
+        """ValueError where two slots that share a tensor in the model have different ones in `merged`."""
+        if under_transform() or torch.compiler.is_compiling():
+            return  # values cannot be compared there, nor loaded into a model
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, entry in self.plan.items():
+            for other in entry.site.tied:
+                if held.get(other) is held.get(name) and not equal(merged[name], merged[other]):
+                    raise ValueError(UNTIED.format(name=name, other=other))
 
     def prepare(self, adapter: Mapping[str, Any]) -> Adapter:
         """The adapter with everything done that depends on parameters alone (DoRA's norms, OFT's rotations).
@@ -223,9 +250,8 @@ class Adapted:
         """
         self.plan.check(adapter)
         weights, out = self._weights(), {k: v for k, v in adapter.items() if k in self.plan.banks}
-        for name, entry in self._meant.items():
-            m = entry.site.canonical(weights[name])
-            method, p = entry.tensors(adapter[name], self._bank(entry, adapter), m)
+        for name, (method, p) in prepared(self._meant, adapter, weights).items():
+            entry = self._meant[name]
             if method != entry.method:
                 raise ValueError(f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before it")
             out[name] = {k: t for k, t in p.items() if k in entry.prepared}
@@ -278,7 +304,7 @@ class Adapted:
                 )
             return dense(out)
         except Exception as e:
-            if problem := misplaced(self, adapter):
+            if problem := misplaced(self, adapter, e):
                 raise ValueError(problem) from e
             raise
         finally:
@@ -313,6 +339,8 @@ class Adapted:
             new = adapted_bias(out[name], b) if rows is None else out[name].bias(b)
             if new is not None:
                 out[slot] = new
+            if rows is None and not out[name].method.changes_weight:
+                del out[name]
         return out
 
 

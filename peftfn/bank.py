@@ -3,19 +3,21 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftfn.apply import Adapted
 from peftfn.conform import conform
-from peftfn.nets import Nets
+from peftfn.formats.native import CONFIG, _read, from_json
+from peftfn.method import Method
+from peftfn.nets import Nets, check_nets
 from peftfn.plan import Adapter
 from peftfn.rules import near
 from peftfn.tree import mapped
@@ -45,9 +47,10 @@ class _Waiting:
     net: Adapted
     kept: Adapter | Path
     home: int  # number of the slots it fits
+    plan: str | None = None  # of a file: the id of the plan it was saved with
 
     def load(self) -> Mapping[str, Any]:
-        return read(self.kept, self.net) if isinstance(self.kept, Path) else self.kept
+        return read(self.kept, self.net, self.plan) if isinstance(self.kept, Path) else self.kept
 
 
 class Bank:
@@ -71,6 +74,7 @@ class Bank:
     """
 
     def __init__(self, nets: Sequence[Adapted], capacity: int | Sequence[int], *, prepared: bool = False):
+        check_nets("Bank", nets)
         sizes = [capacity] * len(nets) if isinstance(capacity, int) else list(capacity)
         if len(sizes) != len(nets) or any(not isinstance(n, int) or n < 1 for n in sizes):
             raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
@@ -104,29 +108,37 @@ class Bank:
         Args:
             name: any but "__base__".
             net: whose adapter it is; a net of its own rank and targets, on a model of the same sizes.
-            adapter: a tree, which waits on the CPU and is not copied if it is there already; or where `peftfn.save`
-                wrote one, which waits there.
+            adapter: a tree, a copy of which waits on the CPU; or where `peftfn.save` wrote one, which waits there and
+                is read anew each time it is fetched.
 
         Raises:
-            ValueError: no net of the bank can hold it exactly, with the reason of each.
+            ValueError: no net of the bank can hold it exactly, with the reason of each; or the file was saved with
+                other rules than the net's.
         """
+        if not isinstance(net, Adapted):
+            raise TypeError(f"put: {name!r}: net is a {type(net).__name__}; give the net whose adapter this is")
         if not isinstance(name, str) or name == BASE:
             raise ValueError(f"put: {name!r} is no name for an adapter; {BASE!r} is the base's")
         home, same = self._home(net)
         mine = self._slots[home].net
         kept: Any
+        plan = None
         if isinstance(adapter, str | Path):
             kept = Path(adapter)
             kept = kept / "adapter.safetensors" if kept.is_dir() else kept
             if not kept.is_file():
-                raise FileNotFoundError(f"{name}: there is no {kept}; give the folder that peftfn.save wrote")
+                raise FileNotFoundError(
+                    f"{name}: there is no {kept}; give the folder of a native adapter, or "
+                    "put(name, *peftfn.load(path, model)) for another format"
+                )
+            plan = plan_of(kept, net)
         else:
             net.plan.check(adapter)
-            kept = mapped(adapter, lambda t: t.detach().cpu())
-            _same_structure(name, self._ready(_Waiting(net, kept, home)), self._slots[home].stack)
+            kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
+            _same_structure(name, kept if net is mine else conform(kept, net, mine), self._slots[home].stack, mine)
         with self._lock:
             self._drop(name)
-            self._waiting[name] = _Waiting(mine if same else net, kept, home)
+            self._waiting[name] = _Waiting(mine if same else net, kept, home, plan)
 
     def evict(self, name: str | None = None) -> str:
         """Take an adapter out of its slot (None: the least recently used that no call reads); it stays registered.
@@ -193,19 +205,22 @@ class Bank:
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
+        common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model on a batch whose row i uses the adapter names[i]; "__base__" is the base. One pass for all.
 
-        args, kwargs, params and method are as for `Adapted.mixed`: the model's own `generate`, for one, where each
+        args, kwargs, params, method and common are as for `Nets.mixed`: the model's own `generate`, for one, where each
         name holds for all beams of its row.
         """
         with self.holding(names) as (stacks, index):
-            return self.nets.mixed(stacks, index, *args, params=params, method=method, **kwargs)
+            return self.nets.mixed(stacks, index, *args, params=params, method=method, common=common, **kwargs)
 
     # Under the lock.
 
     def _known(self, names: Sequence[str], what: str) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"names is {names!r}; give a list, one name for each row")
         for row, name in enumerate(names):
             if name not in self._waiting and (name != BASE or what != "row"):
                 where = f"row {row}: " if what == "row" else ""
@@ -233,7 +248,14 @@ class Bank:
                 )
         else:
             victim = None
-        adapter = self._ready(self._waiting[name])
+        try:
+            adapter = self._ready(self._waiting[name])
+        except FileNotFoundError as e:
+            raise FileNotFoundError(
+                f"{name!r}: there is no {self._waiting[name].kept} any more; put it back, or bank.remove({name!r})"
+            ) from e
+        except SafetensorError as e:
+            raise ValueError(f"{name!r}: {self._waiting[name].kept} is no whole safetensors file: {e}") from e
         _same_structure(name, adapter, slots.stack)
         if victim is not None:
             self._drop(victim)
@@ -299,6 +321,10 @@ def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared:
     """
     if not adapters:
         raise ValueError("bank: give at least one adapter, as {name: (net, adapter)}")
+    if not isinstance(adapters, Mapping) or not all(
+        isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], Adapted) for v in adapters.values()
+    ):
+        raise TypeError("bank: give a dict of name → (net, adapter), the net being the one the adapter is of")
     nets: list[Adapted] = []
     counts: list[int] = []
     for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
@@ -321,10 +347,46 @@ def size(net: Adapted) -> int:
     return sum(shape.numel() for spec in specs for shape in spec.values())
 
 
-def read(path: Path, net: Adapted) -> Adapter:
-    """The adapter that `peftfn.save` wrote, for a net of the plan it was saved with. The file is mapped, not read."""
+def plan_of(path: Path, net: Adapted) -> str:
+    """The id of the plan a file was saved with. ValueError unless it is the net's: same sites, methods, constants."""
+    where = path.with_name(CONFIG)
+    config = _read(where)
+    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    theirs = {name: rules.get(site["rule"]) for name, site in config["sites"].items()}
+    for name in dict.fromkeys([*theirs, *net.plan]):
+        saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
+        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
+            raise ValueError(
+                f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
+                f"{mine or 'none'}: put it with the net it was saved with, which peftfn.load gives"
+            )
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        for name, keys in config["constants"].items():
+            for k, key in keys.items():
+                constant = net.plan[name].frozen.get(k)
+                if constant is None or not torch.equal(file.get_tensor(key), constant.cpu()):
+                    raise ValueError(
+                        f"{path}: {name}: its constant {k} is another than the net's: adapt with the same seed, or put "
+                        "it with the net it was saved with, which peftfn.load gives"
+                    )
+        return str(file.metadata()["id"])
+
+
+def _meaning(method: Method) -> tuple[Any, ...]:
+    """What tells whether two methods do the same with one leaf: all but how they train, and how they start."""
+    m = method.eval()
+    return type(m), *((f.name, getattr(m, f.name)) for f in fields(m) if f.name not in ("dropout", "init_weights"))
+
+
+def read(path: Path, net: Adapted, plan: str | None = None) -> Adapter:
+    """The adapter that `peftfn.save` wrote, for a net of the plan it was saved with. The file is mapped, not read.
+
+    plan: the id of that plan; a file that has another now is looked at again (`plan_of`).
+    """
     out: Adapter = {name: {} for name in [*net.plan, *net.plan.banks]}
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        if plan is not None and (file.metadata() or {}).get("id") != plan:
+            plan_of(path, net)
         for key in file.keys():  # noqa: SIM118
             name, _, tensor = key.removeprefix("adapter/").rpartition("/")
             if key.startswith("adapter/"):
@@ -348,9 +410,11 @@ def _idle(slots: _Slots) -> str | None:
     return next((name for name, slot in slots.names.items() if not slots.pins.get(slot)), None)
 
 
-def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter) -> None:
+def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter, net: Adapted | None = None) -> None:
+    """ValueError unless the adapter has the stack's tensors, or may have them once `net` has prepared it."""
     for site, leaf in stack.items():
-        if adapter[site].keys() != leaf.keys():
+        plain = net.plan[site].spec.keys() if net is not None and site in net.plan else leaf.keys()
+        if adapter[site].keys() not in (leaf.keys(), plain):
             raise ValueError(
                 f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
                 "no fixed shape, and prepared adapters go into a bank with prepared=True"

@@ -26,6 +26,8 @@ def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
 
     s: a number, or a 0-d floating tensor (which then is a leaf like any other, with a gradient). s = 0 is the base.
     """
+    if isinstance(s, str) or not isinstance(adapter, Mapping):
+        raise TypeError(f"scale: give an adapter and a number, not {type(adapter).__name__} and {type(s).__name__}")
     factor = s if isinstance(s, Tensor) else torch.tensor(float(s))
     if not factor.is_floating_point():
         raise ValueError(f"scale: s is a {factor.dtype} tensor; give a number or a floating-point tensor")
@@ -40,6 +42,9 @@ def add(*adapters: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not adapters:
         raise ValueError("add: give at least one adapter")
+    for i, a in enumerate(adapters):
+        if not isinstance(a, Mapping):
+            raise TypeError(f"add: number {i} is a {type(a).__name__}; give adapters, add(a, b, …)")
     names = {name: None for a in adapters for name in a}
     out = {}
     for name in names:
@@ -59,8 +64,12 @@ def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str
         if not isinstance(s, Tensor) or s.dim() != lead or not s.is_floating_point():
             seen = f"{s.dtype} of shape {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
             raise ValueError(f"{name}: scale is {seen}; it is one floating-point number, a tensor of {lead} dimensions")
+        if leaf.keys() != {"scale", "of"}:
+            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it is made of scale and of alone")
         return terms(leaf["of"], name, lead)
     if "add.0" in leaf:
+        if leaf.keys() != {f"add.{i}" for i in range(len(leaf))}:
+            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it is made of add.0, add.1, … alone")
         return [t for part in leaf.values() for t in terms(part, name, lead)]
     return [leaf]
 
@@ -133,10 +142,15 @@ class Chain(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
         for m in self.methods:
+            if not isinstance(m, Method):
+                raise TypeError(f"chain: {m!r} is no method; give methods, like peftfn.LoRA(rank=8)")
             if m.overrides("shared") or m.overrides("bank"):
                 raise ValueError(
                     f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule"
                 )
+
+    def __str__(self) -> str:
+        return f"chain({', '.join(map(str, self.methods))})"
 
     @property
     def kinds(self) -> frozenset[str]:  # type: ignore[override]
@@ -202,4 +216,4 @@ class Chain(Method):
 def chain(*methods: Method) -> Method:
     """The methods applied one after the other at one site; with one method, that method. See `Chain`."""
     flat = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
-    return flat[0] if len(flat) == 1 else Chain(flat)
+    return flat[0] if len(flat) == 1 and isinstance(flat[0], Method) else Chain(flat)

@@ -30,6 +30,9 @@ def conform(adapter: Mapping[str, Any], net_from: Adapted, net_to: Adapted) -> A
         ValueError: what cannot be exact, with the site and the cure: a site that `net_to` lacks, a larger rank, a
             method that says of no padding, other constants, a fresh leaf that is not the identity.
     """
+    for net in (net_from, net_to):
+        if not isinstance(net, Adapted):
+            raise TypeError(f"conform: give two nets, which peftfn.adapt makes, not {type(net).__name__}")
     net_from.plan.check(adapter)
     known = list(net_to.plan)
     for name in net_from.plan:

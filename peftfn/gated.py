@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from peftfn.mixed import MixedWeight
 from peftfn.part import Part
-from peftfn.route import Cut, Route, Rows, Run, check_rows, storages, tensors
+from peftfn.route import Cut, Route, Rows, Run, check_rows, picked, storages, tensors
 from peftfn.transform import under_transform
 from peftfn.weight import _operand_dtype
 
@@ -55,6 +55,8 @@ class Gates(Route):
         if g.dim() == 3 and given and not any(t.dim() > 1 and t.shape[:2] == g.shape[:2] for t in given):
             shapes = ", ".join(str(list(t.shape)) for t in given[:4])
             raise ValueError(f"gated: gates have shape {list(g.shape)}, and no input has {g.shape[1]} tokens: {shapes}")
+        if g.dim() == 3 and stepwise:
+            check_steps(inputs)
         own = storages(given)
         if free:
             return cls(count, g, stepwise, (None,) * count, inputs=own, copies=copies)
@@ -150,8 +152,20 @@ class Gates(Route):
         return y + base.to(y.dtype) + change.to(y.dtype)
 
 
+def check_steps(inputs: Any) -> None:
+    """Raise for a `generate` whose later steps are of several tokens: they could be taken for the prompt's."""
+    _, kwargs = inputs
+    config = kwargs.get("generation_config")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if kwargs.get(name) or getattr(config, name, None):
+            raise ValueError(
+                f"gated: {name} makes steps of several tokens, and which gates of [rows, tokens, adapters] are theirs "
+                "is not known: leave it out, or give gates [rows, adapters]"
+            )
+
+
 def _cut(rows: Tensor | None) -> Cut:
-    return (lambda x: x) if rows is None else (lambda x: x.index_select(0, rows.to(x.device)))
+    return (lambda x: x) if rows is None else (lambda x: picked(x, rows.to(x.device)))
 
 
 def alora_gates(

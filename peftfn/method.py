@@ -101,12 +101,16 @@ class Padding:
 
 
 class LowRank(NamedTuple):
-    """diag(rows) (W + scale·up down): up [..., out, r], down [..., r, in], rows [..., out] or None for ones."""
+    """diag(rows) (W + scale·up down): up [..., out, r], down [..., r, in], rows [..., out] or None for ones.
+
+    dropout: probability of dropping a feature of x on its way to `down`.
+    """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
     rows: Tensor | None = None
+    dropout: float = 0.0
 
 
 registry: dict[str, type["Method"]] = {}
@@ -129,6 +133,8 @@ class Method:
     kinds: ClassVar[frozenset[str]] = MATRIX
     per_row: ClassVar[bool] = True
     """Whether a mixed batch may run `linear` and `product` once a row; False where they make a dense weight."""
+    changes_weight: ClassVar[bool] = True
+    """Whether `delta` may be other than zero; else the weight stays in its slot, and `bias` is all there is."""
     absolute: ClassVar[frozenset[str]] = frozenset()
     """Names of trainable matrices that are weights, and no change of them: weight decay must leave these alone."""
     peft: ClassVar[Peft | None] = None
@@ -167,6 +173,12 @@ class Method:
         for _, check in checks_of(type(self)):  # type: ignore[arg-type]
             check(self)
 
+    def __str__(self) -> str:
+        """The first field, and those that do not have their default."""
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        shown = [f"{f.name}={v!r}" for i, (f, v) in enumerate(values) if i == 0 or v != f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         """The fresh trainable tensors for w [out, in]. Raise ValueError where a size does not fit.
 
@@ -203,6 +215,10 @@ class Method:
         """
         return p
 
+    def prepare_all(self, ps: Sequence[Leaf], ws: Sequence[Tensor]) -> list[Leaf]:
+        """`prepare` at several sites whose weights have one shape, for methods that do it in fewer steps together."""
+        return [self.prepare(p, w) for p, w in zip(ps, ws, strict=True)]
+
     def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
         """The adapted bias [out] of the layer, for methods that change it. b is None where the layer has none."""
         return b
@@ -216,8 +232,9 @@ class Method:
         return self.product(p, w, x, F.linear)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
-        """What `linear` and `product` compute, where that is a low-rank change: mixed batches then run all adapters in
-        two batched products. p may have a leading axis of adapters, or one in some of its tensors only."""
+        """What `linear` and `product` compute, where that is a low-rank change: a GPU's kernels then run it, and mixed
+        batches run all adapters in two batched products. p may have a leading axis of adapters, or one in some of its
+        tensors only."""
         return None
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:

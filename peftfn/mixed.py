@@ -17,7 +17,7 @@ from peftfn.part import Part, take
 from peftfn.plan import wide
 from peftfn.route import Cut, Route, mapped, storages, tensors, visit
 from peftfn.transform import backward_task
-from peftfn.weight import AdaptedWeight, Slot, _operand_dtype
+from peftfn.weight import AdaptedWeight, Slot, _operand_dtype, plus
 
 
 class _Mixed(Slot):
@@ -35,6 +35,12 @@ class _Mixed(Slot):
             "Call net.apply for one adapter at a time, or leave this site out of the rules."
         )
 
+    def doubtful(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.name}: {what}, so its {self.rows.size} entries are not the batch's {self.rows.size} rows. Name "
+            "the site in common=[…] if all rows have this input in common; give common=[] if it has them."
+        )
+
     def rowed(self, x: Tensor) -> Tensor:
         if self.rows.size is None:
             return x
@@ -47,20 +53,22 @@ class _Mixed(Slot):
         found: list[_Mixed] = []
         visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
         rows = found[0].rows
-        sizes = {v.shape[0] for v in tensors((args, kwargs)) if id(v) not in rows.fixed and rows.at(v.shape[0])}
-        if (not sizes and rows.size is not None) or func in _ROWS_ELSEWHERE:
+        sizes = {v.shape[0] for v in tensors((args, kwargs)) if not rows.owned(v) and rows.at(v.shape[0])}
+        bags = func is F.embedding_bag and args[0].dim() == 1  # all rows' indices in one line, cut up by offsets
+        if ((not sizes or bags) and rows.size is not None) or func in _ROWS_ELSEWHERE:
             raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
         n = max(sizes, default=0)
+        together = func is F.batch_norm and _training(*args, **kwargs)
 
         def run(k: int, cut: Cut) -> Tensor:
             def swap(v: Any) -> Any:
                 if isinstance(v, _Mixed):
                     return v.value(k)
-                has_rows = isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n and id(v) not in rows.fixed
-                return cut(v) if has_rows else v
+                has_rows = isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n and not rows.owned(v)
+                return cut(v) if has_rows and not together else v
 
             out: Tensor = func(*mapped(args, swap), **mapped(kwargs, swap))
-            return out
+            return cut(out) if together else out
 
         return (rows.at(n) or rows).each(run)
 
@@ -69,6 +77,13 @@ class _Mixed(Slot):
 
     def __getitem__(self, index: Any) -> Any:
         raise self.lost("the model indexes the weight")
+
+
+def _training(
+    input: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *_: Any, **__: Any
+) -> bool:
+    """Whether F.batch_norm normalises by the statistics of the batch, which are of all rows together."""
+    return training
 
 
 _ROWS_ELSEWHERE = frozenset([F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
@@ -90,25 +105,37 @@ class MixedWeight(_Mixed):
         return self.w
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
-        square = not x.is_floating_point() and x.dim() == 2 and x.shape[0] == x.shape[1] > 1
-        known = self.rows.size is not None and not torch.compiler.is_compiling()
-        if square and known and not storages([x]) <= self.rows.inputs:
-            raise self.lost(f"its indices {list(x.shape)} are none of the call's inputs (relative positions, say)")
+        table = not x.is_floating_point() and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == x.shape[1]))
+        if table and self._must_tell(x) and not storages([x]) <= self.rows.inputs:
+            raise self.doubtful(f"its indices {list(x.shape)} are none of the call's inputs: positions, it seems")
         kind = "embedding" if self.entry.site.kind == "embedding" else "product"
         dtype = x.dtype if x.is_floating_point() else self.w.dtype
         return self._by_row(x, kind, lambda weight, x: weight.product(x, dot), lambda x: dot(x, self.matrix(dtype)))
 
-    def linear(self, x: Tensor) -> Tensor:
-        return self._by_row(x, "linear", AdaptedWeight.linear, lambda x: F.linear(x, self.matrix(_operand_dtype(x))))
+    def linear(self, x: Tensor, bias: Any = None) -> Tensor:
+        def base(x: Tensor) -> Tensor:
+            return F.linear(x, self.matrix(_operand_dtype(x)))
+
+        return plus(self._by_row(x, "linear", AdaptedWeight.linear, base), bias)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The base's canonical weight; of a quantised one, its values in `dtype`."""
         m = self.canonical()
         return m.to(dtype) if self.entry.site.quantised else m
 
+    def _must_tell(self, x: Tensor) -> bool:
+        """Whether x may be taken for rows by its size alone, and nobody said what it is."""
+        return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None
+
     def _by_row(self, x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
-        if self.entry.site.stacked or x.dim() == 0:
+        site = self.entry.site
+        one = 1 if kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0  # dimensions of one row
+        if self.rows.common and self.name in self.rows.common and self.rows.size is not None and x.dim() >= one:
+            x = x.expand(self.rows.size, *x.shape)
+        if site.stacked or x.dim() <= one:
             raise self.lost(f"its input has shape {list(x.shape)}")
+        if self.rows.owned(x) and self._must_tell(x):
+            raise self.doubtful("its input is the model's own parameter or buffer")
         rows = self.rows.at(x.shape[0])
         if rows is None:
             if x.shape[0] != 1 or self.rows.size is None:

@@ -21,8 +21,7 @@ class Nets:
     """
 
     def __init__(self, nets: Sequence[Adapted]):
-        if not nets:
-            raise ValueError("Nets: give at least one net")
+        check_nets("Nets", nets)
         for net in nets[1:]:
             if net.model is not nets[0].model:
                 raise ValueError("Nets: the nets are of different models; adapt one model object with each rule set")
@@ -36,11 +35,20 @@ class Nets:
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
+        common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Adapted.mixed` with one stack for each net; differentiable in all of them."""
+        """`Adapted.mixed` with one stack for each net; differentiable in all of them.
+
+        Args:
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
+                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
+                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+        """
         count = self._check(stacks)
-        rows = Rows.of(index, count, (args, kwargs), self._union._copies(method, kwargs))
+        rows = Rows.of(index, count, (args, kwargs), self._union._copies(method, args, kwargs)).told(
+            common, self._union.plan
+        )
         return self._union._run(_Stacks(stacks), rows, args, kwargs, params, method)
 
     def gated(
@@ -50,19 +58,32 @@ class Nets:
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
+        common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Adapted.gated` with one stack for each net: a weighted sum of adapters of different methods."""
-        copies = self._union._copies(method, kwargs)
+        """`Adapted.gated` with one stack for each net: a weighted sum of adapters of different methods.
+
+        common: as for `mixed`.
+        """
+        copies = self._union._copies(method, args, kwargs)
         route = Gates.of(gates, self._check(stacks), (args, kwargs), copies, stepwise=method is not None)
+        route = route.told(common, self._union.plan)
         return self._union._run(_Stacks(stacks), route, args, kwargs, params, method)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> int:
-        if len(stacks) != len(self.nets):
+        if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):
             raise ValueError(f"there are {len(self.nets)} nets, and {len(stacks)} stacks; give one stack a net")
         for net, stacked in zip(self.nets, stacks, strict=True):
             net.plan.check(stacked, lead=1)
         return sum(map(stack_size, stacks))
+
+
+def check_nets(what: str, nets: Any) -> None:
+    odd = next((n for n in nets if not isinstance(n, Adapted)), None) if isinstance(nets, list | tuple) else nets
+    if odd is not None:
+        raise TypeError(f"{what}: give a list of nets, which peftfn.adapt makes; this is a {type(odd).__name__}")
+    if not nets:
+        raise ValueError(f"{what}: give at least one net")
 
 
 class _Stacks(Mapping[str, Any]):

@@ -10,7 +10,7 @@ from torch.func import vmap
 from peftfn.combine import is_expression
 from peftfn.method import LowRank, Method
 from peftfn.plan import Entry
-from peftfn.route import Bucket, Cut, Run, Share
+from peftfn.route import Bucket, Cut, Run, Share, picked
 from peftfn.transform import eager
 from peftfn.weight import AdaptedWeight, _cast, _operand_dtype
 
@@ -28,7 +28,8 @@ class Part:
     ):
         self.entry, self.w, self.start, self.size = entry, w, start, size
         self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
-        self.low = None if entry.site.stacked else self.method.low_rank(self.p)
+        low = None if entry.site.stacked else self.method.low_rank(self.p)
+        self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
         self.made: dict[Any, LowRank] = {}
 
     def one(self, k: int) -> AdaptedWeight:
@@ -99,7 +100,7 @@ class Part:
         pieces = share.take(x).split([b.rows for b in share.buckets])
         for bucket, low, piece in zip(share.buckets, lows, pieces, strict=True):
             shrunk = self._shrink(bucket, low, piece, kind)
-            change.append(torch.bmm(shrunk, low.up.mT).view(bucket.rows, *middle, -1))
+            change.append(torch.bmm(shrunk, low.up.mT).view(bucket.rows, *middle, low.up.shape[-2]))
         added = (change[0] if len(change) == 1 else torch.cat(change)).to(y.dtype)
         if lows[0].rows is None:
             if share.rows is None:
@@ -109,7 +110,7 @@ class Part:
         c = c.view(-1, *[1] * len(middle), c.shape[-1]).to(y.dtype)
         if share.rows is None:
             return c * y.add(added, alpha=scale)
-        return y.index_copy(0, share.rows, c * y.index_select(0, share.rows).add(added, alpha=scale))
+        return y.index_copy(0, share.rows, c * picked(y, share.rows).add(added, alpha=scale))
 
     def _shrink(self, bucket: Bucket, low: LowRank, x: Tensor, kind: str) -> Tensor:
         """D x, [number, tokens, r]; of an embedding, the columns of D that the ids name."""
@@ -138,7 +139,7 @@ class Part:
                 y.reshape(bucket.number, -1, y.shape[-1]), s.to(y.dtype), low.up.mT.to(y.dtype), alpha=low.scale
             )
             y = y if low.rows is None else y * low.rows[:, None].to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dict[str, Any], dict[str, Any]]:
@@ -164,7 +165,7 @@ def _split(p: dict[str, Any], entry: Entry, varying: bool) -> dict[str, Any]:
     return {
         k: _split(v, entry, varying) if isinstance(v, dict) else v
         for k, v in p.items()
-        if isinstance(v, dict) or varying == (k == "scale" or k in entry.prepared)
+        if isinstance(v, dict) or varying == (k == "scale" or k in entry.prepared or k not in entry.frozen)
     }
 
 

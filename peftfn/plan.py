@@ -16,7 +16,7 @@ from peftfn.quantised import QuantisedWeight, parameters
 from peftfn.rng import Rng
 from peftfn.rules import match, near
 from peftfn.site import Site, refuse_occupied, sites
-from peftfn.transform import exactly
+from peftfn.transform import exactly, lasting
 
 Adapter = dict[str, Leaf]
 """site name (or bank name) → trainable tensors"""
@@ -59,11 +59,7 @@ class Entry:
             return self.method, self._prepare(leaf, bank, w=w)
 
     def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
-        dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
-        p = {**self.frozen, **bank, **leaf}
-        for k, t in p.items():
-            if t.dtype != dtype and t.is_floating_point():
-                p[k] = t.to(dtype)
+        p = self._raw(leaf, bank, w)
         if not self.method.overrides("prepare") or (
             leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()
         ):
@@ -79,6 +75,15 @@ class Entry:
 
         return {**vmap(one, (self.axes(p), 0), randomness="different")(p, w), **{k: p[k] for k in constant}}
 
+    def _raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
+        """Everything the method has at this site, in fp32 or better."""
+        dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
+        p = {**self.frozen, **bank, **leaf}
+        for k, t in p.items():
+            if t.dtype != dtype and t.is_floating_point():
+                p[k] = t.to(dtype)
+        return p
+
     def delta(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
         with exactly(w):
@@ -90,6 +95,27 @@ class Entry:
         """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
         m = self.site.canonical(w)
         return self.site.original((wide(m) + self.delta(method, p, m)).to(w.dtype))
+
+
+def prepared(
+    entries: Mapping[str, Entry], adapter: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> dict[str, tuple[Method, dict[str, Any]]]:
+    """`Entry.tensors` of all sites: those of one method and shape together, where the method has a way."""
+    out: dict[str, tuple[Method, dict[str, Any]]] = {}
+    alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
+    for name, entry in entries.items():
+        leaf, bank = adapter[name], adapter[entry.bank] if entry.bank else {}
+        m = entry.site.canonical(weights[name])
+        if not entry.method.overrides("prepare_all") or entry.site.stacked or leaf.keys() != entry.spec.keys():
+            out[name] = entry.tensors(leaf, bank, m)
+        else:
+            kind = entry.method, m.shape, m.dtype, m.device
+            alike.setdefault(kind, []).append((name, entry._raw(leaf, bank, m), m))
+    for (method, *_), found in alike.items():
+        names, ps, ws = zip(*found, strict=True)
+        with exactly(ws[0]):
+            out |= {n: (method, p) for n, p in zip(names, method.prepare_all(ps, ws), strict=True)}
+    return {name: out[name] for name in entries}
 
 
 class Plan(Mapping[str, Entry]):
@@ -174,6 +200,7 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+@lasting()
 def make(
     model: nn.Module,
     rules: Mapping[str, Method],
@@ -197,7 +224,8 @@ def make(
                 "fully_shard(m)"
             )
     if not isinstance(rules, Mapping) or not rules:
-        raise ValueError(f"rules is {rules!r}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
+        what = repr(rules) if isinstance(rules, Mapping) else f"a {type(rules).__name__}"
+        raise ValueError(f"rules is {what}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
     found = sites(model)
     if taken is None:
         taken = match(rules, found)
@@ -291,31 +319,49 @@ def _probe(
     common = shared.frozen.get(site.name, {})
     try:
         leaf, own = method.init(rng, w), method.frozen(rng, w)
+        _check_made(method, "init", leaf)
+        _check_made(method, "frozen", own)
         constants = {**common, **own}
         p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**constants, **shared.bank, **leaf}.items()}
         if len(p) != len(common) + len(own) + len(shared.bank) + len(leaf):
             raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
         ready = method.prepare(p, w)
-        if method.mergeable:
-            method.delta(ready, wide(w))
+        change = method.delta(ready, wide(w)) if method.mergeable else w
+        if change.shape != w.shape:
+            raise ValueError(f"{type(method).__name__}.delta gives {list(change.shape)} for a weight {list(w.shape)}")
         adds_bias = method.bias(ready, None) is not None
         b = torch.empty(len(w), device="meta") if site.bias else None
         changes_bias = method.bias(ready, b) is not b
+        if w._version or (b is not None and b._version):
+            raise ValueError(f"{type(method).__name__} writes into w or b, which are the model's: give new tensors")
     except ValueError as e:
         raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
+    except Exception as e:
+        e.add_note(f"{site.name} {list(site.shape)}: {method} runs on the meta device first, where nothing has values")
+        raise
     if adds_bias and site.bias is None:
         raise ValueError(
             f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose a "
             "method without a bias here."
         )
     experts = site.shape[:1] if site.stacked else Size()
-    changed = {k: t for k, t in ready.items() if k not in constants or t is not p[k]}
+    meant = method.eval().prepare(p, w)  # a prepared leaf is one for eval mode
+    changed = {k: t for k, t in meant.items() if k not in constants or t is not p[k]}
     prepared = {
         k: t.shape if k in shared.bank and t is p[k] else Size((*experts, *t.shape)) for k, t in changed.items()
     }
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
     names = frozenset({*common, *shared.bank})
     return Entry(site, rule, method, {}, spec, prepared, names, bank, adds_bias, changes_bias)
+
+
+def _check_made(method: Method, what: str, made: Any) -> None:
+    """ValueError unless `made`, of a run on the meta device, is a dict of tensors there."""
+    name = f"{type(method).__name__}.{what}"
+    if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
+        raise ValueError(f"{name} gives {made!r}; it must give a dict of name → tensor")
+    if astray := [k for k, t in made.items() if not t.is_meta]:
+        raise ValueError(f"{name} makes {', '.join(astray)} on a device of its own: make it by rng, or on w.device")
 
 
 def draw(

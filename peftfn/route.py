@@ -1,15 +1,18 @@
 """Which adapters each row of a batch uses, and the order in which that is computed."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from peftfn.distributed import is_sharded
+from peftfn.kernels import choose
 from peftfn.kernels.mixed_lora import mixed_rows
+from peftfn.rules import matches, near
 
 if TYPE_CHECKING:
     from peftfn.mixed import MixedWeight
@@ -29,6 +32,22 @@ class Route:
     inputs: frozenset[int] = field(default=frozenset(), kw_only=True)  # storages of the call's own indices
     fixed: frozenset[int] = field(default=frozenset(), kw_only=True)  # the model's tensors, which have no rows
     copies: int = field(default=1, kw_only=True)  # how often `generate` repeats each row: beams, sampled sequences
+    common: frozenset[str] | None = field(default=None, kw_only=True)  # sites whose input has no rows; None: not told
+
+    def told(self, common: Sequence[str] | None, sites: Iterable[str]) -> "Self":
+        """This route with the sites that `common`'s patterns find. ValueError for a pattern that finds none."""
+        if common is None:
+            return self
+        names = list(sites)
+        patterns = [common] if isinstance(common, str) else common
+        for pattern in patterns:
+            if not any(matches(pattern, n) for n in names):
+                raise ValueError(f"common: {pattern!r} matches none of the {len(names)} sites{near(pattern, names)}")
+        return replace(self, common=frozenset(n for n in names if any(matches(p, n) for p in patterns)))
+
+    def owned(self, t: Tensor) -> bool:
+        """Whether t is the model's own: a parameter or a buffer, or a view of one, which has no rows."""
+        return id(t) in self.fixed or (bool(self.fixed) and t._base is not None and id(t._base) in self.fixed)
 
     @property
     def size(self) -> int | None:
@@ -93,7 +112,7 @@ class Share:
         return self.by_row if tokens >= 2 * rank else None
 
     def take(self, x: Tensor) -> Tensor:
-        return x if self.rows is None else x.index_select(0, self.rows)
+        return x if self.rows is None else picked(x, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +127,16 @@ class Rows(Route):
     def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1) -> "Rows":
         """Raise ValueError for an index that names no adapter, or has not one entry for each row of the inputs."""
         t = index if isinstance(index, Tensor) else torch.tensor(index)
+        t = t if isinstance(index, Tensor) or t.numel() else t.long()  # [] makes a tensor of floats
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
             raise ValueError(
                 f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows]"
             )
-        if torch.compiler.is_compiling():
-            return cls(count, t, None, copies=copies)
+        t = t.long()  # uint8 would select as a mask does
+        if torch.compiler.is_compiling() or batched(t):
+            # nobody can look at it now; taking from a table raises for an adapter there is none of
+            table = torch.arange(-1, count, device=t.device)
+            return cls(count, table[torch.where(t < -1, count, t) + 1], None, copies=copies)
         known = t.tolist()
         for row, k in enumerate(known):
             if not -1 <= k < count:
@@ -169,6 +192,8 @@ class Rows(Route):
         if self.known is None:
             every = torch.stack([run(k, lambda x: x) for k in range(-1, self.count)])
             return every[self.index.to(every.device) + 1, torch.arange(self.size, device=every.device)]
+        if not self.known:
+            return run(-1, lambda x: x)
         order = sorted(range(len(self.known)), key=self.known.__getitem__)
         parts, start = [], 0
         while start < len(order):
@@ -176,32 +201,28 @@ class Rows(Route):
             while stop < len(order) and self.known[order[stop]] == k:
                 stop += 1
             mine = torch.tensor(order[start:stop])
-            parts.append(run(k, lambda x, mine=mine: x.index_select(0, mine.to(x.device))))  # type: ignore[misc]
+            parts.append(run(k, lambda x, mine=mine: picked(x, mine.to(x.device))))  # type: ignore[misc]
             start = stop
         back = torch.tensor(order).argsort()
         out = torch.cat(parts)
-        return out.index_select(0, back.to(out.device))
+        return picked(out, back.to(out.device))
 
     def product(self, weight: "MixedWeight", x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
         if self.known is None:
             return self._masked(weight, x, kind, adapted, base)
-        part = weight.parts[0]
-        if part.size == self.count and (low := part.low) is not None:  # the index is the part's own
-            fused = mixed_rows(x, weight.canonical(), low, self.index, kind, self._shares)
-            if fused is not None:
-                return fused
-        shares = [(part, share) for part in weight.parts if (share := self.share(part, x.device)) is not None]
-        if len(shares) == 1 and shares[0][1].size == self.size:
+        y, parts = self._fused(weight, x, kind)
+        shares = [(part, share) for part in parts if (share := self.share(part, x.device)) is not None]
+        if y is None and len(shares) == 1 and shares[0][1].size == self.size:
             part, share = shares[0]
             if not part.is_low_rank(kind):
                 y = part.run(share, x, kind, adapted)
-                return y if share.rows is None else y.index_select(0, share.rows.argsort())
+                return y if share.rows is None else picked(y, share.rows.argsort())
             if kind == "linear":
                 tokens = x.numel() // max(1, self.size * x.shape[-1])
                 bucket = share.as_it_stands(tokens, part.low.down.shape[-2])  # type: ignore[union-attr]
                 if bucket is not None:
                     return part.linear(bucket, x, weight, base)
-        y = base(x)
+        y = base(x) if y is None else y
         for part, share in shares:
             if part.is_low_rank(kind):
                 y = part.add_low_rank(y, share, x, kind)
@@ -209,6 +230,29 @@ class Rows(Route):
                 new = part.run(share, x, kind, adapted)
                 y = new if share.rows is None else y.index_copy(0, share.rows, new.to(y.dtype))
         return y
+
+    def _fused(self, weight: "MixedWeight", x: Tensor, kind: str) -> "tuple[Tensor | None, list[Part]]":
+        """(what kernels give: the base's product with the changes of some parts; None for nothing, the other parts)."""
+        if not (x.is_cuda or choose.INTERPRETED):
+            return None, weight.parts
+        fast = [part for part in weight.parts if part.low is not None and self._short(part, x, kind)]
+        if not fast:
+            return None, weight.parts
+        y = mixed_rows(x, weight.canonical(), [(p.low, p.start) for p in fast], self.index, kind, self._shares)
+        return y, weight.parts if y is None else [part for part in weight.parts if part not in fast]
+
+    def _short(self, part: "Part", x: Tensor, kind: str) -> bool:
+        """Whether the part has rows, and not so many for each of its adapters that these should be taken one by one."""
+        key = "rows each", part.start, part.size
+        if key not in self._shares:
+            mine = [k for k in self.known or () if part.start <= k < part.start + part.size]
+            self._shares[key] = len(mine) / max(1, len(set(mine)))
+        rows: float = self._shares[key]
+        if not rows or kind != "linear":
+            return rows > 0
+        out, r = part.low.up.shape[-2:]  # type: ignore[union-attr]
+        tokens = x.numel() // max(1, x.shape[0] * x.shape[-1])
+        return not choose.by_segment(x, rows * tokens, out, x.shape[-1], r)
 
     def _masked(self, weight: "MixedWeight", x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
         """Without knowing the index: each row with its own copy of its leaf, or every adapter on all rows."""
@@ -229,7 +273,12 @@ class Rows(Route):
         rows = values[index.clamp(min=0)]
         if self.known is None or -1 in self.known:
             rows = torch.where((index < 0)[:, None], base, rows)
-        return y + rows.to(y.dtype).view(self.size, *[1] * (y.dim() - 2), -1)
+        return y + rows.to(y.dtype).view(self.size, *[1] * (y.dim() - 2), y.shape[-1])
+
+
+def picked(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of x that `rows` names."""
+    return x[rows] if is_sharded(x) else x.index_select(0, rows)  # whose gradient torch gives a wrong size there
 
 
 def check_rows(what: str, have: str, rows: int, given: list[Tensor]) -> None:
@@ -248,6 +297,15 @@ def storages(given: list[Tensor]) -> frozenset[int]:
                 t = torch._C._functorch.get_unwrapped(t)
             found.append(t.untyped_storage().data_ptr())
     return frozenset(found)
+
+
+def batched(t: Tensor) -> bool:
+    """Whether a `vmap` is over t, so that nobody can look at its values."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def tensors(tree: Any) -> list[Tensor]:

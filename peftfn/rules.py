@@ -29,6 +29,8 @@ def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, s
     """site name → the rule that takes it: the first that matches and accepts the site's kind."""
     taken: dict[str, str] = {}
     for pattern, method in rules.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"rule {pattern!r}: a pattern is a string; for several names write r'(q|v)_proj'")
         if not isinstance(method, Method):
             raise TypeError(f"rule {pattern!r} gives {method!r}; it must give a method, like peftfn.LoRA(rank=8)")
         try:
@@ -37,9 +39,10 @@ def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, s
             raise ValueError(f"rule {pattern!r} is no valid regular expression: {e}") from e
         accepted = [s for s in hits if s.kind in method.kinds]
         if not hits:
-            raise ValueError(
-                f"rule {pattern!r} matches none of the model's {len(found)} parameters{near(pattern, list(found))}"
-            )
+            part = next((n for n in found if pattern in n), None)
+            cure = f"; for a part of a word, as in {part}, write a regular expression: r'{pattern}.*'" if part else ""
+            cure = near(pattern, list(found)) + cure
+            raise ValueError(f"rule {pattern!r} matches none of the model's {len(found)} parameters{cure}")
         if not accepted:
             seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
             raise ValueError(

@@ -152,9 +152,35 @@ def refuse_occupied(model: nn.Module, name: str, pattern: str) -> None:
                 "computed from, and not that. Make it permanent with torch.nn.utils.parametrize."
                 "remove_parametrizations, or name this parameter in the rule"
             )
-        if "base_layer" in path._modules and hasattr(path, "adapter_layer_names") and parts[i + 1] not in pattern:
+        if of_peft(path) and parts[i + 1] not in pattern:
             raise ValueError(
                 f"{name}: {'.'.join(parts[: i + 1])} is a {type(path).__name__} that PEFT put there, so rule "
                 f"{pattern!r} finds its parts. Take the model back with unload() or merge_and_unload() first, or name "
                 "the part in the rule"
             )
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether the module is a layer of PEFT's around one of the model's."""
+    around = not {"base_layer", "original_module"}.isdisjoint(module._modules)
+    return around and hasattr(module, "adapter_layer_names")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError, naming the first layer, if the model holds adapters: of PEFT, or of `as_module`."""
+    peft = any(c.__name__ == "PeftModel" for c in type(model).__mro__)
+    first = next((n for n, m in model.named_modules() if of_peft(m)), "" if peft else None)
+    if first is not None:
+        what = f"{first or 'the model'} is a {type(model.get_submodule(first)).__name__} that PEFT put there"
+        cure = (
+            "Take them out first: model = model.unload(), or merge_and_unload(), which keeps what they do, for "
+            "get_peft_model's; a new from_pretrained for add_adapter's; unload_lora_weights() for diffusers'"
+        )
+    else:
+        first = next((n for n, m in model.named_modules() if type(m).__module__ == "peftfn.view"), None)
+        if first is None:
+            return
+        layer = f".{first}".partition(".parametrizations.")[0].removeprefix(".")
+        what = f"{layer or 'the model'} holds an adapter of peftfn.as_module"
+        cure = "Give the model that as_module was made of, which stayed as it was: net.model"
+    raise ValueError(f"load: {what}, and an adapter on disk is for a model without adapters. {cure}.")

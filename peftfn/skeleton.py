@@ -5,9 +5,11 @@ the start of the call and restored at its end; whatever a forward pass writes (a
 it writes there. One skeleton serves one call at a time, so threads cannot collide.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
 from functools import partial
 from itertools import chain
 from threading import RLock
@@ -20,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
-from peftfn.structure import STANDARD, copy_structure, is_plain, reachable
-from peftfn.transform import backward_task, under_transform
+from peftfn.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
+from peftfn.transform import backward_task, lasting, under_transform
 from peftfn.weight import OUTLIVED, Slot, plus
 
 Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
@@ -37,6 +39,10 @@ class Skeleton:
         self._build()
 
     def _build(self) -> None:
+        with lasting():
+            self._copy()
+
+    def _copy(self) -> None:
         modules, loose = reachable(self.base)
         named = dict(self.base.named_modules(remove_duplicate=False))
         opaque = dict(weights(self.base))
@@ -45,8 +51,12 @@ class Skeleton:
             module, _, key = name.rpartition(".")
             if module not in named or (key not in named[module]._parameters and id(named[module]) not in layers):
                 raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
-        self.loose = [(p, p.detach()) for p in loose]
-        self.root, copies = copy_structure(self.base, modules, {id(p): alias for p, alias in self.loose})
+        adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
+        own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
+        self.loose = [(p, p.detach()) for p in loose if id(p) not in adapted or id(p) in own]
+        aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
+        aliases |= {id(p): _Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
+        self.root, copies = copy_structure(self.base, modules, aliases)
         self.pairs = list(zip(modules, copies, strict=True))
         self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
         self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
@@ -100,7 +110,7 @@ class Skeleton:
         self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
         self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
-        self.containers = [(d, k, _clone(d[k])) for d, k in held if isinstance(d[k], list | dict | set)]
+        self.containers = [(d, k, _state(d[k])) for d, k in held if _is_container(d[k])]
         self.seen = tuple(self._values())
         self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
 
@@ -112,7 +122,7 @@ class Skeleton:
         return (
             sum(map(len, self.dicts)) == self.size
             and list(chain.from_iterable(self.named)) == self.keys
-            and all(_equal(d[k], was) for d, k, was in self.containers)
+            and all(_equal(_state(d[k]), was) for d, k, was in self.containers)
             and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
         )
 
@@ -226,7 +236,8 @@ class Skeleton:
             elif torch.compiler.is_compiling() or t.is_inference() or t.is_floating_point():
                 ours[k] = t.detach().clone()
             elif not _same(self.clones[i], t, ours[k]):
-                ours[k] = t.clone()
+                with lasting():
+                    ours[k] = t.clone()
                 self.clones[i] = (t, t._version, ours[k], ours[k]._version)
 
     @contextmanager
@@ -263,13 +274,29 @@ def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:
     return plus(F.linear(x, slots["weight"]), slots["bias"])
 
 
-def _clone(v: Any) -> Any:
-    """A copy of nested lists, dicts and sets that shares everything else."""
-    if type(v) is list:
-        return [_clone(x) for x in v]
+def _is_container(v: Any) -> bool:
+    """Whether v holds what its owner may change without replacing v: a list, say, or an object with attributes."""
+    if isinstance(v, list | dict | set):
+        return True
+    if isinstance(v, Tensor | nn.Module | type | Enum) or callable(v) or is_setting(v):
+        return False
+    return type(getattr(v, "__dict__", None)) is dict
+
+
+def _state(v: Any, above: tuple[int, ...] = ()) -> Any:
+    """What is in nested lists, dicts, sets and objects now, to compare with what is in them later."""
+    if isinstance(v, Tensor):
+        return id(v), None if isinstance(v, _Released) or v.is_inference() else v._version
+    if id(v) in above:
+        return id(v)
+    above = (*above, id(v))
+    if type(v) in (list, tuple):
+        return [_state(x, above) for x in v]
     if type(v) is dict:
-        return {k: _clone(x) for k, x in v.items()}
-    return set(v) if type(v) is set else v
+        return {k: _state(x, above) for k, x in v.items()}
+    if isinstance(v, list | dict | set):
+        return copy.copy(v)
+    return (id(v), _state(vars(v), above)) if _is_container(v) else v
 
 
 def _equal(v: Any, was: Any) -> bool:
@@ -292,25 +319,40 @@ class _Released(Tensor):
 
     site: str
 
-    @staticmethod
-    def of(name: str) -> "_Released":
-        t = torch.empty(0, device="meta").as_subclass(_Released)
+    @classmethod
+    def of(cls, name: str) -> "_Released":
+        t = torch.empty(0, device="meta").as_subclass(cls)
         t.site = name
         return t
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _LOOKS or torch.compiler.is_compiling():
+        view = getattr(getattr(func, "__self__", None), "__name__", "") in _VIEWS
+        if (getattr(func, "__name__", "") in _LOOKS and not view) or torch.compiler.is_compiling():
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        name = next(
-            (t.site for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), "an adapted weight"
+        found = next((t for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), None)
+        raise RuntimeError(found.told(found.site) if found is not None else cls.told("an adapted weight"))
+
+    @classmethod
+    def told(cls, name: str) -> str:
+        return OUTLIVED.format(name=name)
+
+
+class _Bypass(_Released):
+    """Stands for an adapted parameter in a list or dict of the model, where a call would read it unadapted."""
+
+    @classmethod
+    def told(cls, name: str) -> str:
+        return (
+            f"{name}: the model reads this parameter from a list, a dict or a function of its own, and not from its "
+            "module, so no adapter would reach it. Read it from the module, or leave this site out of the rules."
         )
-        raise RuntimeError(OUTLIVED.format(name=name))
 
 
 _LOOKS = frozenset(
     ["__get__", "__set__", "size", "stride", "dim", "storage_offset", "is_floating_point", "is_complex", "numel"]
 )
+_VIEWS = frozenset(["T", "mT", "H", "mH", "data"])  # attributes that are the values themselves
 
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:

@@ -1,7 +1,10 @@
 """Copies of a model's Python structure that share its tensors: what calls run on, and what `as_module` builds on."""
 
 import copy
+import functools
 import types
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +21,8 @@ def is_plain(value: Any) -> bool:
 def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
     """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
 
-    Raises TypeError for an attribute that is a function over one of the modules: a copy of it would run the original.
+    Raises TypeError for an attribute that is a function over one of the modules, or a weak reference to one: a copy
+    would run the original.
     """
     modules = dict.fromkeys(model.modules())
     loose: dict[nn.Parameter, None] = {}
@@ -38,7 +42,9 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
         elif isinstance(value, dict):
             for v in value.values():
                 look(v, where, key)
-        elif isinstance(value, types.FunctionType) and value.__closure__:
+        elif isinstance(value, functools.partial):
+            look([value.func, value.args, value.keywords], where, key)
+        elif isinstance(value, types.FunctionType | weakref.ReferenceType):
             functions.append((where, key, value))
 
     def scan(module: nn.Module) -> None:
@@ -49,15 +55,43 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
     for module in list(modules):
         scan(module)
     for where, key, function in functions:
-        for cell in function.__closure__ or ():
-            held = getattr(cell.cell_contents, "__self__", cell.cell_contents)
-            if isinstance(held, nn.Module) and held in modules:
+        for reached in _led_to(function, set()):
+            if isinstance(reached, nn.Module) and reached in modules:
+                what = "a weak reference to" if isinstance(function, weakref.ReferenceType) else "a function that holds"
                 raise TypeError(
-                    f"{type(where).__name__}.{key} is a function that holds a {type(held).__name__} of the model; "
+                    f"{type(where).__name__}.{key} is {what} a {type(reached).__name__} of the model; "
                     "calls run on a copy of the model's structure, and this would lead back to the model. Make it a "
                     "method, or pass the module as an argument."
                 )
     return list(modules), list(loose)
+
+
+def _led_to(value: Any, seen: set[int]) -> Iterator[Any]:
+    """All that a function or a weak reference leads to; a copy of the model would share it with the model."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    inside: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        cells = [c for c in value.__closure__ or () if c != _EMPTY]
+        inside = [c.cell_contents for c in cells]
+        inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, types.MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, weakref.ReferenceType):
+        inside = [value()]
+    elif isinstance(value, list | tuple | set):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    for v in inside:
+        yield from _led_to(v, seen)
+
+
+_EMPTY = types.CellType()  # of a name that has no value yet
 
 
 def copy_structure(
@@ -70,7 +104,7 @@ def copy_structure(
     keep: list[Any] = []
     for module in modules:
         keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        keep += [v for k, v in vars(module).items() if is_plain(v) or k.endswith(_HOOKS) or _is_setting(v)]
+        keep += [v for k, v in vars(module).items() if is_plain(v) or k.endswith(_HOOKS) or is_setting(v)]
         keep += held(module)
     memo = {id(value): value for value in keep} | aliases
     try:
@@ -101,7 +135,7 @@ def lasting_copy(model: nn.Module) -> nn.Module:
                 aliases[id(value)] = value.detach().clone()
             elif key.endswith(_HOOKS):
                 aliases[id(value)] = copy.copy(value)
-            elif _is_setting(value):
+            elif is_setting(value):
                 aliases[id(value)] = copy.deepcopy(value)
     return copy_structure(model, modules, aliases)[0]
 
@@ -109,7 +143,7 @@ def lasting_copy(model: nn.Module) -> nn.Module:
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
-def _is_setting(value: Any) -> bool:
+def is_setting(value: Any) -> bool:
     return type(value).__name__.endswith("Config")
 
 

@@ -1,6 +1,7 @@
 """What is going on around a call: a torch.func transform, forward-mode differentiation, a compiler."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def backward_task() -> int:
 def in_function() -> bool:
     """Whether this code runs in the forward of a torch.autograd.Function."""
     return not torch._C._is_fwd_grad_enabled()
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made inside outlives torch.inference_mode: a tensor of that mode can never be part of a graph."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def moment() -> tuple[int, bool]:

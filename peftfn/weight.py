@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.kernels import choose
+from peftfn.kernels.lora_fused import fused_linear
 from peftfn.method import LINEAR, Method, Product
 from peftfn.plan import Entry, wide
 from peftfn.transform import autocast, backward_task, exactly, in_function, moment
@@ -144,13 +146,26 @@ class AdaptedWeight(Slot):
         dtype = _operand_dtype(x) if x.is_floating_point() else self.w.dtype
         return self.method.product(self._operands(dtype), self.canonical(), x, dot)
 
-    def linear(self, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor, bias: Any = None) -> Tensor:
+        """x (w + delta)ᵀ + bias, the bias as it stands in the layer's slot."""
         dtype, m = _operand_dtype(x), self.canonical()
         if self.entry.site.quantised:
             m = m.to(dtype)
         if not self.method.fast_linear():
-            return F.linear(x, self._matrix().to(m.dtype))
-        return self.method.linear(self._operands(dtype), m, x)
+            return plus(F.linear(x, self._matrix().to(m.dtype)), bias)
+        if (x.is_cuda or choose.INTERPRETED) and (y := self._fused(x, m, bias)) is not None:
+            return y
+        return plus(self.method.linear(self._operands(dtype), m, x), bias)
+
+    def _fused(self, x: Tensor, m: Tensor, bias: Any) -> Tensor | None:
+        """`linear` by a kernel, which reads the prepared tensors in their own dtype and adds the bias at the end; None
+        where plain torch has to run."""
+        low = self.method.low_rank(self.p)
+        if low is None or not low.down.dim() == low.up.dim() == len(m.shape) == 2:
+            return None
+        inside = bias if isinstance(bias, Tensor) and bias.shape == m.shape[:1] else None
+        y = fused_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=inside, dropout=low.dropout)
+        return y if y is None or inside is not None else plus(y, bias)
 
     def _operands(self, dtype: torch.dtype) -> dict[str, Any]:
         """p in the dtype in which a product runs."""
@@ -283,7 +298,7 @@ def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if _is(weight, x, _ROWS):
-        return plus(weight.linear(x), bias)
+        return weight.linear(x, bias)
     return NotImplemented if isinstance(weight, Slot) else bias.added_to(F.linear(x, weight))
 
 
@@ -292,10 +307,10 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1,
     if beta != 1 or alpha != 1 or out is not None or isinstance(x, Slot):
         return NotImplemented
     if _is(weight, x, _COLUMNS):
-        return plus(weight.linear(weight.rowed(x)), bias).reshape(x.shape[0], -1)
+        return weight.linear(weight.rowed(x), bias).reshape(x.shape[0], weight.shape[-1])
     if isinstance(weight, Slot) or bias.dim() != 1:
         return NotImplemented
-    return bias.added_to(bias.rowed(torch.mm(x, weight))).reshape(x.shape[0], -1)
+    return bias.added_to(bias.rowed(torch.mm(x, weight))).reshape(x.shape[0], weight.shape[-1])
 
 
 def _matmul(x: Any, weight: Any) -> Any:

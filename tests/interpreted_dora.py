@@ -7,8 +7,10 @@ import torch
 from peftfn.kernels import choose, use
 from peftfn.kernels import dora_norm as module
 from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
-from torch import Tensor
+from torch import Tensor, nn
 
+import peftfn as pf
+from peftfn.plan import prepared
 from peftfn.testing import close
 
 assert choose.INTERPRETED, "test_kernels_interpreter.py runs this file"
@@ -49,7 +51,59 @@ def test_many_sites_in_one_launch(monkeypatch: Any) -> None:
         got = dora_norms(ws, downs, ups, [0.5, 1.0, 2.0])
     assert len(launches) == 1
     want = torch.stack([exact(*site, s) for site, s in zip(sites, (0.5, 1.0, 2.0), strict=True)])
-    close(got.double(), want, "norms", 1e-5)
+    close(torch.stack(list(got)).double(), want, "norms", 1e-5)
+
+
+def test_sites_of_one_shape_are_prepared_in_one_launch(monkeypatch: Any) -> None:
+    """Also where others are prepared already, or have a layout of their own; to what each alone would be."""
+    from peftfn.kernels import dora_triton
+
+    model = nn.Sequential(*[nn.Linear(24, 40) for _ in range(3)], nn.Linear(40, 24), nn.Linear(24, 40))
+    net = pf.adapt(model, {r"4\.weight": pf.DoRA(3, attached=True, init_weights="random"), "weight": pf.DoRA(3)})
+    a = {s: {k: torch.randn_like(t) for k, t in leaf.items()} for s, leaf in net.init(0).items()}
+    weights = dict(model.named_parameters())
+    launches: list[str] = []
+    real = dora_triton.launch
+    monkeypatch.setattr(
+        dora_triton,
+        "launch",
+        lambda kernel, *args, **meta: (launches.append(kernel.fn.__name__), real(kernel, *args, **meta)),
+    )
+    with use("torch"):
+        want = {n: e.tensors(a[n], {}, weights[n])[1] for n, e in net.plan.items()}
+    assert not launches
+    with use("triton"):
+        got = {n: p for n, (_, p) in prepared(net.plan, a, weights).items()}
+    assert sorted(launches) == ["_norm", "_norms", "_norms"]
+    assert list(got) == list(net.plan)
+    for name, p in want.items():
+        assert p.keys() == got[name].keys()
+        for k, t in p.items():
+            close(got[name][k], t, f"{name} {k}", 1e-5)
+    launches.clear()
+    weights["1.weight"] = weights["1.weight"].detach().mT.contiguous().mT
+    with use("triton"):
+        again = prepared(net.plan, {**a, "0.weight": got["0.weight"]}, weights)
+    assert sorted(launches) == ["_norm", "_norm", "_norm", "_norms"]
+    for name, p in want.items():
+        close(again[name][1]["c"], p["c"], name, 1e-5)
+
+
+def test_net_prepare_is_two_launches_for_two_shapes(monkeypatch: Any) -> None:
+    from peftfn.kernels import dora_triton
+
+    model = nn.Sequential(*[nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.Tanh()] * 3).requires_grad_(False)
+    net, launches = pf.adapt(model, {"weight": pf.DoRA(3, init_weights="random")}), []
+    a, x = net.init(0), torch.randn(5, 24)
+    real = dora_triton.launch
+    monkeypatch.setattr(dora_triton, "launch", lambda *args, **meta: (launches.append(args), real(*args, **meta)))
+    with use("triton"):
+        ready = net.prepare(a)
+        assert len(launches) == 2
+        y = net.apply(ready, x)
+        assert len(launches) == 2
+    with use("torch"):
+        close(y, net.apply(a, x), "prepared", 1e-5)
 
 
 def test_nothing_cancels() -> None:

@@ -182,6 +182,101 @@ def test_apply_takes_the_kernels(method: pf.Method, monkeypatch: Any) -> None:
         close(p, q, "gradient", 1e-4)
 
 
+def conv1d(model: nn.Sequential) -> nn.Module:
+    """The first layer as transformers' Conv1D, which stores W transposed and calls addmm."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(40, 24)
+    layer.weight, layer.bias = nn.Parameter(model[0].weight.detach().mT.contiguous()), model[0].bias  # type: ignore[union-attr, assignment]
+    return nn.Sequential(layer, *model[1:])
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("layer", ["Linear", "Conv1D"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pf.LoRA(3, alpha=5.0, init_weights="random"),
+        pf.LoRA(3, init_weights="random", lora_bias=True),
+        pf.LoRA(3, init_weights="random", dropout=0.25),
+        pf.DoRA(3, alpha=5.0, init_weights="random"),
+        pf.DoRA(3, init_weights="random", dropout=0.25),
+    ],
+    ids=str,
+)
+def test_masters_and_the_bias_reach_the_kernel_as_they_are(
+    method: pf.Method, layer: str, large: bool, monkeypatch: Any
+) -> None:
+    """fp32 leaves beside a half-precision x are not cast before, their gradients are of their dtype, and the layer's
+    bias, in its slot or as its method makes it, is added once."""
+    monkeypatch.setattr(lora_fused, "products", lambda *_: choose.Products(large, True))
+    monkeypatch.setattr(lora_fused, "fresh_seed", lambda device: SEED)
+    model, x = models()
+    model = (conv1d(model) if layer == "Conv1D" else model).half()
+    net = pf.adapt(model, {"weight": method})
+    a = {s: {k: torch.randn_like(t).requires_grad_() for k, t in leaf.items()} for s, leaf in net.init(1).items()}
+    leaves = [t for leaf in a.values() for t in leaf.values()]
+    calls = []
+    real = lora_fused._Fused.apply
+    monkeypatch.setattr(lora_fused._Fused, "apply", lambda *args: (calls.append(args), real(*args))[1])
+    bias = model[0].bias.detach().clone().requires_grad_()
+    with use("triton"):
+        y = net.apply(a, x.half(), params={"0.bias": bias})
+    assert [{t.dtype for t in (down, up, c) if t is not None} for _, _, down, up, c, *_ in calls] == [
+        {torch.float32}
+    ] * 2
+    assert [call[5] is not None for call in calls] == [True, "beta" in a["2.weight"]]
+    got = torch.autograd.grad(y.sum(), [*leaves, bias])
+    assert [t.dtype for t in got] == [torch.float32] * len(leaves) + [torch.float16]
+    exact = {s: {k: t.detach().double().requires_grad_() for k, t in leaf.items()} for s, leaf in a.items()}
+    exact_bias = bias.detach().double().requires_grad_()
+    want = written_out(model, method, exact, x.half().double(), exact_bias)
+    ts = [t for leaf in exact.values() for t in leaf.values()]
+    same([y, *got], [want, *torch.autograd.grad(want.sum(), [*ts, exact_bias])], 1e-2)
+
+
+def written_out(model: Any, method: Any, a: Any, x: Tensor, bias: Tensor) -> Tensor:
+    """Such a model in fp64, from the formulas."""
+
+    def layer(x: Tensor, w: Tensor, leaf: Any, bias: Any) -> Tensor:
+        c = None
+        if "m" in leaf:
+            c = leaf["m"] / (w + method.scale * leaf["b"].detach() @ leaf["a"].detach()).norm(dim=1)
+        if "beta" in leaf:
+            bias = (0 if bias is None else bias) + method.scale * leaf["beta"]
+        return reference(x, w, leaf["a"], leaf["b"], method.scale, c=c, bias=bias, dropout=method.dropout, seed=SEED)
+
+    first, last = (model[i].weight.detach().double() for i in (0, 2))
+    first = first if isinstance(model[0], nn.Linear) else first.mT
+    return layer(torch.tanh(layer(x, first, a["0.weight"], bias)), last, a["2.weight"], None)
+
+
+def test_what_no_kernel_takes_is_cast_first(monkeypatch: Any) -> None:
+    model, x = models()
+    net, seen = pf.adapt(model.half(), {"0.weight": pf.LoRA(3)}), []
+    real = pf.LoRA.linear
+    monkeypatch.setattr(pf.LoRA, "linear", lambda self, p, w, x: (seen.append(p), real(self, p, w, x))[1])
+    for mode in ("torch", "auto"):  # "auto" leaves so small a product to torch
+        with use(mode):  # type: ignore[arg-type]
+            net.apply(net.init(0), x.half())
+    assert [{t.dtype for t in p.values()} for p in seen] == [{torch.float16}] * 2
+
+
+@pytest.mark.parametrize("other", ["its own rule", "a mixed batch"])
+def test_an_adapted_bias_is_added_once(other: str) -> None:
+    model, x = models()
+    rules = {"0.weight": pf.DoRA(3, init_weights="random"), "0.bias": pf.Full()}
+    net = pf.adapt(model, rules)
+    a = {s: {k: torch.randn_like(t) for k, t in leaf.items()} for s, leaf in net.init(1).items()}
+    run = net.apply if other == "its own rule" else lambda a, x: net.mixed(pf.stack([a, net.init(2)]), [0, -1], x)
+    with use("triton"):
+        got = run(a, x)
+    with use("torch"):
+        close(got, run(a, x), other, 1e-5)
+    if other == "its own rule":
+        close(got, torch.func.functional_call(model, net.merge(a), (x,)), other, 1e-5)
+
+
 def test_dropout_in_a_model_obeys_manual_seed_and_eval() -> None:
     model, x = models()
     net = pf.adapt(model, {"0.weight": pf.LoRA(3, dropout=0.5, init_weights="random")})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn import OFT, DoRA, Full, LoRA
+from peftfn import OFT, DoRA, Full, LoRA, PiSSA
 
 RULES: dict[str, dict[str, pf.Method]] = {
     "wide": {"q_proj|v_proj|up_proj": LoRA(4, alpha=6.0)},
@@ -202,9 +202,80 @@ def test_smaller_adapters_and_files_are_fetched_exactly(tmp_path: Path) -> None:
         close(bank.apply(names, X), torch.stack(want))
     pf.save(tmp_path / "b", wide, random(wide, 4))  # the file becomes another plan's
     bank.evict("c")
-    with pytest.raises(ValueError, match=r"adapter\.safetensors.*two\.weight"):
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: one\.weight: .*rank=4.*rank=2"):
         bank.apply(["b"] * 4, X)
     close(bank.apply(["a"] * 4, X), wide.apply(a, X))
+
+
+def test_what_is_put_is_a_value() -> None:
+    """What its owner does to the tensors later is not seen, whether the adapter is in a slot or waits."""
+    _, net, bank = tiny(1)
+    a = random(net, 1)
+    bank.put("a", net, a)
+    bank.put("b", net, random(net, 2))
+    want = bank.apply(["a"] * 4, X)
+    [t.mul_(2) for leaf in a.values() for t in leaf.values()]
+    bank.apply(["b"] * 4, X)
+    assert torch.equal(bank.apply(["a"] * 4, X), want)
+
+
+def test_a_file_saved_with_another_plan_is_refused_before_it_is_used(tmp_path: Path) -> None:
+    """Another alpha, or other constants, have the same tensors: nothing but the plan tells them apart."""
+    model, net, bank = tiny(1)
+    other, pissa = pf.adapt(model, {"weight": LoRA(4, alpha=64)}), pf.adapt(model, {"weight": PiSSA(2)})
+    pf.save(tmp_path / "a", other, random(other))
+    elsewhere = pf.adapt(Tiny(), {"weight": PiSSA(2)})
+    pf.save(tmp_path / "p", elsewhere, random(elsewhere))
+    with pytest.raises(ValueError, match=r"one\.weight: the file was saved with .*alpha=64.*peftfn\.load"):
+        bank.put("a", net, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"one\.weight: its constant .* is another than the net's"):
+        pf.Bank([pissa], 1).put("p", pissa, tmp_path / "p")
+    dropped = pf.adapt(model, {"weight": LoRA(4, dropout=0.1)})  # how it was trained does not matter
+    pf.save(tmp_path / "a", dropped, random(dropped, 3))
+    bank.put("a", net, tmp_path / "a")
+    close(bank.apply(["a"] * 4, X), net.apply(random(dropped, 3), X))
+    pf.save(tmp_path / "a", other, random(other))
+    bank.put("b", net, random(net))
+    bank.apply(["b"] * 4, X)
+    with pytest.raises(ValueError, match=r"one\.weight: the file was saved with .*alpha=64"):
+        bank.apply(["a"] * 4, X)
+
+
+def test_a_file_that_is_gone_or_cut_short_is_told_by_name_and_leaves_the_slots(tmp_path: Path) -> None:
+    _, net, bank = tiny(1)
+    pf.save(tmp_path, net, random(net, 1))
+    bank.put("on disk", net, tmp_path)
+    bank.put("b", net, random(net, 2))
+    want, file = bank.apply(["b"] * 4, X), tmp_path / "adapter.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"'on disk': there is no .*bank\.remove\('on disk'\)"):
+        bank.apply(["on disk"] * 4, X)
+    for cut in (whole[:50], b""):
+        file.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"'on disk': .* is no whole safetensors file"):
+            bank.apply(["on disk"] * 4, X)
+    assert bank.resident == ("b",)
+    assert torch.equal(bank.apply(["b"] * 4, X), want)
+    file.write_bytes(whole)
+    close(bank.apply(["on disk"] * 4, X), net.apply(random(net, 1), X))
+
+
+def test_putting_into_a_bank_of_prepared_adapters_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read every weight of the base, and the result is thrown away."""
+    model, _, _ = tiny(1)
+    net = pf.adapt(model, {"weight": DoRA(2)})
+    bank, a, seen = pf.Bank([net], 1, prepared=True), random(net, 1), []
+    prepare = pf.Adapted.prepare
+    monkeypatch.setattr(pf.Adapted, "prepare", lambda *args: (seen.append(1), prepare(*args))[1])
+    bank.put("a", net, a)
+    assert not seen
+    close(bank.apply(["a"] * 4, X), net.apply(a, X))
+    assert seen
+    bank.put("ready", net, net.prepare(a))
+    close(bank.apply(["ready"] * 4, X), net.apply(a, X))
+    with pytest.raises(ValueError, match="no fixed shape"):
+        bank.put("sum", net, pf.add(a, a))
 
 
 def test_ten_thousand_adapters_in_the_memory_of_thirty_two(tmp_path: Path) -> None:
@@ -332,6 +403,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "capacity": (lambda bank, net: pf.Bank([net], 0), ValueError, "capacity is 0"),
     "nothing": (lambda bank, net: pf.bank({}), ValueError, "at least one"),
     "other model": (lambda bank, net: pf.Nets([net, tiny()[1]]), ValueError, "one model object"),
+    "a net": (lambda bank, net: pf.Bank(net, 2), TypeError, r"Bank: give a list of nets.*this is a Adapted"),
+    "no nets": (lambda bank, net: pf.Nets([net, net.model]), TypeError, r"Nets: give a list of nets.*this is a Tiny"),
+    "no net": (lambda bank, net: bank.put("w", net.model, net.init()), TypeError, "'w': net is a Tiny"),
+    "one string": (lambda bank, net: bank.apply("aaaa", X), TypeError, "names is 'aaaa'; give a list"),
+    "no pairs": (lambda bank, net: pf.bank({"a": net.init()}), TypeError, r"name → \(net, adapter\)"),
+    "one stack": (
+        lambda bank, net: bank.nets.mixed(pf.stack([net.init()]), [0], X),
+        ValueError,
+        "give one stack a net",
+    ),
     "stacks": (lambda bank, net: bank.nets.mixed([], [0], X), ValueError, "1 nets, and 0 stacks"),
 }
 

@@ -105,3 +105,5 @@ def test_other_seeds_other_sizes_and_sums_are_errors() -> None:
         pf.conform(pf.scale(random(net), 2.0), net, pf.adapt(model, {"weight": LoRA(3)}))
     with pytest.raises(KeyError, match=r"1\.weight"):
         pf.conform({"0.weight": random(net)["0.weight"]}, net, net)
+    with pytest.raises(TypeError, match=r"conform: give two nets.*Sequential"):
+        pf.conform(random(net), net, model)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import copy
 import types
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,3 +266,49 @@ def test_ia3_and_dora_follow_the_base_too() -> None:
         net.apply(a, x)
         step(model)
         close(net.apply(a, x), call(model, net.merge(a), (x,), {}))
+
+
+class _Holding(nn.Module):
+    """A layer, and beside it a list with a tensor, an object with a number, and integers that are a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.tensors, self.settings = [torch.ones(4)], SimpleNamespace(factor=2.0)
+        self.register_buffer("places", torch.arange(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, self.places]) * self.tensors[0] * self.settings.factor
+
+
+@pytest.mark.parametrize("change", ["a tensor in a list", "an attribute of an object"])
+def test_what_a_module_holds_is_seen_as_it_is(change: str) -> None:
+    model, x = _Holding(), torch.randn(2, 4)
+    net = pf.adapt(model, {"layer": pf.LoRA(2)})
+    before = net.apply(net.init(), x)
+    if change == "a tensor in a list":
+        model.tensors[0].mul_(3)
+    else:
+        model.settings.factor = 6.0
+    torch.testing.assert_close(net.apply(net.init(), x), 3 * before)
+    torch.testing.assert_close(net.apply(net.init(), x), model(x))
+
+
+def test_a_call_in_inference_mode_leaves_nothing_that_cannot_be_trained() -> None:
+    net, x = pf.adapt(_Holding(), {"layer": pf.LoRA(2)}), torch.randn(2, 4)
+    with torch.inference_mode():
+        net.apply(net.init(), x)
+        net.model.settings.factor = 3.0  # so that the next call copies the structure anew, in inference mode
+        net.apply(net.init(), x)
+    a = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in net.init().items()}
+    net.apply(a, x).sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in a["layer.weight"].values())
+
+
+def test_an_adapted_parameter_read_from_a_list_is_an_error() -> None:
+    model, x = _Holding(), torch.randn(2, 4)
+    model.tensors.append(model.layer.weight)
+    model.forward = types.MethodType(lambda self, x: self.layer(x) + x @ self.tensors[1].mT, model)
+    net = pf.adapt(model, {"layer": pf.LoRA(2)})
+    with pytest.raises(RuntimeError, match=r"layer\.weight: the model reads this parameter from a list"):
+        net.apply(net.init(), x)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_models import close, random, trees_close
 from torch import Tensor
 from torch.func import grad, vmap
+from transformers import GenerationConfig
 
 import peftfn as pf
 from peftfn import OFT, DoRA, Full, LoRA
@@ -99,6 +100,16 @@ def test_bad_gates(gates: Tensor, match: str) -> None:
     _, net, many, x = setting()
     with pytest.raises(ValueError, match=match):
         net.gated(pf.stack(many), gates, x)
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "prefill_chunk_size"])
+def test_gates_of_tokens_in_a_generate_whose_steps_are_of_several_tokens(how: str) -> None:
+    """A step of as many tokens as the prompt has would get the prompt's gates."""
+    _, net, many, x = setting(2, q_proj=LoRA(2))
+    given = {"max_new_tokens": 4, "pad_token_id": 0}
+    for options in ({how: 2, **given}, {"generation_config": GenerationConfig(**{how: 2}, **given)}):
+        with pytest.raises(ValueError, match=f"gated: {how} makes steps of several tokens"):
+            net.gated(pf.stack(many), torch.rand(4, x.shape[1], 2), x, method="generate", **options)
 
 
 def test_gates_of_tokens_need_a_site_with_tokens() -> None:

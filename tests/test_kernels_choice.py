@@ -75,6 +75,31 @@ def test_apply_and_mixed_take_kernels_without_being_asked(gpu: list[Launch]) -> 
     assert [launch.kernel.__name__ for launch in gpu][-2:] == ["_thin", "_wide"]
 
 
+@pytest.mark.parametrize(
+    ("rank", "rows", "dtype", "kernels"),
+    [
+        (64, 512, torch.bfloat16, True),
+        (65, 511, torch.bfloat16, True),
+        (65, 512, torch.bfloat16, False),
+        (60, 512, torch.float32, False),
+        (60, 511, torch.float32, True),
+    ],
+)
+def test_long_segments_of_a_mixed_batch(
+    rank: int, rows: int, dtype: torch.dtype, kernels: bool, gpu: list[Launch]
+) -> None:
+    """From 512 rows an adapter, the rules for one adapter alone decide: the library may have each."""
+    net = pf.adapt(nn.Linear(512, 512, dtype=dtype), {"weight": pf.LoRA(rank)})
+    stack, x = pf.stack([net.init(s) for s in range(5)]), torch.zeros(3, rows, 512, dtype=dtype)
+    with torch.no_grad():
+        net.mixed(stack, [1, 3, -1], x)
+    assert [launch.kernel.__name__ for launch in gpu] == ["_thin", "_wide"] * kernels
+    gpu.clear()
+    with torch.no_grad(), use("triton"):
+        net.mixed(stack, [1, 3, -1], x)
+    assert len(gpu) == 2
+
+
 def test_auto_leaves_small_and_fp32_products_to_torch(gpu: list[Launch]) -> None:
     base, net, a, x = model()
     close(net.apply(a, x), functional_call(base, net.merge(a), (x,)), "small", 1e-5)
@@ -162,7 +187,7 @@ def test_operands_that_no_kernel_takes(what: str, gpu: list[Launch]) -> None:
     low = LowRank(a[None], b[None])
     with use("triton"), torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         assert fused_linear(x, w, a, b) is None
-        assert mixed_rows(x, w, low, torch.zeros(len(x), dtype=torch.int64), "linear", {}) is None
+        assert mixed_rows(x, w, [(low, 0)], torch.zeros(len(x), dtype=torch.int64), "linear", {}) is None
         if what in ("autocast", "fp64", "subclass"):
             want = torch.linalg.vector_norm(torch.addmm(w, b, a, alpha=0.5), dim=1)
             close(dora_norm(w, a, b, 0.5), want, what, 1e-6)

@@ -27,11 +27,12 @@ def meta(*size: int, dtype: torch.dtype = FP32, grad: bool = False) -> Tensor:
 
 def linear(
     m: int = 4096, n: int = 4096, k: int = 4096, r: int = 16, *, dtype: torch.dtype = BF16, c: bool = False,
-    dropout: float = 0.0, scale: float = 2.0, seed: int = 0,
+    bias: bool = False, dropout: float = 0.0, scale: float = 2.0, seed: int = 0,
 ) -> None:  # fmt: skip
     x, w = meta(m, k, dtype=dtype, grad=True), meta(n, k, dtype=dtype)
     a, b, rows = meta(r, k, grad=True), meta(n, r, grad=True), meta(n, grad=True) if c else None
-    y = fused_linear(x, w, a, b, scale, c=rows, dropout=dropout, seed=meta(1, dtype=torch.int64))
+    given = meta(n, dtype=dtype) if bias else None
+    y = fused_linear(x, w, a, b, scale, c=rows, bias=given, dropout=dropout, seed=meta(1, dtype=torch.int64))
     assert y is not None
     y.backward(torch.empty_like(y))
 
@@ -55,20 +56,21 @@ def mixed(
         adapters = pack([[low] * slots] * 3)
         n = 3 * n
     rows = segments(index, slots)
-    y = mixed_lora(x, meta(n, 4096, dtype=dtype), adapters, rows)
+    y = mixed_lora(x, meta(n, 4096, dtype=dtype), (adapters, rows))
     if train:
         y.backward(torch.empty_like(y))
     if embed:
-        mixed_embedding(index, meta(n, 50000, dtype=dtype), Stack(meta(slots, r, 50000), up, 2.0, c), rows)
+        mixed_embedding(index, meta(n, 50000, dtype=dtype), (Stack(meta(slots, r, 50000), up, 2.0, c), rows))
 
 
 CALLS: dict[str, Callable[[], None]] = {
-    "DoRA with dropout": lambda: linear(c=True, dropout=0.05),
+    "DoRA with dropout": lambda: linear(c=True, bias=True, dropout=0.05),
     "LoRA": linear,
     "norms": norms,
     "mixed, packed": lambda: mixed(packed=True),
     "mixed, stacked, no gradient": lambda: mixed(packed=False, train=False, embed=True),
     "LoRA of few rows": lambda: linear(m=32),
+    "LoRA with a bias": lambda: linear(bias=True),
     "DoRA of rank 64": lambda: linear(r=64, c=True),
     "LoRA in fp32": lambda: linear(dtype=FP32),
     "mixed of long segments and high ranks": lambda: mixed(t=4096, slots=4, r=512, packed=True),

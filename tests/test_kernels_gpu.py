@@ -26,6 +26,7 @@ def test_a_dry_run_does_all_of_it(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert len(record["gates"]) >= 10
     assert all(g["ok"] for g in record["gates"])
+    assert not record["raised"]
     sections = {row["section"] for row in record["rows"]}
     assert len(sections) == 5
     assert not record["left_out"]
@@ -46,6 +47,47 @@ def test_gates_fail_on_what_is_not_a_number() -> None:
     assert gpu.error([one], [one.double()]) == 0
     assert gpu.error([one * float("nan")], [one.double()]) == float("inf")
     assert gpu.error([one, 1.5 * one], [one.double(), one.double()]) == pytest.approx(0.5)
+
+
+def test_what_fails_is_told_and_ends_nothing_else(tmp_path: Path) -> None:
+    run = gpu.Run(gpu.parse(["--dry", "--out", str(tmp_path / "r.json")]))
+    run.gate("close", 0.1, 1)
+    run.gate("far", float("nan"), 1)
+    with run.trying("a section"):
+        raise RuntimeError("broken\nin two lines")
+
+    def absent() -> gpu.Call:
+        raise ModuleNotFoundError("No module named 'unsloth'", name="unsloth")
+
+    def fine() -> gpu.Call:
+        return lambda: torch.ones(3)
+
+    def broken() -> gpu.Call:
+        return lambda: torch.ones(3) @ torch.ones(4)
+
+    ways = {"base": fine, "another's": absent, "peftfn": fine, "peftfn, other": broken}
+    run.row("Section", "case", ways, want=[torch.ones(3).double()])
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [g["ok"] for g in record["gates"]] == [True, False]
+    assert record["rows"][0]["failed"]["another's"] == "unsloth is not installed"
+    assert record["rows"][0]["us"]["eager, L2 hot"].keys() == {"base", "peftfn"}
+    told = gpu.complaints(record)
+    assert [line.split(":")[0] for line in told] == ["Gate failed", "Raised", "Failed"]
+    assert "RuntimeError: broken in two lines" in told[1]
+    assert all(line in gpu.tables(record | {"seconds": 1}) for line in told)
+
+
+def test_short_calls_are_many_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's own launch takes some µs: as long as the shortest calls. With L2 flushed, each call needs its own."""
+    run = gpu.Run(gpu.parse(["--dry", "--out", str(tmp_path / "r.json")]))
+    graphs: list[int] = []
+    monkeypatch.setattr(run.clock, "dry", False)
+    monkeypatch.setattr(run.clock, "graph", lambda call, copies=1: (graphs.append(copies), call)[1])
+    for us, copies in ((2.0, 50), (30.0, 10), (1000.0, 1)):
+        monkeypatch.setattr(run.clock, "sample", lambda call, cold, us=us: us)
+        assert run.timed(int, "graph", False)[1] == copies
+        assert run.timed(int, "graph", True)[1] == run.timed(int, "eager", False)[1] == 1
+    assert graphs == [1, 50, 1, 1, 10, 1, 1, 1]
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +113,4 @@ def test_the_page_has_the_marks_and_only_measured_figures() -> None:
 def test_gates(tmp_path: Path) -> None:
     run = gpu.Run(gpu.parse(["--out", str(tmp_path / "r.json")]))
     gpu.gates(run)
-    assert [g for g in run.record["gates"] if not g["ok"]] == []
+    assert gpu.complaints(run.record) == []

@@ -194,3 +194,58 @@ def test_dropout_is_drawn_for_each_adapter_and_row() -> None:
         assert len({tuple(r.tolist()) for r in y}) == 4
     model.eval()
     assert torch.allclose(net.mixed(pf.stack([one] * 4), [0, 1, 2, 3], same), net.apply(one, same), atol=1e-6)
+
+
+STACKS: dict[str, tuple[Any, type[Exception], str]] = {
+    "one adapter": (lambda a: a, TypeError, "list of adapters, not dict"),
+    "an iterator": (lambda a: iter([a]), TypeError, "list of adapters, not list_iterator"),
+    "none": (lambda a: [], ValueError, "at least one"),
+    "no adapter": (lambda a: [a, None], TypeError, "NoneType in adapter 1"),
+    "no tensor": (lambda a: [a, {"weight": {"a": 1.0, "b": a["weight"]["b"]}}], TypeError, "weight/a is a float"),
+    "other sites": (lambda a: [a, {"bias": a["weight"]}], ValueError, "0 and 1 differ at weight, which"),
+    "another rank": (
+        lambda a: [a, a, {"weight": {"a": torch.ones(3, 4), "b": torch.ones(4, 3)}}],
+        ValueError,
+        r"weight/a has shape \[2, 4\] in adapter 0 and \[3, 4\] in adapter 2: .*conform",
+    ),
+    "another type": (
+        lambda a: [a, {"weight": {k: t.double() for k, t in a["weight"].items()}}],
+        ValueError,
+        "weight/a is torch.float32 on cpu in adapter 0 and torch.float64 on cpu in adapter 1",
+    ),
+    "a sum": (lambda a: [a, pf.add(a, a)], ValueError, "0 and 1 differ at weight/a, which"),
+}
+
+
+@pytest.mark.parametrize("what", STACKS)
+def test_what_does_not_stack(what: str) -> None:
+    a = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)}).init()
+    make, error, match = STACKS[what]
+    with pytest.raises(error, match=f"stack: .*{match}"):
+        pf.stack(make(a))
+
+
+def test_a_stack_keeps_the_order_of_names_and_is_a_value() -> None:
+    a = {"z": {"b": torch.ones(2), "a": torch.zeros(1)}, "c": {"x": torch.ones(3)}}
+    s = pf.stack([a, tree_map(lambda t: t + 1, a)])
+    assert list(s) == ["z", "c"]
+    assert list(s["z"]) == ["b", "a"]
+    assert s["c"]["x"].tolist() == [[1.0] * 3, [2.0] * 3]
+    s["c"]["x"].zero_()
+    assert a["c"]["x"].tolist() == [1.0] * 3
+
+
+def test_algebra_takes_adapters_and_numbers() -> None:
+    net = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)})
+    a, x = random(net), torch.ones(1, 4)
+    with pytest.raises(TypeError, match="scale: give an adapter and a number, not dict and str"):
+        pf.scale(a, "2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"scale: .*not list and float"):
+        pf.scale([a], 2.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="add: number 1 is a NoneType"):
+        pf.add(a, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="chain: 3 is no method"):
+        pf.chain(3)  # type: ignore[arg-type]
+    for odd in ({"scale": torch.tensor(1.0), "of": a["weight"], "a": x}, {"add.0": a["weight"], "add.2": a["weight"]}):
+        with pytest.raises(KeyError, match=r"weight: a (scaled leaf|sum) has"):
+            net.apply({"weight": odd}, x)

@@ -136,7 +136,7 @@ def test_a_fresh_adapter_is_the_identity(case: Case, kind: str) -> None:
 def test_apply_is_the_merged_model_and_the_base_is_untouched(case: Case, kind: str) -> None:
     model, net = adapted(case, kind)
     before, a = state(model), random(net)
-    got, merged = run(case, net, a), net.merge(a)
+    got, merged = run(case, net, a), net.merge(a, untied=True)
     close(got, base(case, model, merged))
     assert (got - base(case, model)).abs().max() > 1e-4, "the adapter changed nothing"
     assert merged.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
@@ -207,7 +207,7 @@ def test_a_bf16_base_with_fp32_leaves(case: Case, kind: str) -> None:
     assert all(t.dtype == torch.float32 for leaf in a.values() for t in leaf.values())
     args, kwargs = tree_map(lambda v: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v, cut(case))
     got = case.output(net.apply(a, *args, **kwargs))
-    merged = net.merge(a)
+    merged = net.merge(a, untied=True)
     assert got.dtype == torch.bfloat16
     assert all(t.dtype == torch.bfloat16 for t in merged.values())
     wide = {n: t.float() for n, t in merged.items()}
@@ -227,8 +227,8 @@ def test_generate_is_the_merged_models(case: Case, kind: str) -> None:
     merged = case.build()
     for name, p in merged.named_parameters(remove_duplicate=False):
         module, _, attr = name.rpartition(".")  # ties are cut: each slot gets its own
-        setattr(merged.get_submodule(module), attr, nn.Parameter(net.merge(a)[name]))
-        assert p.shape == net.merge(a)[name].shape
+        setattr(merged.get_submodule(module), attr, nn.Parameter(net.merge(a, untied=True)[name]))
+        assert p.shape == net.merge(a, untied=True)[name].shape
     mask = torch.ones_like(ids)
     got = net.apply(a, ids, method="generate", attention_mask=mask, **options)
     assert torch.equal(got, merged.generate(ids, attention_mask=mask, **options))
@@ -274,7 +274,7 @@ def test_a_tied_parameter_follows_its_one_name() -> None:
 def test_two_names_of_a_tied_tensor_are_two_slots() -> None:
     case = by_name["tied"]
     model = case.build()
-    merged = (net := pf.adapt(model, {"embed": Full()})).merge(random(net))
+    merged = (net := pf.adapt(model, {"embed": Full()})).merge(random(net), untied=True)
     assert not torch.equal(merged["embed.weight"], model.embed.weight)
     assert torch.equal(merged["head.weight"], model.head.weight)
     both = pf.adapt(model, {r"embed|head": Full()})

@@ -1,5 +1,6 @@
 """DoRA: m ⊙ (W + s·B A) / ‖W + s·B A‖, the norm over each row."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from peftfn.kernels.dora_norm import dora_norm
+from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.method import Leaf, LowRank, Product
 from peftfn.methods.lora import LoRA
@@ -55,6 +56,12 @@ class DoRA(LoRA):
             n = self._norm(p, w)
         n = n if self.attached else n.detach()  # no_grad does not stop forward-mode derivatives
         return {"a": p["a"], "b": p["b"], "c": p["m"] / n}
+
+    def prepare_all(self, ps: Sequence[Leaf], ws: Sequence[Tensor]) -> list[Leaf]:
+        if self.attached:
+            return super().prepare_all(ps, ws)
+        norms = dora_norms(ws, [p["a"] for p in ps], [p["b"] for p in ps], [self.scale] * len(ps))
+        return [{"a": p["a"], "b": p["b"], "c": p["m"] / n.detach()} for p, n in zip(ps, norms, strict=True)]
 
     @property
     def exact_gradient(self) -> bool:

@@ -81,7 +81,7 @@ class LoRA(Method):
         return lora_linear(x, w, p["a"], p["b"], self.scale, dropout=self.dropout)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
-        return None if self.dropout else LowRank(p["a"], p["b"], self.scale)
+        return LowRank(p["a"], p["b"], self.scale, dropout=self.dropout)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"lora_alpha": self.rank if self.alpha is None else self.alpha}
