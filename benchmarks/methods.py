@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdaLoRA": {"total_steps": 100},
     "DyLoRA": {"rank": 8},
     "FRoD": {"density": 0.01},
+    "GLoRA": {"c": "none", "d_e": "none"},  # PEFT has none where a layer has no bias, as here
     "HRA": {"rank": 8},
     "KaSA": {"truncate": True},
     "LoRA": {"rank": 16},

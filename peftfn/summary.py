@@ -22,7 +22,18 @@ def counts(net: Adapted) -> tuple[int, int]:
 
 
 def summary(net: Adapted, *, by_site: bool = True) -> str:
-    """ "trainable params: X || all params: Y || trainable%: Z", and a line for each site."""
+    """What one adapter of the net trains, as text: PEFT's line, then a table of the sites.
+
+        trainable params: 256 || all params: 22,944 || trainable%: 1.1158
+        site                                    kind    shape  method        trainable
+        model.layers.0.self_attn.q_proj.weight  linear  32×32  LoRA(rank=4)  256
+
+    Of a method's fields the first is shown, and those that do not have their default. "all params" are the base's and
+    the adapter's; tied tensors count once.
+
+    Args:
+        by_site: if False, the first line alone.
+    """
     trained, total = counts(net)
     head = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
     if not by_site:

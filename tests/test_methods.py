@@ -22,7 +22,10 @@ from peftfn.methods.wavelets import low_pass
 from peftfn.testing import shaken
 
 FOLDER = Path(pf.__file__).parent / "methods"
-HELPERS = {"__init__", "allocation", "kmeans", "lowrank", "lycoris", "roles", "rotation", "variant", "wavelets"}
+HELPERS = {
+    "__init__", "allocation", "hogsvd", "kmeans", "lowrank", "lycoris", "roles", "rotation", "sketch", "variant",
+    "wavelets",
+}  # fmt: skip
 
 
 def lines_of_code(path: Path) -> int:
@@ -293,3 +296,76 @@ def test_wavelets_are_orthonormal(name: str) -> None:
     shifts = torch.stack([torch.roll(torch.cat([h, torch.zeros(len(h))]), 2 * k) for k in range(len(h) // 2)])
     torch.testing.assert_close(shifts @ shifts.T, torch.eye(len(shifts), dtype=h.dtype), rtol=0, atol=1e-7)
     assert h.sum().item() == pytest.approx(2**0.5, abs=1e-9)
+
+
+# Settings at the edge of what a method can be.
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (pf.SHiRA(32), r"0\.weight: SHiRA\.rank is 32.*choose rank <= 3"),
+        (pf.FourierFT(n_frequency=99), r"0\.weight: FourierFT\.n_frequency is 99"),
+        (pf.WaveFT(n_frequency=99), r"0\.weight: WaveFT\.n_frequency is 99"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, pf.Method) else "",
+)
+def test_what_does_not_fit_a_rules_sites_names_the_first(method: pf.Method, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        pf.adapt(two_layers(), {"weight": method})
+
+
+def test_randlora_refuses_projections_without_a_spread() -> None:
+    """PEFT divides by their standard deviation, which is then zero or none."""
+    for method in (pf.RandLoRA(1), pf.RandLoRA(1, density="sparse")):
+        with pytest.raises(ValueError, match=r"0\.weight: RandLoRA\.rank is 1.* numbers drawn for A are all alike"):
+            pf.adapt(nn.Sequential(nn.Linear(1, 3)), {"weight": method})
+
+
+@pytest.mark.parametrize("cls", [pf.AdaLoRA, pf.BDLoRA, pf.KaSA, pf.PiSSA, pf.VBLoRA, pf.DeLoRA])
+def test_a_dropout_is_a_probability(cls: type[pf.Method]) -> None:
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\.dropout is 2\.0"):
+        cls(dropout=2.0)  # type: ignore[call-arg]
+
+
+def test_glora_has_no_part_that_trains_nothing() -> None:
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, bias=False))
+    adapter = pf.adapt(layers, {"weight": pf.GLoRA(2)}).init()
+    assert adapter["0.weight"].keys() - adapter["1.weight"].keys() == {"d"}  # D scales a bias
+    with pytest.raises(ValueError, match="nothing is trained"):
+        pf.GLoRA(a_b="none", c="none", d_e="none")
+
+
+def test_a_method_of_the_bias_leaves_the_weight_in_its_slot() -> None:
+    seen: list[Tensor] = []
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.weight)
+            return super().forward(x)
+
+    net = pf.adapt(Layer(4, 3).requires_grad_(False), {"weight": pf.BEFT()})
+    adapter = shaken(net.init(), 1)
+    y = net.apply(adapter, torch.eye(4))
+    assert isinstance(seen[0], Tensor)
+    assert seen[0].data_ptr() == net.model.weight.data_ptr()
+    torch.testing.assert_close(y, net.model(torch.eye(4)) + adapter["weight"]["beta"])
+
+
+@pytest.mark.parametrize("method", [pf.VeLoRA(2, groups=2), pf.LoRA(2), pf.MiSS(2), pf.OFT(block_size=2)], ids=str)
+def test_one_feature_vector_trains(method: pf.Method) -> None:
+    net = pf.adapt(two_layers().train(), {"0.weight": method})
+    adapter = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in shaken(net.init(), 1).items()}
+    net.apply(adapter, torch.ones(8)).square().sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in adapter["0.weight"].values())
+
+
+@pytest.mark.parametrize("method", [pf.LoHa(1, rank_dropout=0.5), pf.LoKr(1, module_dropout=0.5)], ids=str)
+def test_a_change_that_is_dropped_in_training_can_be_prepared(method: pf.Method) -> None:
+    net, x = pf.adapt(two_layers().train(), {"0.weight": method}), torch.ones(2, 8)
+    one, other = (shaken(net.init(), i) for i in range(2))
+    both = net.mixed(pf.stack([one, other]), [1, 0], x)  # each with a mask of its own
+    assert both.isfinite().all()
+    ready = net.prepare(one)
+    net.model.eval()
+    torch.testing.assert_close(net.apply(ready, x), net.apply(one, x))

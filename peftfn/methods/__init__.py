@@ -20,6 +20,7 @@ from peftfn.methods.gralora import GraLoRA
 from peftfn.methods.hira import HiRA
 from peftfn.methods.hra import HRA
 from peftfn.methods.ia3 import IA3
+from peftfn.methods.input_dora import InputDoRA
 from peftfn.methods.kasa import KaSA
 from peftfn.methods.lily import Lily
 from peftfn.methods.loha import LoHa
@@ -76,6 +77,7 @@ __all__ = [
     "GLoRALycoris",
     "GraLoRA",
     "HiRA",
+    "InputDoRA",
     "KaSA",
     "Lily",
     "LoHa",

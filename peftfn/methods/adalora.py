@@ -54,7 +54,7 @@ class AdaLoRA(_Variant):
     padding = Padding(gain=("b",))
 
     rslora: ClassVar[bool] = False  # type: ignore[misc]
-    rank: int = 12
+    rank: Whole = 12
     target_rank: Whole = 8
     warmup: int = 0
     final: int = 0
@@ -77,7 +77,7 @@ class AdaLoRA(_Variant):
             )
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float:  # type: ignore[override]
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
@@ -86,7 +86,7 @@ class AdaLoRA(_Variant):
         return {"a": rng.normal(r, in_, std=std), "b": rng.normal(out, r, std=std), "e": e}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        return {"down": p["a"], "up": self.scale * p["b"] * p["e"]}
+        return {"down": p["a"], "up": p["b"] * p["e"]}
 
     def to_peft(self) -> dict[str, Any]:
         if self.total_steps is None:

@@ -61,7 +61,7 @@ class BDLoRA(_Variant):
         return (t.unflatten(0, (self.blocks, -1))[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        a, b = p["a"], self.scale * p["b"]
+        a, b = p["a"], p["b"]
         return {"down": self._diagonal(a), "up": b} if self.side == "a" else {"down": a, "up": self._diagonal(b)}
 
     @classmethod

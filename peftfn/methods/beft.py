@@ -23,6 +23,7 @@ class BEFT(Method):
         init_weights: "default" (β zero) or "random" (β standard normal: not the identity).
     """
 
+    changes_weight = False
     linear_in = ("beta",)
     cases = ({}, {"init_weights": "random"})
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Probability, Start, Whole
+from peftfn.fields import Positive, Probability, Start, Whole
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
@@ -46,7 +46,7 @@ class DEFT(Method):
 
     rank: Whole = 8
     decomposition: Literal["relu", "qr"] = "relu"
-    alpha: float | None = None
+    alpha: Positive | None = None
     para: bool = False
     dropout: Probability = 0.0
     init_weights: Start = "default"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.fields import Whole, divides
+from peftfn.fields import Positive, Whole, divides
 from peftfn.method import Leaf, Method, Product
 from peftfn.methods.rotation import bounded, cayley, turn
 from peftfn.rng import Rng
@@ -28,7 +28,7 @@ class DiagOFT(Method):
     cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
 
     block_size: Whole = 4
-    constraint: float | None = None
+    constraint: Positive | None = None
     rescale: bool = False
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:

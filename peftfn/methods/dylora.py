@@ -58,7 +58,7 @@ class DyLoRA(_Variant):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         r = self.active or self.rank
-        return {"down": p["a"][:r], "up": self.scale * self._more(self.rank, r) * p["b"][:, :r]}
+        return {"down": p["a"][:r], "up": self._more(self.rank, r) * p["b"][:, :r]}
 
     def drawn(self, p: Leaf) -> Leaf:
         if not self.random:

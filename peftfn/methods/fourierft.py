@@ -55,12 +55,12 @@ class FourierFT(Method):
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         drawn: dict[tuple[int, int], Tensor] = {}
-        for w in weights.values():
+        for site, w in weights.items():
             out, in_ = w.shape[-2:]
             if self.n_frequency > out * in_:
                 raise ValueError(
-                    f"{type(self).__name__}.n_frequency is {self.n_frequency}, more than the {out * in_} entries of a "
-                    f"weight [{out}, {in_}]: choose at most that"
+                    f"{site}: {type(self).__name__}.n_frequency is {self.n_frequency}, more than the {out * in_} "
+                    f"entries of a weight [{out}, {in_}]: choose at most that"
                 )
             if (out, in_) not in drawn:
                 at = rng.reseeded(self.seed).permutation(out * in_)[: self.n_frequency].clone()
@@ -94,6 +94,8 @@ class FourierFT(Method):
         return self.synthesised(p, self.synthesised(p, self.spectrum(p, w), in_).mT, out).mT.real
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if not x.numel():  # which an FFT refuses
+            return F.linear(x, w)
         row, col = p["at"]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         z, c, rows = self.analysed(p, wide), p["sc"].to(wide.dtype), self.bins(w.shape[0])  # z [..., bins]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from peftfn.fields import Positive, Probability
 from peftfn.method import Leaf, Method, Peft, Product, names
+from peftfn.methods import hogsvd
 from peftfn.methods.roles import number, role
 from peftfn.rng import Rng
 
@@ -70,41 +71,26 @@ class FRoD(Method):
             places = torch.stack([row, column + (column >= row)])
             ws = {s: weights[s] if meta else weights[s].detach().float().cpu() for s in sites}
             layers = {sites[s]: ws[s] for s in sites}
-            v = rng.empty(in_, in_) if meta else self._joint([layers[i] for i in sorted(layers)])
-            common = {"V": v.to(rng.device, rng.dtype), "places": places, "size": torch.tensor([in_, in_])}
+            v = rng.empty(in_, in_) if meta else hogsvd.right([layers[i] for i in sorted(layers)], self.ridge)
+            common = self._common(v.to(rng.device, rng.dtype), places)
             for s in sites:
-                u, at = (rng.empty(*ws[s].shape), rng.empty(in_)) if meta else self._left(v, ws[s])
+                u, at = (rng.empty(*ws[s].shape), rng.empty(in_)) if meta else hogsvd.left(v, ws[s])
                 out[s] = {**common, "U": u.to(rng.device, rng.dtype), "start": at.to(rng.device, rng.dtype)}
         return out
 
-    def _joint(self, ws: list[Tensor]) -> Tensor:
-        """V [in, in] that turns every w into nearly orthogonal columns."""
-        stacked, in_ = torch.cat(ws), ws[0].shape[1]
-        if stacked.shape[0] < in_:
-            full: Tensor = torch.linalg.svd(stacked)[2]
-            return full.mT
-        q, r = torch.linalg.qr(stacked)
-        grams = [part.mT @ part + self.ridge * torch.eye(in_) for part in q.split([len(w) for w in ws])]
-        mean = sum((torch.linalg.inv(g) for g in grams), torch.zeros(in_, in_)) / len(ws)
-        v: Tensor = r.mT @ torch.linalg.eigh(mean)[1]
-        return v
-
     @staticmethod
-    def _left(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(U [out, in], λ [in]) of w = U diag(λ) vᵀ."""
-        v, w = v.double(), w.double()
-        try:
-            scaled = torch.linalg.solve(v, w.mT).mT
-        except RuntimeError:
-            scaled = w @ torch.linalg.pinv(v, rtol=1e-6).mT
-        size = torch.linalg.vector_norm(scaled, dim=0)
-        return torch.where(size > 1e-12, scaled / size, 0.0).float(), size.float()
+    def _common(v: Tensor, places: Tensor) -> Leaf:
+        """What the layers of a role share; `at` is where d and s stand in the flattened diag(d) + S."""
+        in_, device = len(v), places.device
+        at = torch.cat([torch.arange(in_, device=device) * (in_ + 1), places[0] * in_ + places[1]])
+        return {"V": v, "places": places, "size": torch.tensor([in_, in_], device=device), "at": at}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"d": rng.zeros(w.shape[1]), "s": rng.zeros(self._count(w.shape[1]))}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        c = torch.diag_embed(p["d"]).index_put((p["places"][0], p["places"][1]), p["s"])
+        v = torch.cat([p["d"], p["s"]])
+        c = v.new_zeros(len(p["d"]) ** 2).scatter(0, p["at"], v).unflatten(0, (len(p["d"]), -1))
         return {"c": c, "U": p["U"], "V": p["V"]}
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
@@ -120,6 +106,6 @@ class FRoD(Method):
         v, places, size = (t[key] for key in ("frod_V.{}", "frod_s_indices.{}", "frod_s_size.{}"))
         if not bool(((places >= 0) & (places < len(v))).all()) or size.tolist() != list(v.shape):
             raise ValueError(f"frod_s_indices or frod_s_size goes beyond frod_V's {list(v.shape)}")
-        u, start = (part.to(v) for part in self._left(v.cpu(), w.detach().float().cpu()))
+        u, start = (part.to(v) for part in hogsvd.left(v.cpu(), w.detach().float().cpu()))
         leaf = {"d": t["frod_lambda_l"].view_as(start) - start, "s": t["frod_lambda_s_values"]}
-        return leaf | {"V": v, "places": places, "size": size, "U": u, "start": start}
+        return leaf | self._common(v, places) | {"U": u, "start": start}

@@ -6,7 +6,7 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Whole
+from peftfn.fields import Positive, Whole
 from peftfn.method import Leaf, Method, Product
 from peftfn.rng import Rng
 
@@ -29,7 +29,7 @@ class GLoRALycoris(Method):
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
     rank: Whole = 4
-    alpha: float | None = None
+    alpha: Positive | None = None
     rslora: bool = False
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Probability, Whole, divides
+from peftfn.fields import Positive, Probability, Whole, divides
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
@@ -40,7 +40,7 @@ class GraLoRA(Method):
     )
 
     rank: Whole = 32
-    alpha: float | None = None
+    alpha: Positive | None = None
     k: Whole = 2
     hybrid_rank: int = 0
     dropout: Probability = 0.0
@@ -88,9 +88,8 @@ class GraLoRA(Method):
     def _joined(self, p: Leaf, y: Tensor, z: Tensor) -> Tensor:
         """y [..., out] and what comes of the blocks of x under A, z [rows, n, r]."""
         u = z.unflatten(-1, (self.k, -1)).permute(2, 0, 1, 3).flatten(2)  # [j, rows, n·c]
-        return (
-            y.unflatten(-1, (self.k, -1)) + (u @ p["sb"]).transpose(0, 1).reshape(*y.shape[:-1], self.k, -1)
-        ).flatten(-2)
+        blocks = y.unflatten(-1, (self.k, -1))
+        return (blocks + (u @ p["sb"]).transpose(0, 1).reshape(blocks.shape)).flatten(-2)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"alpha": self.scale * (self.rank + self.hybrid_rank)}

@@ -67,10 +67,10 @@ class KaSA(_Variant):
         if not self.truncate:
             return {}
         u, s, vh = torch.linalg.svd(wide(w), full_matrices=False)
-        return read_off(rng, minus=-u[:, -self.rank :] * s[-self.rank :], v=vh[-self.rank :])
+        return read_off(rng, minus=-u[:, -self.rank :] * s[-self.rank :] / self.scale, v=vh[-self.rank :])
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        down, up = p["a"], self.scale * p["b"] * p["d"]
+        down, up = p["a"], p["b"] * p["d"]
         if self.truncate:
             down, up = torch.cat([down, p["v"]], -2), torch.cat([up, p["minus"]], -1)
         return {"down": down, "up": up}

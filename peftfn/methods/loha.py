@@ -40,7 +40,7 @@ class LoHa(_Lycoris):
     cases = (
         {"rank": 2, "alpha": 3.0, "tucker": True},
         {"rank": 1, "alpha": 3.0, "init_weights": "random"},
-        {"rank": 2, "init_weights": "lycoris"},
+        {"rank": 2, "init_weights": "lycoris", "rank_dropout": 0.5},
         {"rank": 1, "weight_decompose": True},
     )
 

@@ -43,7 +43,7 @@ class LoKr(_Lycoris):
     """
 
     cases = (
-        {"rank": 2, "alpha": 3.0, "init_weights": "lycoris"},
+        {"rank": 2, "alpha": 3.0, "init_weights": "lycoris", "module_dropout": 0.5},
         {"rank": 1, "alpha": 3.0, "tucker": True},
         {"rank": 1, "decompose_both": True, "decompose_factor": 4, "init_weights": "random"},
         {"rank": 1, "weight_decompose": True},

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftfn.fields import Probability, Whole
+from peftfn.fields import Positive, Probability, Whole
 from peftfn.method import Leaf, Method
 from peftfn.rng import Rng
 
@@ -22,7 +22,7 @@ class _Lycoris(Method):
     in_eval = (("rank_dropout", 0.0), ("module_dropout", 0.0))
 
     rank: Whole = 8
-    alpha: float | None = None
+    alpha: Positive | None = None
     rank_dropout: Probability = 0.0
     module_dropout: Probability = 0.0
     rank_dropout_scale: bool = True

@@ -74,8 +74,10 @@ class MonteCLoRA(_Variant):
         return super().init(rng, w) | start
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        low, none = super().prepare(p, w), 0.0 * (p["std"].sum() + p["mix"].sum())  # a gradient of zero, not none
-        return {"down": low["down"], "up": low["up"] + none, "std": p["std"], "mix": p["mix"]}
+        up = p["b"]
+        if torch.is_grad_enabled():  # a gradient of zero, not none, where nothing is drawn
+            up = up + 0.0 * (p["std"].sum() + p["mix"].sum())
+        return {"down": p["a"], "up": up, "std": p["std"], "mix": p["mix"]}
 
     def _draw(self, p: Leaf) -> tuple[Tensor, Tensor]:
         """σ² [rank] and π [samples]."""

@@ -82,4 +82,4 @@ class PEANuT(_LowRank):
             z = act(p[f"e{i}"] @ z)
         for i in range(self.depth):
             z = act(p[f"d{i}"] @ z) + kept[-1 - i]
-        return {"down": z, "up": self.scale * p["b"]}
+        return {"down": z, "up": p["b"]}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfn.method import Leaf
+from peftfn.methods.sketch import sketched_svd
 from peftfn.methods.variant import _FromWeight, _Variant
 from peftfn.rng import Rng
 
@@ -39,18 +40,13 @@ class PiSSA(_FromWeight):
     niter: int | None = None
 
     def factors(self, rng: Rng, w: Tensor) -> Leaf:
-        u, s, vh = torch.linalg.svd(w, full_matrices=False) if self.niter is None else self._top(rng, w, self.niter)
+        if self.niter is None:
+            u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        else:  # from a start that is always the same
+            start = rng.reseeded(0).normal(w.shape[1], min(self.rank + 8, *w.shape)).to(w.dtype)
+            u, s, vh = sketched_svd(w, start, self.niter)
         root = (s[: self.rank] / self.scale).sqrt()
         return {"a": root[:, None] * vh[: self.rank], "b": u[:, : self.rank] * root}
-
-    def _top(self, rng: Rng, w: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """About the largest components, from a random start that is always the same."""
-        start = rng.reseeded(0).normal(w.shape[1], min(self.rank + 8, *w.shape)).to(w.dtype)
-        q = torch.linalg.qr(w @ start)[0]
-        for _ in range(steps):
-            q = torch.linalg.qr(w @ torch.linalg.qr(w.mT @ q)[0])[0]
-        u, s, vh = torch.linalg.svd(q.mT @ w, full_matrices=False)
-        return q @ u, s, vh
 
     def to_peft(self) -> dict[str, Any]:
         if self.niter is not None:

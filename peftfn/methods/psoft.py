@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from peftfn.fields import Positive, Probability, Start, Whole
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.methods.rotation import bounded, cayley, enough, neumann, places, skew
+from peftfn.methods.sketch import sketched_svd
 from peftfn.rng import Rng
 
 
@@ -56,7 +57,7 @@ class PSOFT(Method):
     )
 
     rank: Whole = 32
-    alpha: float | None = None
+    alpha: Positive | None = None
     dropout: Probability = 0.0
     split: Literal["psoft", "pissa"] = "psoft"
     svd: Literal["full", "lowrank"] = "full"
@@ -87,14 +88,12 @@ class PSOFT(Method):
         return {"A": (a[:, None] * v).contiguous(), "B": (u * b).contiguous(), **at}
 
     def _sketch(self, rng: Rng, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`torch.svd_lowrank` from the method's own seed (Halko et al., 2009)."""
+        """`torch.svd_lowrank` from the method's own seed."""
         flat = w.shape[0] < w.shape[1]
         m = w.mT if flat else w
-        q = torch.linalg.qr(m @ rng.reseeded(self.seed).normal(m.shape[1], self.rank).to(m.dtype)).Q
-        for _ in range(self.niter):
-            q = torch.linalg.qr(m @ torch.linalg.qr(m.mT @ q).Q).Q
-        u, s, v = torch.linalg.svd(q.mT @ m, full_matrices=False)
-        return (v.mT, s, (q @ u).mT) if flat else (q @ u, s, v)
+        start = rng.reseeded(self.seed).normal(m.shape[1], self.rank).to(m.dtype)
+        u, s, v = sketched_svd(m, start, self.niter)
+        return (v.mT, s, u.mT) if flat else (u, s, v)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         r = self.rank

@@ -69,5 +69,5 @@ class PVeRA(VeRA):
             return super().product(self._mean(p), w, x, dot)
         out, in_ = w.shape
         mean, log = (dot(self.dropped(x), p["A"][:, :in_]) * p["d"]).chunk(2, -1)
-        z = mean + torch.randn_like(mean) * (log / 2).exp()
-        return torch.addcmul(dot(x, w), F.linear(z, p["B"][:out]), p["b"])
+        z = mean + torch.randn_like(mean) * (0.5 * log).exp()
+        return dot(x, w) + F.linear(z, p["B"][:out]) * p["b"]

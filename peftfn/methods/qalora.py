@@ -55,7 +55,7 @@ class QALoRA(_Variant):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         g = self.group
         factor = {"sum": 1.0, "mean": 1 / g, "groups": w.shape[1] / g**2}[self.pool]
-        return {"down": p["a"].repeat_interleave(g, 1), "up": factor * self.scale * p["b"]}
+        return {"down": p["a"].repeat_interleave(g, 1), "up": p["b"] if factor == 1 else factor * p["b"]}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:

@@ -67,13 +67,18 @@ class RandLoRA(_LowRank):
                 return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=draw.generator)
 
             a, b = uniform(r, 1, low), torch.cat([uniform(high, 1, r) for _ in range(n)], 1)
-            a, b = a / a.std(), b / b.std()
         else:
             edge = 1 / (2 * (3 if self.density == "sparse" else sqrt(low)))
             a, b = (torch.rand(s, generator=draw.generator) for s in ((r, 1, low), (high, n, r)))
             a, b = ((u > 1 - edge).float() - (u < edge).float() for u in (a, b))
-            a, b = a / a.std(), b / b.std()
-        both = {"A": a.to(rng.device, rng.dtype), "B": b.to(rng.device, rng.dtype)}
+        both = {}
+        for name, t in (("A", a), ("B", b)):
+            if not t.is_meta and (t.numel() < 2 or not t.std() > 0):
+                raise ValueError(
+                    f"{next(iter(weights))}: RandLoRA.rank is {r} and density {self.density!r}: the {t.numel()} "
+                    f"numbers drawn for {name} are all alike. Give a larger rank or another density or projection_seed"
+                )
+            both[name] = (t if t.is_meta else t / t.std()).to(rng.device, rng.dtype)
         return dict.fromkeys(weights, both)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:

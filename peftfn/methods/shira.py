@@ -37,13 +37,14 @@ class SHiRA(Method):
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
         drawn: dict[tuple[int, int], Tensor] = {}
         seed = torch.Generator().initial_seed() if self.seed is None else self.seed
-        for w in weights.values():
+        for site, w in weights.items():
             out, in_ = w.shape[-2:]
-            n = self.rank * (out + in_)
+            n, most = self.rank * (out + in_), out * in_ // (out + in_)
             if n > out * in_:
+                cure = f"choose rank <= {most}" if most else "leave it out of the rule"
                 raise ValueError(
-                    f"SHiRA.rank is {self.rank}, so {n} entries, more than the {out * in_} of a weight [{out}, {in_}]: "
-                    f"choose rank <= {out * in_ // (out + in_)}"
+                    f"{site}: SHiRA.rank is {self.rank}, so {n} entries, more than the {out * in_} of a weight "
+                    f"[{out}, {in_}]: {cure}"
                 )
             if (out, in_) not in drawn:
                 at = rng.reseeded(seed).permutation(out * in_)[:n].sort().values

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Probability, positive
+from peftfn.fields import Positive, Probability, Whole
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.methods.shira import added
 from peftfn.rng import Rng
@@ -39,19 +39,15 @@ class SuperTuning(Method):
         names("sparsity select_top rank=r alpha=lora_alpha dropout=lora_dropout"),
     )
 
-    sparsity: float = 0.99
+    sparsity: Probability = 0.99
     select_top: bool = True
-    rank: int | None = None
-    alpha: float | None = None
+    rank: Whole | None = None
+    alpha: Positive | None = None
     dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"SuperTuning.sparsity is {self.sparsity}; it is a share: 0 <= sparsity < 1")
-        if self.rank is not None:
-            positive(self, rank=self.rank)
-        elif self.alpha is not None:
+        if self.rank is None and self.alpha is not None:
             raise ValueError(f"SuperTuning.alpha is {self.alpha} without a rank; it scales the LoRA: give its rank too")
 
     def count(self, w: Tensor) -> int:

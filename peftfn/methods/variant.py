@@ -22,9 +22,10 @@ class _Variant(_LowRank, LoRA):
     peft = replace(LoRA.peft, fields={k: v for k, v in LoRA.peft.fields.items() if k != "lora_bias"})
 
     lora_bias: ClassVar[bool] = False  # type: ignore[misc]
+    scale = LoRA.scale
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        return {"down": p["a"], "up": self.scale * p["b"]}
+        return {"down": p["a"], "up": p["b"]}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _FromWeight(_Variant):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         a, b, a0, b0 = p["a"], p["b"], p["a0"], p["b0"]
-        return {"down": torch.cat([a0, a - a0], -2), "up": self.scale * torch.cat([b - b0, b], -1)}
+        return {"down": torch.cat([a0, a - a0], -2), "up": torch.cat([b - b0, b], -1)}
 
 
 def at_most_full(method: LoRA, w: Tensor) -> None:

@@ -81,5 +81,5 @@ class VBLoRA(_LowRank):
             top, k = logits.topk(self.topk)
             return (torch.softmax(top, -1).unsqueeze(-1) * F.embedding(k, p["bank"])).sum(-2)
 
-        a, b = mixtures(p["la"]), mixtures(p["lb"])  # [rank, in/length, length], [out/length, rank, length]
-        return {"down": a.flatten(1), "up": b.mT.flatten(0, 1)}
+        # [rank, in/length, length] and [out/length, rank, length]
+        return {"down": mixtures(p["la"]).flatten(1), "up": mixtures(p["lb"]).mT.flatten(0, 1)}

@@ -111,6 +111,6 @@ class _Compressed(Function):
         dx = (dy @ a).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None, None
-        mixed = dy.flatten(0, -2).mT @ c.to(dy.dtype)  # [rank, groups]
+        mixed = dy.reshape(-1, dy.shape[-1]).mT @ c.to(dy.dtype)  # [rank, groups]
         da = ctx.restore * (mixed[..., None] * e).flatten(1)[:, : a.shape[1]]
         return dx, da.to(a.dtype), None, None, None

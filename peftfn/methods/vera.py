@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,4 +60,4 @@ class VeRA(Method):
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         out, in_ = w.shape
         z = F.linear(dot(self.dropped(x), p["A"][:, :in_]) * p["d"], p["B"][:out])
-        return torch.addcmul(dot(x, w), z, p["b"])
+        return dot(x, w) + z * p["b"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import STARTS
+from peftfn.fields import STARTS, Whole
 from peftfn.method import Cases, Leaf, Peft, names
 from peftfn.methods.fourierft import FourierFT
 from peftfn.methods.wavelets import length, low_pass
@@ -48,7 +48,7 @@ class WaveFT(FourierFT):
         {"init_weights": STARTS},
     )
 
-    n_frequency: int = 2592
+    n_frequency: Whole = 2592
     scaling: float = 25.0
     wavelet: str = "db1"
     idwt: bool = True

@@ -31,10 +31,20 @@ class LawBroken(AssertionError):
     """A method breaks a law; the message says which, and on what smallest case."""
 
 
+ADAPT = """`adapt` runs init, frozen, prepare, delta and bias on the meta device first, where tensors have shapes and no
+values: make tensors by `rng`, or from w and p, and read none of their values; init and frozen give dicts."""
+
+
 def models_for(method: Method) -> list[str]:
-    """The tiny models whose site the method accepts."""
+    """The tiny models whose site the method accepts. LawBroken if `adapt` fails on the first of them."""
+    if not isinstance(method, Method):
+        raise TypeError(f"the laws are about a method with its hyper-parameters, like LoRA(rank=2), not {method!r}")
     names = [n for n, m in MODELS.items() if m.kind in method.kinds and (method.mergeable or n != "dense")]
-    first = Case(method, names[0]).net.plan[SITE]
+    case = Case(method, names[0])
+    try:
+        first = case.net.plan[SITE]
+    except Exception as e:
+        raise LawBroken(_message("adapt", case, ADAPT, e)) from e
     return [n for n in names if not first.adds_bias or sites(MODELS[n].build(0))[SITE].bias is not None]
 
 
@@ -50,10 +60,17 @@ def cases(method: Method) -> SearchStrategy[Case]:
 
 
 def check_law(law: str, method: Method, examples: int | None = None) -> None:
-    """Check one law on `examples` random cases, and on one case for each kind of site.
+    """Check one law of `LAWS` on one case for each kind of site, and on `examples` random cases.
 
-    Raises LawBroken naming the law and the smallest failing case.
+    Args:
+        examples: 3 if not given, or as the environment's PEFTFN_EXAMPLES says.
+
+    Raises:
+        LawBroken: naming the law and the smallest failing case.
+        ValueError: there is no such law.
     """
+    if law not in LAWS:
+        raise ValueError(f"there is no law {law!r}; choose from {', '.join(LAWS)}")
     n = examples if examples is not None else int(os.environ.get("PEFTFN_EXAMPLES", "3"))
     run = LAWS[law]
     names = models_for(method)[:1] if law in ONCE else models_for(method)
@@ -74,20 +91,31 @@ def check_law(law: str, method: Method, examples: int | None = None) -> None:
     try:
         search(given(cases(method))(one))()
     except Exception as e:
-        raise LawBroken(f"{law}: {failed[0]}\n  {LAWS[law].__doc__}\n  {type(e).__name__}: {e}") from e
+        raise LawBroken(_message(law, failed[0], LAWS[law].__doc__, e)) from e
 
 
 def _run(law: str, case: Case) -> None:
     try:
         LAWS[law](case)
     except Exception as e:
-        raise LawBroken(f"{law}: {case}\n  {LAWS[law].__doc__}\n  {type(e).__name__}: {e}") from e
+        raise LawBroken(_message(law, case, LAWS[law].__doc__, e)) from e
+
+
+def _message(law: str, case: Case, meaning: str | None, e: Exception) -> str:
+    return f"{law}: {case}\n  {' '.join((meaning or '').split())}\n  {type(e).__name__}: {e}"
 
 
 def check_method(method: Method, laws: Iterable[str] = tuple(LAWS)) -> None:
-    """Check that a method obeys every law, at every kind of site it accepts.
+    """Check that a method obeys every law, at every kind of site it accepts. Takes a few seconds.
 
-    Its sizes must fit a weight of [6, 8] (`rank=2`, `block_size=2`). Raises LawBroken for the first law that fails.
+        check_method(MyMethod(rank=2))
+
+    Args:
+        method: with sizes that fit a weight of [6, 8] (`rank=2`, `block_size=2`).
+        laws: names of some of `LAWS`, for those alone.
+
+    Raises:
+        LawBroken: the first law that fails, what it says, and the smallest case in which it does.
     """
     for law in laws:
         check_law(law, method)

@@ -73,6 +73,7 @@ def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
 
 
 def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree of dicts, in its own order."""
     return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
 
 
@@ -114,12 +115,13 @@ def effect(c: Case) -> None:
 
 
 def meaning_is_speed(c: Case) -> None:
-    """linear and product equal the dense weight w + delta."""
+    """linear and product equal the dense weight w + delta, in eval mode."""
     entry = c.net.plan[SITE]
     if not c.method.mergeable or entry.site.stacked or c.kind.kind == "other":
         return
     a, m = c.adapter(), entry.site.canonical(c.model.get_parameter(SITE).detach())
     method, p = entry.tensors(a[SITE], a.get(entry.bank or "", {}), m)
+    method = method.eval()
     dense = m + method.delta(p, m)
     x = torch.randn(c.rows, 3, m.shape[1], generator=torch.Generator().manual_seed(c.seed))
     if "linear" in c.method.kinds:
@@ -154,6 +156,7 @@ def merge_is_apply(c: Case) -> None:
 def purity(c: Case) -> None:
     """After any call, also one that raises, the base is bit for bit what it was; and calls repeat."""
     a = c.adapter()
+    kept = {n: {k: t.clone() for k, t in leaf.items()} for n, leaf in a.items()}
     tensors = {**dict(c.model.named_parameters()), **dict(c.model.named_buffers())}
     before = {n: (id(t), t._version, t.detach().clone()) for n, t in tensors.items()}
     attributes = {n: sorted(vars(m)) for n, m in c.model.named_modules()}
@@ -172,6 +175,13 @@ def purity(c: Case) -> None:
         t = after[n]
         assert id(t) == identity and t._version == version and torch.equal(t, value) and t.grad is None, f"{n} changed"
     assert attributes == {n: sorted(vars(m)) for n, m in c.model.named_modules()}, "an attribute came or went"
+    close(a, kept, "the adapter's own tensors, after a call", 0)
+
+
+def no_rows(c: Case) -> None:
+    """A batch of no rows goes through, as it does through the base."""
+    want, got = c.model(c.x[:0]), c.net.apply(c.adapter(), c.x[:0])
+    close(got, want, "apply without rows", 0)
 
 
 def many_by_vmap(c: Case) -> None:
@@ -267,7 +277,10 @@ def conformed(c: Case) -> None:
 
 
 def gradients(c: Case) -> None:
-    """backward == grad == a central difference; jvp and vjp are adjoint; the Hessian is symmetric. In fp64."""
+    """backward == grad == a central difference; jvp and vjp are adjoint; the Hessian is symmetric. In fp64.
+
+    And training can start: at a fresh adapter the gradient is finite, and not zero.
+    """
     c = replace(c, dtype=torch.float64)
     if not _runs_in(c, torch.float64):
         return
@@ -276,6 +289,8 @@ def gradients(c: Case) -> None:
     g = grad(c.loss)(a)
     tracked = {n: {k: t.clone().requires_grad_() for k, t in leaf.items()} for n, leaf in a.items()}
     c.loss(tracked).backward()  # type: ignore[no-untyped-call]
+    lost = [f"{n}/{k}" for n, leaf in tracked.items() for k, t in leaf.items() if t.grad is None]
+    assert not lost, f"no gradient for {', '.join(lost)}: the output does not depend on it, or it was detached"
     close({n: {k: t.grad for k, t in leaf.items()} for n, leaf in tracked.items()}, g, "backward", 1e-6)
     if c.method.exact_gradient:
         step = 1e-5
@@ -304,6 +319,10 @@ def gradients(c: Case) -> None:
         )
         for t, (n, k) in zip(second, names, strict=True):
             close(t, hu[n][k], f"double backward, {k}", 1e-6)
+    fresh = grad(c.loss)(c.net.init(c.seed))
+    wild = [f"{n}/{k}" for n, leaf in fresh.items() for k, t in leaf.items() if not t.isfinite().all()]
+    assert not wild, f"the gradient of {', '.join(wild)} is not finite at a fresh adapter"
+    assert any(t.any() for t in leaves(fresh)), "the gradient is zero at a fresh adapter: it would never train"
 
 
 def per_sample(c: Case) -> None:
@@ -318,8 +337,12 @@ def per_sample(c: Case) -> None:
 def structure(c: Case) -> None:
     """Leaves are floating tensors of a shape that init on meta tells, and depend on the seed and the site alone."""
     a, b = c.net.init(1), c.net.init(1)
-    assert all(isinstance(t, Tensor) and t.is_floating_point() and t.dtype == torch.float32 for t in leaves(a))
-    close(a, b, "init repeated", 0)
+    kinds = {f"{n}/{k}": t.dtype for n, leaf in a.items() for k, t in leaf.items() if t.dtype != torch.float32}
+    assert not kinds, f"init gives {kinds}; leaves are floating-point, in rng.dtype"
+    assert not any(t.requires_grad for t in leaves(a)), (
+        "init gives tensors that require gradients, which is the caller's to say"
+    )
+    close(a, b, "init repeated, which draws from rng alone", 0)
     other = c.net.init(2)
     assert {n: {k: t.shape for k, t in leaf.items()} for n, leaf in a.items()} == {
         n: {k: t.shape for k, t in leaf.items()} for n, leaf in other.items()
@@ -348,6 +371,8 @@ def round_trip(c: Case) -> None:
 def values(c: Case) -> None:
     """A method compares, hashes, prints, pickles and serialises by its fields."""
     m = c.method
+    if any("ClassVar" not in str(t) for t in vars(type(m)).get("__annotations__", {}).values()):
+        assert "__dataclass_fields__" in vars(type(m)), "it declares fields, and lacks @dataclass(frozen=True)"
     assert replace(m) == m and hash(replace(m)) == hash(m)  # type: ignore[type-var]
     assert repr(m).startswith(f"{type(m).__name__}(")
     assert pickle.loads(pickle.dumps(m)) == m
@@ -359,15 +384,22 @@ def algebra(c: Case) -> None:
     """scale(a, 0) is the base, scale(a, 1) is a; add commutes; adding or chaining nothing changes nothing."""
     if not c.method.mergeable:
         return
+    named, has = {*c.method.linear_in, *c.method.scales_with}, c.net.prepare(c.net.init())[SITE].keys()
+    assert not named or named & has, (
+        f"linear_in or scales_with is {sorted(named)}; a prepared adapter has {sorted(has)}"
+    )
     a, b = c.adapter(0), c.adapter(1)
     close(c.net.apply(pf.scale(a, 0.0), c.x), c.model(c.x), "scale(a, 0)", 1e-5)
     close(c.net.apply(pf.scale(a, 1.0), c.x), c.net.apply(a, c.x), "scale(a, 1)")
-    close(c.net.apply(pf.add(a, b), c.x), c.net.apply(pf.add(b, a), c.x), "add commutes")
+    closed = (
+        f" (linear_in is {', '.join(c.method.linear_in)}: all else is taken for constant)" if c.method.linear_in else ""
+    )
+    close(c.net.apply(pf.add(a, b), c.x), c.net.apply(pf.add(b, a), c.x), f"add commutes{closed}")
     close(c.net.apply(pf.add(a, pf.scale(b, 0.0)), c.x), c.net.apply(a, c.x), "a + 0·b")
     halves = pf.add(pf.scale(a, 0.5), pf.scale(a, 0.5))
     close(c.net.apply(halves, c.x), c.net.apply(a, c.x), "a/2 + a/2")
     both = c.net.delta(pf.add(a, b))[SITE]
-    close(both, c.net.delta(a)[SITE] + c.net.delta(b)[SITE], "delta(a + b)")
+    close(both, c.net.delta(a)[SITE] + c.net.delta(b)[SITE], f"delta(a + b){closed}")
     if c.method.overrides("shared") or c.method.overrides("bank"):
         return
     chained = pf.chain(c.method, pf.Full())
@@ -465,8 +497,9 @@ def _runs_in(c: Case, dtype: torch.dtype) -> bool:
 LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
-        identity, effect, meaning_is_speed, merge_is_apply, purity, many_by_vmap, many_by_row, gated, conformed,
-        gradients, per_sample, structure, round_trip, values, algebra, prepared, half_precision, bad_leaves, compiled,
+        structure, values, purity, identity, effect, meaning_is_speed, merge_is_apply, no_rows, many_by_vmap,
+        many_by_row, gated, conformed, gradients, per_sample, round_trip, algebra, prepared, half_precision, bad_leaves,
+        compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "values"})
