@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+ADAPTER = "an adapter's folder or file, or the hub's owner/name"
 FORMATS = ("native", "peft", "kohya", "swift")
 
 
@@ -51,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "what is in an adapter, and whether it fits a model",
         "Prints method, ranks, layers and size of an adapter, from its headers. Exit code 1: it does not fit MODEL.",
     )
-    new.add_argument(
-        "path", type=Path, metavar="PATH", help="an adapter's folder, or .safetensors of kohya's or diffusers'"
-    )
+    new.add_argument("path", metavar="PATH", help=f"{ADAPTER} (kohya's and diffusers': a .safetensors)")
     new.add_argument(
         "--model", type=Path, metavar="MODEL", help="a model's folder or config.json: does the adapter fit?"
     )
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "write an adapter in another format",
         "Reads an adapter of any format and writes it in another; its meaning stays, or it is an error.",
     )
-    new.add_argument("path", type=Path, metavar="PATH", help="an adapter's folder or file")
+    new.add_argument("path", metavar="PATH", help=ADAPTER)
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder (kohya: or a .safetensors file)")
     new.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     new.add_argument(
@@ -88,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "dtypes, shards and other files stay.",
     )
     new.add_argument("base", type=Path, metavar="BASE", help="a folder of safetensors")
-    new.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter's folder or file")
+    new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     return parser
 

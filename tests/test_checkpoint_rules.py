@@ -112,6 +112,67 @@ def test_a_parametrized_layer_is_not_left_out_in_silence(names: Any) -> None:
         targets(held, pf.LoRA(2), names)
 
 
+def added(config: peft.PeftConfig) -> nn.Module:
+    """A model with adapters as transformers puts them in."""
+    model = llama()
+    model.add_adapter(config, "theirs")
+    return model
+
+
+def held(rules: dict[str, pf.Method]) -> nn.Module:
+    net = pf.adapt(llama(), rules)
+    return pf.as_module(net, net.init())
+
+
+OCCUPIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "get_peft_model": (
+        lambda: peft.get_peft_model(llama(), lora(target_modules=["q_proj"])),
+        r"0\.self_attn\.q_proj is",
+    ),
+    "add_adapter": (lambda: added(lora(target_modules=["q_proj"])), r"0\.self_attn\.q_proj is a Linear"),
+    "as_module": (lambda: held({"q_proj": pf.LoRA(2)}), r"0\.self_attn\.q_proj.*as_module"),
+    "inside": (
+        lambda: nn.ModuleDict({"model": held({"q_proj": pf.LoRA(2)}).model}),
+        r"0\.self_attn\.q_proj.*as_module",
+    ),
+    "a head": (lambda: added(lora(target_modules=["o_proj"], modules_to_save=["lm_head"])), r"o_proj is"),
+    "prompts": (lambda: peft.get_peft_model(llama(), PROMPT), r"the model is a PeftModel"),
+}
+"""A model with adapters at q_proj, or elsewhere, and what the error says of it."""
+PROMPT = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+
+
+@pytest.mark.parametrize("how", OCCUPIED)
+def test_a_model_that_holds_adapters_is_not_loaded_onto(how: str, tmp_path: Path) -> None:
+    """A file is about the model without them: at other layers, too, its outputs would be others."""
+    make, named = OCCUPIED[how]
+    saved(tmp_path / "peft", llama(), lora(target_modules=["v_proj"]))
+    net, adapter = pf.load(tmp_path / "peft", llama())
+    pf.save(tmp_path / "native", net, adapter)
+    pf.save(tmp_path / "swift", net, adapter, format="swift")
+    pf.save(tmp_path / "kohya", net, adapter, format="kohya")
+    for format in ("peft", "native", "swift", "kohya"):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match=rf"load: .*{named}.*(unload|net\.model)"):
+                pf.load(tmp_path / format, make(), strict=strict)
+    with pytest.raises(ValueError, match="load: "):  # before any work: a file that is not there
+        pf.load(tmp_path / "nothing", make())
+
+
+def test_a_model_that_adapters_were_taken_out_of_is_loaded_onto(tmp_path: Path) -> None:
+    theirs = saved(tmp_path, llama(), lora(target_modules=QV))
+    want = logits(theirs)
+    net, adapter = pf.load(tmp_path, theirs.unload())
+    compare(logits(lambda x: net.apply(adapter, x)), want)
+
+
+def test_a_module_that_peft_trains_whole_is_not_adapted() -> None:
+    """Nor its copy: which of the two is in force is PEFT's to say."""
+    model = peft.get_peft_model(llama(), lora(target_modules=["o_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head is a ModulesToSaveWrapper that PEFT put there.*unload"):
+        pf.adapt(model, {"lm_head": pf.LoRA(2)})
+
+
 def test_modules_to_save_that_are_an_adapters_own_layers(tmp_path: Path) -> None:
     """P3, from a file: PEFT refuses to make it, we to read it."""
     with pytest.raises(TypeError, match="ModuleDict"):
@@ -255,7 +316,7 @@ def test_a_tied_embedding_trained_whole(tie: bool, tmp_path: Path) -> None:
     theirs = saved(tmp_path, make(), config)
     net, adapter = loaded = pf.load(tmp_path, make())
     same_outputs(loaded, theirs, make())
-    embed, head = (net.merge(adapter)[n] for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    embed, head = (net.merge(adapter, untied=True)[n] for n in ("model.embed_tokens.weight", "lm_head.weight"))
     assert torch.equal(embed, head) == tie
 
 

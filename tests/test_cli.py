@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as tf
@@ -136,7 +137,7 @@ def test_merge_unties_what_the_adapter_makes_different(tmp_path: Path, capsys: A
     assert run("merge", folder, tmp_path / "adapter", tmp_path / "out") == 0
     assert "no longer tied: lm_head.weight" in capsys.readouterr().out
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    merged = net.merge(values)
+    merged = net.merge(values, untied=True)
     for key in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight"):
         assert torch.equal(again.get_parameter(key), merged[key])
     assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
@@ -173,7 +174,7 @@ def test_merge_finds_tensors_without_the_models_prefix(tmp_path: Path) -> None:
     save_file(bare, folder / "model.safetensors", {"format": "pt"})
     net, values = adapter(tmp_path / "adapter", model, {r"c_attn\.weight|lm_head": pf.LoRA(rank=2)})
     assert run("merge", folder, tmp_path / "adapter", tmp_path / "out") == 0
-    merged, found = net.merge(values), tensors(tmp_path / "out")
+    merged, found = net.merge(values, untied=True), tensors(tmp_path / "out")
     assert found.keys() == bare.keys() | {"lm_head.weight"}
     for key, t in found.items():
         assert torch.equal(t, merged[key if key == "lm_head.weight" else f"transformer.{key}"]), key
@@ -490,7 +491,7 @@ def test_help_and_a_wrong_command() -> None:
     """As a program: the exit codes are the process's; each command has help."""
     done = subprocess.run([sys.executable, "-m", "peftfn", "inspect", "/no/such"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "peftfn inspect: /no/such does not exist\n"
+    assert done.stderr == "peftfn inspect: /no/such does not exist, and is no hub's owner/name\n"
     for command in ("demo", "inspect", "convert", "merge"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
@@ -517,3 +518,43 @@ def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pyte
         else:
             assert printed == text
     assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "base").keys()
+
+
+def test_what_a_configuration_says_beside_the_method_stays(tmp_path: Path, capsys: Any) -> None:
+    """Activated and for repeated layers: inspected, converted to PEFT's own format, and nothing else is made of it."""
+    folder = base(tmp_path / "base", llama())
+    adapter(tmp_path / "a", llama(), {"q_proj": pf.LoRA(rank=2)}, format="peft")
+    file = tmp_path / "a" / "adapter_config.json"
+    extra = {"alora_invocation_tokens": [5], "layer_replication": [[1, 2], [0, 1]], "task_type": "CAUSAL_LM"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | extra))
+    assert run("inspect", tmp_path / "a", "--model", folder) == 0
+    out = capsys.readouterr().out
+    assert "beside   alora_invocation_tokens [5]\nbeside   layer_replication [[1, 2], [0, 1]]\nfits" in out
+    args = "convert", tmp_path / "a", tmp_path / "b", "--model", folder, "--to"
+    for to in ("native", "swift", "kohya"):
+        assert "activated LoRA" in fails(capsys, *args, to)
+    assert run(*args, "peft") == 0
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()).items() >= extra.items()
+    del extra["alora_invocation_tokens"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alora_invocation_tokens": None}))
+    assert "layers are repeated" in fails(capsys, "merge", folder, tmp_path / "a", tmp_path / "m")
+
+
+def test_an_adapter_of_the_hub(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command takes owner/name where that is no path; anything else that is no path never reaches the hub."""
+    folder = base(tmp_path / "base", llama())
+    adapter(tmp_path / "a", llama(), {"q_proj": pf.LoRA(rank=2)}, format="peft")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or tmp_path / "a")
+    assert run("inspect", "owner/name", "--model", folder) == 0
+    assert "adapter  owner/name\nformat   peft" in capsys.readouterr().out
+    assert run("convert", "owner/name", tmp_path / "b", "--to", "native", "--model", folder) == 0
+    assert run("merge", folder, "owner/name", tmp_path / "m") == 0
+    assert asked == ["owner/name"] * 3
+    for command in (
+        ("inspect", "a/b/c"),
+        ("convert", "../a", tmp_path / "c", "--to", "peft"),
+        ("merge", folder, "x", tmp_path / "c"),
+    ):
+        assert "does not exist" in fails(capsys, *command)
+    assert len(asked) == 3

@@ -1,5 +1,6 @@
 """Loading and saving: what must hold beside the parity with PEFT (test_peft_parity.py)."""
 
+import copy
 import json
 import os
 import pickle
@@ -565,3 +566,259 @@ def test_names_of_another_model_leave_it_to_the_keys(folder: Path) -> None:
     want = pf.load(folder, llama()).adapter
     edit(folder, target_modules=r"^(language_model(?=\.).*\.(q_proj|v_proj))$")
     same(pf.load(folder, llama()).adapter, want)
+
+
+# Keys as training frameworks leave them.
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "compiled": lambda k: f"_orig_mod.{k}",
+    "layers compiled": lambda k: k.replace(".layers.0.", ".layers.0._orig_mod."),
+    "compiled inside": lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+    "FSDP": lambda k: k.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."),
+    "checkpointed": lambda k: k.replace(".self_attn.", ".self_attn._checkpoint_wrapped_module."),
+    "DDP": lambda k: f"module.{k}",
+    "DDP of a compiled model": lambda k: f"module._orig_mod.{k}",
+    "a compiled DDP": lambda k: f"_orig_mod.module.{k}",
+    "DDP inside": lambda k: k.replace("base_model.model.", "base_model.model.module."),
+    "the adapter's name": lambda k: k.replace(".weight", ".default.weight"),
+    "the model's names alone": lambda k: k.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrappers_leave_names_in_keys(how: str, folder: Path) -> None:
+    """PEFT itself loads such a file without a word, and without its tensors."""
+    want = pf.load(folder, llama()).adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({WRAPPED[how](k): t for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    again = pf.load(folder, llama())
+    same(again.adapter, want)
+    twice = {WRAPPED[how](k): t.clone() for k, t in tensors.items()} | tensors
+    save_file(twice, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"are both|are the same tensor"):
+        pf.load(folder, llama())
+
+
+def test_a_module_named_module_keeps_its_name(tmp_path: Path) -> None:
+    inner = nn.ModuleDict({"module": nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), "q_proj": nn.Linear(4, 4)})
+    net = pf.adapt(inner, {r"^module\.q_proj\.weight": pf.LoRA(2, init_weights="random")})
+    pf.save(tmp_path, net, net.init(), format="peft")
+    assert list(pf.load(tmp_path, inner).net.plan) == ["module.q_proj.weight"]
+
+
+def test_biases_of_a_trained_head_are_there_three_times(tmp_path: Path) -> None:
+    """bias="all" has PEFT save the biases inside its wrapper of the head too, which it does not read itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        c = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = tf.BertForSequenceClassification(tf.BertConfig(**SMALL, **c, max_position_embeddings=16)).eval()
+    config = peft.LoraConfig(target_modules=["query"], bias="all", task_type="SEQ_CLS", **LORA)
+    model = theirs(tmp_path, copy.deepcopy(base), config)
+    assert "base_model.model.classifier.original_module.bias" in load_file(tmp_path / "adapter_model.safetensors")
+    net, adapter = loaded = pf.load(tmp_path, base)
+    assert not loaded.unexpected
+    compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
+    retensor(tmp_path, lambda t: t.pop("base_model.model.classifier.bias"))
+    with pytest.raises(ValueError, match=r"no place.*classifier\.(modules_to_save|original_module)\.bias"):
+        pf.load(tmp_path, base)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_that_peft_ties(target: str, dora: bool, tmp_path: Path) -> None:
+    """ensure_weight_tying: PEFT adapts head and embedding where the configuration names one of the two."""
+    config = tf.LlamaConfig(
+        **SMALL,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = tf.LlamaForCausalLM(config).eval()
+    options = {"target_modules": ["q_proj", target], "ensure_weight_tying": True, "use_dora": dora}
+    model = theirs(tmp_path, copy.deepcopy(base), peft.LoraConfig(**options, **LORA))
+    net, adapter = pf.load(tmp_path, base)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < net.plan.keys()
+    compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
+    pf.save(tmp_path / "again", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()
+    compare(again(tokens(2)).logits, model(tokens(2)).logits)
+    gone = [k for k in load_file(tmp_path / "adapter_model.safetensors") if "lm_head.lora" in k]
+    retensor(tmp_path, lambda t: [t.pop(k) for k in gone])
+    with pytest.raises(ValueError, match=r"lacks .*lm_head"):
+        pf.load(tmp_path, base)
+
+
+def test_a_larger_vocabulary_is_told_with_its_cure(tmp_path: Path) -> None:
+    """Tokens were added before training: PEFT saves the resized embedding."""
+    big = llama()
+    big.resize_token_embeddings(30, mean_resizing=False)
+    theirs(tmp_path, big, peft.LoraConfig(target_modules=["embed_tokens"], **LORA))
+    with pytest.raises(ValueError, match=r"\[30, 16\].*resize_token_embeddings\(30\)"):
+        pf.load(tmp_path, llama())
+
+
+def test_an_unknown_key_is_told_with_its_cure(folder: Path) -> None:
+    edit(folder, unsloth_fixed=True)
+    with pytest.raises(ValueError, match=r"unsloth_fixed is True.*delete it from the file"):
+        pf.load(folder, llama())
+
+
+def test_a_repository_of_several_folders_says_so(folder: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-20"):
+        shutil.copytree(folder, folder.parent / "run" / name)
+    (folder.parent / "run" / "trainer_state.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter.*checkpoint-10, checkpoint-20: give subfolder="):
+        pf.load(folder.parent / "run", llama())
+
+
+def test_an_adapter_of_the_model_without_its_head(tmp_path: Path) -> None:
+    """Trained on AutoModel, loaded onto AutoModelForCausalLM, and the other way: transformers' own prefix tells."""
+    whole = llama()
+    for trained, other in ((whole.model, whole), (whole, whole.model)):
+        theirs(tmp_path, copy.deepcopy(trained), peft.LoraConfig(target_modules=["q_proj"], **LORA))
+        loaded, want = pf.load(tmp_path, other), pf.load(tmp_path, trained)
+        assert [n.removeprefix("model.") for n in loaded.net.plan] == [n.removeprefix("model.") for n in want.net.plan]
+        for mine, wanted in zip(loaded.adapter.values(), want.adapter.values(), strict=True):
+            assert torch.equal(mine["b"], wanted["b"])
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_clips_text_model_under_its_old_names(old: bool, tmp_path: Path) -> None:
+    """transformers 4 had a `text_model` in it, and 5 has not."""
+    c = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = tf.CLIPTextModel(tf.CLIPTextConfig(vocab_size=24, bos_token_id=1, eos_token_id=2, **c)).eval()
+    model = theirs(tmp_path, copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], **LORA))
+    if old:
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        tensors = {k.replace("base_model.model.", "base_model.model.text_model."): t for k, t in tensors.items()}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    net, adapter = pf.load(tmp_path, base)
+    compare(net.apply(adapter, tokens(2)).last_hidden_state, model(tokens(2)).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_of_the_folder_means_the_folder(name: str, folder: Path) -> None:
+    same(pf.load(folder / name, llama()).adapter, pf.load(folder, llama()).adapter)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.attn, self.lin = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(self.attn(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["out_proj", "lin"], ["attn", "out_proj"]], ids=str)
+def test_an_out_projection_that_peft_does_not_reach(targets: Any, tmp_path: Path) -> None:
+    """nn.MultiheadAttention never calls its out_proj: a LoRA on it alone has no effect in PEFT, and trains to none."""
+    model = theirs(tmp_path, Attends(), peft.LoraConfig(target_modules=targets, **LORA))
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    inside = [k for k in load_file(tmp_path / "adapter_model.safetensors") if ".attn.out_proj.lora_" in k]
+    with pytest.raises(ValueError, match=r"2 tensors have no place.*attn\.out_proj\.lora_A"):
+        pf.load(tmp_path, Attends())
+    loaded = pf.load(tmp_path, Attends(), strict=False)
+    assert set(loaded.unexpected) == set(inside) and not loaded.missing
+    retensor(tmp_path, lambda t: [t[k].zero_() for k in inside if "lora_B" in k])
+    for net, adapter in (loaded, pf.load(tmp_path, Attends())):
+        compare(net.apply(adapter, x), model(x))
+        pf.save(tmp_path / "again", net, adapter, format="peft")
+        compare(peft.PeftModel.from_pretrained(Attends(), tmp_path / "again").eval()(x), model(x))
+
+
+# What a configuration says beside the method.
+
+TOKENS = [5, 9]
+ACTIVATED = {"alora_invocation_tokens": TOKENS, "task_type": "CAUSAL_LM"}
+
+
+def test_an_activated_lora_is_loaded_for_its_gates_alone(tmp_path: Path) -> None:
+    """net.apply would act on all tokens; and what is saved again is activated, too."""
+    x = torch.tensor([[5, 9, 3, 4, 6, 7], [3, 4, 6, 8, 5, 9], [3, 4, 6, 7, 8, 5]])
+    model = theirs(tmp_path, llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **ACTIVATED, **LORA))
+    want = model(input_ids=x).logits
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens is \[5, 9\].*gated=True.*alora_gates"):
+        pf.load(tmp_path, llama())
+    base = llama()
+    net, adapter = loaded = pf.load(tmp_path, base, gated=True)
+    assert loaded.extra == ACTIVATED
+    gates = pf.alora_gates(x, [loaded.extra["alora_invocation_tokens"]])
+    compare(net.gated(pf.stack([adapter]), gates, x).logits, want)
+    assert (net.apply(adapter, x).logits - want).abs().max() > 1e-3
+    pf.save(tmp_path / "again", net, adapter, format="peft", extra=loaded.extra)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    compare(again(input_ids=x).logits, want)
+    assert again.peft_config["default"].task_type == "CAUSAL_LM"
+    with pytest.raises(ValueError, match=r"extra has 'r'; it may have .*task_type"):
+        pf.save(tmp_path / "no", net, adapter, format="peft", extra={"r": 3})
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)
+def test_what_peft_does_not_gate_is_not_loaded_for_gates(options: dict[str, Any], tmp_path: Path) -> None:
+    """It acts on all tokens there, and net.gated would act on some."""
+    theirs(tmp_path, llama(), peft.LoraConfig(**{"target_modules": ["q_proj"], **ACTIVATED, **LORA, **options}))
+    with pytest.raises(ValueError, match=r"(lm_head|embed_tokens).*which PEFT does not gate"):
+        pf.load(tmp_path, llama(), gated=True)
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(2), "norm": pf.Full()})
+    with pytest.raises(ValueError, match=r"norm.*which PEFT does not gate"):
+        pf.save(tmp_path / "no", net, net.init(), format="peft", extra=ACTIVATED)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("spans", [[[0, 2], [1, 2]], [[1, 2], [0, 1]], [[0, 1]]], ids=str)
+def test_repeated_layers_are_repeated(name: str, spans: list[list[int]], tmp_path: Path) -> None:
+    """PEFT changes the model it is given; here the net has a copy with these layers."""
+    target = "q_proj" if name == "llama" else "query"
+    case = by_name[name]
+    config = peft.LoraConfig(target_modules=[target], layer_replication=spans, **LORA)
+    (args, kwargs), out = case.inputs(2), case.output
+    want = out(theirs(tmp_path, case.build(), config)(*args, **kwargs))
+    base = case.build()
+    before = {k: t.clone() for k, t in base.state_dict().items()}
+    net, adapter = loaded = pf.load(tmp_path, base)
+    assert loaded.extra["layer_replication"] == spans and len(adapter) == sum(e - s for s, e in spans)
+    compare(out(net.apply(adapter, *args, **kwargs)), want)
+    assert base.state_dict().keys() == before.keys() and base.config.num_hidden_layers == 2
+    assert all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
+    mine = {p.data_ptr() for p in base.parameters()}
+    assert {p.data_ptr() for p in net.model.parameters()} <= mine, "a copy of the weights"
+
+    pf.save(tmp_path / "again", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(case.build(), tmp_path / "again").eval()
+    compare(out(again(*args, **kwargs)), want)
+    pf.save(tmp_path / "native", net, adapter)
+    (mine, same_model), b = (pf.load(tmp_path / "native", m) for m in (case.build(), net.model)), adapter
+    for again in (mine, same_model):
+        same(again.adapter, b)
+        compare(out(again.net.apply(b, *args, **kwargs)), want)
+    assert same_model.net.model is net.model
+    with pytest.raises(ValueError, match=r"repeated layers.*'swift' cannot say"):
+        pf.save(tmp_path / "no", net, adapter, format="swift")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_replication": [[0, 3]]}, r"give spans \[start, end\] of 2 layers"),
+        ({"layer_replication": [[0, 1]] * 1001}, "at most 1000"),
+        ({"layer_replication": "all"}, "give spans"),
+        ({"layer_replication": [[0, True]]}, "give spans"),
+        ({"layer_replication": [[0, 1]]}, "no place in this model"),
+        ({"alora_invocation_tokens": "ab"}, "list of tokens"),
+        ({"alora_invocation_tokens": [1.5]}, "list of tokens"),
+        ({"arrow_config": {"top_k": 2}}, r"router over other adapters.*net\.gated"),
+    ],
+    ids=str,
+)
+def test_bad_words_beside_the_method(changes: dict[str, Any], message: str, folder: Path) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message) as e:
+        pf.load(folder, llama(), gated=True)
+    assert "adapter_" in str(e.value)

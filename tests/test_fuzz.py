@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
+import small_readers
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -26,13 +28,25 @@ from safetensors.torch import load_file
 from test_peft_parity import randomised
 
 import peftfn as pf
-from peftfn.formats import FORMATS
+from peftfn.formats.kohya import FILE as KOHYA
+from peftfn.testing import shaken
 
 EXAMPLES = int(os.environ.get("PEFTFN_FUZZ", "300"))
 SECONDS = 5.0
 """A load of the tiny model may take this long, on a busy machine; a good one takes some milliseconds."""
 MODEL = by_name["llama"].build()
 KINDS = ("flip", "cut", "header", "json", "values")
+
+
+Q, K, V, GATE = (rf"{n}_proj\.weight" for n in ["q", "k", "v", "gate"])
+OTHERS: dict[str, list[dict[str, pf.Method]]] = {
+    "swift": [{Q: pf.LoRA(2), V: pf.LoRA(2)}, {Q: pf.DoRA(2, alpha=3)}, {"norm": pf.Full()}],
+    "kohya": [
+        {Q: pf.LoRA(2, alpha=3), K: pf.LoHa(2), V: pf.DoRA(2)},
+        {Q: pf.InputDoRA(pf.LoRA(2)), K: pf.LoKr(2), V: pf.GLoRALycoris(2, alpha=3), GATE: pf.DiagOFT(4)},
+        {Q: pf.LoKr(2, decompose_both=True), V: pf.IA3(), K: pf.IA3(feedforward=True), GATE: pf.Full()},
+    ],
+}
 
 
 @cache
@@ -74,9 +88,10 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
     }
     net = pf.adapt(MODEL, rules)
     pf.save(root / "native", net, net.init(3))
-    low = pf.adapt(MODEL, {"q_proj": pf.LoRA(2, init_weights="random"), "v_proj": pf.LoRA(2)})
-    for format in FORMATS.keys() - {"native", "peft"}:
-        pf.save(root / format, low, low.init(3), format=format)
+    for format, rules in OTHERS.items():
+        for i, methods in enumerate(rules):
+            other = pf.adapt(MODEL, methods)
+            pf.save(root / f"{format} {i}", other, shaken(other.init(3), 3), format=format)
     out = {}
     for path in sorted(root.iterdir()):
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".safetensors")]
@@ -205,15 +220,14 @@ def outputs(net: pf.Adapted, adapter: Any) -> torch.Tensor:
 
 
 def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
-    """An oracle of its own: the tensors of a native file, by name; PEFT itself for a file of PEFT's."""
+    """An oracle of its own: the tensors of a native file, by name; PEFT itself for a file of PEFT's; and for those of
+    kohya and ms-swift readers of a few lines."""
     if (path / "peftfn.json").exists():
         given = load_file(path / "adapter.safetensors")
         for site, leaf in adapter.items():
             for k, t in leaf.items():
                 assert t.numpy().tobytes() == given[f"adapter/{site}/{k}"].numpy().tobytes(), (site, k)
-    elif (path / "adapter_config.json").exists() and "swift_type" not in json.loads(
-        (path / "adapter_config.json").read_text()
-    ):
+    elif (path / "adapter_config.json").exists():
         try:
             with limited(SECONDS), warnings.catch_warnings(record=True) as said, torch.no_grad():
                 warnings.simplefilter("always")
@@ -228,6 +242,14 @@ def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
         assert torch.allclose(got, want, rtol=1e-4, atol=float(1e-4 * scale), equal_nan=True), (
             "other outputs than PEFT's"
         )
+    else:
+        file = path / KOHYA
+        want = small_readers.kohya(file, MODEL) if file.exists() else small_readers.swift(path / "default", MODEL)
+        got = net.merge(adapter)
+        for name, value in (want or {}).items():
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+        changed = {n for n, p in MODEL.named_parameters() if n in net.plan}
+        assert want is None or changed == want.keys()
 
 
 def one(root: Path, seed: int) -> str:
@@ -277,3 +299,17 @@ def test_mutated_files() -> None:
     mutations()
     print(f"{sum(seen.values())} mutations: {seen}")
     assert seen["loaded"] > 0.02 * sum(seen.values()) and seen["refused"] > 0.3 * sum(seen.values()), seen
+
+
+@pytest.mark.parametrize("format", OTHERS)
+def test_the_oracles_know_the_good_files(format: str, tmp_path: Path) -> None:
+    names = [n for n in good_files() if n.startswith(format)]
+    assert len(names) == len(OTHERS[format])
+    for name in names:
+        for file, content in good_files()[name].items():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(content)
+        net, adapter = pf.load(tmp_path / name, MODEL)
+        as_the_file_says(tmp_path / name, net, adapter)
+        with pytest.raises(AssertionError):
+            as_the_file_says(tmp_path / name, net, shaken(adapter, 1))

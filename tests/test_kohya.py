@@ -65,7 +65,7 @@ def lycoris() -> Iterator[Callable[[str], Any]]:
             package = types.ModuleType(name)
             package.__path__ = [str(path)]  # type: ignore[attr-defined]
             patch.setitem(sys.modules, name, package)
-        names = ("locon", "loha", "lokr", "full", "norms")
+        names = ("locon", "loha", "lokr", "full", "norms", "glora", "diag_oft", "ia3")
         with pytest.MonkeyPatch.context() as without:
             for slow in ("peft", "peft.tuners.tuners_utils", "bitsandbytes", "bitsandbytes.nn"):
                 without.setitem(sys.modules, slow, None)  # lycoris looks whether a layer is one of theirs
@@ -83,16 +83,28 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora scalar": ("locon", "LoConModule", {"use_scalar": True}),
     "dora": ("locon", "LoConModule", {"weight_decompose": True}),
     "dora tucker": ("locon", "LoConModule", {"weight_decompose": True, "use_tucker": True}),
+    "dora input": ("locon", "LoConModule", {"weight_decompose": True, "wd_on_out": False}),
+    "dora input tucker": ("locon", "LoConModule", {"weight_decompose": True, "wd_on_out": False, "use_tucker": True}),
     "loha": ("loha", "LohaModule", {}),
     "loha tucker": ("loha", "LohaModule", {"use_tucker": True}),
     "loha wd": ("loha", "LohaModule", {"weight_decompose": True}),
+    "loha input": ("loha", "LohaModule", {"weight_decompose": True, "wd_on_out": False}),
+    "lokr input": ("lokr", "LokrModule", {"weight_decompose": True, "wd_on_out": False, "lora_dim": 1}),
     "lokr": ("lokr", "LokrModule", {}),
     "lokr tucker": ("lokr", "LokrModule", {"use_tucker": True, "lora_dim": 1}),
     "lokr both": ("lokr", "LokrModule", {"decompose_both": True, "lora_dim": 1, "factor": 4}),
     "lokr full": ("lokr", "LokrModule", {"full_matrix": True}),
     "lokr wd": ("lokr", "LokrModule", {"weight_decompose": True, "lora_dim": 1}),
     "lokr factor": ("lokr", "LokrModule", {"factor": 3, "lora_dim": 1}),
+    "glora": ("glora", "GLoRAModule", {}),
+    "glora scalar": ("glora", "GLoRAModule", {"use_scalar": True}),
+    "diag-oft": ("diag_oft", "DiagOFTModule", {}),
+    "diag-oft bound": ("diag_oft", "DiagOFTModule", {"constraint": 0.05, "rescaled": True}),
+    "ia3": ("ia3", "IA3Module", {}),
+    "ia3 input": ("ia3", "IA3Module", {"train_on_input": True}),
 }
+GROUPED = {"glora": "down_blocks.0", "glora scalar": "down_blocks.0", "ia3 input": "down_blocks.0"}
+"""Cases in which lycoris' own forward fails at a convolution with groups."""
 
 
 def written(lycoris: Callable[[str], Any], model: Net, case: str, prefix: str = "lora_unet") -> tuple[Any, Any]:
@@ -100,14 +112,17 @@ def written(lycoris: Callable[[str], Any], model: Net, case: str, prefix: str = 
     file, cls, options = CASES[case]
     options = {"lora_dim": 2, "alpha": 3, **options}
     modules, out = {}, {}
-    for i, layer in enumerate(LAYERS):
+    for i, layer in enumerate(n for n in LAYERS if n != GROUPED.get(case)):
         name = f"{prefix}_{layer}".replace(".", "_")
         module = getattr(lycoris(file), cls)(name, model.get_submodule(layer), 1.0, **options)
         with torch.no_grad():
             for j, p in enumerate(module.parameters()):
                 p.copy_(p.abs().mean() + noise(*p.shape or (1,), seed=10 * i + j).view(p.shape))
         modules[layer] = module
-        out |= {f"{name}.{k}": v.detach().clone().contiguous() for k, v in module.custom_state_dict().items()}
+        out |= {
+            f"{name}.{k}": v.detach().clone().contiguous()
+            for k, v in (module.custom_state_dict() or module.state_dict()).items()
+        }
     return modules, out
 
 
@@ -132,7 +147,7 @@ def test_lycoris_file_gives_lycoris_outputs(case: str, lycoris: Any, tmp_path: P
     modules, tensors = written(lycoris, model, case)
     save_file(tensors, tmp_path / "file.safetensors")
     net, adapter = pf.load(tmp_path / "file.safetensors", model)
-    assert [s.removesuffix(".weight") for s in net.plan] == LAYERS
+    assert list(dict.fromkeys(s.rpartition(".")[0] for s in net.plan)) == list(modules)
     expected, ours = under(model, modules), net.apply(adapter, x())
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert (ours - model(x())).abs().max() > 0.05
@@ -147,7 +162,11 @@ def test_what_we_write_lycoris_reads(case: str, lycoris: Any, tmp_path: Path) ->
     pf.save(tmp_path / "ours", net, adapter, format="kohya")
     ours = load_file(tmp_path / "ours" / FILE)
     file, cls, options = CASES[case]
-    if folded := case in ("lora tucker", "dora tucker"):  # its core is multiplied into the down factor
+    if folded := case in (
+        "lora tucker",
+        "dora tucker",
+        "dora input tucker",
+    ):  # its core is multiplied into the down factor
         options = {k: v for k, v in options.items() if k != "use_tucker"}
     assert folded or {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in tensors.items()}
     again = {}
@@ -250,6 +269,46 @@ def test_one_part_of_a_file_is_read_with_strict_false(tmp_path: Path) -> None:
         pf.load(put(tmp_path, theirs), small(), strict=False)
 
 
+def text_encoder() -> nn.Module:
+    """CLIP's text model as transformers 5 has it: without the `text_model` that all files have in their names."""
+    attention = nn.ModuleDict({"q_proj": nn.Linear(6, 6)})
+    layers = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": attention})])})
+    parts = {"embeddings": nn.Embedding(4, 6), "encoder": layers, "final_layer_norm": nn.LayerNorm(6)}
+    return nn.ModuleDict(parts)
+
+
+TEXT = {
+    "kohya": ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_up.weight", "lora_down.weight"),
+    "diffusers": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "lora_B.weight", "lora_A.weight"),
+}
+
+
+@pytest.mark.parametrize("layout", TEXT)
+@pytest.mark.parametrize("part", [None, "text_encoder"])
+def test_a_text_encoder_keeps_the_name_that_all_files_have(part: str | None, layout: str, tmp_path: Path) -> None:
+    name, up, down = TEXT[layout]
+    model = text_encoder() if part is None else nn.ModuleDict({part: text_encoder(), "unet": small()})
+    net, adapter = pf.load(put(tmp_path, lora(name, up, down)), model)
+    site = "encoder.layers.0.self_attn.q_proj.weight"
+    assert list(net.plan) == [site if part is None else f"{part}.{site}"]
+    prefix = {"kohya": "lora_te", "diffusers": "text_encoder"}[layout] if part is None else None
+    pf.save(tmp_path / "out", net, adapter, format="kohya", layout=layout, prefix=prefix)
+    assert {k.removesuffix(".alpha").partition(".lora_")[0] for k in load_file(tmp_path / "out" / FILE)} == {name}
+    same(net.delta(adapter), pf.load(tmp_path / "out", model).net.delta(pf.load(tmp_path / "out", model).adapter))
+
+
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_diffusers_first_files_name_attention_processors(prefix: str, tmp_path: Path) -> None:
+    layers = {"to_q": nn.Linear(6, 6), "to_out": nn.ModuleList([nn.Linear(6, 6)])}
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attn1": nn.ModuleDict(layers)})})
+    tensors = {}
+    for name in ("to_q", "to_out"):
+        tensors |= lora(f"{prefix}block.attn1.processor.{name}_lora", "up.weight", "down.weight")
+    net, adapter = pf.load(put(tmp_path, tensors), model)
+    assert list(net.plan) == ["block.attn1.to_q.weight", "block.attn1.to_out.0.weight"]
+    torch.testing.assert_close(net.delta(adapter)["block.attn1.to_q.weight"], noise(6, 2, seed=2) @ noise(2, 6, seed=1))
+
+
 def unet() -> nn.Module:
     """SDXL's modules of diffusers, by name, each a small layer: 3 blocks of 2, attention in all but the outermost."""
 
@@ -341,7 +400,8 @@ def test_scale_from_diffusers_metadata(tmp_path: Path) -> None:
             pf.load(put(tmp_path, tensors, lora_adapter_metadata=bad), small())
 
 
-WRITTEN = {"kohya": {"LoRA", "DoRA", "LoHa", "LoKr", "Full"}, "diffusers": {"LoRA", "DoRA"}}
+ALL = {"LoRA", "DoRA", "LoHa", "LoKr", "InputDoRA", "GLoRALycoris", "DiagOFT", "IA3", "Full"}
+WRITTEN = {"kohya": ALL, "diffusers": {"LoRA", "DoRA"}}
 METHODS = [
     cls(**case)
     for name, cls in registry.items()
@@ -372,8 +432,9 @@ def test_every_method_comes_back_or_is_refused_by_name(method: pf.Method, tmp_pa
     for layout, names in WRITTEN.items():
         possible = type(method).__name__ in names
         possible &= layout == "diffusers" or not getattr(method, "lora_bias", False)
+        possible &= not isinstance(method, pf.IA3) or not method.scales_bias
         if not possible:
-            with pytest.raises(ValueError, match=r"^mid_block\.to_q\.weight: "):
+            with pytest.raises(ValueError, match=r"^mid_block\.(to_q|conv_in)\.weight: "):
                 pf.save(tmp_path / layout, net, adapter, format="kohya", layout=layout)
             assert not (tmp_path / layout).exists()
             continue
@@ -432,6 +493,7 @@ def test_full_and_norms_are_lycoris_diffs(lycoris: Any, tmp_path: Path) -> None:
 
 UP, DOWN = "lora_unet_mid_block_to_q.lora_up.weight", "lora_unet_mid_block_to_q.lora_down.weight"
 Q = "lora_unet_mid_block_to_q"
+IA3 = {UP: None, DOWN: None, f"{Q}.weight": torch.ones(6), f"{Q}.on_input": torch.tensor(0)}
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half of a LoRA": ({UP: None}, "lacks 1 tensors: 'lora_unet_mid_block_to_q.lora_up.weight'"),
     "wrong size": ({UP: torch.zeros(5, 2)}, r"lora_up.weight has shape \[5, 2\], and LoRA.* wants \[6, 2\]"),
@@ -445,7 +507,15 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "two methods": ({f"{Q}.hada_w1_a": torch.zeros(6, 2)}, "are not the tensors of one method"),
     "two spellings": ({"unet.mid_block.to_q.lora_B.weight": torch.zeros(6, 2)}, "are the same tensor"),
     "alpha alone": ({"lora_unet_head.alpha": torch.tensor(1.0)}, "are not the tensors of one method"),
-    "old magnitude": ({f"{Q}.dora_scale": torch.ones(1, 6)}, r"dora_scale is \[1, 6\], not \[6, 1\]"),
+    "odd magnitude": ({f"{Q}.dora_scale": torch.ones(1, 5)}, r"dora_scale has shape \[1, 5\], and .* wants \[6\]"),
+    "a turned magnitude of no layer": ({f"{Q}.dora_scale": torch.ones(5, 1)}, r"dora_scale has shape \[5, 1\]"),
+    "a model's own weight": ({f"{Q}.weight": torch.ones(6, 6)}, "are not the tensors of one method"),
+    "a model's weights": ({UP: None, DOWN: None, f"{Q}.weight": torch.ones(6, 6)}, "1 tensors have no place"),
+    "an IA3 on neither side": ({**IA3, f"{Q}.on_input": torch.tensor(2)}, "on_input is 2.0; it is 0 or 1"),
+    "an IA3 of another size": ({**IA3, f"{Q}.weight": torch.ones(7)}, r"weight has shape \[7\].*wants \[6\]"),
+    "a BOFT": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(1, 2, 3, 3)}, r"\[n, b, b\] is what is read"),
+    "blocks of another size": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(2, 4, 4)}, "block_size is 4"),
+    "half of a GLoRA": ({UP: None, DOWN: None, f"{Q}.a1.weight": torch.ones(6, 2)}, r"lacks 3 tensors.*a2\.weight"),
     "core at a linear layer": ({f"{Q}.lora_mid.weight": torch.ones(2, 2)}, "lora_mid.weight is"),
     "unknown layer": ({"lora_unet_mid_block_to_k.lora_up.weight": torch.ones(6, 2)}, "no place.*to_k.*near:"),
     "unknown tensor": ({f"{Q}.lora_side.weight": torch.ones(6, 2)}, "no place in this model: .*lora_side"),

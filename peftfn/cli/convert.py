@@ -6,13 +6,15 @@ from typing import Any
 from peftfn.cli.base import Base, guard, load_base
 from peftfn.combine import Chain
 from peftfn.convert import to_lora
-from peftfn.formats import load, save, swift
+from peftfn.formats import hub, load, save, swift
 from peftfn.formats.files import Loaded, read_json
 from peftfn.methods.full import Full
 from peftfn.plan import Entry
 
 
-def convert(path: Path, out: Path, to: str, model: Path | None = None, rank: int | None = None, **options: Any) -> str:
+def convert(
+    path: str | Path, out: Path, to: str, model: Path | None = None, rank: int | None = None, **options: Any
+) -> str:
     """Write the adapter at `path` to `out` in the format `to`; what it says is a line about it.
 
     Args:
@@ -27,8 +29,7 @@ def convert(path: Path, out: Path, to: str, model: Path | None = None, rank: int
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists; name a new one")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = hub.find(path)
     where = model or _named(path)
     if where is None and to == "peft" and rank is None and swift.is_mine(path):
         swift.to_peft(path, out)
@@ -36,7 +37,9 @@ def convert(path: Path, out: Path, to: str, model: Path | None = None, rank: int
     if where is None:
         raise ValueError(f"{path}: which layers its names mean is for the base model to say: give --model")
     base = load_base(where)
-    net, adapter = bound(path, base)
+    net, adapter = loaded = bound(path, base, gated=to == "peft")
+    if to == "peft":
+        options = {**options, "extra": loaded.extra}
     if base.hollow:
         for name, entry in net.plan.items():
             if rank is not None or _of_values(entry):
@@ -51,10 +54,10 @@ def convert(path: Path, out: Path, to: str, model: Path | None = None, rank: int
     return f"wrote {out}: {methods} at {len(net.plan)} sites, format {to}"
 
 
-def bound(path: Path, base: Base) -> Loaded:
+def bound(path: Path, base: Base, gated: bool = False) -> Loaded:
     """The adapter, on the model of the base. ValueError where it does not fit."""
     guard(base, path)
-    return load(path, base.model)
+    return load(path, base.model, gated=gated)
 
 
 def _named(path: Path) -> Path | None:

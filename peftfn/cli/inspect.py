@@ -8,28 +8,28 @@ from typing import Any
 
 from peftfn.cli.base import load_base
 from peftfn.cli.convert import bound
-from peftfn.formats import FORMATS, kohya, native, peft, peft_keys, swift
+from peftfn.formats import FORMATS, hub, kohya, native, peft, peft_keys, swift
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors, opened, read_json
 from peftfn.formats.kohya_keys import ENDS
+from peftfn.formats.peft_extra import INVOCATION, REPLICATION
 from peftfn.formats.several import folders
 from peftfn.method import Method
 
 
-def inspect(path: Path, model: Path | None = None) -> dict[str, dict[str, Any]]:
+def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, Any]]:
     """Facts about the adapters at `path`, from configurations and the headers of files: {"": facts}, or {name: facts}
     for the sub-folders that hold one each.
 
     Facts are the `format`, `methods` (name → number of layers), `ranks` (rank → number of layers), `layers` (the
     modules or, in the native format, sites), `whole` (tensors that are saved whole), `tensors`, `parameters`, `bytes`
-    and `dtypes`; with a model also `fits`: "yes", or why not.
+    and `dtypes`; of a PEFT folder also what is `beside` the method; with a model also `fits`: "yes", or why not.
 
     Raises:
         FileNotFoundError: no adapter there, or no model.
         ValueError: a broken file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = hub.find(path)
     found = {"": path} if _format(path) not in (None, "swift") else folders(path)
     if not found and _format(path) == "swift":
         found = {"": path}
@@ -41,7 +41,7 @@ def inspect(path: Path, model: Path | None = None) -> dict[str, dict[str, Any]]:
         facts = _facts(where)
         if base is not None:
             try:
-                loaded = bound(where, base)
+                loaded = bound(where, base, gated=True)
             except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
                 facts["fits"] = f"no: {e.args[0]}"
             else:
@@ -121,7 +121,8 @@ def _peft(config: Mapping[str, Any], file: Tensors) -> dict[str, Any]:
     count = dict(sorted(Counter(ranks.values()).items())) or (
         {config["r"]: len(layers)} if isinstance(config.get("r"), int) else {}
     )
-    return {"methods": {name: len(layers)}, "ranks": count, "layers": list(layers), "whole": whole}
+    beside = {k: config[k] for k in (INVOCATION, REPLICATION) if config.get(k)}
+    return {"methods": {name: len(layers)}, "ranks": count, "layers": list(layers), "whole": whole, "beside": beside}
 
 
 def _kohya(file: Tensors) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _kohya(file: Tensors) -> dict[str, Any]:
         layer, (method, tensor) = key.removesuffix(f".{end}"), ENDS[end]
         if tensor == "m":
             decomposed.add(layer)
-        if method is not None:
+        if method is not None and tensor != "l":  # what a model's own weights are called, too
             methods[layer] = method.__name__
             if tensor in ("a", "b1", "b2") and t.dim() > 1:
                 ranks[layer] = t.shape[0]
@@ -144,7 +145,7 @@ def _kohya(file: Tensors) -> dict[str, Any]:
     return {"methods": dict(count), "ranks": ranked, "layers": list(methods), "whole": whole}
 
 
-def report(name: str, facts: Mapping[str, Any], path: Path, model: Path | None, full: bool) -> str:
+def report(name: str, facts: Mapping[str, Any], path: str | Path, model: Path | None, full: bool) -> str:
     """Facts as lines for a terminal."""
 
     def counted(of: Mapping[Any, int]) -> str:
@@ -163,6 +164,7 @@ def report(name: str, facts: Mapping[str, Any], path: Path, model: Path | None, 
     ]
     if facts["whole"]:
         rows.append(("others", f"{len(facts['whole'])} tensors, {facts['whole'][0]} first"))
+    rows += [("beside", f"{k} {v}") for k, v in facts.get("beside", {}).items()]
     if "fits" in facts:
         rows.append(("fits", f"{model}: {facts['fits']}"))
     rows += [("layer", layer) for layer in facts["layers"]] if full else []

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftfn.apply import Adapted
 from peftfn.cli.base import INDEX, Base, guard, load_base, opened_shard
 from peftfn.cli.progress import progress
-from peftfn.formats import load
+from peftfn.formats import hub, load
 from peftfn.formats.files import read_json
 from peftfn.plan import Entry, wide
 from peftfn.site import sites
@@ -25,7 +25,7 @@ from peftfn.site import sites
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"})
 
 
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, list[str]]:
+def merge(base: Path, adapter: str | Path, out: Path) -> dict[str, list[str]]:
     """Write to the folder `out` the model of the folder `base` with the adapter folded in.
 
     An adapted tensor is computed in fp32 or wider and rounded once to its dtype; all others are copied bit for bit, as
@@ -46,11 +46,15 @@ def merge(base: Path, adapter: Path, out: Path) -> dict[str, list[str]]:
         raise FileExistsError(f"{out} exists; name a new folder")
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is no folder")
+    adapter = hub.find(adapter)
     model = load_base(base)
     if model.hollow:
         raise FileNotFoundError(f"{base} holds no *.safetensors to merge into")
     guard(model, adapter)
-    job = _Merge(model, *load(adapter, model.model))
+    net, values = load(adapter, model.model)
+    if net.model is not model.model:
+        raise ValueError(f"{adapter}: it is for a model whose layers are repeated, and the base's files have each once")
+    job = _Merge(model, net, values)
     index = next((p for p in base.iterdir() if p.name.endswith(INDEX)), None)
     files = sorted(set(model.files.values()))
     with _folder(out) as folder, progress("merging", sum(p.stat().st_size for p in files)) as done:

@@ -21,9 +21,13 @@ from peftfn.apply import Adapted
 from peftfn.distributed import distribute, is_sharded, refuse_sharded
 from peftfn.formats import hub, kohya, native, peft, swift
 from peftfn.formats.files import Loaded
+from peftfn.formats.peft_extra import REPLICATION, repetition
+from peftfn.site import refuse_adapters
 
 FORMATS: dict[str, Any] = {"native": native, "swift": swift, "peft": peft, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
+
+FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, peft.PICKLE})
 
 
 def save(
@@ -45,8 +49,14 @@ def save(
             written then.
     """
     module = _format(format)
+    if not isinstance(net, Adapted):
+        raise TypeError(f"save takes (path, net, adapter), and the second is a {type(net).__name__}")
     net.plan.check(adapter)
     refuse_sharded(net, adapter)
+    if repetition(net.model) and format not in ("native", "peft"):
+        raise ValueError(
+            f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot say"
+        )
     module.save(Path(path), net, adapter, **options)
 
 
@@ -60,6 +70,7 @@ def load(
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     pickled: bool = False,
+    gated: bool = False,
 ) -> Loaded:
     """`net, adapter` from a file or folder, or from a repository of the Hugging Face hub, bound to `model`.
 
@@ -76,17 +87,28 @@ def load(
         key_mapping: regular expression → replacement, tried in order on each module's name in the file, the first that
             matches counts: for a model whose modules have other names now.
         pickled: read adapter_model.bin (tensors alone, `weights_only=True`) where there is no safetensors file.
+        gated: read PEFT's activated LoRAs too, which act from certain tokens on: with `alora_gates` in `net.gated`, as
+            the result's `extra["alora_invocation_tokens"]` says, and not in `net.apply`.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: a file that is broken, or does not fit the model; names file and key.
+        ValueError: a file that is broken, or does not fit the model (names file and key); or a model that holds
+            adapters already (names the layer).
     """
+    refuse_adapters(model)
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
+    if where.name in FILES:  # of a folder, which is meant
+        where = where.parent
     if format is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
         if format is None:
-            raise FileNotFoundError(f"{where} holds no adapter of a known format: {', '.join(FORMATS)}")
-    loaded: Loaded = _format(format).load(where, model, strict=strict, key_mapping=key_mapping, pickled=pickled)
+            below = [p.name for p in sorted(where.iterdir()) if p.is_dir()] if where.is_dir() else []
+            inside = [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]
+            more = f"; there are some in {', '.join(inside)}: give subfolder=, or use load_all" if inside else ""
+            raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){more}")
+    options = {"gated": True} if gated and format == "peft" else {}
+    read = _format(format).load
+    loaded: Loaded = read(where, model, strict=strict, key_mapping=key_mapping, pickled=pickled, **options)
     if any(map(is_sharded, model.parameters())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded

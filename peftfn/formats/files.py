@@ -6,7 +6,7 @@ import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,15 @@ class Loaded:
 
     missing: keys that the adapter needs and the file lacks: these tensors are as in a fresh adapter.
     unexpected: keys of the file that have no place in the model: nothing was done with these tensors.
+    extra: of a PEFT configuration, what is beside the method: `task_type`, `base_model_name_or_path`, an activated
+        LoRA's `alora_invocation_tokens`, … `save(…, format="peft", extra=loaded.extra)` writes it again.
     """
 
     net: Adapted
     adapter: Adapter
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.net, self.adapter))

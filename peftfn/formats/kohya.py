@@ -3,8 +3,9 @@
 kohya writes `lora_unet_down_blocks_0_proj.lora_up.weight`: a prefix for the part of the pipeline, and the module's path
 with underscores for dots; diffusers `unet.down_blocks.0.proj.lora_A.weight`. Methods, ranks and sizes follow from
 names and shapes, the scale from `….alpha` (a file without it means alpha = rank). Methods: LoRA (`lora_up`, …), LoHa
-(`hada_w1_a`, …), LoKr (`lokr_w1`, …), each with or without `dora_scale`, and `Full` (`diff`, `diff_b`, `w_norm`,
-`b_norm`), with lycoris-lora's meaning. A LoRA's Tucker core (`lora_mid`) is multiplied into its down factor.
+(`hada_w1_a`, …), LoKr (`lokr_w1`, …), each with or without `dora_scale`; LyCORIS' GLoRA (`a1`, …), Diag-OFT
+(`oft_blocks`) and IA3 (`weight` with `on_input`); and `Full` (`diff`, `diff_b`, `w_norm`, `b_norm`), in lycoris-lora's
+sense. A LoRA's Tucker core (`lora_mid`) is multiplied into its down factor.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ from peftfn.formats.files import Loaded, opened, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import Reader
 from peftfn.method import Leaf
+from peftfn.methods.diag_oft import DiagOFT
 from peftfn.methods.dora import DoRA
 from peftfn.methods.full import Full
+from peftfn.methods.glora_lycoris import GLoRALycoris
+from peftfn.methods.ia3 import IA3
+from peftfn.methods.input_dora import InputDoRA
 from peftfn.methods.loha import LoHa
 from peftfn.methods.lokr import LoKr
 from peftfn.methods.lora import LoRA
@@ -29,6 +34,7 @@ from peftfn.plan import Entry
 
 FILE = "pytorch_lora_weights.safetensors"
 """Its name in a folder, as diffusers has it."""
+_FORMS = (LoRA, DoRA, LoHa, LoKr, InputDoRA, GLoRALycoris, DiagOFT, IA3)
 _OTHERS = frozenset({"adapter_model.safetensors", "adapter.safetensors"})
 
 
@@ -84,6 +90,25 @@ def load(
         return Reader(file, model, key_mapping or {}).load(strict)
 
 
+def _ia3(entry: Entry, scale: Tensor, ones: tuple[int, ...], biased: bool) -> Leaf:
+    """LyCORIS' IA3: what is added to one, and to which side's channels."""
+    method, site = entry.method, entry.site
+    assert isinstance(method, IA3)
+    if method.feedforward and ones:
+        columns = scale.reshape(site.shape[1], -1)
+        if not scale.is_meta and not torch.equal(columns, columns[:, :1].expand_as(columns)):
+            raise ValueError(
+                f"{site.name}: these files scale whole input channels, and here the window's columns differ"
+            )
+        scale = columns[:, 0]
+    elif not method.feedforward and method.scales_bias and biased:
+        raise ValueError(f"{site.name}: these files' IA3 leaves the bias alone: use IA3(scales_bias=False) for them")
+    return {
+        "weight": (scale - 1).reshape(1, -1, *ones) if ones else scale - 1,
+        "on_input": torch.tensor(int(method.feedforward)),
+    }
+
+
 def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -> Leaf:
     """{end of the key: tensor} of a site's leaf. ValueError for what these files have no form for."""
     site, method = entry.site, entry.method
@@ -95,7 +120,7 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
         norm = weight is not None and weight.kind == "other"
         end = {"weight": "w_norm" if norm else "diff", "bias": "b_norm" if norm else "diff_b"}[attr]
         return {end: site.original(leaf["diff"])}
-    forms = (LoRA, DoRA) if layout == "diffusers" else (LoRA, DoRA, LoHa, LoKr)
+    forms = (LoRA, DoRA) if layout == "diffusers" else _FORMS
     if type(method) not in forms:
         raise ValueError(
             f"{site.name}: {layout}'s files have no {type(method).__name__}; peftfn.to_lora(net, adapter, rank=…) "
@@ -106,9 +131,23 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
             f"{site.name}: these files have nn.Linear and convolutions alone, and this is {site.kind}: use the native "
             "format"
         )
-    assert isinstance(method, LoRA | LoHa | LoKr)
     ones = (1,) * (len(site.shape) - 2)
     p: Leaf = dict(leaf)
+    if isinstance(method, DiagOFT):
+        ends = {"b": "oft_blocks", "s": "rescale"}
+        p |= {"s": p["s"].reshape(-1, 1, *ones)} if "s" in p else {}
+        return {"alpha": torch.tensor(float(method.constraint or 0))} | {ends[k]: t for k, t in p.items()}
+    if isinstance(method, IA3):
+        return _ia3(entry, p["l"], ones, (site.module, "bias") in names.sites)
+    if isinstance(method, GLoRALycoris):
+        p = {
+            k: t.reshape(t.shape[0], *site.shape[1:]) if k == "b2" else t.reshape(*t.shape, *ones) for k, t in p.items()
+        }
+        alpha = method.scale * method.rank
+        return {"alpha": torch.tensor(alpha)} | {f"{k}.weight": t for k, t in p.items()}
+    on_input = isinstance(method, InputDoRA)
+    method = method.of if isinstance(method, InputDoRA) else method
+    assert isinstance(method, LoRA | LoHa | LoKr)
     if isinstance(method, LoRA):
         p |= {"a": p["a"].reshape(method.rank, *site.shape[1:]), "b": p["b"].reshape(*p["b"].shape, *ones)}
         ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
@@ -125,5 +164,5 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
     if {"w1", "w2"} <= p.keys():  # lycoris and ComfyUI take no scale where both factors are full
         p["w1"], alpha = method.scale * p["w1"], float(method.rank)
     if "m" in p:
-        p["m"] = p["m"].reshape(-1, 1, *ones)
+        p["m"] = p["m"].reshape(1, -1, *ones) if on_input else p["m"].reshape(-1, 1, *ones)
     return {"alpha": torch.tensor(alpha)} | {(ends | {"m": "dora_scale"})[k]: t for k, t in p.items()}

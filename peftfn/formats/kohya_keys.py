@@ -6,7 +6,10 @@ from torch import nn
 
 from peftfn.formats.kohya_unet import older
 from peftfn.method import Method
+from peftfn.methods.diag_oft import DiagOFT
 from peftfn.methods.full import Full
+from peftfn.methods.glora_lycoris import GLoRALycoris
+from peftfn.methods.ia3 import IA3
 from peftfn.methods.loha import LoHa
 from peftfn.methods.lokr import LoKr
 from peftfn.methods.lora import LoRA
@@ -31,10 +34,17 @@ ENDS: dict[str, Key] = {
     **dict.fromkeys(
         ("lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_A.weight"), (LoRA, "a")
     ),
+    "up.weight": (LoRA, "b"),
+    "down.weight": (LoRA, "a"),
     "lora_mid.weight": (LoRA, "mid"),
     "lora_B.bias": (LoRA, "beta"),
     **{key: (LoHa, k) for k, key in LoHa.peft.keys.items()},
     **{key: (LoKr, k) for k, key in LoKr.peft.keys.items()},
+    **{f"{k}.weight": (GLoRALycoris, k) for k in ("a1", "a2", "b1", "b2")},
+    "oft_blocks": (DiagOFT, "b"),
+    "rescale": (DiagOFT, "s"),
+    "weight": (IA3, "l"),
+    "on_input": (IA3, "on_input"),
     **dict.fromkeys(("diff", "w_norm"), (Full, "weight")),
     **dict.fromkeys(("diff_b", "b_norm"), (Full, "bias")),
     "alpha": (None, "alpha"),
@@ -58,6 +68,9 @@ class Names:
                 if attr in ("weight", "bias"):
                     self.sites.setdefault((site.module, attr), site)
                     real[module] = site.module
+        texts = ("", *(p for p in self.parts if p.startswith("text_encoder")))
+        roots = {f"{p}." if p else "": {n for n, _ in model.get_submodule(p).named_children()} for p in texts}
+        self.short = [p for p, names in roots.items() if names >= {"embeddings", "encoder", "final_layer_norm"}]
         self.unet = {path for m in real if (path := self.inside("lora_unet", m)) is not None}
         for module, first in real.items():
             for spelling in self.spellings(module):
@@ -65,14 +78,21 @@ class Names:
 
     def spellings(self, module: str) -> Iterator[str]:
         """Every name that a file may have for a module."""
-        yield module
-        yield from (f"{p}.{module}" for p in DOTTED if p not in self.parts)
+        for name in (module, *self.longer(module), *_processor(module)):
+            yield name
+            yield from (f"{p}.{name}" for p in DOTTED if p not in self.parts)
         for prefix in FLAT:
             if (path := self.inside(prefix, module)) is not None:
                 yield f"{prefix}_{path}".replace(".", "_")
+                for name in self.longer(module):
+                    yield f"{prefix}_{self.inside(prefix, name)}".replace(".", "_")
                 if prefix == "lora_unet" and (old := older(path, self.unet)) is not None:
                     yield f"{prefix}_{old}".replace(".", "_")
                     yield f"diffusion_model.{old}"
+
+    def longer(self, module: str) -> list[str]:
+        """The module's name in transformers 4, where CLIP's text model has a `text_model` in it, as it has in files."""
+        return [f"{p}text_model.{module.removeprefix(p)}" for p in self.short if module.startswith(p)]
 
     def inside(self, prefix: str, module: str) -> str | None:
         """The module's path inside the part that a prefix of kohya's means; None if it is in another part."""
@@ -94,6 +114,8 @@ class Names:
     def written(self, module: str, layout: str, prefix: str | None) -> str:
         if layout == "diffusers":
             part = module.partition(".")[0]
+            if (prefix or part).startswith("text_encoder"):
+                module = next(iter(self.longer(module)), module)
             return module if prefix is None and part in DOTTED else f"{prefix or 'unet'}.{module}"
         if prefix is None:
             several = "text_encoder_2" in self.parts
@@ -101,4 +123,13 @@ class Names:
             prefix = mine[0] if mine else "lora_unet"
         if (path := self.inside(prefix, module)) is None:
             raise ValueError(f"{module}: it is in no part of a pipeline that {prefix} names; give another prefix=")
+        if prefix.startswith("lora_te"):
+            path = next((p for n in self.longer(module) if (p := self.inside(prefix, n))), path)
         return f"{prefix}_{path}".replace(".", "_")
+
+
+def _processor(module: str) -> list[str]:
+    """What diffusers' first LoRA files call a layer of an attention: `….processor.to_q_lora`."""
+    name = module.removesuffix(".0")
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.processor.{last}_lora"] if last in ("to_q", "to_k", "to_v", "to_out") and parent else []

@@ -14,8 +14,12 @@ from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.kohya_keys import ENDS, Key, Names
 from peftfn.formats.peft_read import pattern
 from peftfn.method import Method
+from peftfn.methods.diag_oft import DiagOFT
 from peftfn.methods.dora import DoRA
 from peftfn.methods.full import Full
+from peftfn.methods.glora_lycoris import GLoRALycoris
+from peftfn.methods.ia3 import IA3
+from peftfn.methods.input_dora import InputDoRA
 from peftfn.methods.loha import LoHa
 from peftfn.methods.lokr import LoKr
 from peftfn.methods.lora import LoRA
@@ -37,6 +41,7 @@ class Reader:
             raise ValueError(f"load: key_mapping has {e.pattern!r}, which is no regular expression: {e}") from e
         self.found: dict[str, dict[Key, str]] = {}  # module → {(method, tensor): the file's key}
         self.called: dict[str, str] = {}  # module → its name in the file
+        self.slots = parameters(model)
         self.stray: list[str] = []
         self.missing: list[str] = []
         self.configs = self.metadata()
@@ -114,32 +119,40 @@ class Reader:
         for cls in classes:
             own = {k: key for (c, k), key in found.items() if c is cls}
             site = self.names.sites.get((module, "weight"))
-            if site is None or site.kind not in ("linear", "conv"):
+            if site is None or site.kind not in ("linear", "conv") or own.keys() == {"l"}:  # a model's own weight
                 self.stray += (own | common).values()
             elif lacks := _lacks(cls, own.keys()):
                 self.missing += [f"{self.called[module]}.{k}" for k in lacks]
                 self.stray += (own | common).values()
             else:
                 method = self.method(cls, site, own | common)
-                yield site, method, {k: key for k, key in (own | common).items() if k != "alpha"}
+                yield site, method, {k: key for k, key in (own | common).items() if k not in ("alpha", "on_input")}
 
     def method(self, cls: type[Method] | None, site: Site, keys: Mapping[str, str]) -> Method:
         shape = {k: self.file.meta[key].shape for k, key in keys.items()}
-        for part in shape.keys() - {"alpha", "m", "beta"}:
+        if cls is IA3:
+            return self.ia3(site, keys)
+        for part in shape.keys() - {"alpha", "m", "beta", "s"}:
             if len(shape[part]) < 2 or 0 in shape[part]:
                 raise ValueError(
                     f"{self.where}: {keys[part]} has shape {list(shape[part])}; it must be a matrix, not empty"
                 )
         wd = "m" in keys
         if wd and keys["m"].endswith("dora_scale") and shape["m"][:1] != site.shape[:1]:
-            raise ValueError(
-                f"{self.where}: {keys['m']} is {list(shape['m'])}, not [{site.shape[0]}, 1]: a magnitude of each "
-                "input is none that this release has"
-            )
+            inner = self.method(cls, site, {k: key for k, key in keys.items() if k != "m"})
+            return InputDoRA(inner)  # [1, in]: a magnitude of each input
         if cls is LoRA:
             rank = shape["a"][0]
             alpha = self.alpha(site, keys, rank)
             return DoRA(rank, alpha, attached=True) if wd else LoRA(rank, alpha, lora_bias="beta" in keys)
+        if cls is GLoRALycoris:
+            rank = shape["a2"][0]
+            return GLoRALycoris(rank, self.alpha(site, keys, rank))
+        if cls is DiagOFT:
+            if len(shape["b"]) != 3:
+                raise ValueError(f"{self.where}: {keys['b']} is {list(shape['b'])}; [n, b, b] is what is read")
+            bound = self.number(keys["alpha"], 0.0) if "alpha" in keys else 0.0
+            return DiagOFT(shape["b"][-1], bound or None, rescale="s" in keys)
         if cls is LoHa:
             rank = shape["b1"][0]
             return LoHa(rank, self.alpha(site, keys, rank), tucker="t1" in keys, weight_decompose=wd)
@@ -163,14 +176,26 @@ class Reader:
             decompose_both="1" in low,
         )
 
+    def ia3(self, site: Site, keys: Mapping[str, str]) -> Method:
+        on_input = self.number(keys["on_input"], 0.0)
+        if on_input not in (0, 1):
+            raise ValueError(f"{self.where}: {keys['on_input']} is {on_input}; it is 0 or 1")
+        return IA3(bool(on_input), scales_bias=bool(on_input) or site.bias not in self.slots)
+
+    def number(self, key: str, least: float) -> float:
+        """The one number in a tensor. ValueError for another shape, and for a value below `least` or not finite."""
+        if self.file.meta[key].numel() != 1:
+            raise ValueError(f"{self.where}: {key} has shape {list(self.file.meta[key].shape)}; it is one number")
+        value = float(self.file.tensor(key))
+        if not least <= value < math.inf:
+            bound = "above 0" if least else "from 0 on"
+            raise ValueError(f"{self.where}: {key} is {value}; it must be a finite number {bound}")
+        return value
+
     def alpha(self, site: Site, keys: Mapping[str, str], rank: int) -> float | None:
         """The numerator of the scale; None where it is the rank."""
         if (key := keys.get("alpha")) is not None:
-            if self.file.meta[key].numel() != 1:
-                raise ValueError(f"{self.where}: {key} has shape {list(self.file.meta[key].shape)}; it is one number")
-            value = float(self.file.tensor(key))
-            if not 0 < value < math.inf:
-                raise ValueError(f"{self.where}: {key} is {value}; it must be a finite number above 0")
+            value = self.number(key, math.ulp(0.0))
         elif self.configs:
             part, _, path = self.called[site.module].partition(".")
             mine = {k.removeprefix(f"{part}."): v for k, v in self.configs.items() if k.startswith(f"{part}.")}
@@ -199,11 +224,16 @@ class Reader:
                 f"{self.where}: {sorted(keys.values())} are not what {entry.method} has at {site.name}: {sorted(odd)} "
                 "differ"
             )
+        method = entry.method.of if isinstance(entry.method, InputDoRA) else entry.method
+        before = isinstance(method, IA3) and method.feedforward
         for k, key in keys.items():
             have, want = self.file.meta[key].shape, site.shape if k == "diff" else spec[k]
             if k == "m":
                 alike = _squeezed(have) == _squeezed(want)
-            elif k in ("a", "b"):  # a convolution's kernel, or a linear layer that was one of 1 × 1
+            elif k in ("l", "s"):  # one number for each channel
+                alike = _squeezed(have) == _squeezed([site.shape[1] if before else want[0]])
+            elif k in ("a", "b", "a1", "a2", "b1", "b2") and isinstance(method, LoRA | GLoRALycoris):
+                # a convolution's kernel, or a linear layer that was one of 1 × 1
                 alike = have == (want[0], *site.shape[1:]) or have == (*want, *(1,) * (len(have) - len(want)))
             else:
                 alike = have == want
@@ -221,6 +251,8 @@ class Reader:
             p = {k: self.file.tensor(key, devices[name]) for k, key in keys[name].items()}
             if "mid" in p:
                 p["a"] = spread(p.pop("mid"), p["a"].flatten(1))
+            if "l" in p:
+                p["l"] = (1 + p["l"].flatten()).repeat_interleave(entry.spec["l"].numel() // p["l"].numel())
             if "diff" in p:
                 p["diff"] = entry.site.canonical(p["diff"]).contiguous()
             adapter[name] = {k: p[k].reshape(shape) for k, shape in entry.spec.items()}
@@ -233,6 +265,12 @@ def _lacks(cls: type[Method] | None, have: Collection[str]) -> list[str]:
     """The ends of the keys without which a method's tensors are not whole."""
     if cls is LoRA:
         need = {"a": "lora_down.weight", "b": "lora_up.weight"}
+    elif cls is GLoRALycoris:
+        need = {k: f"{k}.weight" for k in ("a1", "a2", "b1", "b2")}
+    elif cls is DiagOFT:
+        need = {"b": "oft_blocks"}
+    elif cls is IA3:
+        need = {"l": "weight", "on_input": "on_input"}
     elif cls is LoHa:
         need = {k: key for k, key in LoHa.peft.keys.items() if k[0] != "t" or {"t1", "t2"} & {*have}}
     else:

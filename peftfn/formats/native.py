@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftfn.apply import Adapted
 from peftfn.distributed import on_mesh
 from peftfn.formats.files import MOST, Loaded, Tensors, mismatch, opened, read_json, write
+from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
 from peftfn.method import Method, registry
 from peftfn.plan import Entry, Plan, make
 from peftfn.quantised import parameters
@@ -39,6 +40,7 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
         "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
+    config |= repetition(net.model)
     # the two files are renamed one after the other: this tells whether they are of one save
     config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
     write(folder / TENSORS, tensors, {"id": config["id"]})
@@ -58,6 +60,8 @@ def load(
     where = folder / CONFIG
     config = _read(where)
     rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    if REPLICATION in config:
+        model = replicated(model, config[REPLICATION], where)
     found, taken = sites(model), {}
     for name, site in config["sites"].items():
         rule, have = site["rule"], found.get(name)

@@ -10,6 +10,7 @@ difference to the base in fp32, so that base + difference may differ from it in 
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from peftfn.apply import Adapted
 from peftfn.formats import peft_config as configs
+from peftfn.formats import peft_extra as beside
 from peftfn.formats.files import Loaded, Tensors, opened, unpickled, write
 from peftfn.formats.peft_keys import Model
 from peftfn.formats.peft_old import modernised, renaming
@@ -30,11 +32,24 @@ def is_mine(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], *, split: bool = False) -> None:
-    """split: write several folders below, one for each of PEFT's types, if the plan needs more than one."""
+def save(
+    folder: Path,
+    net: Adapted,
+    adapter: Mapping[str, Any],
+    *,
+    split: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one folder, or several.
+
+    Args:
+        split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
+        extra: for the configuration, beside what the method gives: `task_type`, `alora_invocation_tokens`, …
+    """
+    more = beside.given(extra, net)
     for name, (config, tensors) in documents(net, adapter, split=split).items():
         write(folder / name / TENSORS, tensors)
-        write(folder / name / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
+        write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
 
 
 def load(
@@ -44,6 +59,7 @@ def load(
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     pickled: bool = False,
+    gated: bool = False,
 ) -> Loaded:
     config, where = configs.read(folder / CONFIG), folder / TENSORS
     if not where.is_file() and (folder / PICKLE).is_file():
@@ -51,9 +67,9 @@ def load(
             raise FileNotFoundError(
                 f"{where} is missing; {PICKLE} is a pickle: load(…, pickled=True) reads its tensors, and nothing else"
             )
-        return build(model, config, unpickled(folder / PICKLE), folder / CONFIG, strict, key_mapping)
+        return build(model, config, unpickled(folder / PICKLE), folder / CONFIG, strict, key_mapping, gated)
     with opened(where) as file:
-        return build(model, config, file, folder / CONFIG, strict, key_mapping)
+        return build(model, config, file, folder / CONFIG, strict, key_mapping, gated)
 
 
 def build(
@@ -63,9 +79,16 @@ def build(
     where: Path,
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
+    gated: bool = False,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
+    extra = beside.taken(config, where, gated)
+    if spans := extra.get(beside.REPLICATION):
+        model = beside.replicated(model, spans, where)
     known = Model(model)
     file = file.renamed(renaming(known, file, key_mapping))
     modernised(config, file, where)
-    return Reader(where, config, file, known, strict).load()
+    loaded = Reader(where, config, file, known, strict).load()
+    if beside.INVOCATION in extra:
+        beside.check_gated(loaded.net.plan, where)
+    return replace(loaded, extra=extra)

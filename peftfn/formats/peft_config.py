@@ -146,10 +146,10 @@ def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Metho
         cure = (
             "; save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
             if key == "init_lora_weights"
-            else ""
+            else ". If it is known to make no difference, delete it from the file"
         )
         raise ValueError(
-            f"{where}: {key} is {value!r}, which {cls.__name__} does not have: the outputs would differ{cure}"
+            f"{where}: {key} is {value!r}, which {cls.__name__} does not have: the outputs may differ{cure}"
         )
     return found
 

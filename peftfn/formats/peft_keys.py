@@ -15,6 +15,7 @@ from peftfn.site import Site, sites
 
 PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_DEFAULT = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.default(?=\.|$)")
 _EMBEDDING = re.compile(r"^(lora|hira)_([AB])(\.weight)?$|^(oft)_(R\.weight)$")
 _KERNEL = frozenset({"lora_A.weight", "hira_A"})  # [r, in, *kernel] at a convolution
 _POINT = frozenset({"lora_B.weight", "hira_B"})  # [out, r, 1, …] at a convolution
@@ -144,9 +145,16 @@ class Model:
         return Place(site, module, module)
 
 
+def unwrapped(key: str) -> str:
+    """A file's key without what wrappers of the model, and a state that was saved by hand, put into it."""
+    key = _WRAPPERS.sub("", key).removeprefix(".")
+    key = key.removeprefix("module.") if key.startswith("module.base_model.") else key
+    return _DEFAULT.sub(r"\1", key)
+
+
 def clean(key: str, parameter: str = "") -> str:
-    """A file's key without what wrappers of the model put into it; without `parameter` too (LN-Tuning's copies)."""
-    key = _WRAPPERS.sub("", key).removeprefix(".").removeprefix(PREFIX)
+    """A key behind `base_model.model.`; without `parameter` too (LN-Tuning's copies)."""
+    key = key.removeprefix(PREFIX)
     return key.replace(f".{parameter}.", ".") if parameter else key
 
 

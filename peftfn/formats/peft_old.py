@@ -14,26 +14,40 @@ from torch import Tensor, nn
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Tensors
 
+_STEMS = ("module", "text_model", "vision_model")
+"""What DDP puts before a name, and what CLIP's and SigLIP's models had there in transformers 4."""
+
 
 def renaming(model: keys.Model, file: Tensors, mapping: Mapping[str, str] | None) -> Callable[[str], str]:
     """The file's key → the key in this model.
 
     With a mapping, as PEFT has it: the first regular expression that is found in a key (behind `base_model.model.`) is
-    replaced. Without, a key whose module the model does not have goes through the model's own table of old names.
+    replaced. Without, a key whose module the model does not have goes through the model's own table of old names. What
+    wrappers left in a key (torch.compile, DDP, FSDP, checkpointing, an adapter named "default") is taken out.
     """
     old = table(model.model) if mapping is None else None
 
+    def known(bare: str) -> bool:
+        return any(model.plain(h)[0] in model.modules for h in keys.heads(bare) if "." in h)
+
     def rename(key: str) -> str:
+        key = keys.unwrapped(key)
         head = next((h for h in (keys.PREFIX, "base_model.") if key.startswith(h)), "")
         bare = key.removeprefix(head)
         for expression, new in (mapping or {}).items():
             renamed, count = re.subn(expression, new, bare)
             if count:
                 return head + renamed
-        if old is None or any(model.plain(h)[0] in model.modules for h in keys.heads(bare) if "." in h):
+        if known(bare):
             return key
-        renamed = old(bare)
-        return head + renamed if any(model.plain(h)[0] in model.modules for h in keys.heads(renamed)) else key
+        if old and (new := old(bare)) != bare and any(model.plain(h)[0] in model.modules for h in keys.heads(new)):
+            return head + new
+        stem = getattr(model.model, "base_model_prefix", None) or "module"
+        less = (bare.removeprefix(f"{s}.") for s in dict.fromkeys((*_STEMS, stem)))
+        for other in (*less, f"{stem}.{bare}"):
+            if known(other):  # trained with a head that this model has not, or without the one that it has
+                return head + other
+        return key
 
     return rename
 

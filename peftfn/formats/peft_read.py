@@ -14,43 +14,38 @@ from peftfn.combine import chain
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Loaded, Tensors, mismatch
-from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place
+from peftfn.formats.peft_keys import PREFIX, Model, Place
+from peftfn.formats.peft_sort import Sorted
 from peftfn.method import Leaf, Method
 from peftfn.methods.full import Full
 from peftfn.methods.tiedtokens import TiedTokens
 from peftfn.methods.trainabletokens import TrainableTokens
 from peftfn.plan import Adapter, Plan, make, wide
 from peftfn.rules import near
-from peftfn.targets import matched
-
-HEADS = frozenset({"classifier", "score", "qa_outputs"})
-"""What PEFT adds to modules_to_save where task_type asks for a head, whether the model has them or not."""
 
 
 class Reader:
-    """One load: the file's keys sorted into places, each with its method."""
+    """One load: each of the sorted places with its method, and the tensors in it."""
 
     def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: Model, strict: bool):
         self.where, self.config, self.file, self.model, self.strict = where, config, file, model, strict
-        self.classes, self.tokens = configs.candidates(config["peft_type"]), configs.candidates("TRAINABLE_TOKENS")
-        self.places: dict[str, Place] = {}  # by site
-        self.found: dict[str, dict[str, str]] = {}  # site → {method's key: file's key}
-        self.whole: dict[str, str] = {}  # site → the file's key of its full value
-        self.shared: dict[str, str] = {}  # the key behind base_model. → the file's key
+        at = Sorted(where, config, file, model)
+        self.places, self.found, self.whole, self.shared, self.copies = (
+            at.places,
+            at.found,
+            at.whole,
+            at.shared,
+            at.copies,
+        )
+        self.missing, self.unexpected, self.token_keys = at.missing, at.unexpected, at.token_keys
         self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
         self.made: dict[str, Leaf] = {}  # site → what its method's `from_peft_leaf` gives
         self.fresh: Plan | None = None
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
 
     def load(self) -> Loaded:
-        copies = self.sort()
-        if not (self.places or self.whole or self.shared):
-            raise self.error() if self.unexpected else ValueError(f"{self.file.where}: there is no adapter in it")
-        self.expect()
         if not (self.places or self.whole):
-            raise self.error()
-        self.bounds()
+            known = self.unexpected or self.missing
+            raise self.error() if known else ValueError(f"{self.file.where}: there is no adapter in it")
         methods = {name: self.method(place, self.found[name]) for name, place in self.places.items()}
         self.tie(methods)
         both = {n: chain(Full(), m) for n, m in methods.items() if n in self.whole}  # saved whole, and adapted
@@ -68,134 +63,10 @@ class Reader:
         zeros = {name: self.fits(name, plan, methods[name]) for name in order if name in self.places}
         if self.strict and (self.missing or self.unexpected):
             raise self.error()
-        for key, mine in copies:
+        for key, mine in self.copies:
             if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
         return self.fill(plan, methods, zeros)
-
-    def sort(self) -> list[tuple[str, str]]:
-        """Where each of the file's tensors belongs. Returns shared tensors that are there once more for a site."""
-        config, model, copies, strays = self.config, self.model, list[tuple[str, str]](), list[str]()
-        parameter = "ln_tuning_layers" if config["peft_type"] == "LN_TUNING" else ""
-        if not self.classes and not parameter:
-            raise ValueError(f"{self.where}: PEFT's {config['peft_type']} is no method this release has")
-        written = {k for c in (*self.classes, *self.tokens) if c.peft for k in c.peft.keys.values()}
-        shared = {k for c in self.classes if c.peft for k in c.peft.shared.values()}
-        variants = {v for k in written for v in keys.variants(k)}
-        suffixes = sorted(written | variants | shared, key=len, reverse=True)
-        marked = (re.escape(k).replace(r"\*", r"\d+").replace(r"\{\}", r"[^.]+") for k in shared)
-        patterns = [re.compile(k) for k in marked]
-        for key in self.file.meta:
-            bare = keys.clean(key, parameter)
-            if (mine := key.removeprefix("base_model.")) in shared or any(p.fullmatch(mine) for p in patterns):
-                self.shared[mine] = key
-                continue
-            parts = keys.split(bare, suffixes)
-            if parts and parts[1] in shared:
-                copies.append((key, parts[1]))
-            elif parts and (place := self.place(parts[0])):
-                self.places[place.site.name] = place
-                self.once(self.found.setdefault(place.site.name, {}), parts[1], key)
-            elif site := model.whole(bare):
-                self.file.check(key, site.shape)
-                if self.trained(site.name, key):
-                    self.once(self.whole, site.name, key)
-            elif bare in model.buffers:
-                self.same(key, model.buffers[bare])
-            else:
-                strays.append(key)
-        paths = {p.path: n for n, p in self.places.items()}
-        for key in strays:  # what belongs to an adapted layer is for its method to know
-            bare = keys.clean(key)
-            if (path := next((h for h in keys.heads(bare) if h in paths), None)) is None:
-                self.unexpected.append(key)
-            else:
-                self.once(self.found[paths[path]], bare.removeprefix(f"{path}."), key)
-        for key, mine in copies:
-            if mine not in self.shared or self.file.meta[key].shape != self.file.meta[self.shared[mine]].shape:
-                self.unexpected.append(key)
-        return [(key, mine) for key, mine in copies if key not in self.unexpected]
-
-    def place(self, path: str) -> Place | None:
-        return self.model.place(path.removesuffix(f".{TOKENS}"), self.config, (*self.classes, *self.tokens))
-
-    def once(self, into: dict[str, str], name: str, key: str) -> None:
-        if name in into:
-            raise ValueError(f"{self.file.where}: {into[name]!r} and {key!r} are the same tensor")
-        into[name] = key
-
-    def expect(self) -> None:
-        """What the configuration names and the file has no tensor of is missing, or made of shared tensors alone; what
-        the file has tensors of and a configuration that names anything of this model does not name is unexpected."""
-        config, model = self.config, self.model
-        saved = configs.listed(config.get("modules_to_save"))
-        whole = {model.sites[n].module for n in self.whole}
-        for m in (m for m in model.modules if any(m == s or m.endswith(f".{s}") for s in saved)):
-            if not any(f"{w}.".startswith(f"{m}.") for w in whole) and any(
-                n.startswith(f"{m}.") for n in model.weights
-            ):
-                self.missing.append(f"{PREFIX}{m}")
-        if not whole and not any(m == s or m.endswith(f".{s}") for m in model.modules for s in saved):
-            self.missing += [f"{PREFIX}{s}" for s in saved if s not in HEADS]
-        self.missing += self.lacking_tokens()
-        wanted, exclude, layers = configs.chosen(config, self.where)
-        if wanted is None:
-            if self.shared and not self.places:
-                raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
-            return
-        adapted = whole | {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
-        named = matched(model.model, wanted, exclude, *layers)
-        parameters, tokens = configs.listed(config.get("target_parameters")), self.token_keys
-        for site, place in list(self.places.items()):
-            ours = not named or {model.owner(place.module), place.module} & {*named}
-            if not ours and not model.direct(place.site.module, parameters) and tokens.isdisjoint(self.found[site]):
-                self.unexpected += self.found.pop(site).values()
-                del self.places[site]
-        for name in named:
-            inside = any(name == s or name.endswith(f".{s}") or f".{s}." in f".{name}" for s in saved)
-            new = None if name in adapted or inside else model.place(name, config, self.classes)
-            if new and new.site.name not in self.whole:
-                self.places[new.site.name], self.found[new.site.name] = new, {}
-
-    def lacking_tokens(self) -> list[str]:
-        """Keys of trained tokens that the configuration names beside another method, and the file does not have."""
-        given = self.config.get("trainable_token_indices")
-        if not given or self.config["peft_type"] == "TRAINABLE_TOKENS":
-            return []
-        there = [self.places[n].module for n, keys in self.found.items() if not self.token_keys.isdisjoint(keys)]
-        names = [n for n in given if not any(f".{m}".endswith(f".{n}") for m in there)]
-        if isinstance(given, list):  # of the embedding's tokens
-            names = [] if there else ["embed_tokens"]
-        return [f"{PREFIX}{n}.{TOKENS}.{key}" for n in names for key in sorted(self.token_keys)]
-
-    def bounds(self) -> None:
-        """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
-        largest = max((max(p.site.shape, default=1) for p in self.places.values()), default=1)
-        if isinstance(r := self.config.get("r"), int) and r > 8 * largest:
-            raise ValueError(f"{self.where}: r is {r}, and the largest side of an adapted weight is {largest}")
-
-    def trained(self, name: str, key: str) -> bool:
-        """Whether a tensor saved whole is part of the adapter, or only a copy of the base's (an embedding's)."""
-        saved = configs.listed(self.config.get("modules_to_save"))
-        module = name.rpartition(".")[0]
-        if self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved):
-            return True
-        if name.endswith("bias") and self.config.get("bias", "none") != "none":
-            return True
-        return not torch.equal(wide(self.model.weights[name]).cpu(), self.file.tensor(key))
-
-    def same(self, key: str, buffer: Tensor) -> None:
-        """modules_to_save holds buffers too; an adapter has none."""
-        self.file.check(key, buffer.shape, buffer.is_floating_point())
-        if not torch.equal(wide(buffer).cpu(), self.file.tensor(key)):
-            raise ValueError(
-                f"{self.file.where}: {key} is a buffer that differs from the model's (BatchNorm's statistics, say); "
-                "an adapter has no buffers: put the file's value into the model first"
-            )
-
-    @property
-    def token_keys(self) -> set[str]:
-        return {k for c in self.tokens if c.peft for k in c.peft.keys.values()}
 
     def method(self, place: Place, found: Mapping[str, str]) -> Method:
         config, module = self.config, place.module

@@ -1,0 +1,107 @@
+"""What a PEFT configuration says beside the method: about the model it is for, and about when the adapter acts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftfn.apply import Adapted
+from peftfn.formats.files import MOST
+from peftfn.methods.lora import LoRA
+from peftfn.plan import Plan
+from peftfn.structure import lasting_copy
+
+INVOCATION, REPLICATION = "alora_invocation_tokens", "layer_replication"
+KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path", "revision", "auto_mapping"})
+
+
+def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
+    """Take what is beside the method out of a configuration. ValueError for what would change outputs in silence."""
+    extra = {k: config[k] for k in sorted(KEYS) if config.get(k)}
+    for k in (INVOCATION, REPLICATION):
+        config.pop(k, None)
+    if config.get("arrow_config"):
+        raise ValueError(
+            f"{where}: arrow_config makes this a router over other adapters, and its own tensors have no effect: load "
+            "the adapters that it routes to, each from its folder, and weigh them with net.gated"
+        )
+    tokens = extra.get(INVOCATION)
+    if tokens is None:
+        return extra
+    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+        raise ValueError(f"{where}: {INVOCATION} is {str(tokens)[:80]}; it must be a list of tokens' numbers")
+    if not gated:
+        raise ValueError(
+            f"{where}: {INVOCATION} is {str(tokens)[:80]}: an activated LoRA, which acts from these tokens on, and "
+            f"net.apply would act on all. Load it with gated=True, and call net.gated(pf.stack([a]), "
+            f"pf.alora_gates(input_ids, [loaded.extra[{INVOCATION!r}]]), input_ids)"
+        )
+    return extra
+
+
+def check_gated(plan: Plan, where: object) -> None:
+    """ValueError where PEFT's activated LoRA would act on all tokens, or differently."""
+    for name, entry in plan.items():
+        if type(entry.method) is not LoRA or entry.site.kind not in ("linear", "linear_t"):
+            raise ValueError(
+                f"{where}: {INVOCATION} is for LoRA at linear layers; {name} ({entry.site.kind}) has {entry.method}, "
+                "which PEFT does not gate: keep the two in adapters of their own"
+            )
+
+
+def replicated(model: nn.Module, spans: Any, where: Path) -> Any:
+    """A copy of the model whose layers are those of the spans [start, end), one after the other, as PEFT's
+    `replicate_layers` makes them. It shares the storage of all parameters. A model that is such a copy stays as it is.
+
+    Llama-like models have their layers in `layers`, BERT-like ones in `encoder.layer`, Falcon-like ones in `h`.
+    """
+    if repetition(model) == {REPLICATION: spans}:
+        return model
+    copy: Any = lasting_copy(model)
+    inner = copy
+    while hasattr(inner, "model"):
+        inner = inner.model
+    inner = getattr(inner, "bert", inner)
+    places = (inner, "layers"), (getattr(inner, "encoder", None), "layer"), (inner, "h")
+    home, name = next(((h, n) for h, n in places if hasattr(h, n)), (None, ""))
+    layers = getattr(home, name, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{where}: {REPLICATION} repeats layers, and this model has no layers, encoder.layer or h")
+    count = len(layers)
+    if not isinstance(spans, list) or not all(
+        isinstance(s, list) and [type(i) for i in s] == [int, int] and 0 <= s[0] < s[1] <= count for s in spans
+    ):
+        raise ValueError(f"{where}: {REPLICATION} is {str(spans)[:80]}; give spans [start, end] of {count} layers")
+    sources = [i for start, end in spans[:MOST] for i in range(start, end)]
+    if len(sources) > MOST or len(spans) > MOST:
+        raise ValueError(f"{where}: {REPLICATION} makes {len(sources)} layers; at most {MOST} are read from files")
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = len(sources)
+    if isinstance(kinds := getattr(config, "layer_types", None), list) and len(kinds) == count:
+        config.layer_types = [kinds[i] for i in sources]
+    made = nn.ModuleList(lasting_copy(layers[i]) for i in sources)
+    for i, layer in enumerate(made):
+        numbered: list[Any] = [m for m in layer.modules() if hasattr(m, "layer_idx")]
+        for module in numbered:
+            module.layer_idx = i
+    setattr(home, name, made)
+    copy._peft_replication = spans
+    return copy
+
+
+def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:
+    """What `save` puts into the configuration. ValueError for keys that are not about this, and for a net that they do
+    not go with."""
+    extra = {**(extra or {}), **repetition(net.model)}
+    if odd := sorted(extra.keys() - KEYS):
+        raise ValueError(f"save: extra has {odd[0]!r}; it may have {', '.join(sorted(KEYS))}")
+    if extra.get(INVOCATION):
+        check_gated(net.plan, "save")
+    return extra
+
+
+def repetition(model: nn.Module) -> dict[str, Any]:
+    """{"layer_replication": spans} of a model that `replicated` made; {} of any other."""
+    return {REPLICATION: model._peft_replication} if hasattr(model, "_peft_replication") else {}

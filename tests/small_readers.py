@@ -1,0 +1,86 @@
+"""Readers of a few lines for kohya's and ms-swift's files, as oracles: they check nothing, and give dense weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+def kohya(path: Path, model: nn.Module) -> Weights:
+    """{parameter: its value} of what the file adapts. KeyError for a tensor that no module of the model has."""
+    modules = {f"lora_unet_{n.replace('.', '_')}": n for n in dict(model.named_modules())}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, t in load_file(path).items():
+        name, _, end = key.partition(".")
+        found.setdefault(modules[name], {})[end] = t
+    return {f"{m}.weight": changed(model.get_parameter(f"{m}.weight").detach(), t) for m, t in found.items()}
+
+
+def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """The adapted value of a linear layer's weight, by LyCORIS' formulas."""
+    t = {k: v.float() for k, v in given.items()}
+    alpha, m = t.pop("alpha", None), t.pop("dora_scale", None)
+
+    def scale(rank: int) -> Tensor | float:
+        return 1.0 if alpha is None else float(alpha) / rank
+
+    if "diff" in t:
+        return w + t.pop("diff")
+    if "on_input" in t:
+        return w * (1 + (t["weight"] if t["on_input"] else t["weight"][:, None]))
+    if "oft_blocks" in t:
+        q = t["oft_blocks"] - t["oft_blocks"].mT
+        bound = float(alpha) * len(w) if alpha is not None else 0.0
+        q = q * bound / (q.norm() + 1e-8) if 0 < bound < q.norm() + 1e-8 else q
+        eye = torch.eye(q.shape[-1])
+        r = (eye + q) @ torch.linalg.inv(eye - q)
+        return torch.einsum("knm,kni->kmi", r, w.view(*q.shape[:2], -1)).reshape(w.shape)
+    if "a1.weight" in t:
+        a1, a2, b1, b2 = (t[f"{k}.weight"] for k in ("a1", "a2", "b1", "b2"))
+        return w + scale(len(a2)) * (w @ a1 @ a2 + b1 @ b2)
+    if "lora_up.weight" in t:
+        d = scale(len(t["lora_down.weight"])) * t["lora_up.weight"] @ t["lora_down.weight"]
+    elif "hada_w1_a" in t:
+        d = scale(len(t["hada_w1_b"])) * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    else:
+        low = [i for i in "21" if f"lokr_w{i}_b" in t]
+        one, two = (t[f"lokr_w{i}_a"] @ t[f"lokr_w{i}_b"] if i in low else t[f"lokr_w{i}"] for i in "12")
+        d = (scale(len(t[f"lokr_w{low[0]}_b"])) if low else 1.0) * torch.kron(one, two)
+    if m is None:
+        return w + d
+    return m * (w + d) / (w + d).norm(dim=1 if len(m) == len(w) else 0, keepdim=True)
+
+
+def swift(folder: Path, model: nn.Module) -> Weights | None:
+    """The same of an adapter's folder; None where its configuration says more than this reader knows."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = {k: t.float() for k, t in load_file(folder / "adapter_model.safetensors").items()}
+    if config["swift_type"] == "part":
+        return {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("modules_to_save"):
+        return None
+    found: dict[str, dict[str, Tensor]] = {}
+    out: Weights = {}
+    for key, t in tensors.items():
+        module, *end = re.split(r"\.(?=lora_)", key.removeprefix("base_model.model."))
+        if end:
+            found.setdefault(module, {})[end[0].split(".")[0]] = t
+        elif not torch.equal(t, model.get_parameter(module)):
+            out[module] = t
+    return out | {
+        f"{m}.weight": _lora(model.get_parameter(f"{m}.weight").detach(), t, config) for m, t in found.items()
+    }
+
+
+def _lora(w: Tensor, t: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
+    r = config.get("r", 8)
+    new = w + config.get("lora_alpha", 8) / (r**0.5 if config.get("use_rslora") else r) * t["lora_B"] @ t["lora_A"]
+    if "lora_magnitude_vector" in t:
+        new = t["lora_magnitude_vector"][:, None] * new / new.norm(dim=1, keepdim=True)
+    return new
