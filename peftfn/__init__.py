@@ -11,12 +11,13 @@ from peftfn.distributed import distribute, gather, merged
 from peftfn.formats import load, save
 from peftfn.formats.files import Loaded
 from peftfn.formats.several import load_all
+from peftfn.fresh import reset_
 from peftfn.gated import alora_gates
 from peftfn.many import stack, unstack
 from peftfn.method import Method
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods import __all__ as _methods
-from peftfn.module import adapter_of, as_module, copy_, offload_, onload_, status, trainable_
+from peftfn.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
 from peftfn.nets import Nets
 from peftfn.plan import Adapter
 from peftfn.rng import Rng
@@ -43,6 +44,7 @@ __all__ = [
     "alora_gates",
     "as_module",
     "bank",
+    "base_of",
     "chain",
     "conform",
     "copy_",
@@ -55,6 +57,7 @@ __all__ = [
     "offload_",
     "onload_",
     "optim",
+    "reset_",
     "save",
     "scale",
     "sites",

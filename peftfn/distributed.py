@@ -5,8 +5,9 @@ same mesh. Which way a leaf is sharded changes no result; it follows the weight,
 layer and A [r, in] of a row-wise one stay local.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,13 @@ from peftfn.tree import leaves, mapped
 if TYPE_CHECKING:
     from peftfn.apply import Adapted
     from peftfn.plan import Adapter
+
+
+UNTIED = (
+    "{name}: it is tied to {other}, and the adapter makes the two different, so a model that ties them would keep only "
+    "one of the two. Adapt both alike (TiedTokens does), or say untied=True and put the result into a model that "
+    "does not tie them (transformers: tie_word_embeddings=False in its config)"
+)
 
 
 def is_sharded(t: Any) -> bool:
@@ -42,6 +50,24 @@ def placed(t: Tensor, m: Any) -> Tensor:
     if is_sharded(t):
         return t.redistribute(m.device_mesh, placements)  # type: ignore[attr-defined, no-any-return]
     return distribute_tensor(t.detach(), m.device_mesh, placements, src_data_rank=None)
+
+
+def laid_out(t: Tensor, like: Any) -> Tensor:
+    """t, which is whole and the same on every rank, as `like` is sharded; t itself if `like` is a plain tensor."""
+    if not is_sharded(like) or is_sharded(t):
+        return t
+    whole = on_mesh(t.to(like.device), like)
+    return whole.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def whole(t: Tensor) -> Tensor:
+    """t with all its numbers on this rank; every rank of its mesh must call this."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined, no-any-return]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are, also of sharded tensors; on the meta device, where there are none, they are."""
+    return a.is_meta or b.is_meta or bool(whole((a == b).all()))
 
 
 def on_mesh(t: Tensor, w: Any) -> Tensor:
@@ -89,42 +115,60 @@ def gather(tree: Mapping[str, Any] | Iterable[tuple[str, Any]], rank: int | None
     out: dict[str, Any] = {}
     for k, v in tree.items() if isinstance(tree, Mapping) else tree:
         if isinstance(v, Mapping):
-            whole: Any = gather(v, rank)
+            value: Any = gather(v, rank)
         else:
-            t = v.detach()
-            whole = (t.full_tensor() if is_sharded(t) else t).cpu()
+            value = whole(v.detach()).cpu()
         if keep:
-            out[k] = whole
+            out[k] = value
     return out
 
 
-def merged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
     """(name in the base, parameter with the adapter folded in), one at a time, of a module that `as_module` made.
 
     They are sharded as the module's parameters are: `gather(merged(m), rank=0)` never holds more than one of them
     whole on an accelerator. For a net, `gather(net.merge(adapter))` does the same.
 
-    Raises ValueError in train mode, or where the adapter gives a bias to a layer without one.
+    Args:
+        untied: as in `net.merge`: whether tied weights may come out different.
+
+    Raises ValueError in train mode, or where the adapter gives a bias to a layer without one, or makes tied weights
+    different.
     """
     from peftfn.module import parameters_of, status
     from peftfn.weight import dense
 
     if module.training:
         raise ValueError("merged: the module is in train mode, where a method may act otherwise; call m.eval() first")
+    reshard_(module)
     sharded = any(is_sharded(p) for p in module.parameters())
     ours = {id(t) for row in status(module).adapters for t in leaves(parameters_of(module, row.name))}
+    tied: dict[int, tuple[str, Tensor]] = {}  # id of a parameter that several slots share → what the first made of it
+    names = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for path, layer in module.named_modules(remove_duplicate=False):
         if "parametrizations" in path.split("."):
             continue
-        slots = getattr(layer, "parametrizations", {})
+        slots: Any = getattr(layer, "parametrizations", {})
         for attr in (*layer._parameters, *slots):
-            with torch.no_grad(), _plain_constants(sharded):
+            name = f"{path}.{attr}" if path else attr
+            held: Any = slots[attr].original if attr in slots else None
+            if is_sharded(held) and not held.is_floating_point():
+                raise ValueError(
+                    f"{name}: its weight is quantised and sharded, and a part of it cannot be dequantised. Merge "
+                    "peftfn.gather(peftfn.adapter_of(m), rank=0) into the model as it is without sharding, net.merge"
+                )
+            constants = [module, *slots.modules()] if is_sharded(held) else []
+            with torch.no_grad(), _plain_constants(sharded), _whole(constants, getattr(held, "device_mesh", None)):
                 value = dense(getattr(layer, attr))
             if value is None or id(value) in ours:
                 continue
-            name = f"{path}.{attr}" if path else attr
             if attr in slots and getattr(slots[attr][0], "missing", False):
                 raise ValueError(f"{name}: the adapter gives this layer a bias, and the base has none to merge it into")
+            source = layer._parameters[attr] if held is None else held
+            if names[id(source)] > 1 and not untied:
+                other, theirs = tied.setdefault(id(source), (name, value))
+                if not equal(value, theirs):
+                    raise ValueError(UNTIED.format(name=name, other=other))
             yield name, value
 
 
@@ -132,9 +176,40 @@ def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:
     """Where parameters are sharded, plain tensors among them are constants, the same on every rank."""
     if not sharded:
         return nullcontext()
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental import implicit_replication
 
-    return implicit_replication()
+    # torch's context turns it off when it ends, also inside of one that the caller has entered
+    return nullcontext() if DTensor._op_dispatcher._allow_implicit_replication else implicit_replication()
+
+
+@contextmanager
+def _whole(modules: Iterable[nn.Module], mesh: Any) -> Iterator[None]:
+    """Inside, buffers that are sharded on another mesh are whole: FSDP2 adds a dimension to that of the parameters, and
+    leaves buffers on tensor parallelism's."""
+    others = [
+        (m._buffers, k, t)
+        for m in modules
+        for k, t in m._buffers.items()
+        if is_sharded(t) and t.device_mesh != mesh  # type: ignore[union-attr]
+    ]
+    try:
+        for held, k, t in others:
+            held[k] = whole(t)  # type: ignore[arg-type]
+        yield
+    finally:
+        for held, k, t in others:
+            held[k] = t
+
+
+def reshard_(module: nn.Module) -> None:
+    """Have every module that FSDP2 manages hold its own part of the parameters.
+
+    After a forward pass that no backward pass follows, the root keeps whole ones, and what is written to those is lost.
+    """
+    for m in module.modules():
+        if any(c.__name__ == "FSDPModule" for c in type(m).__mro__):
+            m.reshard()  # type: ignore[operator]
 
 
 def refuse_sharded(net: "Adapted", adapter: Mapping[str, Any]) -> None:
@@ -153,13 +228,18 @@ def refuse_sharded(net: "Adapted", adapter: Mapping[str, Any]) -> None:
             )
 
 
-def misplaced(net: "Adapted", adapter: Mapping[str, Any]) -> str | None:
-    """What is wrong where weight and leaf are not on one mesh: the first such site, and the cure."""
+def misplaced(net: "Adapted", adapter: Mapping[str, Any], error: Exception) -> str | None:
+    """What is wrong where a call that failed has sharded tensors in it: the first site concerned, and the cure."""
     weights = net._weights()
     for name in net.plan:
         w: Any = weights.get(name)  # the model may have changed since
         mesh = w.device_mesh if is_sharded(w) else None
         for t in leaves(adapter[name]):
+            if mesh is not None and torch._C._functorch.is_functorch_wrapped_tensor(t):
+                return (
+                    f"{name}: the weight is on {mesh}, and torch's sharded tensors do not run under torch.func. Use "
+                    "net.mixed for several adapters, and .backward() or torch.autograd.grad for gradients"
+                )
             other = t.device_mesh if is_sharded(t) else None
             if mesh != other:
                 cure = "place the adapter with peftfn.distribute(net, peftfn.gather(adapter))"
@@ -167,4 +247,11 @@ def misplaced(net: "Adapted", adapter: Mapping[str, Any]) -> str | None:
                     cure = "make the leaf plain with peftfn.gather(adapter), or shard the model first"
                 there, here = (f"on {x}" if x is not None else "a plain tensor" for x in (mesh, other))
                 return f"{name}: the weight is {there}, and its leaf is {here}. Both must be on one mesh: {cure}"
+    sharded = next((name for name in net.plan if is_sharded(weights.get(name))), None)
+    if sharded is not None and "mixed torch.Tensor and DTensor" in str(error):
+        return (
+            f"{sharded} is sharded, and this call computes with plain tensors too: the rows or gates of a mixed batch, "
+            "or a method's own constants. They are the same on every rank, so say so around the call and its backward "
+            "pass: with torch.distributed.tensor.experimental.implicit_replication(): …"
+        )
     return None

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peftfn.apply import Adapted
+from peftfn.distributed import is_sharded, laid_out, reshard_
 from peftfn.plan import Adapter, Plan
 from peftfn.rules import near
 from peftfn.structure import lasting_copy
 from peftfn.tree import leaves, mapped
-from peftfn.view import View, build, grown, leaf_at, owner
+from peftfn.view import Leaf, View, build, grown, leaf_at, owner
 
 DEFAULT = "default"
 
@@ -44,12 +45,17 @@ def as_module(net: Adapted, adapter: Mapping[str, Any] | None = None, /, **named
         `m.checkpoint_context`: `context_fn` for a torch.utils.checkpoint of your own.
 
     Raises:
-        ValueError: no adapter, a name that cannot be one, a net of another model, or a layer that cannot hold an
-            adapter: parametrized already, or with weights that a hook puts there.
+        ValueError: no adapter, a name that cannot be one, a net of another model or of such a module, or a
+            layer that cannot hold an adapter: parametrized already, or with weights that a hook puts there.
         TypeError: the model cannot be copied.
     """
     if (adapter is None) == (not named):
         raise ValueError("as_module: give an adapter, as_module(net, a), or several by name, as_module(net, x=a, y=b)")
+    if isinstance(net.model, View):
+        raise ValueError(
+            "as_module: the net's model is a module that as_module made. Several adapters of one model are given by "
+            "name, as_module(net, x=a, y=(another net, b)); to build on what one of them does, merge it first"
+        )
     pairs = named if adapter is None else {DEFAULT: adapter}
     given = {name: v if isinstance(v, tuple) else (net, v) for name, v in pairs.items()}
     for name, (other, a) in given.items():
@@ -76,9 +82,36 @@ def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:
 def parameters_of(module: nn.Module, name: str | None = None) -> dict[str, Any]:
     """Like `adapter_of`, with the `nn.Parameter`s themselves."""
     view, name = _view(module, name)
+    reshard_(module)
     state = view._peftfn
     out: dict[str, Any] = {site: dict(leaf_at(view, site, name).tree()) for site in state.plans[name]}
     return out | {bank: grown(paths, view._parameters) for bank, paths in state.banks[name].items()}
+
+
+def base_of(module: nn.Module) -> dict[str, Tensor]:
+    """The base in a module: {name in the model: parameter or persistent buffer}, each tensor once, sharing storage.
+
+    These are the names that a checkpoint of the model has, for loading one into a module that was made on the meta
+    device: `copy_(base_of(m), load_file("model.safetensors"))`.
+    """
+    view, _ = _view(module, None, any_name=True)
+    reshard_(module)
+    seen = {id(t) for name in view._peftfn.plans for t in leaves(parameters_of(view, name))}
+    constants = {name for leaf in view.modules() if isinstance(leaf, Leaf) for name in leaf._shared.values()}
+    out: dict[str, Tensor] = {}
+    for path, layer in view.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        held: dict[str, Any] = dict(layer._parameters)
+        for attr, slot in getattr(layer, "parametrizations", {}).items():
+            held[attr] = None if getattr(slot[0], "missing", False) else slot.original
+        skipped = layer._non_persistent_buffers_set | (constants if layer is view else set())
+        held |= {k: t for k, t in layer._buffers.items() if k not in skipped}
+        for attr, t in held.items():
+            if t is not None and id(t) not in seen:
+                seen.add(id(t))
+                out[f"{path}.{attr}" if path else attr] = t.detach()
+    return out
 
 
 def plan_of(module: nn.Module, name: str | None = None) -> Plan:
@@ -92,8 +125,10 @@ def copy_(dst: Any, src: Mapping[str, Any], name: str | None = None) -> None:
     """Overwrite an adapter with another, in place: no new storage, and nothing is compiled anew.
 
     Args:
-        dst: an adapter, or a module with adapters (then `name` says which; None is the one in force).
-        src: an adapter of the same structure, shapes and dtypes.
+        dst: an adapter, or a module with adapters (then `name` says which; None is the one in force). Any other tree
+            of tensors will do, `base_of(m)` for one.
+        src: a tree of the same structure, shapes and dtypes. Whole tensors for sharded ones must be the same on every
+            rank: each takes its part.
 
     Raises:
         KeyError, ValueError, TypeError: the two do not match. Nothing has been written then.
@@ -105,10 +140,15 @@ def copy_(dst: Any, src: Mapping[str, Any], name: str | None = None) -> None:
     pairs = list(_pairs(dst, src, "copy_"))
     for where, to, value in pairs:
         if to.is_meta or value.is_meta:
-            raise ValueError(f"{where}: no data (it is on meta). An offloaded adapter comes back with onload_")
+            raise ValueError(
+                f"{where}: no data (it is on meta). An offloaded adapter comes back with onload_, a module that was "
+                "made on meta with to_empty"
+            )
+        if is_sharded(value) and not is_sharded(to):
+            raise ValueError(f"{where}: the source is sharded, and what it goes to is not: give peftfn.gather(source)")
     with torch.no_grad():
         for _, to, value in pairs:
-            to.copy_(value)
+            to.copy_(laid_out(value, to))
 
 
 def trainable_(module: nn.Module, name: str | None = None, flag: bool = True) -> None:

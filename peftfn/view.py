@@ -70,7 +70,7 @@ class _Choice(threading.local):
         return _Choice, (self.default, self.several)
 
 
-class _Leaf(nn.Module):
+class Leaf(nn.Module):
     """One adapter at one site."""
 
     def __init__(self, entry: Entry, tree: Mapping[str, Any], root: nn.Module, names: Mapping[int, str], bank: Paths):
@@ -183,8 +183,9 @@ class View:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Like any module's. Where the base has other values than those given, they are loaded into storage of this
-        module's own: the base keeps what it has."""
+        module's own: the base keeps what it has. ValueError while an adapter is offloaded to meta."""
         module: Any = self
+        refuse_empty(module, "load_state_dict")
         for name, t in chain(module.named_parameters(), module.named_buffers()):
             given = state_dict.get(name)
             if not t.requires_grad and type(t.data) is Tensor and given is not None and not _equal(t, given):
@@ -194,6 +195,17 @@ class View:
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is in force now."""
         return nullcontext(), self.use(self._peftfn.choice.name)
+
+
+def refuse_empty(view: Any, what: str) -> None:
+    """ValueError if an adapter of the view has no values, having been offloaded to meta."""
+    for module in view.modules():
+        for name, leaf in module._modules.items() if isinstance(module, _Site) else ():
+            if name in view._peftfn.offloaded and any(p.is_meta for p in leaf.parameters()):
+                raise ValueError(
+                    f"{what}: adapter {name!r} is offloaded to meta and has no values at {module.site}; bring it back "
+                    f"first, peftfn.onload_(m, {name!r}, what offload_ returned)"
+                )
 
 
 def _equal(t: Tensor, given: Any) -> bool:
@@ -217,7 +229,8 @@ def _saving(cls: Any) -> Callable[..., Any]:
 
     @wraps(cls.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        leaves = {id(p) for leaf in self.modules() if isinstance(leaf, _Leaf) for p in leaf.parameters()}
+        refuse_empty(self, "save_pretrained")
+        leaves = {id(p) for leaf in self.modules() if isinstance(leaf, Leaf) for p in leaf.parameters()}
         banks = [name for of in self._peftfn.banks.values() for paths in of.values() for _, name in paths]
         leaves |= {id(self._parameters[name]) for name in banks}
         named = self.named_parameters(remove_duplicate=False)
@@ -227,6 +240,29 @@ def _saving(cls: Any) -> Callable[..., Any]:
         return cls.save_pretrained(self, save_directory, *args, state_dict=kept, **kwargs)
 
     return save_pretrained
+
+
+def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
+    """transformers' functions that give the embeddings other parameters, which an adapted one cannot take.
+
+    Those that are tied are so since `as_module`, so `tie_weights` has nothing to do then.
+    """
+    original = getattr(cls, name)
+
+    @wraps(original)
+    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
+        held = next((m for m in layers if parametrize.is_parametrized(m, "weight")), None)
+        if held is None:
+            return original(self, *args, **kwargs)
+        if name == "tie_weights":
+            return None
+        raise ValueError(
+            f"{held.parametrizations.weight[0].site}: {name} would give it another parameter, and it is adapted. Call "
+            "it on the model first, and adapt the model then"
+        )
+
+    return function
 
 
 def _wrap_checkpoints(view: Any) -> None:
@@ -251,7 +287,7 @@ def _itself(w: Tensor) -> Tensor:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """The forward of a quantised layer, by what stands for its weight."""
-    return plus(F.linear(x, layer.weight), layer.bias)
+    return plus(F.linear(x, layer.weight), getattr(layer, "bias", None))
 
 
 # Classes. register_parametrization makes one class a module, which cannot be pickled and is compiled anew for each of
@@ -290,6 +326,9 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
             body["_set_gradient_checkpointing"] = _checkpointing(cls)
         if hasattr(cls, "save_pretrained"):
             body["save_pretrained"] = _saving(cls)
+        for name in ("tie_weights", "resize_token_embeddings"):
+            if hasattr(cls, name):
+                body[name] = _unless_adapted(cls, name)
     bases = (*([View] if view else []), *map(_slot, names), cls)
     made: Any = type(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
     return made
@@ -326,7 +365,7 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         leaves: dict[str, nn.Module] = {}
         for name, (plan, a) in given.items():
             if at in plan:
-                leaves[name] = _Leaf(plan[at], a[at], model, names, banks[name].get(plan[at].bank or "", []))
+                leaves[name] = Leaf(plan[at], a[at], model, names, banks[name].get(plan[at].bank or "", []))
         layer, _ = owner(model, at)
         opaque = quantised(layer, at)
         if opaque is not None and opaque.own_forward:
@@ -369,9 +408,9 @@ def owner(model: nn.Module, slot: str) -> tuple[Any, str]:
     return model.get_submodule(path), attr
 
 
-def leaf_at(view: nn.Module, site: str, name: str) -> _Leaf:
+def leaf_at(view: nn.Module, site: str, name: str) -> Leaf:
     layer, attr = owner(view, site)
-    leaf: _Leaf = layer.parametrizations[attr][0]._modules[name]
+    leaf: Leaf = layer.parametrizations[attr][0]._modules[name]
     return leaf
 
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/distributed_worker.py REPORT
 import copy
 import gc
 import json
+import logging
 import re
 import sys
 import traceback
@@ -147,6 +148,106 @@ def check_fsdp2():
         close(space["whole"], want if dist.get_rank() == 0 else {})
 
 
+def check_a_model_that_starts_on_meta():
+    """No rank ever holds more than its part; constants and leaves get the values they have without sharding."""
+    real = model()
+    for method in [*METHODS, pf.PiSSA(rank=2), pf.FRoD(density=0.1), pf.VBLoRA(rank=2, vectors=5, length=2)]:
+        rules, space = {r"up\.weight": method}, {"torch": torch, "pf": pf, "fully_shard": fully_shard, "build": model}
+        one = pf.adapt(real, rules)
+        space |= {"RULES": rules, "checkpoint": dict(real.state_dict())}
+        exec(BLOCKS["meta.py"], space)
+        m = space["m"]
+        assert all(p.device.type == "cpu" for p in m.parameters())
+        close(pf.gather(pf.base_of(m)), dict(real.state_dict()), 0.0)
+        close(pf.gather(pf.adapter_of(m)), one.init(seed=0), 1e-6)
+        a = shaken(one.init(1))
+        y, error, g = single(one, a)
+        pf.copy_(m, a)
+        with torch.no_grad():
+            close(m(mine(X)), mine(y))
+        pf.copy_(m, shaken(one.init(2)))  # after a forward pass without backward the root holds whole parameters
+        pf.copy_(m, a)
+        here = loss(m(mine(X)))
+        here.backward()
+        close(mean(here), error)
+        close(pf.gather(gradients(parameters_of(m))), g)
+        close(pf.gather(pf.adapter_of(m)), a)
+
+
+def check_values_that_are_missing_or_do_not_fit():
+    with torch.device("meta"):
+        m = pf.as_module(net := pf.adapt(model(), {"up": pf.LoRA(rank=4)}), net.init())
+    plain = pf.as_module(net := pf.adapt(model(), {"up": pf.LoRA(rank=4)}), net.init())
+    sharded = pf.as_module(net, net.init())
+    fully_shard(sharded)
+    for run, words in [
+        (lambda: pf.reset_(m), "0.up.weight: no data (it is on meta); call m.to_empty"),
+        (lambda: pf.copy_(m, net.init()), "0.up.weight/a: no data (it is on meta)"),
+        (lambda: pf.copy_(plain, pf.adapter_of(sharded)), "0.up.weight/a: the source is sharded"),
+    ]:
+        try:
+            run()
+        except ValueError as e:
+            assert words in str(e), e
+        else:
+            raise AssertionError("no error")
+
+
+def check_two_dimensions():
+    """FSDP2 over tensor parallelism, both ways that two processes allow."""
+    block, n = model(1)[0], dist.get_world_size()
+    for method in METHODS:
+        one = pf.adapt(block, {"up|down": method})
+        a = shaken(one.init())
+        y, error, g = single(one, a)
+        for shape in ((1, n), (n, 1)):
+            space = {"torch": torch, "pf": pf, "fully_shard": fully_shard, "parallelize_module": parallelize_module}
+            space |= {"ColwiseParallel": ColwiseParallel, "RowwiseParallel": RowwiseParallel}
+            space |= {"model": copy.deepcopy(block), "shape": shape, "RULES": {"up|down": method}}
+            exec(BLOCKS["two_dimensions.py"], space)
+            m, mesh = space["m"], space["mesh"]
+            pf.copy_(m, a)
+            rows = X.chunk(shape[0])[mesh.get_local_rank("data")]
+            with implicit_replication():
+                here = loss(m(rows))
+                here.backward()
+                close(mean(here), error)
+                close(pf.gather(gradients(parameters_of(m))), g)
+                close(pf.gather(pf.adapter_of(m)), a)
+            close(pf.gather(pf.merged(m)), one.merge(a))
+            with implicit_replication():  # nor does merged turn off what its caller has turned on
+                close(pf.gather(pf.merged(m)), one.merge(a))
+                close(m(rows), y.chunk(shape[0])[mesh.get_local_rank("data")])
+
+
+def check_fsdp2_of_four_bits():
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear4bit(16, 128, quant_type="nf4"), nn.Tanh(), nn.Linear(128, 16)).to("cpu").eval()
+    for method in (pf.LoRA(rank=4), pf.DoRA(rank=4)):
+        net = pf.adapt(base, {"weight": method})
+        a = shaken(net.init())
+        y, error, g = single(net, a)
+        m = pf.as_module(net, a)
+        fully_shard(m)
+        packed = m[0].parametrizations.weight.original
+        assert packed.dtype == torch.uint8 and packed.to_local().numel() * dist.get_world_size() == packed.numel()
+        with torch.no_grad():
+            close(m(mine(X)), mine(y))  # bitsandbytes' own forward would pack the weight anew here, on some CPUs
+        here = loss(m(mine(X)))
+        here.backward()
+        close(mean(here), error)
+        close(pf.gather(gradients(parameters_of(m))), g)
+        close(pf.gather(pf.adapter_of(m)), a)
+        try:
+            pf.gather(pf.merged(m))
+        except ValueError as e:
+            assert str(e).startswith("0.weight: its weight is quantised and sharded") and "net.merge" in str(e), e
+        else:
+            raise AssertionError("no error")
+
+
 def check_tensor_parallel_page():
     base = model(1)[0]
     x, want = X, pf.adapt(copy.deepcopy(base), {"up|down": pf.LoRA(rank=4)})
@@ -220,6 +321,28 @@ def check_every_method_under_tensor_parallelism():
     assert not found, "\n".join(found)
 
 
+def check_mixed_batches_under_tensor_parallelism():
+    """Rows and gates are plain tensors: an error says what they need, and then outputs and gradients are right."""
+    block = model(1)[0]
+    sharded, index, gates = parallel(block), [0, 1, -1, 0], [0.3, 0.7]
+    for method in [*METHODS, pf.IA3()]:
+        one, two = (pf.adapt(m, {"up|down": method}) for m in (block, sharded))
+        each = [shaken(one.init(i)) for i in range(2)]
+        a, b = fresh(pf.stack(each)), fresh(pf.stack([pf.distribute(two, x) for x in each]))
+        try:
+            two.mixed(b, index, X)
+        except ValueError as e:
+            assert "up.weight is sharded" in str(e) and "implicit_replication" in str(e), e
+        else:
+            raise AssertionError("no error")
+        loss(one.mixed(a, index, X)).backward()
+        with implicit_replication():
+            loss(two.mixed(b, index, X)).backward()
+            close(two.mixed(b, index, X), one.mixed(a, index, X))
+            close(two.gated(b, gates, X), one.gated(a, gates, X))
+        close(pf.gather(gradients(b)), gradients(a), 1e-4)
+
+
 def check_files_under_tensor_parallelism():
     block = model(1)[0]
     sharded, folder = parallel(block), Path(sys.argv[1]).parent
@@ -252,6 +375,12 @@ def check_errors():
             assert str(e).startswith("up.weight: the weight is ") and words in str(e), e
         else:
             raise AssertionError("no error")
+    try:
+        torch.func.vmap(sharded.apply, (0, None))(pf.stack([sharded.init()] * 2), X)
+    except ValueError as e:
+        assert str(e).startswith("up.weight: ") and "do not run under torch.func" in str(e), e
+    else:
+        raise AssertionError("no error")
     fully_shard(block)
     try:
         pf.adapt(block, {"up": pf.LoRA()})
@@ -263,6 +392,7 @@ def check_errors():
 
 def main() -> None:
     dist.init_process_group("gloo")
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of what a gather in two dimensions costs
     warnings.simplefilter("ignore")  # from DTensor, about constants of one number
     report = {}
     for name, check in [(n, f) for n, f in globals().items() if n.startswith("check_")]:

@@ -166,6 +166,68 @@ def test_a_tied_weight_adapted_under_one_name_is_one_site() -> None:
         assert m.embed.parametrizations.weight.original.data_ptr() == model.head.weight.data_ptr()
 
 
+def test_tied_weights_that_an_adapter_makes_different_do_not_merge_unasked() -> None:
+    """Loaded into a model that ties them, the one that is loaded last would overwrite the other, without a word."""
+    case = by_name["tied"]
+    model = case.build()
+    for rule in ("embed", "head", "embed|head"):
+        net = pf.adapt(model, {rule: LoRA(2)})
+        a = random(net, scale=0.5)
+        m = pf.as_module(net, a)
+        for merge in (net.merge, lambda a, **k: dict(pf.merged(m, **k))):  # noqa: B023
+            with pytest.raises(ValueError, match=r"\.weight: it is tied to \w+\.weight, .*untied=True"):
+                merge(a)
+            merged = merge(a, untied=True)
+            same(
+                case.output(torch.func.functional_call(model, merged, *case.inputs(2), tie_weights=False)),
+                called(m, case),
+            )
+        same(net.merge(net.init())["embed.weight"], model.embed.weight)
+    net = pf.adapt(model, {"embed|head": pf.TiedTokens((1, 2))})
+    a, plain = random(net), case.build()
+    for merged in (net.merge(a), dict(pf.merged(pf.as_module(net, a)))):
+        plain.load_state_dict(merged, strict=False)
+        same(called(plain, case), flat(net, a, case))
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # tied no longer
+    net = pf.adapt(model, {"embed": LoRA(2)})
+    assert not torch.equal(net.merge(random(net))["embed.weight"], model.embed.weight)
+
+
+def test_transformers_resizes_and_ties_what_is_not_adapted() -> None:
+    case, _, net = llama()  # with an adapted embedding
+    m = pf.as_module(net, random(net))
+    want = called(m, case)
+    m.tie_weights()
+    assert torch.equal(called(m, case), want)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: resize_token_embeddings .*on the model first"):
+        m.resize_token_embeddings(99)
+    net = pf.adapt(net.model, {"q_proj": LoRA(2)})
+    m, shape = pf.as_module(net, random(net)), net.model.lm_head.weight.shape
+    want = called(m, case)
+    m.resize_token_embeddings(shape[0] + 2, mean_resizing=False)
+    assert net.model.lm_head.weight.shape == shape
+    assert m(**{"input_ids": case.inputs(2)[0][0]}).logits.shape[-1] == shape[0] + 2
+    m.resize_token_embeddings(shape[0])
+    same(called(m, case), want)
+
+
+@pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
+def test_a_module_that_starts_on_meta(method: Method) -> None:
+    """to_empty, the base's values and reset_ give what a module made of the whole model is."""
+    case = MethodCase(method, models_for(method)[0])
+    net = pf.adapt(copy.deepcopy(case.model).to("meta"), case.net.plan.rules)
+    m = pf.as_module(net, net.init()).to_empty(device="cpu")
+    for t in (*m.parameters(), *m.buffers()):
+        t.data.fill_(1)
+    base = pf.base_of(m)
+    pf.copy_(base, {k: t for k, t in case.model.state_dict().items() if k in base})
+    assert base.keys() >= {k for k, _ in case.model.named_parameters()}
+    pf.reset_(m, 3)
+    want, a = case.net.init(3), pf.adapter_of(m)
+    assert a.keys() == want.keys() and all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(want), strict=True))
+    same(m(case.x), case.net.apply(want, case.x))
+
+
 def test_dropout_follows_the_module_s_own_mode() -> None:
     model = by_name["mlp"].build()
     net = pf.adapt(model, {"weight": LoRA(2, dropout=0.5)})
@@ -384,6 +446,9 @@ def test_status_trainable_offload_onload() -> None:
         pass
     with pytest.raises(ValueError, match="meta"):
         pf.onload_(m, "two")
+    for write in (lambda: m.load_state_dict(m.state_dict()), lambda: m.save_pretrained("nowhere")):
+        with pytest.raises(ValueError, match=r"'two' is offloaded to meta .* at model\..*peftfn\.onload_"):
+            write()
     pf.onload_(m, "two", kept)
     assert all(p is q for p, q in zip(leaves(parameters_of(m, "two")), parameters, strict=True))
     pf.offload_(m, "two", "cpu")
@@ -518,6 +583,7 @@ def test_errors() -> None:
         (lambda: pf.as_module(net, a, b=a), ValueError, "give an adapter"),
         (lambda: pf.as_module(net, **{"a.b": a}), ValueError, "cannot be named 'a.b'"),
         (lambda: pf.as_module(net, train=a), ValueError, "cannot be named 'train'"),
+        (lambda: pf.as_module(pf.adapt(pf.as_module(net, a), {"0.bias": Full()}), {}), ValueError, "as_module made"),
         (lambda: pf.as_module(net, x=(other, a)), ValueError, "'x' adapts another model"),
         (lambda: pf.as_module(net, {"0.weight": a["0.weight"]}), KeyError, "lacks 1 of the plan's 2 sites"),
         (lambda: pf.adapter_of(model), ValueError, "holds 0 modules that as_module made"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
+from peftfn import quantised_layers
 from peftfn.method import registry
 from peftfn.quantised import parameters, quantised, weights
 from peftfn.testing import shaken
@@ -450,6 +451,50 @@ def test_a_model_that_transformers_loads_quantised(bits, tmp_path):
     leaves = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in a.items()}
     net.apply(leaves, ids, labels=ids).loss.backward()
     assert all(t.grad.isfinite().all() and t.grad.any() for leaf in leaves.values() for t in leaf.values())
+
+
+class Signs(nn.Module):
+    """A layer that no kind recognises: its weight is signs times a scale, and it names no sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("signs", torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)) > 0)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.register_parameter("weight", nn.Parameter(torch.zeros(OUT, IN, dtype=torch.int8), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.signs * 2.0 - 1).T * self.scale
+
+
+class SignWeight(quantised_layers.QuantisedWeight):
+    own_forward = True
+
+    @classmethod
+    def recognises(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, Signs)
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def matrix(self) -> Tensor:
+        return (self.layer.signs * 2.0 - 1) * self.layer.scale
+
+
+def test_a_new_kind_is_one_class():
+    base, plain = nn.Sequential(Signs()), nn.Sequential(nn.Linear(IN, OUT, bias=False))
+    plain[0].weight.data = (base[0].signs * 2.0 - 1) * 0.1
+    quantised_layers.KINDS.insert(0, SignWeight)
+    try:
+        for method in (pf.LoRA(rank=4), pf.DoRA(rank=4)):
+            net, dense = (pf.adapt(m, {r"0\.weight": method}) for m in (base, plain))
+            a = shaken(net.init(), 1, 0.05)
+            close(net.apply(a, X), dense.apply(a, X))
+            close(grad(partial(loss, net))(a, X), grad(partial(loss, dense))(a, X))
+            close(pf.as_module(net, a)(X), dense.apply(a, X))
+            with pytest.raises(ValueError, match=r"0\.weight: Signs cannot be made from a dense weight"):
+                net.merge(a)
+    finally:
+        quantised_layers.KINDS.remove(SignWeight)
 
 
 class TestErrors:

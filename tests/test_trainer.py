@@ -93,6 +93,22 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path) -> None:
         torch.testing.assert_close(m.eval()(**x).logits, net.apply(a, **x).logits)
 
 
+def test_trainer_ends_with_the_best_checkpoint(tmp_path: Path) -> None:
+    net = pf.adapt(encoder(1), RULES)
+    m = pf.as_module(net, net.init())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_total_limit": 1}
+    run = trainer(m, tmp_path, max_steps=6, eval_steps=2, save_steps=2, learning_rate=0.2, **best)
+    run.train()
+    assert run.state.best_global_step < 6, "the last step is the best one, and nothing was loaded"
+    held = load_file(tmp_path / f"checkpoint-{run.state.best_global_step}" / "model.safetensors")
+    state = m.state_dict()
+    assert held and all(torch.equal(state[k], t) for k, t in held.items())
+    assert run.evaluate()["eval_accuracy"] == run.state.best_metric
+    again = pf.as_module(net, net.init(5))
+    again.load_state_dict(held, strict=False)  # a checkpoint has all but the frozen base
+    assert equal(pf.adapter_of(again), pf.adapter_of(m))
+
+
 @pytest.mark.parametrize(
     "options",
     [

