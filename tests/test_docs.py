@@ -1,7 +1,12 @@
-"""Every Python block of the README and the docs runs, top to bottom, each page in one namespace and an empty folder."""
+"""Every Python block of the README and the docs runs, top to bottom, each page in one namespace and an empty folder.
 
+And what the README says besides: figures, links, the package's parts.
+"""
+
+import json
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -25,3 +30,47 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_readme_is_among_them() -> None:
     assert ROOT / "README.md" in PAGES
     assert {"adding_a_method.md"} <= {p.name for p in PAGES}
+
+
+def results(name: str) -> dict[str, dict[str, float]]:
+    """case → other way → median of ours / the other's, as benchmarks/results has it."""
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return {row["case"]: {way: q["median"] for way, q in row["ratio_to"].items()} for row in record["rows"]}
+
+
+def test_figures_of_the_readme_are_those_measured() -> None:
+    """After `make bench`, this says what to write."""
+    text = (ROOT / "README.md").read_text()
+    measured = results("adapt") | results("llama") | results("mixed")
+    shown = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]*) ?\|$", text, flags=re.M)
+    assert len(shown) >= 5
+    for case, *figures in shown:
+        want = [f"{measured[case][way]:.2f}" if way in measured[case] else "" for way in ("PEFT", "base")]
+        assert figures == want, case
+    steps = [r["PEFT"] for case, r in results("methods").items() if case.endswith(", training step") and "PEFT" in r]
+    many = results("vmap")["64 LoRA r16 adapters, forward, 2-layer Llama, d 128, 1×16 tokens"]["64 calls"]
+    line = " ".join(text.split())
+    for sentence in (
+        f"Of the {len(steps)} methods that PEFT has too, {sum(s > 1 for s in steps)} take longer in a training step.",
+        f"64 adapters under one `vmap` take {many:.2f} of 64 calls",
+    ):
+        assert sentence in line
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+            name, _, part = link.partition("#")
+            to = page.parent / name if name else page
+            assert to.exists(), f"{page.name}: {link}"
+            headings = re.findall(r"^#+ (.+)$", to.read_text(), flags=re.M) if part else []
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert not part or part in anchors, f"{page.name}: {link} is none of {sorted(anchors)}"
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject lists the packages by hand, because kernels/ is installed as peftfn.kernels."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "peftfn").rglob("__init__.py")}
+    assert listed == found | {"peftfn.kernels"}
