@@ -44,6 +44,9 @@ class Peft:
         fixed: configuration that tells this class from others of its type; `...` is anything that is set.
         shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
         group: a module's name → what stands for "{}" in those keys, where only the sites of one group share.
+        per_target: the sites that one name in `target_modules` finds share the bank, if they are of one shape; each has
+            a copy of it in the file.
+        rows: a tensor of the bank → the constant that says which of its rows a site has in the file.
     """
 
     type: str
@@ -53,6 +56,8 @@ class Peft:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     group: Callable[[str], str] = str
+    per_target: bool = False
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields from a configuration."""

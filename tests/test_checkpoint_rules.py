@@ -320,6 +320,28 @@ def test_a_tied_embedding_trained_whole(tie: bool, tmp_path: Path) -> None:
     assert torch.equal(embed, head) == tie
 
 
+@pytest.mark.parametrize("head", [[3], [5], [3, 4]], ids=str)
+def test_trained_tokens_of_a_head_and_the_embedding_it_is_tied_to(head: list[int], tmp_path: Path) -> None:
+    """PEFT trains the same tokens as one, and writes the embedding's alone; other tokens stay apart."""
+    make = lambda: llama(tie_word_embeddings=True)  # noqa: E731
+    tokens = {"embed_tokens": [3], "lm_head": head}
+    theirs = saved(tmp_path / "theirs", make(), lora(target_modules=["q_proj"], trainable_token_indices=tokens))
+    net, adapter = loaded = pf.load(tmp_path / "theirs", make())
+    assert modules(net, pf.TiedTokens) == ({"model.embed_tokens", "lm_head"} if head == [3] else set())
+    same_outputs(loaded, theirs, make())
+    pf.save(tmp_path / "mine", net, adapter, format="peft")
+    same_outputs(loaded, peft.PeftModel.from_pretrained(make(), tmp_path / "mine").eval(), make())
+
+
+@pytest.mark.parametrize("rule", ["embed_tokens", "embed_tokens|lm_head"])
+def test_tokens_that_peft_would_tie_are_not_written_apart(rule: str, tmp_path: Path) -> None:
+    for rules in ({rule: pf.TrainableTokens((3,))}, {rule: pf.TrainableTokens((3,)), "q_proj": pf.LoRA(2)}):
+        net = pf.adapt(llama(tie_word_embeddings=True), rules)
+        with pytest.raises(ValueError, match=r"embed_tokens.*lm_head.*TiedTokens"):
+            pf.save(tmp_path, net, net.init(), format="peft")
+    assert not list(tmp_path.iterdir())
+
+
 def test_modules_to_save_that_the_model_lacks(tmp_path: Path) -> None:
     """P17: as a rule, as a target, and in a file, which PEFT writes and reads without a word. The names that PEFT adds
     by itself, for a head that the model may not have, are no error."""
@@ -350,6 +372,27 @@ def test_trained_tokens_that_are_not_there(given: Any, name: str, tmp_path: Path
     edit(tmp_path, trainable_token_indices=given)
     with pytest.raises(ValueError, match=rf"lacks 1 tensors.*{name}.*\.token_adapter\.trainable_tokens_delta"):
         pf.load(tmp_path, llama())
+
+
+# Starts that change the base weight.
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_in_the_base_that_was_converted(start: str, rslora: bool, tmp_path: Path) -> None:
+    """PEFT writes it as the difference to where it started: a plain LoRA of twice the rank for the base as it was."""
+    config = lora(target_modules=QV, init_lora_weights=start, use_rslora=rslora)
+    theirs = peft.get_peft_model(llama(), config)
+    config.init_lora_weights = True  # as PEFT's documentation says, for the start alone
+    theirs.save_pretrained(tmp_path / "start")
+    config.init_lora_weights = start
+    randomised(theirs)
+    theirs.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    net, adapter = loaded = pf.load(tmp_path / "end", llama())
+    assert {(type(e.method), e.method.rank) for e in net.plan.values()} == {(pf.LoRA, 4)}
+    same_outputs(loaded, theirs, llama())
+    pf.save(tmp_path / "mine", net, adapter, format="peft")
+    same_outputs(loaded, peft.PeftModel.from_pretrained(llama(), tmp_path / "mine").eval(), llama())
 
 
 # Which layers a file's keys mean.

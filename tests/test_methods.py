@@ -369,3 +369,16 @@ def test_a_change_that_is_dropped_in_training_can_be_prepared(method: pf.Method)
     ready = net.prepare(one)
     net.model.eval()
     torch.testing.assert_close(net.apply(ready, x), net.apply(one, x))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_pruned_row_stays_one_under_dora(attached: bool) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    model.weight.data[1] = 0
+    net = pf.adapt(model, {"weight": pf.DoRA(2, attached=attached)})
+    a = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in net.init().items()}
+    y = net.apply(a, x)
+    torch.testing.assert_close(y, model(x))
+    y.square().sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in a["weight"].values())
+    torch.testing.assert_close(net.merge(net.init())["weight"], model.weight.detach())

@@ -50,8 +50,6 @@ def outputs_differ(method: Method, layer: str) -> str | None:
             return "PEFT takes stride[0], padding[0] and kernel_size[0]² for all sides (PEERS.md 2.7, 3)"
         case "LOKR" if layer == "conv1":
             return "PEFT's kron of a matrix and a 3-D tensor pairs the wrong axes; we do what LyCORIS does"
-        case "LILY" if layer != "linear":
-            return "PEFT's router averages over the whole batch (PEERS.md 2.7, 13); ours over each row's own positions"
         case "TRAINABLE_TOKENS" if layer == "linear":
             return "PEFT drops a Linear's bias (PEERS.md 2.7, 5); we keep it"
     return None
@@ -123,17 +121,23 @@ def build(layer: str, seed: int = 0) -> nn.Module:
         return Layers(LAYERS[layer][0](), layer[:4] in ("embe", "conv")).eval()
 
 
+def rows(method: Method, many: int) -> int:
+    """Of a batch: PEFT's Lily averages its router over all of them (PEERS.md 2.7, 13), ours over each row's own
+    positions, so one is compared."""
+    return 1 if method.peft.type == "LILY" else many
+
+
 def config(method: Method, target: str, layer: str) -> peft.PeftConfig:
-    """PEFT's configuration of a method, made by the method alone."""
-    written = json.loads(json.dumps(method.to_peft()))
+    """PEFT's configuration of a method, made by the method alone. target: names, with "|" between them."""
+    written, names = json.loads(json.dumps(method.to_peft())), target.split("|")
     if "feedforward_modules" in written:
-        written["feedforward_modules"] = [target] if written["feedforward_modules"] else []
+        written["feedforward_modules"] = names[-1:] if written["feedforward_modules"] else []
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.type]
     known = set(cls.__dataclass_fields__)
     assert written.keys() <= known, f"PEFT has no {written.keys() - known}"
     if "fan_in_fan_out" in known and layer == "linear_t":
         written["fan_in_fan_out"] = True
-    return cls(target_modules=[target], **written)
+    return cls(target_modules=names, **written)
 
 
 def randomised(model: nn.Module, seed: int = 3) -> nn.Module:
@@ -158,7 +162,7 @@ def round_trip(
         theirs = randomised(peft.get_peft_model(base(), config(method, target, layer)))
     except (ValueError, AttributeError, ZeroDivisionError):
         with pytest.raises(ValueError, match=target):  # what PEFT does not take, we do not write
-            written(folder, base(), {rf"{target}\.weight": method})
+            written(folder, base(), {rf"({target})\.weight": method})
         return
     theirs.save_pretrained(folder / "theirs")
     model = base()
@@ -251,32 +255,58 @@ def test_layer(method: Method, layer: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         x = LAYERS[layer][1]()
+    x = x[: rows(method, len(x))]
     round_trip(tmp_path, method, lambda: build(layer), "weight_default", layer, lambda m: m(x))
 
 
-MODELS = {"llama": ("linear, no bias", "q_proj"), "gpt2": ("linear_t", "c_attn")}
+MODELS = {
+    "llama": ("linear, no bias", "q_proj"),
+    "gpt2": ("linear_t", "c_attn"),
+    "bert": ("linear", "query"),
+    "t5": ("linear, no bias", "q"),
+    "vit": ("linear", "fc1"),
+    "whisper": ("linear", "q_proj"),
+    "gemma3": ("linear, no bias", "q_proj"),
+}
+FIRST = {type(m): m for m in reversed(METHODS) if expressible(m)}.values()
 
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(m, n) for m in METHODS for n in MODELS if supported(m, MODELS[n][0]) and expressible(m)],
+    [(m, n) for m in METHODS for n in ("llama", "gpt2") if supported(m, MODELS[n][0]) and expressible(m)]
+    + [(m, n) for m in FIRST for n in ("bert", "t5", "vit", "whisper", "gemma3")],
     ids=str,
 )
 def test_model(method: Method, name: str, tmp_path: Path) -> None:
     case, (layer, target) = by_name[name], MODELS[name]
-    args, kwargs = case.inputs(2)
+    args, kwargs = case.inputs(rows(method, 2))
     round_trip(tmp_path, method, case.build, target, layer, lambda m: case.output(m(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if expressible(m)], ids=str)
+def test_targets_of_several_shapes(method: Method, tmp_path: Path) -> None:
+    case, targets = by_name["llama"], "q_proj|v_proj|o_proj|down_proj"
+    args, kwargs = case.inputs(1)
+    round_trip(tmp_path, method, case.build, targets, "linear, no bias", lambda m: case.output(m(*args, **kwargs)))
+
+
+def test_clusters_that_rounding_errors_make_are_not_read(tmp_path: Path) -> None:
+    """AdaMSS with r >= out: PEFT clusters equally distant rows, and its file has only how many are in each."""
+    theirs = peft.get_peft_model(build("linear"), peft.AdamssConfig(target_modules=["weight_default"], r=OUT))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"weight_default.*rounding errors.*space < {OUT}"):
+        pf.load(tmp_path, build("linear"))
 
 
 # What a configuration can say besides its method.
 
 
-def both_ways(folder: Path, name: str, config: peft.PeftConfig) -> Any:
+def both_ways(folder: Path, name: str, config: peft.PeftConfig, batch: int = 2) -> Any:
     """PEFT's random adapter, loaded here and written back; (net, adapter) of it."""
     case = by_name[name]
     theirs = randomised(peft.get_peft_model(case.build(), config))
     theirs.save_pretrained(folder / "theirs")
-    args, kwargs = case.inputs(2)
+    args, kwargs = case.inputs(batch)
     model = case.build()
     before = {n: p.clone() for n, p in model.named_parameters()}
     net, adapter = pf.load(folder / "theirs", model)
@@ -356,6 +386,15 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
         ("t5", "IA3Config", {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}),
         ("t5", "OFTConfig", {"target_modules": ["q", "v"], "oft_block_size": 4}),
         ("gemma3", "LoraConfig", dict(target_modules="all-linear", use_rslora=True, **LORA)),
+        (
+            "llama",
+            "TinyLoraConfig",
+            {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 12, "u": 3},
+        ),  # 8, 12, 12
+        # block sizes that divide one of the two sides, and none: PEFT moves them to a divisor
+        ("llama", "OFTConfig", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 6}),
+        ("llama", "OFTConfig", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 0, "r": 5}),
+        ("llama", "OFTConfig", {"target_modules": ["q_proj", "down_proj", "embed_tokens"]}),
         ("mixtral", "LoraConfig", dict(target_modules="all-linear", **LORA)),
         ("attention", "LoraConfig", dict(target_modules=["packed"], **LORA)),
         ("bert", "AdamssConfig", {"target_modules": ["query", "output.dense"], "r": 8, "subspace_rank": 2}),
@@ -372,6 +411,97 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 )
 def test_options(name: str, config: str, options: dict[str, Any], tmp_path: Path) -> None:
     both_ways(tmp_path, name, getattr(peft, config)(**options))
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["all", "only"])
+@pytest.mark.parametrize("kind", table.BIAS)
+def test_biases_beside_every_method_that_can_train_them(kind: str, only: bool, tmp_path: Path) -> None:
+    """UniLoRA's tensors are all shared, so that a bias is all that its file has of a layer."""
+    first = {"ADALORA": pf.AdaLoRA(3, total_steps=10), "PVERA": pf.PVeRA(3)}
+    method = first.get(kind) or next(m for m in FIRST if m.peft.type == kind)
+    settings = config(method, "query", "linear")
+    settings.bias = table.BIAS[kind] if only else "all"
+    net, _ = both_ways(tmp_path, "bert", settings)
+    trained = {n for n, e in net.plan.items() if isinstance(e.method, pf.Full) or "Full" in str(e.method)}
+    every = {n for n, _ in net.model.named_parameters() if n.endswith("bias")}
+    assert trained == ({n for n in every if "query" in n} if only else every)
+    written = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert written["bias"] == settings.bias
+
+
+def test_the_types_that_can_train_biases_are_pefts() -> None:
+    fields = {k: {f.name: f for f in dataclasses.fields(c)} for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    assert table.BIAS.keys() == {k for k in table.DEFAULTS if "bias" in fields[k]}
+    for kind, only in table.BIAS.items():
+        bias = fields[kind]["bias"]
+        assert only in f"{bias.type} {bias.metadata.get('help')}"
+
+
+def test_types_without_biases_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"LOHA cannot train biases.*query\.bias"):
+        written(tmp_path, by_name["bert"].build(), {r"query\.weight": pf.LoHa(2), r"query\.bias": pf.Full()})
+
+
+# Lily's layers share by the name in target_modules that finds them, and by shape.
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("targets", "rules"),
+    [
+        (["q_proj"], 1),
+        (["k_proj", "v_proj"], 2),  # of one shape
+        (["q_proj", "v_proj"], 2),  # of two
+        (["up_proj", "self_attn.o_proj"], 2),
+        (r".*\.(q|o|v)_proj", 2),
+        ("all-linear", 14),  # PEFT writes every layer's own name, so nothing is shared
+    ],
+    ids=str,
+)
+def test_layers_that_share_experts(targets: Any, rules: int, stride: int, tmp_path: Path) -> None:
+    options = peft.LilyConfig(target_modules=targets, r=2, num_B=3, stride_A=stride)
+    net, adapter = both_ways(tmp_path, "llama", options, batch=1)
+    assert len(net.plan.rules) == len(net.plan.banks) == rules
+    assert {e.method for e in net.plan.values()} == {pf.Lily(2, 3, stride)}
+    _, shapes = pf.load(tmp_path / "theirs", by_name["llama"].build().to("meta"))
+    assert {n: {k: t.shape for k, t in leaf.items()} for n, leaf in shapes.items()} == {
+        n: {k: t.shape for k, t in leaf.items()} for n, leaf in adapter.items()
+    }
+    assert {t.device.type for leaf in shapes.values() for t in leaf.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("key", "stride"), [("lily_A", 2), ("lily_B", 1)])
+def test_copies_of_what_layers_share_are_compared(key: str, stride: int, tmp_path: Path) -> None:
+    options = peft.LilyConfig(target_modules=["q_proj", "v_proj"], r=2, stride_A=stride)
+    peft.get_peft_model(by_name["llama"].build(), options).save_pretrained(tmp_path)
+    name = f"base_model.model.model.layers.1.self_attn.v_proj.{key}.weight"
+    retensor(tmp_path, lambda t: t[name].add_(1))
+    with pytest.raises(ValueError, match=f"{name} differs from other layers' copies"):
+        pf.load(tmp_path, by_name["llama"].build())
+
+
+@pytest.mark.parametrize(
+    ("rules", "targets"),
+    [
+        ([r"(q|o)_proj"], ".*"),
+        ([r"layers\.0\..*q_proj", r"layers\.1\..*q_proj"], ["model.layers.0.self_attn.q_proj"]),
+        ([r"q_proj", r"(k|v)_proj"], ".*"),
+    ],
+    ids=str,
+)
+def test_rules_that_share_experts_are_written_so_that_they_do(rules: list[str], targets: Any, tmp_path: Path) -> None:
+    model = by_name["llama"].build()
+    net = pf.adapt(model, {rule: pf.Lily(2, stride=2) for rule in rules})
+    adapter = shaken(net.init(), 1)
+    pf.save(tmp_path, net, adapter, format="peft")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert isinstance(written, str) if isinstance(targets, str) else set(written) > set(targets)
+    again = pf.load(tmp_path, model)
+    assert len(again.net.plan.rules) == len(rules)
+    args, kwargs = by_name["llama"].inputs(1)
+    want = net.apply(adapter, *args, **kwargs).logits
+    compare(again.net.apply(again.adapter, *args, **kwargs).logits, want)
+    compare(peft.PeftModel.from_pretrained(by_name["llama"].build(), tmp_path).eval()(*args, **kwargs).logits, want)
 
 
 def test_one_rule_for_each_method_that_patterns_make(tmp_path: Path) -> None:
@@ -516,6 +646,7 @@ def test_a_minimal_configuration(folder: Path) -> None:
         ({"embed_tokens": pf.LoHa(2)}, "embed_tokens.*does not take"),
         ({"0.self_attn.q_proj": pf.FRoD(), "1.self_attn.q_proj": pf.FRoD()}, "1.self_attn.q_proj.*use one rule"),
         ({"q_proj": pf.AdaMSS()}, "space < 16"),
+        ({rf"{n}\..*(q|o)_proj": pf.Lily(2) for n in (0, 1)}, r"0.*q\|o.*1.*q\|o.*one rule for each such name"),
     ],
 )
 def test_what_peft_cannot_say(rules: dict[str, Method], message: str, tmp_path: Path) -> None:

@@ -154,6 +154,13 @@ def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Metho
     return found
 
 
+def family(targets: Any, module: str) -> str:
+    """The name in target_modules that finds a module: a regular expression is one for all that it finds."""
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        return targets
+    return max((n for n in listed(targets) if module.endswith(n)), key=len, default=module.rpartition(".")[2])
+
+
 def _is(have: Any, want: Any) -> bool:
     """`...` stands for anything that is set."""
     return have not in (None, False) if want is ... else bool(have == want)

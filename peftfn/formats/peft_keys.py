@@ -145,6 +145,11 @@ class Model:
         return Place(site, module, module)
 
 
+def ties(model: nn.Module) -> bool:
+    """Whether a transformers model says that its head is its embedding: PEFT then trains tokens of both as one."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
 def unwrapped(key: str) -> str:
     """A file's key without what wrappers of the model, and a state that was saved by hand, put into it."""
     key = _WRAPPERS.sub("", key).removeprefix(".")

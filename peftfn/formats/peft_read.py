@@ -51,11 +51,11 @@ class Reader:
         both = {n: chain(Full(), m) for n, m in methods.items() if n in self.whole}  # saved whole, and adapted
         chosen: dict[str, Method] = {**methods, **{n: Full() for n in self.whole}, **both}
         order = [s.name for s in dict.fromkeys(self.model.sites.values()) if s.name in chosen]
-        groups: dict[Method, list[str]] = {}
+        groups: dict[tuple[Method, Any], list[str]] = {}
         for name in order:
-            groups.setdefault(chosen[name], []).append(name)
-        rules = {pattern(names, self.model.names): method for method, names in groups.items()}
-        taken = {n: rule for rule, method in rules.items() for n in groups[method]}
+            groups.setdefault((chosen[name], self.sharing(name, methods)), []).append(name)
+        rules = {pattern(names, self.model.names): method for (method, _), names in groups.items()}
+        taken = {n: rule for rule, names in zip(rules, groups.values(), strict=True) for n in names}
         try:
             plan = make(self.model.model, rules, 0, taken=taken, constants=False)
         except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
@@ -68,6 +68,13 @@ class Reader:
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
         return self.fill(plan, methods, zeros)
 
+    def sharing(self, name: str, methods: Mapping[str, Method]) -> Any:
+        """Which sites have one rule, besides being of one method."""
+        method, place = methods.get(name), self.places.get(name)
+        if method is None or place is None or method.peft is None or not method.peft.per_target:
+            return None
+        return configs.family(self.config.get("target_modules"), place.module), place.site.shape
+
     def method(self, place: Place, found: Mapping[str, str]) -> Method:
         config, module = self.config, place.module
         if config["peft_type"] != "TRAINABLE_TOKENS" and not self.token_keys.isdisjoint(found):
@@ -79,12 +86,15 @@ class Reader:
         return configs.method(config, module, place.site.kind, self.where)
 
     def tie(self, methods: dict[str, Method]) -> None:
-        """Where a transformers model ties its head to the embedding, PEFT replaces the rows of both."""
-        if not getattr(getattr(self.model.model, "config", None), "tie_word_embeddings", False):
+        """Where a transformers model ties its head to the embedding, PEFT replaces the rows of both, unless the head
+        has other tokens of its own."""
+        if not keys.ties(self.model.model):
             return
         for name, method in list(methods.items()):
             site = self.places[name].site
             if type(method) is not TrainableTokens or site.kind != "embedding" or not site.tied:
+                continue
+            if any(type(methods.get(other)) is TrainableTokens for other in site.tied):
                 continue
             for other in (name, *site.tied):
                 methods[other] = TiedTokens(method.tokens)
@@ -195,7 +205,7 @@ class Reader:
         """The net and adapter with the file's tensors, each moved once to its site's device."""
         file, model = self.file, self.model
         adapter: Adapter = {}
-        entries = dict(plan.items())
+        entries, copied = dict(plan.items()), set[tuple[str | None, str, int | None]]()
         for name, entry in plan.items():
             w, before = model.weights[name], self.inside(name)
             leaf, frozen = Leaf(), dict(entry.frozen)
@@ -215,11 +225,18 @@ class Reader:
                     into = leaf if before + k in entry.spec else frozen if before + k in frozen else None
                     if (source := self.found[name].get(place.key(key))) is None or (into is None and k not in bank):
                         continue  # the same key under another name of ours, at other layers
-                    if into is None:  # every layer has a copy
-                        t = place.read(key, file.tensor(source, w.device), bank[k])
-                        if k in mine and not torch.equal(mine[k].to(w.device), t):
+                    if into is None and w.is_meta:  # shapes are all there is
+                        mine.setdefault(k, torch.empty(bank[k], device=w.device))
+                    elif into is None:  # every layer has a copy, or one of a row
+                        row = int(self.drawn(plan)[name].frozen[peft.rows[k]]) if k in peft.rows else None
+                        t = place.read(key, file.tensor(source, w.device), bank[k] if row is None else bank[k][1:])
+                        whole = mine.setdefault(k, t if row is None else t.new_zeros(bank[k]))
+                        part = whole if row is None else whole[row]
+                        if (entry.bank, k, row) in copied and not torch.equal(part.to(w.device), t):
                             raise ValueError(f"{file.where}: {source} differs from other layers' copies")
-                        mine.setdefault(k, t)
+                        if row is not None:
+                            part.copy_(t)
+                        copied.add((entry.bank, k, row))
                     else:
                         shape = entry.spec[before + k] if into is leaf else frozen[before + k].shape
                         t = place.read(key, file.tensor(source, w.device), shape)

@@ -139,7 +139,7 @@ class Sorted:
             if self.shared and not self.places:
                 raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
             return
-        adapted = whole | {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
+        adapted = {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
         named = matched(model.model, wanted, exclude, *layers)
         if config.get("ensure_weight_tying"):  # PEFT adapts what is tied to a layer along with it
             tied = (n for s in model.sites.values() if s.module in {*named} for n in s.tied)
@@ -163,7 +163,10 @@ class Sorted:
         given = self.config.get("trainable_token_indices")
         if not given or self.config["peft_type"] == "TRAINABLE_TOKENS":
             return []
-        there = [self.places[n].module for n, keys in self.found.items() if not self.token_keys.isdisjoint(keys)]
+        found = [self.places[n] for n, k in self.found.items() if not self.token_keys.isdisjoint(k)]
+        there = [p.module for p in found]
+        if isinstance(given, dict) and len({str(v) for v in given.values()}) == 1 and keys.ties(self.model.model):
+            there += [n.rpartition(".")[0] for p in found for n in p.site.tied]  # PEFT writes the embedding's alone
         names = [n for n in given if not any(f".{m}".endswith(f".{n}") for m in there)]
         if isinstance(given, list):  # of the embedding's tokens
             names = [] if there else ["embed_tokens"]

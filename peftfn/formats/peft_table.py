@@ -23,6 +23,15 @@ SEARCHED = frozenset({"OSF"})
 """Types that look for a pattern's keys anywhere in a name."""
 UNPATTERNED = frozenset({"HIRA", "ADALORA"})
 """Types whose rank_pattern PEFT 0.21.2 does not apply (HiRA), or gives another meaning (AdaLoRA)."""
+_BIASED = "BOFT C3A DEFT DELORA FROD GLORA GRALORA HRA LORA OFT PVERA RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
+BIAS = {kind: f"{kind.lower()}_only" for kind in _BIASED.split()} | {
+    "ADALORA": "lora_only",
+    "FOURIERFT": "fourier_only",
+    "MISS": "MiSS_only",
+}
+"""Types that can train biases → what `bias` is where only the adapted layers' are trained."""
+MANY = 20
+"""A list of so many target_modules PEFT replaces by a shorter one that finds the same."""
 _NAMES = (
     "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type target_modules "
     "exclude_modules layers_to_transform layers_pattern modules_to_save bias fan_in_fan_out save_projection "

@@ -14,14 +14,12 @@ from peftfn.apply import Adapted
 from peftfn.combine import is_expression
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors
+from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors, ties
 from peftfn.method import Leaf, Method
 from peftfn.methods.full import Full
 from peftfn.methods.tiedtokens import TiedTokens
 from peftfn.methods.trainabletokens import TrainableTokens
 from peftfn.plan import Entry, Plan, wide
-
-_BIAS = {"LORA": "lora_only", "OFT": "oft_only", "BOFT": "boft_only", "HRA": "hra_only", "VERA": "vera_only"}
 
 
 def documents(
@@ -47,6 +45,14 @@ def documents(
 
 def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[str, Any]]:
     """TiedTokens as PEFT has them: trained tokens of the embedding, which its model's head follows by itself."""
+    for name, e in net.plan.items() if ties(net.model) else ():
+        if type(e.method) is TrainableTokens and e.site.kind == "embedding" and e.site.tied:
+            heads = [net.plan[n].method for n in e.site.tied if n in net.plan]
+            if not any(type(m) is TrainableTokens and m.tokens != e.method.tokens for m in heads):
+                raise ValueError(
+                    f"{name}: PEFT trains these tokens of {e.site.tied[0]}, which is tied to it, as one with the "
+                    "embedding's: use TiedTokens for both, or save in the native format"
+                )
     tied = {n: e for n, e in net.plan.items() if isinstance(e.method, TiedTokens)}
     if not tied:
         return net, adapter
@@ -58,7 +64,7 @@ def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[
                 raise ValueError(f"{name}: PEFT trains tokens of a head along with its embedding only; adapt both")
             del entries[name], out[name]
             continue
-        if together != {name, *e.site.tied} or not getattr(net.model.config, "tie_word_embeddings", False):
+        if together != {name, *e.site.tied} or not ties(net.model):
             raise ValueError(f"{name}: PEFT ties {[name, *e.site.tied]}, and the rule has {sorted(together)}")
         assert e.bank is not None
         leaf = adapter[e.bank]
@@ -153,7 +159,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     if "feedforward_modules" in config:
         config["target_modules"], config["feedforward_modules"] = _two(modules, ahead, model)
     else:
-        config["target_modules"] = targets(modules, model.modules)
+        config["target_modules"] = _targets(kind, main, {n: p.module for n, p in places.items()}, modules, model)
     if "save_indices" in table.DEFAULTS.get(kind, {}):
         config["save_indices"] = True
     if parameters:
@@ -162,6 +168,26 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
         config["fan_in_fan_out"] = True
     _same(config, main, places, adapter, model)
     return config, out
+
+
+def _targets(
+    kind: str, main: Mapping[str, Entry], names: Mapping[str, str], modules: list[str], model: Model
+) -> list[str] | str:
+    """`target_modules`: where PEFT shares tensors by what is in it, so that those of a rule share."""
+    plain = targets(modules, model.modules)
+    if not all(e.method.peft and e.method.peft.per_target for e in main.values()):
+        return plain
+    for given in (plain, modules, "|".join(map(re.escape, modules))):
+        if isinstance(given, list) and len(given) >= table.MANY:
+            continue
+        pairs = {(configs.family(given, names[n]), e.site.shape, e.rule) for n, e in main.items()}
+        if len(pairs) == len({pair[:2] for pair in pairs}) == len({rule for *_, rule in pairs}):
+            return given
+    raise ValueError(
+        f"PEFT's {kind} shares among the layers of one shape that one name in target_modules finds, and no "
+        f"target_modules says what the rules {sorted({e.rule for e in main.values()})} do: use one rule for each such "
+        "name and shape, or save in the native format"
+    )
 
 
 def _layer(entry: Entry, model: Model) -> str:
@@ -283,7 +309,7 @@ def _whole(
     if biases:
         every = {s.name for s in model.sites.values() if s.name.endswith(".bias")}
         own = {n for n in every if n.rpartition(".")[0] in adapted}
-        only = _BIAS.get(config["peft_type"])
+        only = table.BIAS.get(config["peft_type"])
         if only is None:
             raise ValueError(f"PEFT's {config['peft_type']} cannot train biases; here are {_some(sorted(biases))}")
         if every <= full.keys():

@@ -103,12 +103,17 @@ class AdaMSS(_LowRank):
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | {"use_dynamic_rank": self.threshold > 0, "svd_threshold": self.threshold}
 
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        if len(p["c"]) <= len(p["P"]) and self.clusters > 1:  # PEFT makes the clusters again on loading
+    def _unclear(self, rows: int, space: int) -> None:
+        """ValueError where PEFT, which makes the clusters again on loading, has no reason for them."""
+        if rows <= space and self.clusters > 1:
             raise ValueError(
-                f"AdaMSS.space is {self.space}, and the weight has {len(p['c'])} rows: these are then equally far from "
-                f"each other, and rounding errors alone make PEFT's clusters: choose space < {len(p['c'])}"
+                f"AdaMSS.space is {self.space}, and the weight has {rows} rows: these are then equally far from each "
+                "other, so rounding errors alone make PEFT's clusters, and its files do not say which rows they have: "
+                f"choose space < {rows} (PEFT's r) before training"
             )
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        self._unclear(len(p["c"]), len(p["P"]))
         out = {"adamss_newB": p["P"]}
         for i, a in enumerate(p["a"]):
             b = p["b"][p["c"] == i]
@@ -117,6 +122,7 @@ class AdaMSS(_LowRank):
 
     def from_peft_leaf(self, t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
         u, p, cluster = self._parts(w, bias)
+        self._unclear(*u.shape)
         p = t["adamss_newB"].view_as(p)
         a, b = p.new_zeros(min(self.clusters, len(u)), self.rank, len(p)), p.new_zeros(len(u), self.rank)
         for i in range(len(a)):

@@ -55,13 +55,13 @@ class DoRA(LoRA):
         with nullcontext() if self.attached else torch.no_grad():
             n = self._norm(p, w)
         n = n if self.attached else n.detach()  # no_grad does not stop forward-mode derivatives
-        return {"a": p["a"], "b": p["b"], "c": p["m"] / n}
+        return {"a": p["a"], "b": p["b"], "c": _over(p["m"], n)}
 
     def prepare_all(self, ps: Sequence[Leaf], ws: Sequence[Tensor]) -> list[Leaf]:
         if self.attached:
             return super().prepare_all(ps, ws)
         norms = dora_norms(ws, [p["a"] for p in ps], [p["b"] for p in ps], [self.scale] * len(ps))
-        return [{"a": p["a"], "b": p["b"], "c": p["m"] / n.detach()} for p, n in zip(ps, norms, strict=True)]
+        return [{"a": p["a"], "b": p["b"], "c": _over(p["m"], n.detach())} for p, n in zip(ps, norms, strict=True)]
 
     @property
     def exact_gradient(self) -> bool:
@@ -85,3 +85,8 @@ class DoRA(LoRA):
 
     def summed(self, ps: list[Leaf]) -> Leaf | None:
         return None
+
+
+def _over(m: Tensor, n: Tensor) -> Tensor:
+    """m / n, and 0 where both are: a pruned row stays one."""
+    return m / n.clamp(min=torch.finfo(n.dtype).tiny)

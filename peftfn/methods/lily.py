@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +41,10 @@ class Lily(Method):
 
     peft = Peft(
         "LILY",
-        names("a=lily_A.weight b=lily_B.weight r=lily_router.weight"),
-        names("rank=r experts=num_B scale=scaling"),
+        names("a=lily_A.weight as=lily_A.weight b=lily_B.weight r=lily_router.weight"),
+        names("rank=r experts=num_B stride=stride_A scale=scaling"),
+        per_target=True,
+        rows={"as": "block"},
     )
 
     rank: Whole = 32
@@ -76,18 +77,15 @@ class Lily(Method):
         return own | {"r": rng.kaiming(self.experts, self.rank)}
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        a = p["a"] if self.stride == 1 else p["as"].index_select(0, p["block"]).squeeze(0)
-        h = F.linear(x, a)
+        h = F.linear(x, self._a(p))
         weights = torch.softmax(F.linear(h, p["r"]), -1)
         if x.dim() > 1:
             weights = weights.mean(-2)
         b = (weights @ p["b"].flatten(1)).reshape(*weights.shape[:-1], *p["b"].shape[1:])  # [..., rank, out]
         return F.linear(x, w) + self.scale * (h @ b)
 
-    def to_peft(self) -> dict[str, Any]:
-        if self.stride > 1:
-            raise ValueError(f"Lily.stride is {self.stride}; writing a shared A for PEFT is not supported: use 1")
-        return super().to_peft() | {"stride_A": 1}
+    def _a(self, p: Leaf) -> Tensor:
+        return p["a"] if self.stride == 1 else p["as"].index_select(0, p["block"]).squeeze(0)
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return super().to_peft_leaf(p | ({"b": p["b"].flatten(0, 1)} if "b" in p else {}))
+        return super().to_peft_leaf({"a": self._a(p), "b": p["b"].flatten(0, 1), "r": p["r"]})

@@ -34,13 +34,15 @@ class OFT(_Blocks):
         terms: of the series, at least 2; the error falls with ‖Q‖^terms.
         eps: if given, keep ‖Q_i‖_F ≤ eps/√(blocks trained) (COFT), by scaling Q_i down before it is used.
         side: "input" rotates x; "output" rotates the product's rows, y R, as PEFT does for embeddings.
+        nearest: where the block size, or the number, does not divide the rotated side, take the nearest that does, the
+            smaller of two, as PEFT does without being asked.
         init_weights: "default" (q zero) or "random" (q normal with std 0.1: not the identity).
     """
 
     cases = (
         {"block_size": 2},
         {"blocks": 2, "exact": True, "share": True, "init_weights": "random"},
-        {"block_size": 2, "terms": 3, "eps": 0.5},
+        {"block_size": 3, "nearest": True, "terms": 3, "eps": 0.5},
         {"blocks": 2, "side": "output"},
     )
 
@@ -60,11 +62,19 @@ class OFT(_Blocks):
     terms: int = 5
     eps: Positive | None = None
     side: Literal["input", "output"] = "input"
+    nearest: bool = False
     init_weights: Start = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         enough(self)
+
+    def block(self, size: int, side: str) -> int:
+        if not self.nearest:
+            return super().block(size, side)
+        wanted = self.blocks or self.block_size or self.default_size
+        n = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
+        return size // n if self.blocks else n
 
     def _block(self, w: Tensor) -> int:
         return self.block(w.shape[1 if self.side == "input" else 0], self.side)
@@ -95,9 +105,8 @@ class OFT(_Blocks):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
         eps = config.get("eps", 6e-5) if config.get("coft") else None
-        return replace(
-            super().from_peft(config), eps=eps, side="output" if config.get("kind") == "embedding" else "input"
-        )
+        side: Any = "output" if config.get("kind") == "embedding" else "input"
+        return replace(super().from_peft(config), eps=eps, side=side, nearest=True)
 
     def to_peft(self) -> dict[str, Any]:
         return super().to_peft() | ({} if self.eps is None else {"coft": True, "eps": self.eps})

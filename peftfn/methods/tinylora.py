@@ -24,7 +24,7 @@ class TinyLoRA(_LowRank):
     Trains size, for a whole group of sites numbers. For: reinforcement learning with a handful of numbers.
 
     Args:
-        rank: of the truncated SVD, at most min(out, in).
+        rank: of the truncated SVD; min(out, in) where that is smaller.
         size: trained numbers a group.
         weight_tying: 0 is one group a site, 1 one group for all: groups = round(sites·(1 − weight_tying)), at least 1.
         projection_seed: of P.
@@ -62,11 +62,13 @@ class TinyLoRA(_LowRank):
         return max(1, round(sites * (1 - self.weight_tying)))
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
-        n, r = self._groups(len(weights)), self.rank
-        each = max(1, len(weights) // n)
+        n = self._groups(len(weights))
+        each, rank = max(1, len(weights) // n), {site: min(self.rank, *w.shape[-2:]) for site, w in weights.items()}
         return {
             site: {
-                "P": rng.reseeded(self.projection_seed + k).normal(self.size, r, r, std=1 / sqrt(r)),
+                "P": rng.reseeded(self.projection_seed + k).normal(
+                    self.size, rank[site], rank[site], std=1 / sqrt(rank[site])
+                ),
                 "group": torch.tensor(min(k // each, n - 1), device=rng.device),
             }
             for k, site in enumerate(weights)
@@ -84,12 +86,10 @@ class TinyLoRA(_LowRank):
         return {f"A{end}": a.contiguous(), f"B{end}": b.contiguous()}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
-        if self.rank > min(w.shape):
-            raise ValueError(f"TinyLoRA.rank is {self.rank}; it must be at most min(out, in) = {min(w.shape)}")
         return {}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        r = (p["v"].index_select(0, p["group"]) @ p["P"].flatten(1)).view(self.rank, self.rank)
+        r = (p["v"].index_select(0, p["group"]) @ p["P"].flatten(1)).view(p["P"].shape[1:])
         if "A" in p:
             return {"down": p["A"], "up": p["B"] @ r}
         return {"down": p["B_rows"].mT, "up": (r @ p["A_rows"]).mT}
