@@ -5,6 +5,8 @@ A field of a method says by its type what values it may have; making the method 
     rank: Whole = 8
     dropout: Probability = 0.0
     init_weights: Start = "default"
+
+A plain bool, int, float or str is checked for being that, and finite.
 """
 
 import dataclasses
@@ -62,6 +64,31 @@ def divides(method: Any, name: str, block: int, **sizes: int) -> None:
             )
 
 
+PLAIN = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text"}
+"""Types of fields that any value of the type fits, and what that is."""
+
+
+def plain(method: Any, name: str, kind: type, optional: bool = False) -> None:
+    """Raise ValueError unless the field `name` is of a type in `PLAIN`: a NaN in it, or a text, would end up in y."""
+    value = getattr(method, name)
+    if kind in (bool, str):
+        fits = isinstance(value, kind)
+    else:
+        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        fits = number and math.isfinite(value)
+    if not fits and not (optional and value is None):
+        raise ValueError(
+            f"{type(method).__name__}.{name} is {value!r}; give {PLAIN[kind]}{', or None' if optional else ''}"
+        )
+
+
+def at_most(method: Any, name: str, **sizes: int) -> None:
+    """Raise ValueError if the field `name` is above one of the sizes."""
+    value, (size_name, size) = getattr(method, name), min(sizes.items(), key=lambda item: item[1])
+    if value > size:
+        raise ValueError(f"{type(method).__name__}.{name} is {value}, above {size_name}={size}: give {name} <= {size}")
+
+
 Whole = Annotated[int, whole]
 """Type of a field that is a positive integer: a rank, a size, a count."""
 Positive = Annotated[float, positive]
@@ -72,7 +99,7 @@ Probability = Annotated[float, probability]
 
 @cache
 def checks_of(cls: Any) -> list[tuple[str, Callable[[Any], None]]]:
-    """What the types of a method's fields say about their values: `Whole` and its like, and `Literal`s."""
+    """What the types of a method's fields say about their values: `Whole` and its like, `Literal`s, and `PLAIN`."""
     hints = get_type_hints(cls, include_extras=True)
 
     def checks(name: str) -> Iterator[Callable[[Any], None]]:
@@ -80,8 +107,12 @@ def checks_of(cls: Any) -> list[tuple[str, Callable[[Any], None]]]:
         if get_origin(hint) in (Union, UnionType):
             some = [h for h in get_args(hint) if h is not type(None)]
             hint, optional = some[0] if len(some) == 1 else Any, type(None) in get_args(hint)
+            if set(some) == {int, float}:
+                hint = float
         if get_origin(hint) is Literal:
             yield lambda m: choice(m, name, (*get_args(hint), *([None] if optional else [])))
+        if hint in PLAIN:
+            yield lambda m: plain(m, name, hint, optional)
         for check in getattr(hint, "__metadata__", ()):
             yield lambda m, check=check: (  # type: ignore[misc]
                 None if optional and getattr(m, name) is None else check(m, **{name: getattr(m, name)})

@@ -8,6 +8,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
 VOCAB, LENGTH = 24, 5
@@ -236,3 +238,20 @@ CASES = [
     Case("functions", Functions, floats(8), r"(^w|stack)$", mixed=False),
 ]
 by_name = {case.name: case for case in CASES}
+
+
+class Made(TorchDispatchMode):
+    """Counts tensors of some size that have storage, as they are made."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.seen = size, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in pytree.tree_leaves(out):
+            new = isinstance(t, Tensor) and not t.is_meta and t.untyped_storage().data_ptr() not in old
+            if new and t.numel() >= self.size:
+                self.seen.append(f"{func} made {list(t.shape)}")
+        return out

@@ -1,17 +1,22 @@
 """Bad input: each error names site, value, constraint and cure, comes before any work, and leaves everything usable."""
 
+import dataclasses
+import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import by_name, noise, tokens
+from models import Made, by_name, noise, tokens
 from test_models import close, random, same_state, state
 from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VeRA
+from peftfn.method import registry
+from peftfn.methods.allocation import Allocation
 
 
 class Small(nn.Module):
@@ -298,3 +303,115 @@ def test_dropout_under_vmap_says_how() -> None:
         torch.func.vmap(lambda a: net.apply(a, ids).last_hidden_state)(many)
     y = torch.func.vmap(lambda a: net.apply(a, ids).last_hidden_state, randomness="different")(many)
     assert y.isfinite().all()
+
+
+# Every method: settings that cannot be, and weights they do not fit.
+
+CLASSES = [cls for cls in registry.values() if cls.__module__.startswith("peftfn.methods")]
+CASES = [cls(**case) for cls in CLASSES for case in cls.cases]
+BAD_VALUES = [float("nan"), float("inf"), -1, 0, 2.5, "zzz", [1], None, True]
+CURE = re.compile(r"\b(give|choose|keep|use|split|raise|one rule a)\b|[<>]=? ?\w")
+
+
+def fits_or_says(method: pf.Method, field: str = "", layer: tuple[int, int] = (5, 7)) -> None:
+    """The method works on a weight of [layer[1], layer[0]]; or else adapt says why not, before it makes anything."""
+    model, (in_, out) = nn.Sequential(nn.Linear(*layer)), layer
+    with Made(in_ * out) as made:
+        try:
+            net = pf.adapt(model, {"weight": method})
+        except ValueError as e:
+            assert re.match(rf"0\.weight\b.*{type(method).__name__}\.{field}", str(e)), e
+            assert re.search(rf"\b({out}|{in_}|{out * in_})\b", str(e)), f"names no size of the weight: {e}"
+            assert CURE.search(str(e)), f"names no cure: {e}"
+            assert not made.seen, f"{made.seen} before the error: {e}"
+            return
+    adapter = net.init()
+    y = net.apply(adapter, noise(2, in_))
+    assert y.shape == (2, out)
+    assert y.isfinite().all()
+    assert all(t.isfinite().all() for leaf in adapter.values() for t in leaf.values())
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_a_weight_of_prime_sizes(method: pf.Method) -> None:
+    fits_or_says(method)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_bad_values_of_every_field(cls: type[pf.Method]) -> None:
+    for field in dataclasses.fields(cls):
+        for bad in BAD_VALUES:
+            try:
+                method = cls(**{**cls.cases[0], field.name: bad})
+            except ValueError as e:
+                assert re.match(rf"{cls.__name__}\.\w+", str(e)), f"{field.name}={bad!r}: {e}"
+                assert field.name in str(e), f"{field.name}={bad!r}: {e}"
+                assert CURE.search(str(e)), f"names no cure: {e}"
+                continue
+            kept = getattr(method, field.name)
+            assert kept is None or isinstance(kept, bool | int | tuple) or 0 <= abs(kept) < math.inf, (field.name, kept)
+            fits_or_says(method, layer=(8, 6))
+
+
+# Ranks above the matrix. Where the formula needs no smaller one they are legal, as in PEFT, whose files have them.
+
+TOO_MUCH: dict[str, str] = {
+    **dict.fromkeys(("MiCA", "OLoRA", "PiSSA", "PSOFT", "TLoRA"), r"rank is 20, above in=5: give rank <= 5"),
+    "MiSS": r"rank is 20, above in=5: give rank <= 5",
+    "MiSSBat": r"rank is 20, which does not divide out=7: choose",
+    "OSF": r"rank is 20, which keeps 20 of 5 directions: keep 1 to 4",
+    "SHiRA": r"rank is 20, so 240 entries, more than the 35 .*: choose rank <= 2",
+}
+RANKED = {cls.__name__: cls for cls in CLASSES if "rank" in {f.name for f in dataclasses.fields(cls)}}
+
+
+def of_rank(cls: type[pf.Method], rank: int) -> pf.Method:
+    """The method with settings that let any rank through on a weight [7, 5], but for the rank itself."""
+    free: dict[str, dict[str, Any]] = {
+        "BDLoRA": {"blocks": 1}, "GraLoRA": {"k": 1}, "QALoRA": {"group": 5}, "VBLoRA": {"length": 1, "topk": 2},
+    }  # fmt: skip
+    return cls(**{**cls.cases[0], "rank": rank, **free.get(cls.__name__, {})})
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks_above_the_matrix(name: str) -> None:
+    method, model = of_rank(RANKED[name], 20), nn.Sequential(nn.Linear(5, 7)).eval()
+    if name in TOO_MUCH:
+        with pytest.raises(ValueError, match=rf"0\.weight.*{name}\.{TOO_MUCH[name]}"):
+            pf.adapt(model, {"weight": method})
+        return
+    net, x = pf.adapt(model, {"weight": method}), noise(3, 5)
+    adapter = random(net)
+    y = net.apply(adapter, x)
+    assert y.isfinite().all()
+    assert not torch.allclose(y, model(x))
+    if method.mergeable:
+        close(y, torch.func.functional_call(model, net.merge(adapter), (x,)))
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (pf.HRA(6, orthogonal=True), r"HRA\.rank is 6, above in=5: give rank <= 5"),
+        (pf.KaSA(5, truncate=True), r"KaSA\.rank is 5.*give rank < 5"),
+    ],
+    ids=str,
+)
+def test_an_option_that_bounds_the_rank(method: pf.Method, match: str) -> None:
+    with pytest.raises(ValueError, match=rf"0\.weight.*{match}"):
+        pf.adapt(nn.Sequential(nn.Linear(5, 7)), {"weight": method})
+
+
+def test_a_large_rank_of_deft_is_that_of_the_space() -> None:
+    """As in PEFT, whose file of such a rank has the smaller tensors."""
+    adapter = pf.adapt(nn.Linear(5, 7), {"weight": pf.DEFT(20)}).init()
+    assert {k: list(t.shape) for k, t in adapter["weight"].items()} == {"p": [7, 7], "r": [7, 5]}
+    assert "a larger rank is out" in (pf.DEFT.__doc__ or "")
+
+
+def test_adaloras_target_above_its_rank_has_no_schedule() -> None:
+    """PEFT's default target makes such files; they load, and only the allocator has no use for them."""
+    method = pf.AdaLoRA(4, target_rank=9, total_steps=10)
+    adapter = pf.adapt(nn.Linear(5, 7), {"weight": method}).init()
+    with pytest.raises(ValueError, match=r"target_rank=9.*target_rank <= rank"):
+        Allocation.start(method, adapter)

@@ -94,7 +94,7 @@ class Reader:
             site = self.places[name].site
             if type(method) is not TrainableTokens or site.kind != "embedding" or not site.tied:
                 continue
-            if any(type(methods.get(other)) is TrainableTokens for other in site.tied):
+            if any(type(own := methods.get(other)) is TrainableTokens and own != method for other in site.tied):
                 continue
             for other in (name, *site.tied):
                 methods[other] = TiedTokens(method.tokens)

@@ -24,11 +24,11 @@ class AdaLoRA(_Variant):
     Trains rank·(in + out + 1) numbers. For: a rank budget that training itself shares out among the layers.
 
     Args:
-        rank: triplets of a site before any is taken away.
+        rank: triplets of a site before any is taken away; one above min(out, in) is legal.
         alpha: numerator of the scale; None means rank.
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (A and B normal with std 0.02, E zero) or "random" (all normal: not the identity).
-        target_rank: triplets that a site keeps in the end, on average.
+        target_rank: triplets that a site keeps in the end, on average; `allocate` refuses one above rank.
         warmup: steps before the first triplet goes.
         final: steps at the end in which the choice is fixed.
         interval: steps between two choices.

@@ -28,9 +28,9 @@ class AdaMSS(_LowRank):
     Trains clusters·rank·space + rank·out numbers. For: very few numbers, in directions taken from the weight.
 
     Args:
-        space: how many singular vectors (PEFT's r).
+        space: how many singular vectors (PEFT's r); above min(out, in) it is that, as in PEFT.
         clusters: number of them, at most out (PEFT's num_subspaces).
-        rank: of each cluster's change (PEFT's subspace_rank).
+        rank: of each cluster's change (PEFT's subspace_rank); above a cluster's rows it is legal, and buys nothing.
         threshold: a cluster's rank counts only squared singular values above threshold times its largest (PEFT's
             svd_threshold, if above 0 with use_dynamic_rank).
         seed: of the randomised SVD (PEFT's random_seed).
@@ -76,8 +76,7 @@ class AdaMSS(_LowRank):
         a = u.new_zeros(min(self.clusters, len(u)), self.rank, u.shape[1])
         for i in () if w.is_meta else range(len(a)):
             _, s, vh = torch.linalg.svd(u[cluster == i], full_matrices=False)
-            keep = s.square() > self.threshold * s[:1].square()
-            own = (vh * keep[:, None])[: self.rank]
+            own = (vh * (s.square() > self.threshold * s[:1].square())[:, None])[: self.rank]
             a[i, : len(own)] = own
         b = rng.zeros(len(u), self.rank) if self.identity else rng.normal(len(u), self.rank, std=0.01)
         return {"a": a.to(rng.device, rng.dtype), "b": b}
@@ -107,9 +106,8 @@ class AdaMSS(_LowRank):
         """ValueError where PEFT, which makes the clusters again on loading, has no reason for them."""
         if rows <= space and self.clusters > 1:
             raise ValueError(
-                f"AdaMSS.space is {self.space}, and the weight has {rows} rows: these are then equally far from each "
-                "other, so rounding errors alone make PEFT's clusters, and its files do not say which rows they have: "
-                f"choose space < {rows} (PEFT's r) before training"
+                f"AdaMSS.space is {self.space} and the weight has {rows} rows: PEFT's clusters are rounding errors then, "
+                f"and are not in its files. Choose space < {rows} before training"
             )
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
@@ -129,8 +127,6 @@ class AdaMSS(_LowRank):
             rows, down, up = (cluster == i).nonzero()[:, 0], t[f"adamss_A.{i}"], t[f"adamss_B.{i}"]
             n = min(len(down), len(rows), self.rank)
             if down.shape != (n, len(p)) or up.shape != (len(rows), n):
-                raise ValueError(
-                    f"adamss_A.{i} and adamss_B.{i} do not fit a cluster of {len(rows)} rows: load their base model"
-                )
+                raise ValueError(f"adamss_A.{i} and adamss_B.{i} do not fit {len(rows)} rows: load their base model")
             a[i, :n], b[rows, :n] = down, up
         return {"a": a, "b": b, "P": p, "c": cluster.to(p.device)}

@@ -22,7 +22,7 @@ class DEFT(Method):
     Trains rank·(in + out) numbers. For: removing a subspace and writing it anew, as in personalising image models.
 
     Args:
-        rank: dimension of the subspace; more than out is out.
+        rank: dimension of the subspace, which has `out` at most: a larger rank is out, in P, R and s, as in PEFT.
         decomposition: "relu" (left = P, right = relu(P)) or "qr" (left = right = Q of P = Q·upper triangle).
         alpha: numerator of s = alpha/rank; None means s = 1.
         para: leave R out: the subspace is only removed. This is never the identity.

@@ -22,7 +22,7 @@ class DeLoRA(_LowRank):
     Trains rank·(in + out) + 1 numbers. For: large learning rates: the size of the change is bounded.
 
     Args:
-        rank: inner dimension of the product.
+        rank: inner dimension of the product; one above min(out, in) is legal: Σ_i runs over more terms.
         strength: λ starts with it; it bounds the change in units of the columns' norms.
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (A Kaiming-uniform, B zero), or "random" (both Kaiming-uniform: not the identity).

@@ -22,7 +22,8 @@ class GraLoRA(Method):
     Trains rank·(in + out) numbers. For: LoRA's cost with k times its rank; larger ranks that do not overfit.
 
     Args:
-        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward).
+        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward). One above
+            min(out, in) is legal.
         alpha: numerator of the scale; None means rank + hybrid_rank, so s = 1.
         k: blocks a side; it must divide in and out.
         hybrid_rank: of the LoRA beside the grid; 0 for none.

@@ -21,7 +21,7 @@ class HiRA(Method):
     Trains rank·(in + out) numbers. For: changes of full rank; makes a dense weight each call, so for many tokens.
 
     Args:
-        rank: inner dimension of the product.
+        rank: inner dimension of the product; one above min(out, in) is legal, and buys nothing.
         dropout: probability of dropping an input feature of the change in train mode; embeddings have none to drop.
         init_weights: "default" (A Kaiming-uniform, B zero; at embeddings A zero, B normal), "gaussian" (A normal with
             std 1/rank, B zero), or "random" (both normal: not the identity).

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Start, Whole
+from peftfn.fields import Start, Whole, at_most
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
@@ -22,9 +22,12 @@ class HRA(Method):
     Trains rank·in numbers. For: rotations at LoRA's price.
 
     Args:
-        rank: number of reflections.
+        rank: number of reflections. More than `in`, which make any rotation, are legal unless `orthogonal`.
         orthogonal: Gram-Schmidt first, so that H = I − 2ÛÛᵀ (PEFT's apply_GS). This is never the identity.
         init_weights: "default" (each Kaiming-uniform column twice, if that is the identity) or "random".
+
+    Raises:
+        ValueError: orthogonal, and a rank above in.
     """
 
     cases = (
@@ -46,10 +49,8 @@ class HRA(Method):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         in_ = w.shape[1]
-        if self.orthogonal and self.rank > in_:
-            raise ValueError(
-                f"HRA.rank is {self.rank}; with orthogonal there are at most input={in_} directions: give rank <= {in_}"
-            )
+        if self.orthogonal:  # of more columns, Gram-Schmidt leaves zeros
+            at_most(self, "rank", **{"in": in_})
         if not self.identity:
             return {"u": rng.kaiming(in_, self.rank)}
         return {"u": rng.kaiming(in_, self.rank // 2).repeat_interleave(2, 1)}

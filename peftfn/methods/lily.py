@@ -25,7 +25,7 @@ class Lily(Method):
     of one shape.
 
     Args:
-        rank: inner dimension.
+        rank: inner dimension; one above min(out, in) is legal, and buys nothing but a wider router.
         experts: number of B_e, at least 2.
         stride: how many consecutive sites share one A; 1: each has its own.
         scale: s.

@@ -25,7 +25,7 @@ class LoHa(_Lycoris):
     Trains 2·rank·(in + out) numbers. For: rank up to rank², as image models like it.
 
     Args:
-        rank: inner dimension of each of the two products.
+        rank: inner dimension of each of the two products; beyond √min(out, in), more of it buys nothing.
         alpha: numerator of the scale; None means rank, so s = 1.
         rank_dropout: probability of dropping an output's change in train mode.
         module_dropout: probability of dropping the whole change in train mode.

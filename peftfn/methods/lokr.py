@@ -66,9 +66,10 @@ class LoKr(_Lycoris):
     def __post_init__(self) -> None:
         super().__post_init__()
         f = self.decompose_factor
-        if not (f == -1 or (len(f) == 2 and min(f) > 0 if isinstance(f, tuple) else f > 0)):
+        parts: tuple[Any, ...] = f if isinstance(f, tuple) and len(f) == 2 else (f,)
+        if f != -1 and not all(isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in parts):
             raise ValueError(
-                f"LoKr.decompose_factor is {f}; give a positive divisor, a pair of them, or -1 for the most square"
+                f"LoKr.decompose_factor is {f!r}; give a positive divisor, a pair of them, or -1 for the most square"
             )
 
     def _split(self, size: int, side: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ class LoRA(Method):
     Trains rank·(in + out) numbers. For: the first thing to try; every tool reads it.
 
     Args:
-        rank: inner dimension of the product.
+        rank: inner dimension of the product; one above min(out, in) is legal, and buys nothing.
         alpha: numerator of the scale; None means rank, so s = 1.
         rslora: divide by √rank instead of rank.
         dropout: probability of dropping an input feature of A in train mode; embeddings have no features to drop.

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from peftfn.fields import at_most
 from peftfn.method import Leaf
 from peftfn.methods.lora import LoRA
-from peftfn.methods.variant import _Variant, at_most_full, read_off
+from peftfn.methods.variant import _Variant, read_off
 from peftfn.plan import wide
 from peftfn.rng import Rng
 
@@ -39,7 +40,7 @@ class MiCA(LoRA):
     padding = None  # B has the rank too
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
-        at_most_full(self, w)
+        at_most(self, "rank", out=w.shape[0], **{"in": w.shape[1]})
         return {"a": rng.zeros(self.rank, w.shape[1])}
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:

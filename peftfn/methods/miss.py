@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Probability, Start, Whole, divides
+from peftfn.fields import Probability, Start, Whole, at_most, divides
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.rng import Rng
 
@@ -45,8 +45,7 @@ class MiSS(Method):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, in_ = w.shape
-        if self.rank > in_:
-            raise ValueError(f"MiSS.rank is {self.rank}, more than in={in_}: choose rank <= {in_}")
+        at_most(self, "rank", **{"in": in_})
         if self.mini is not None:
             divides(self, "mini", self.mini, out=out)
         return {"m": (rng.zeros if self.identity else rng.kaiming)(self.rank, self.mini or out)}

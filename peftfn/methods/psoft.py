@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.fields import Positive, Probability, Start, Whole
+from peftfn.fields import Positive, Probability, Start, Whole, at_most
 from peftfn.method import Leaf, Method, Peft, Product, names
 from peftfn.methods.rotation import bounded, cayley, enough, neumann, places, skew
 from peftfn.methods.sketch import sketched_svd
@@ -97,10 +97,7 @@ class PSOFT(Method):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         r = self.rank
-        if r > min(w.shape):
-            raise ValueError(
-                f"PSOFT.rank is {r}, and the weight [out, in] = {list(w.shape)}: give rank <= {min(w.shape)}"
-            )
+        at_most(self, "rank", out=w.shape[0], **{"in": w.shape[1]})
         q = rng.normal(*((r * (r - 1) // 2,) if self.orthogonal else (r, r)), std=0.0 if self.identity else 0.1)
         leaf = {"q": q if self.orthogonal else q + torch.eye(r, dtype=q.dtype, device=q.device)}
         return leaf | {k: rng.ones(r) for k, on in (("b", self.magnitude_b), ("a", self.magnitude_a)) if on}

@@ -27,7 +27,7 @@ class RandLoRA(_LowRank):
     each call.
 
     Args:
-        rank: of each term; smaller means more terms, and more trained numbers.
+        rank: of each term; smaller means more terms, and more trained numbers; from min(out, in) on there is one.
         alpha: numerator of the scale.
         projection_seed: of A and B (PEFT's projection_prng_key).
         density: "dense" (uniform entries), "sparse" (0, or ±1 with probability 1/6 each), "very_sparse" (±1 with

@@ -1,5 +1,6 @@
 """TrainableTokens: W with the rows of chosen tokens replaced by trained ones."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,12 @@ class TrainableTokens(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tokens", tuple(self.tokens))
-        if not self.tokens or min(self.tokens) < 0 or len(set(self.tokens)) < len(self.tokens):
-            raise ValueError(f"TrainableTokens.tokens is {self.tokens}; give one or more different indices >= 0")
+        some = tuple(self.tokens) if isinstance(self.tokens, Iterable) else ()
+        if not some or not all(type(t) is int and t >= 0 for t in some) or len(set(some)) < len(some):
+            raise ValueError(
+                f"{type(self).__name__}.tokens is {self.tokens!r}; give a tuple of one or more different indices >= 0"
+            )
+        object.__setattr__(self, "tokens", some)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         rows = self._rows(rng, w)

@@ -23,7 +23,7 @@ class UniLoRA(_LowRank):
     Trains length, for the whole rule numbers. For: one vector a task, kilobytes for a whole model.
 
     Args:
-        rank: inner dimension of the product.
+        rank: inner dimension of the product; one above min(out, in) is legal.
         length: of θ, the number of trained numbers of the whole rule.
         projection_seed: of the indices (PEFT's proj_seed).
         bound: θ starts as U(−bound, bound).
@@ -47,6 +47,11 @@ class UniLoRA(_LowRank):
     projection_seed: int = 42
     bound: float = 0.02
     dropout: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projection_seed < 0:
+            raise ValueError(f"UniLoRA.projection_seed is {self.projection_seed}; numpy's seeds are >= 0: give one")
 
     @property
     def identity(self) -> bool:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from peftfn.fields import at_most
 from peftfn.method import Leaf
 from peftfn.methods.lora import LoRA
 from peftfn.methods.lowrank import _LowRank
@@ -44,7 +45,7 @@ class _FromWeight(_Variant):
         raise NotImplementedError
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
-        at_most_full(self, w)
+        at_most(self, "rank", out=w.shape[0], **{"in": w.shape[1]})
         known = {k[:-1]: t for k, t in rng.constants.items() if k[-1] == "0" and t.is_meta == w.is_meta}
         return {k: t.to(rng.dtype, copy=True) for k, t in known.items()} or read_off(rng, **self.factors(rng, wide(w)))
 
@@ -54,15 +55,6 @@ class _FromWeight(_Variant):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         a, b, a0, b0 = p["a"], p["b"], p["a0"], p["b0"]
         return {"down": torch.cat([a0, a - a0], -2), "up": torch.cat([b - b0, b], -1)}
-
-
-def at_most_full(method: LoRA, w: Tensor) -> None:
-    """Raise ValueError if the rank is above the matrix's own."""
-    if method.rank > min(w.shape):
-        raise ValueError(
-            f"{type(method).__name__}.rank is {method.rank}, above the rank of a weight {list(w.shape)}: give rank <= "
-            f"{min(w.shape)}"
-        )
 
 
 def read_off(rng: Rng, **tensors: Tensor) -> Leaf:

@@ -26,7 +26,7 @@ class VBLoRA(_LowRank):
     and the bank need be kept.
 
     Args:
-        rank: inner dimension of the product.
+        rank: inner dimension of the product; one above min(out, in) is legal.
         vectors: of the bank.
         length: of a vector of the bank; it must divide in and out.
         topk: vectors mixed for one piece.

@@ -22,7 +22,7 @@ class VeRA(Method):
     Trains rank + out numbers. For: small files at a large rank; costs as a LoRA of that rank.
 
     Args:
-        rank: rows of A; cheap, since it costs rank + out trained numbers a site.
+        rank: rows of A; cheap, since it costs rank + out trained numbers a site, so often above min(out, in).
         projection_seed: of A and B (PEFT's projection_prng_key).
         d_initial: value λ_d starts with; λ_b starts at zero.
         dropout: probability of dropping an input feature of A in train mode.

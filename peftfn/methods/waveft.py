@@ -57,7 +57,10 @@ class WaveFT(FourierFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low_pass(self.wavelet)
+        try:
+            low_pass(self.wavelet)
+        except ValueError as e:
+            raise ValueError(f"WaveFT.wavelet is {self.wavelet!r}: {e}") from None
 
     def bins(self, size: int) -> int:
         return 2 * ((size + length(self.wavelet) - 1) // 2) if self.idwt else size

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
@@ -277,7 +277,8 @@ def conformed(c: Case) -> None:
 
 
 def gradients(c: Case) -> None:
-    """backward == grad == a central difference; jvp and vjp are adjoint; the Hessian is symmetric. In fp64.
+    """backward == grad == a central difference; jvp and vjp are adjoint, jacrev is jacfwd; the
+    Hessian is symmetric. In fp64.
 
     And training can start: at a fresh adapter the gradient is finite, and not zero.
     """
@@ -303,10 +304,20 @@ def gradients(c: Case) -> None:
         y: Tensor = c.net.apply(a, c.x)
         return y
 
+    def few_of(y: Tensor) -> Tensor:  # every row has a part
+        return y.flatten(1)[:, :: max(1, y[0].numel() // 3)].flatten()
+
+    def few(a: Any) -> Tensor:
+        return few_of(output(a))
+
     y, tangent = jvp(output, (a,), (u,))[:2]
     pull = vjp(output, a)[1]
     cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
     close(dot(pull(cotangent)[0], u), (cotangent * tangent).sum(), "jvp against vjp", 1e-6)
+    reverse, forward = jacrev(few)(a), jacfwd(few)(a)
+    close(reverse, forward, "jacrev against jacfwd", 1e-6)
+    along = [(reverse[n][k] * u[n][k]).flatten(1).sum(1) for n in u for k in u[n]]
+    close(torch.stack(along).sum(0), few_of(tangent), "jacrev against jvp", 1e-6)
     hu = jvp(grad(c.loss), (a,), (u,))[1]
     if c.method.exact_gradient:
         close(dot(hu, v), dot(jvp(grad(c.loss), (a,), (v,))[1], u), "Hessian", 1e-6)
