@@ -106,8 +106,8 @@ class AdaMSS(_LowRank):
         """ValueError where PEFT, which makes the clusters again on loading, has no reason for them."""
         if rows <= space and self.clusters > 1:
             raise ValueError(
-                f"AdaMSS.space is {self.space} and the weight has {rows} rows: PEFT's clusters are rounding errors then, "
-                f"and are not in its files. Choose space < {rows} before training"
+                f"AdaMSS.space is {self.space} and the weight has {rows} rows: PEFT's clusters are rounding errors "
+                f"then, and are not in its files. Choose space < {rows} before training"
             )
 
     def to_peft_leaf(self, p: Leaf) -> Leaf:
