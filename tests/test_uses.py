@@ -272,15 +272,15 @@ def test_methods_compare_pickle_and_copy() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import torch, time, sys; t = time.process_time(); import peftfn; t = time.process_time() - t;"
-        "print(t, [m for m in ('transformers', 'peft', 'triton', 'matplotlib', 'numpy.testing') if m in sys.modules],"
-        "torch.cuda.is_initialized())"
+        "import time, sys; a = time.process_time(); import torch; b = time.process_time(); import peftfn;"
+        "heavy = ('transformers', 'peft', 'triton', 'matplotlib', 'numpy.testing');"
+        "print((time.process_time() - b) / (b - a), [m for m in heavy if m in sys.modules], torch.cuda.is_initialized())"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "123"
     ]
     assert all(r.strip().endswith("[] False") for r in runs), runs
-    assert min(float(r.split()[0]) for r in runs) < 0.3, runs
+    assert min(float(r.split()[0]) for r in runs) < 0.5, runs  # of what torch takes, so that the machine cancels
 
 
 def test_leaves_used_twice_in_functions_get_the_sum_of_their_gradients() -> None:
