@@ -34,7 +34,7 @@ class Route:
     copies: int = field(default=1, kw_only=True)  # how often `generate` repeats each row: beams, sampled sequences
     common: frozenset[str] | None = field(default=None, kw_only=True)  # sites whose input has no rows; None: not told
 
-    def told(self, common: Sequence[str] | None, sites: Iterable[str]) -> "Self":
+    def told(self, common: Sequence[str] | None, sites: Iterable[str]) -> Self:
         """This route with the sites that `common`'s patterns find. ValueError for a pattern that finds none."""
         if common is None:
             return self
