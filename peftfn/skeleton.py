@@ -110,7 +110,9 @@ class Skeleton:
         self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
         self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
-        self.containers = [(d, k, _state(d[k])) for d, k in held if _is_container(d[k])]
+        held = [(d, k) for d, k in held if _is_container(d[k])]
+        self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
+        self.containers = [(d, k, _state(d[k])) for d, k in held if not _is_data(d[k])]
         self.seen = tuple(self._values())
         self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
 
@@ -122,6 +124,7 @@ class Skeleton:
         return (
             sum(map(len, self.dicts)) == self.size
             and list(chain.from_iterable(self.named)) == self.keys
+            and all(_equal(d[k], was) for d, k, was in self.data)
             and all(_equal(_state(d[k]), was) for d, k, was in self.containers)
             and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
         )
@@ -281,6 +284,13 @@ def _is_container(v: Any) -> bool:
     if isinstance(v, Tensor | nn.Module | type | Enum) or callable(v) or is_setting(v):
         return False
     return type(getattr(v, "__dict__", None)) is dict
+
+
+def _is_data(v: Any) -> bool:
+    """Whether v is numbers and texts in lists, dicts and sets: what `==` compares, and quickly."""
+    if type(v) in (list, tuple, set):
+        return all(map(_is_data, v))
+    return v.__class__ in _PLAIN or (type(v) is dict and all(map(_is_data, [*v, *v.values()])))
 
 
 def _state(v: Any, above: tuple[int, ...] = ()) -> Any:
