@@ -41,7 +41,7 @@ operations:
 * PiSSA and OLoRA leave the base's weight as it is, where PEFT replaces it. So they run at twice the rank, and take two
   differences and two concatenations a site and call, about 6 µs; prepared, they do not.
 * Full, on norms, adds to W at each call, where PEFT trains a copy of it.
-* BEFT, IA3, KaSA, Lily, MiSS, PVeRA, SuperTuning, TrainableTokens, UniLoRA and VeRA run no more operations than PEFT's,
+* IA3, Lily, MiSS, PVeRA, SuperTuning, TrainableTokens, UniLoRA and VeRA run no more operations than PEFT's,
   but for a dozen small ones (of 240 to 1500). What is left is the fixed cost of a call, which all methods have: about
   0.1 ms to see what the base's owner changed and to fill the slots, and 5 µs a site to reach its method, together 2 %
   of this small model's forward pass.
