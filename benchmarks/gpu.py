@@ -253,6 +253,7 @@ def environment(dry: bool) -> Json:
 def gates(run: Run) -> None:
     """Everything that must hold before a time means anything."""
     import torch
+
     from peftfn.kernels import use
     from peftfn.kernels.dora_norm import dora_norm, dora_norms
     from peftfn.kernels.dora_norm import reference as norm_reference
@@ -383,6 +384,7 @@ def gates(run: Run) -> None:
 def graph_gates(run: Run, t: Any) -> None:
     """What only a captured graph and autograd's own thread can show."""
     import torch
+
     from peftfn.kernels import use
     from peftfn.kernels.lora_fused import fused_linear
     from peftfn.kernels.mixed_lora import Stack, mixed_lora
@@ -459,6 +461,7 @@ def linears(run: Run) -> None:
 
 def norms(run: Run) -> None:
     import torch
+
     from peftfn.kernels import use
     from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
 

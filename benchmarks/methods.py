@@ -24,7 +24,7 @@ import peftfn as pf
 from benchmarks.harness import BASE, OURS, Json, Options, Target, row
 from benchmarks.llama import PEFT, Call, Ways, loss_of, quiet
 from benchmarks.models import PROJECTIONS, RULE, agree, leaves, llama
-from peftfn.method import Method, registry
+from peftfn.core.method import Method, registry
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that counts memory is talkative
 SIZES = {"layers": 3, "d": 256, "mlp": 768, "heads": 4}

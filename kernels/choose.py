@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftfn.transform import eager
+from peftfn.tensors.transform import eager
 
 Mode = Literal["auto", "torch", "triton"]
 _mode: ContextVar[Mode] = ContextVar("peftfn.kernels.use", default="auto")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch
-from torch import Tensor
 
 RUNTIME = ("r", "b_n", "b_r", "scale")
 

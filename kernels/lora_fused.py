@@ -7,11 +7,12 @@ choose.py says. Kept for backward: x, S = drop(x) Aᵀ [m, r], a seed; and v, wh
 from typing import Any
 
 import torch
-from peftfn.kernels.choose import Products, Target, kernels_for, products
-from peftfn.kernels.philox import fresh_seed, keep
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
+
+from peftfn.kernels.choose import Products, Target, kernels_for, products
+from peftfn.kernels.philox import fresh_seed, keep
 
 
 class _Fused(Function):

@@ -12,12 +12,12 @@ kept for backward:
 from typing import Any
 
 import torch
-from peftfn.kernels.lora_fused import fused_linear
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.transform import eager
+from peftfn.kernels.lora_fused import fused_linear
+from peftfn.tensors.transform import eager
 
 
 def _forward(x: Tensor, s: Tensor, w: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch, power
-from torch import Tensor
 
 # Arguments whose value must not be part of what is compiled: sizes of the batch, ranks, and strides that follow them.
 RUNTIME = ("m", "r", "b_n", "b_r", "s_row", "rows_each", "planes", "scale", "p")

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peftfn.kernels.choose import Target, all_at_once, kernels_for
-from peftfn.kernels.segments import Segments, segments
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
+
+from peftfn.kernels.choose import Target, all_at_once, kernels_for
+from peftfn.kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
     from peftfn.kernels.mixed_triton import Side

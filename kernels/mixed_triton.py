@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch, power
 from peftfn.kernels.segments import Segments
-from torch import Tensor
 
 RUNTIME = (
     "t", "slots", "width", "r", "scale", "split", "parts", "p_r", "p_n", "s_slot", "slices", "slice0",

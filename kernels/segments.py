@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from peftfn.kernels.launch import cdiv
 from torch import Tensor
+
+from peftfn.kernels.launch import cdiv
 
 
 class Segments(NamedTuple):

@@ -1,29 +1,30 @@
 """peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
 
-from peftfn import optim
-from peftfn.apply import Adapted, adapt
-from peftfn.bank import Bank, bank
-from peftfn.combine import Chain, add, chain, scale
-from peftfn.conform import conform
-from peftfn.convert import to_lora
-from peftfn.describe import Described, Description, describe
-from peftfn.distributed import distribute, gather, merged
+from peftfn.core.combine import Chain, add, chain, scale
+from peftfn.core.method import Method
+from peftfn.core.plan import Adapter
+from peftfn.core.rng import Rng
 from peftfn.formats import load, save
 from peftfn.formats.files import Loaded
 from peftfn.formats.several import load_all
-from peftfn.fresh import reset_
-from peftfn.gated import alora_gates
-from peftfn.many import stack, unstack
-from peftfn.method import Method
+from peftfn.many.alora import alora_gates
+from peftfn.many.bank import Bank, bank
+from peftfn.many.conform import conform
+from peftfn.many.nets import Nets
+from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods import __all__ as _methods
-from peftfn.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
-from peftfn.nets import Nets
-from peftfn.plan import Adapter
-from peftfn.rng import Rng
-from peftfn.site import Site, sites
-from peftfn.summary import summary
-from peftfn.targets import targets
+from peftfn.model.site import Site, sites
+from peftfn.net.distributed import distribute, gather
+from peftfn.net.net import Adapted, adapt
+from peftfn.tools import optim
+from peftfn.tools.convert import to_lora
+from peftfn.tools.describe import Described, Description, describe
+from peftfn.tools.summary import summary
+from peftfn.tools.targets import targets
+from peftfn.view.merged import merged
+from peftfn.view.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
+from peftfn.view.reset import reset_
 
 __version__ = "0.1.0"
 __all__ = [

@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import peftfn as pf
-from peftfn.method import registry
-from peftfn.module import parameters_of
+from peftfn.core.method import registry
+from peftfn.view.module import parameters_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
 BLOCKS = dict(re.findall(r'^```python title="(.*?)"\n(.*?)^```', PAGE, flags=re.S | re.M))

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from peftfn.kernels import choose, use
-from peftfn.kernels import dora_norm as module
-from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.plan import prepared
+from peftfn.core.plan import prepared
+from peftfn.kernels import choose, use
+from peftfn.kernels import dora_norm as module
+from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
 from peftfn.testing import close
 
 assert choose.INTERPRETED, "test_kernels_interpreter.py runs this file"

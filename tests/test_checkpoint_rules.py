@@ -19,8 +19,8 @@ from test_peft_parity import compare, edit, randomised
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.targets import matched, targets
 from peftfn.testing import shaken
+from peftfn.tools.targets import matched, targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

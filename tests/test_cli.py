@@ -27,8 +27,8 @@ from peftfn.__main__ import main
 from peftfn.cli.base import load_base
 from peftfn.cli.merge import _Merge
 from peftfn.cli.progress import progress
+from peftfn.core.method import registry
 from peftfn.formats.kohya import FILE
-from peftfn.method import registry
 
 KV = r"(k|v)_proj\.weight"
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VeRA
-from peftfn.method import registry
-from peftfn.methods.allocation import Allocation
+from peftfn.core.method import registry
+from peftfn.methods.parts.allocation import Allocation
 
 
 class Small(nn.Module):

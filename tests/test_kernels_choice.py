@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 from compiled import TARGETS, Launch, recorded
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import peftfn as pf
+from peftfn.core.method import LowRank
 from peftfn.kernels import choose, use
 from peftfn.kernels.choose import Products, kernels_for, products
 from peftfn.kernels.dora_norm import dora_norm
 from peftfn.kernels.launch import launch
 from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.mixed_lora import mixed_rows
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-
-import peftfn as pf
-from peftfn.method import LowRank
 from peftfn.testing import close
 
 SM90 = TARGETS[1]

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from compiled import TARGETS, Launch, recorded
+from torch import Tensor
+
 from peftfn.kernels import choose, use
 from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.mixed_lora import Low, Stack, mixed_embedding, mixed_lora, pack
 from peftfn.kernels.segments import segments
-from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install peftfn[triton]")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn.core.method import registry
 from peftfn.formats.kohya import FILE
 from peftfn.formats.kohya_keys import ENDS, Names
 from peftfn.formats.kohya_unet import older
-from peftfn.method import registry
 
 
 class Net(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 
 import peftfn as pf
-from peftfn.method import Method, registry
+from peftfn.core.method import Method, registry
 from peftfn.testing import LAWS, ONCE, LawBroken, check_law, check_method
 
 METHODS = [

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VBLoRA
-from peftfn.route import Rows
+from peftfn.slots.route import Rows
 
 INDICES = {
     "distinct": [0, 1, 2, 3, 4, 5],

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfn as pf
 from peftfn import IA3, DoRA, Full, LoRA, Method, VBLoRA, VeRA
-from peftfn.module import parameters_of
+from peftfn.model.names import matches
 from peftfn.testing import Case as MethodCase
 from peftfn.testing import close, leaves, models_for
+from peftfn.view.module import parameters_of
 
 
 def flat(net: pf.Adapted, a: Any, case: Case) -> Tensor:
@@ -107,7 +108,7 @@ def test_models(case: Case, method: Method) -> None:
     model = case.build()
     before = state(model)
     rules = {case.linear: method} | ({r"norm|bn|bias": Full()} if isinstance(method, LoRA) else {})
-    rules = {k: v for k, v in rules.items() if k == case.linear or any(pf.rules.matches(k, n) for n in pf.sites(model))}
+    rules = {k: v for k, v in rules.items() if k == case.linear or any(matches(k, n) for n in pf.sites(model))}
     net = pf.adapt(model, rules)
     a = random(net)
     m = pf.as_module(net, a)

@@ -15,9 +15,9 @@ from torch.func import functional_call, grad
 
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA, TrainableTokens
-from peftfn.module import parameters_of
-from peftfn.optim import LoRAFA, decay, lora_fa, lora_plus
 from peftfn.testing import leaves
+from peftfn.tools.optim import LoRAFA, decay, lora_fa, lora_plus
+from peftfn.view.module import parameters_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`")
 RULES = {

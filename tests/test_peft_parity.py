@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import peftfn as pf
+from peftfn.core.method import Method, registry
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
 from peftfn.formats.peft_keys import Model, tensors
-from peftfn.method import Method, registry
 from peftfn.testing import shaken
 from peftfn.testing.models import IN, OUT
 

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
 from peftfn import quantised_layers
-from peftfn.method import registry
-from peftfn.quantised import parameters, quantised, weights
+from peftfn.core.method import registry
+from peftfn.tensors.quantised import parameters, quantised, weights
 from peftfn.testing import shaken
 
 with warnings.catch_warnings():  # of torch's own changes, when they are imported

@@ -13,9 +13,9 @@ from peft.utils import constants
 from torch import nn
 
 import peftfn as pf
+from peftfn.core.method import registry
 from peftfn.formats.regex import Pattern
-from peftfn.method import registry
-from peftfn.targets import defaults, matched, targets
+from peftfn.tools.targets import defaults, matched, targets
 
 EXCLUDED = ["mlp.c_proj", "output.dense", "SelfAttention.q", "1.self_attn.k_proj", "attention.k_proj"]
 LISTS = ["layers", "h", "layer", "block"]

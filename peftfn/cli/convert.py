@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from peftfn.cli.base import Base, guard, load_base
-from peftfn.combine import Chain
-from peftfn.convert import to_lora
+from peftfn.core.combine import Chain
+from peftfn.core.plan import Entry
 from peftfn.formats import hub, load, save, swift
 from peftfn.formats.files import Loaded, read_json
-from peftfn.methods.full import Full
-from peftfn.plan import Entry
+from peftfn.methods.weights.full import Full
+from peftfn.tools.convert import to_lora
 
 
 def convert(

@@ -8,13 +8,13 @@ from typing import Any
 
 from peftfn.cli.base import load_base
 from peftfn.cli.convert import bound
+from peftfn.core.method import Method
 from peftfn.formats import FORMATS, hub, kohya, native, peft, peft_keys, swift
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors, opened, read_json
 from peftfn.formats.kohya_keys import ENDS
 from peftfn.formats.peft_extra import INVOCATION, REPLICATION
 from peftfn.formats.several import folders
-from peftfn.method import Method
 
 
 def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, Any]]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.apply import Adapted
 from peftfn.cli.base import INDEX, Base, guard, load_base, opened_shard
 from peftfn.cli.progress import progress
+from peftfn.core.plan import Entry
 from peftfn.formats import hub, load
 from peftfn.formats.files import read_json
-from peftfn.plan import Entry, wide
-from peftfn.site import sites
+from peftfn.model.site import sites
+from peftfn.net.net import Adapted
+from peftfn.tensors.precision import wide
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"})
 

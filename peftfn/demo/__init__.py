@@ -15,7 +15,7 @@ from peftfn.demo import checks, report
 from peftfn.demo.data import Task, news, reviews
 from peftfn.demo.model import SPLIT, Base, Split
 from peftfn.demo.train import Schedule, Trained, accuracy, train, untrained
-from peftfn.summary import counts
+from peftfn.tools.summary import counts
 
 HEAD = "head only"
 BATCH = {"news": 32, "reviews": 16}

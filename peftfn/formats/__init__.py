@@ -17,12 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.apply import Adapted
-from peftfn.distributed import distribute, is_sharded, refuse_sharded
 from peftfn.formats import hub, kohya, native, peft, swift
-from peftfn.formats.files import Loaded
+from peftfn.formats.files import Loaded, refuse_sharded
+from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
-from peftfn.site import refuse_adapters
+from peftfn.net.distributed import distribute
+from peftfn.net.net import Adapted
+from peftfn.tensors.sharded import is_sharded
 
 FORMATS: dict[str, Any] = {"native": native, "swift": swift, "peft": peft, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
@@ -52,7 +53,7 @@ def save(
     if not isinstance(net, Adapted):
         raise TypeError(f"save takes (path, net, adapter), and the second is a {type(net).__name__}")
     net.plan.check(adapter)
-    refuse_sharded(net, adapter)
+    refuse_sharded(net.plan, adapter)
     if repetition(net.model) and format not in ("native", "peft"):
         raise ValueError(
             f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot say"

@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftfn.apply import Adapted
-from peftfn.plan import Adapter
+from peftfn.core.plan import Adapter, Plan
+from peftfn.net.net import Adapted
+from peftfn.tensors.sharded import is_sharded
+from peftfn.tensors.tree import leaves
 
 LIMIT = 1 << 24
 """Bytes of a configuration file; the largest real ones (a pattern for every layer) are far smaller."""
@@ -213,3 +215,19 @@ def write(path: Path, content: Mapping[str, Tensor] | str, metadata: Mapping[str
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def refuse_sharded(plan: Plan, adapter: Mapping[str, Any]) -> None:
+    """ValueError unless every tensor of the adapter and of the plan's constants is whole, as a file holds them."""
+    for name, tree in adapter.items():
+        if any(map(is_sharded, leaves(tree))):
+            raise ValueError(
+                f"{name}: its leaf is sharded, and a file holds whole tensors. Call a = peftfn.gather(adapter, rank=0) "
+                "on every rank, and save a on rank 0"
+            )
+    for name, e in plan.items():
+        if any(map(is_sharded, e.frozen.values())):
+            raise ValueError(
+                f"{name}: its constants are sharded as the model is, and a file holds whole tensors. Save with a net "
+                "of the model as it is without sharding, peftfn.adapt(model, rules)"
+            )

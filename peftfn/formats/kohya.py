@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.apply import Adapted
-from peftfn.combine import is_expression
+from peftfn.core.combine import is_expression
+from peftfn.core.method import Leaf
+from peftfn.core.plan import Entry
 from peftfn.formats.files import Loaded, opened, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import Reader
-from peftfn.method import Leaf
-from peftfn.methods.diag_oft import DiagOFT
-from peftfn.methods.dora import DoRA
-from peftfn.methods.full import Full
-from peftfn.methods.glora_lycoris import GLoRALycoris
-from peftfn.methods.ia3 import IA3
-from peftfn.methods.input_dora import InputDoRA
-from peftfn.methods.loha import LoHa
-from peftfn.methods.lokr import LoKr
-from peftfn.methods.lora import LoRA
-from peftfn.plan import Entry
+from peftfn.methods.weights.diag_oft import DiagOFT
+from peftfn.methods.weights.dora import DoRA
+from peftfn.methods.weights.full import Full
+from peftfn.methods.weights.glora_lycoris import GLoRALycoris
+from peftfn.methods.weights.ia3 import IA3
+from peftfn.methods.weights.input_dora import InputDoRA
+from peftfn.methods.weights.loha import LoHa
+from peftfn.methods.weights.lokr import LoKr
+from peftfn.methods.weights.lora import LoRA
+from peftfn.net.net import Adapted
 
 FILE = "pytorch_lora_weights.safetensors"
 """Its name in a folder, as diffusers has it."""

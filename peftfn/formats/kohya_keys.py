@@ -4,16 +4,16 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from peftfn.core.method import Method
 from peftfn.formats.kohya_unet import older
-from peftfn.method import Method
-from peftfn.methods.diag_oft import DiagOFT
-from peftfn.methods.full import Full
-from peftfn.methods.glora_lycoris import GLoRALycoris
-from peftfn.methods.ia3 import IA3
-from peftfn.methods.loha import LoHa
-from peftfn.methods.lokr import LoKr
-from peftfn.methods.lora import LoRA
-from peftfn.site import Site, sites
+from peftfn.methods.weights.diag_oft import DiagOFT
+from peftfn.methods.weights.full import Full
+from peftfn.methods.weights.glora_lycoris import GLoRALycoris
+from peftfn.methods.weights.ia3 import IA3
+from peftfn.methods.weights.loha import LoHa
+from peftfn.methods.weights.lokr import LoKr
+from peftfn.methods.weights.lora import LoRA
+from peftfn.model.site import Site, sites
 
 FLAT: dict[str, tuple[str, ...]] = {
     "lora_unet": ("unet", "transformer"),

@@ -8,26 +8,26 @@ from typing import Any
 
 from torch import Size, nn
 
-from peftfn.apply import Adapted
+from peftfn.core.method import Method
+from peftfn.core.plan import Adapter, Entry, Plan, make
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.kohya_keys import ENDS, Key, Names
 from peftfn.formats.peft_read import pattern
-from peftfn.method import Method
-from peftfn.methods.diag_oft import DiagOFT
-from peftfn.methods.dora import DoRA
-from peftfn.methods.full import Full
-from peftfn.methods.glora_lycoris import GLoRALycoris
-from peftfn.methods.ia3 import IA3
-from peftfn.methods.input_dora import InputDoRA
-from peftfn.methods.loha import LoHa
-from peftfn.methods.lokr import LoKr
-from peftfn.methods.lora import LoRA
-from peftfn.methods.lycoris import spread
-from peftfn.plan import Adapter, Entry, Plan, make
-from peftfn.quantised import parameters
-from peftfn.rules import near
-from peftfn.site import Site, sites
+from peftfn.methods.parts.lycoris import spread
+from peftfn.methods.weights.diag_oft import DiagOFT
+from peftfn.methods.weights.dora import DoRA
+from peftfn.methods.weights.full import Full
+from peftfn.methods.weights.glora_lycoris import GLoRALycoris
+from peftfn.methods.weights.ia3 import IA3
+from peftfn.methods.weights.input_dora import InputDoRA
+from peftfn.methods.weights.loha import LoHa
+from peftfn.methods.weights.lokr import LoKr
+from peftfn.methods.weights.lora import LoRA
+from peftfn.model.names import near
+from peftfn.model.site import Site, sites
+from peftfn.net.net import Adapted
+from peftfn.tensors.quantised import parameters
 
 
 class Reader:

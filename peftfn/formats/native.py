@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.apply import Adapted
-from peftfn.distributed import on_mesh
+from peftfn.core.method import Method, registry
+from peftfn.core.plan import Entry, Plan, make
 from peftfn.formats.files import MOST, Loaded, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
-from peftfn.method import Method, registry
-from peftfn.plan import Entry, Plan, make
-from peftfn.quantised import parameters
-from peftfn.site import sites
+from peftfn.model.site import sites
+from peftfn.net.net import Adapted
+from peftfn.tensors.quantised import parameters
+from peftfn.tensors.sharded import on_mesh
 
 CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
 

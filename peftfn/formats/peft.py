@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.apply import Adapted
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra as beside
 from peftfn.formats.files import Loaded, Tensors, opened, unpickled, write
@@ -24,6 +23,7 @@ from peftfn.formats.peft_keys import Model
 from peftfn.formats.peft_old import modernised, renaming
 from peftfn.formats.peft_read import Reader
 from peftfn.formats.peft_write import documents
+from peftfn.net.net import Adapted
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

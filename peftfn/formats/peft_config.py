@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from peftfn.core.method import Method, registry
 from peftfn.formats.files import MOST, read_json
 from peftfn.formats.peft_table import (
     COUNTS,
@@ -20,7 +21,6 @@ from peftfn.formats.peft_table import (
     UNPATTERNED,
 )
 from peftfn.formats.regex import Pattern
-from peftfn.method import Method, registry
 
 
 class Config(dict[str, Any]):

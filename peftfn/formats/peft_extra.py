@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.apply import Adapted
+from peftfn.core.plan import Plan
 from peftfn.formats.files import MOST
-from peftfn.methods.lora import LoRA
-from peftfn.plan import Plan
-from peftfn.structure import lasting_copy
+from peftfn.methods.weights.lora import LoRA
+from peftfn.model.structure import lasting_copy
+from peftfn.net.net import Adapted
 
 INVOCATION, REPLICATION = "alora_invocation_tokens", "layer_replication"
 KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path", "revision", "auto_mapping"})

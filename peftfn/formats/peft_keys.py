@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfn.core.method import Leaf, Method
 from peftfn.formats.peft_config import listed
-from peftfn.method import Leaf, Method
-from peftfn.quantised import parameters
-from peftfn.site import Site, sites
+from peftfn.model.site import Site, sites
+from peftfn.tensors.quantised import parameters
 
 PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.apply import Adapted
-from peftfn.combine import chain
+from peftfn.core.combine import chain
+from peftfn.core.method import Leaf, Method
+from peftfn.core.plan import Adapter, Plan, make
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.peft_keys import PREFIX, Model, Place
 from peftfn.formats.peft_sort import Sorted
-from peftfn.method import Leaf, Method
-from peftfn.methods.full import Full
-from peftfn.methods.tiedtokens import TiedTokens
-from peftfn.methods.trainabletokens import TrainableTokens
-from peftfn.plan import Adapter, Plan, make, wide
-from peftfn.rules import near
+from peftfn.methods.weights.full import Full
+from peftfn.methods.weights.tiedtokens import TiedTokens
+from peftfn.methods.weights.trainabletokens import TrainableTokens
+from peftfn.model.names import near
+from peftfn.net.net import Adapted
+from peftfn.tensors.precision import wide
 
 
 class Reader:

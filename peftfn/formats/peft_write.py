@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.apply import Adapted
-from peftfn.combine import is_expression
+from peftfn.core.combine import is_expression
+from peftfn.core.method import Leaf, Method
+from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
 from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors, ties
-from peftfn.method import Leaf, Method
-from peftfn.methods.full import Full
-from peftfn.methods.tiedtokens import TiedTokens
-from peftfn.methods.trainabletokens import TrainableTokens
-from peftfn.plan import Entry, Plan, wide
+from peftfn.methods.weights.full import Full
+from peftfn.methods.weights.tiedtokens import TiedTokens
+from peftfn.methods.weights.trainabletokens import TrainableTokens
+from peftfn.net.net import Adapted
+from peftfn.tensors.precision import wide
 
 
 def documents(

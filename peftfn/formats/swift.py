@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.apply import Adapted
 from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
@@ -22,6 +21,7 @@ from peftfn.formats.files import Loaded, Tensors, opened, read_json, write
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.peft_keys import PREFIX
 from peftfn.formats.peft_write import document
+from peftfn.net.net import Adapted
 
 EXTRA = "extra_states"
 _NAMED = re.compile(

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from peftfn.method import Method
-from peftfn.site import sites
+from peftfn.core.method import Method
+from peftfn.model.site import sites
 from peftfn.testing.laws import LAWS, ONCE, SITE, Case, close, leaves, shaken
 from peftfn.testing.models import MODELS
 

@@ -15,9 +15,9 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
+from peftfn.core.method import Method
 from peftfn.formats.native import from_json, to_json
-from peftfn.method import Method
-from peftfn.plan import wide
+from peftfn.tensors.precision import wide
 from peftfn.testing.models import MODELS, Model
 
 SITE = "layer.weight"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import peftfn as pf
-from peftfn.method import Method, registry
+from peftfn.core.method import Method, registry
 from peftfn.testing.laws import Case, many_by_row, merge_is_apply
 from peftfn.testing.models import MODELS, OUT
 

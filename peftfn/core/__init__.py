@@ -1,0 +1,1 @@
+"""A method, a plan, an adapter, and the pure functions of the three."""

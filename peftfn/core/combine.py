@@ -1,0 +1,219 @@
+"""Algebra on adapters and methods: scale, add, chain.
+
+An adapter is data, so its algebra is data too. `scale` and `add` write what they mean into the tree:
+
+    leaf  ::=  {name: tensor}  |  {"scale": s, "of": leaf}  |  {"add.0": leaf, "add.1": leaf, …}
+
+and the tree is read when the adapter is applied: W + s·delta, W + Σ delta. Where the method knows a closed form (a sum
+of LoRAs is a LoRA of the summed rank), that form runs; otherwise the weight is made dense. The result is a tree of
+tensors like any other: it stacks, saves, and has gradients.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.rng import Rng
+
+
+def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
+    """The adapter whose change of every weight is s times as large: W + s·delta(W).
+
+    s: a number, or a 0-d floating tensor (which then is a leaf like any other, with a gradient). s = 0 is the base.
+    """
+    if isinstance(s, str) or not isinstance(adapter, Mapping):
+        raise TypeError(f"scale: give an adapter and a number, not {type(adapter).__name__} and {type(s).__name__}")
+    factor = s if isinstance(s, Tensor) else torch.tensor(float(s))
+    if not factor.is_floating_point():
+        raise ValueError(f"scale: s is a {factor.dtype} tensor; give a number or a floating-point tensor")
+    return {name: {"scale": factor, "of": leaf} for name, leaf in adapter.items()}
+
+
+def add(*adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter whose change of every weight is the sum of theirs: W + Σ_i delta_i(W).
+
+    All deltas are taken at the base weight, so the order does not matter (apply one after the other with
+    `chain`). Adapters may cover different sites of the same net.
+    """
+    if not adapters:
+        raise ValueError("add: give at least one adapter")
+    for i, a in enumerate(adapters):
+        if not isinstance(a, Mapping):
+            raise TypeError(f"add: number {i} is a {type(a).__name__}; give adapters, add(a, b, …)")
+    names = {name: None for a in adapters for name in a}
+    out = {}
+    for name in names:
+        here = [a[name] for a in adapters if name in a]
+        out[name] = here[0] if len(here) == 1 else {f"add.{i}": leaf for i, leaf in enumerate(here)}
+    return out
+
+
+def is_expression(leaf: Mapping[str, Any]) -> bool:
+    return "of" in leaf or "add.0" in leaf
+
+
+def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str, Any]]:
+    """The plain leaves an expression is made of. ValueError for a scale that is no number; `lead`: stacked axes."""
+    if "of" in leaf:
+        s = leaf.get("scale")
+        if not isinstance(s, Tensor) or s.dim() != lead or not s.is_floating_point():
+            seen = f"{s.dtype} of shape {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+            raise ValueError(f"{name}: scale is {seen}; it is one floating-point number, a tensor of {lead} dimensions")
+        if leaf.keys() != {"scale", "of"}:
+            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it is made of scale and of alone")
+        return terms(leaf["of"], name, lead)
+    if "add.0" in leaf:
+        if leaf.keys() != {f"add.{i}" for i in range(len(leaf))}:
+            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it is made of add.0, add.1, … alone")
+        return [t for part in leaf.values() for t in terms(part, name, lead)]
+    return [leaf]
+
+
+def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Method, Any]:
+    """(method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
+    if "of" in leaf:
+        m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
+        closed = m.scaled(p, leaf["scale"])
+        return (m, closed) if closed is not None else (_Scaled(m), {"scale": leaf["scale"], "of": p})
+    if "add.0" in leaf:
+        parts = [resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()]
+        ms, ps = [m for m, _ in parts], [p for _, p in parts]
+        closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
+        return (ms[0], closed) if closed is not None else (_Sum(tuple(ms)), {f"add.{i}": p for i, p in enumerate(ps)})
+    return method, plain(leaf, bank)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled(Method):
+    """W + s·delta."""
+
+    method: Method
+
+    def delta(self, p: Any, w: Tensor) -> Tensor:
+        return p["scale"] * self.method.delta(p["of"], w)
+
+    def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
+        new = self.method.bias(p["of"], b)
+        return (
+            new
+            if new is None or new is b
+            else p["scale"] * (new - b if b is not None else new) + (0 if b is None else b)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum(Method):
+    """W + Σ delta_i."""
+
+    methods: tuple[Method, ...]
+
+    def _parts(self, p: Any) -> list[tuple[Method, Any]]:
+        return [(m, p[f"add.{i}"]) for i, m in enumerate(self.methods)]
+
+    def delta(self, p: Any, w: Tensor) -> Tensor:
+        first, *rest = [m.delta(q, w) for m, q in self._parts(p)]
+        return sum(rest, first)
+
+    def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
+        new = [m.bias(q, b) for m, q in self._parts(p)]
+        changes = [n if b is None else n - b for n in new if n is not None and n is not b]
+        return sum(changes, b) if b is not None else (sum(changes[1:], changes[0]) if changes else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Method):
+    """W₀ = w, W_{i+1} = W_i + delta_i(p_i, W_i): methods one after the other at the same site.
+
+    Each method sees the weight the former ones left, so the order matters: `chain(LoRA(), OFT(…))` rotates the
+    low-rank change too, `chain(OFT(…), LoRA())` does not.
+
+    Args:
+        methods: at least one method; none of them may have tensors its rule shares (`shared`, `bank`).
+    """
+
+    methods: tuple[Method, ...] = ()
+    cases: ClassVar = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for m in self.methods:
+            if not isinstance(m, Method):
+                raise TypeError(f"chain: {m!r} is no method; give methods, like peftfn.LoRA(rank=8)")
+            if m.overrides("shared") or m.overrides("bank"):
+                raise ValueError(
+                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule"
+                )
+
+    def __str__(self) -> str:
+        return f"chain({', '.join(map(str, self.methods))})"
+
+    @property
+    def kinds(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset.intersection(*(m.kinds for m in self.methods)) if self.methods else Method.kinds
+
+    @property
+    def identity(self) -> bool:
+        return all(m.identity for m in self.methods)
+
+    def _part(self, p: Mapping[str, Tensor], i: int) -> Leaf:
+        return {k.partition(".")[2]: v for k, v in p.items() if k.startswith(f"{i}.")}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {f"{i}.{k}": t for i, m in enumerate(self.methods) for k, t in m.init(rng, w).items()}
+
+    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+        return {f"{i}.{k}": t for i, m in enumerate(self.methods) for k, t in m.frozen(rng, w).items()}
+
+    @property
+    def exact_gradient(self) -> bool:
+        return all(m.exact_gradient for m in self.methods)
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        out: Leaf = {}
+        for i, m in enumerate(self.methods):
+            q = m.prepare(self._part(p, i), w)
+            out |= {f"{i}.{k}": t for k, t in q.items()}
+            if any(later.overrides("prepare") for later in self.methods[i + 1 :]):
+                w = w.to(torch.promote_types(w.dtype, torch.float32))
+                w = w + m.delta(q, w)
+        return out
+
+    def _weight(self, p: Leaf, w: Tensor, n: int) -> Tensor:
+        """The weight after the first n methods."""
+        for i, m in enumerate(self.methods[:n]):
+            w = w + m.delta(self._part(p, i), w)
+        return w
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        return self._weight(p, w, len(self.methods)) - w
+
+    def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
+        for i, m in enumerate(self.methods):
+            b = m.bias(self._part(p, i), b)
+        return b
+
+    def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
+        if not self.methods:
+            return dot(x, w)
+        n = len(self.methods) - 1
+        return self.methods[n].product(self._part(p, n), self._weight(p, w, n).to(w.dtype), x, dot)
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if not self.methods:
+            return F.linear(x, w)
+        n = len(self.methods) - 1
+        return self.methods[n].linear(self._part(p, n), self._weight(p, w, n).to(w.dtype), x)
+
+    def eval(self) -> "Chain":
+        return Chain(tuple(m.eval() for m in self.methods))
+
+
+def chain(*methods: Method) -> Method:
+    """The methods applied one after the other at one site; with one method, that method. See `Chain`."""
+    flat = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
+    return flat[0] if len(flat) == 1 and isinstance(flat[0], Method) else Chain(flat)

@@ -1,0 +1,127 @@
+"""Types of hyper-parameters that check themselves, and checks for what a type cannot say.
+
+A field of a method says by its type what values it may have; making the method checks them:
+
+    rank: Whole = 8
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
+
+A plain bool, int, float or str is checked for being that, and finite.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def whole(method: Any, **values: Any) -> None:
+    """Raise ValueError unless every value is an integer >= 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {value!r}; it must be a positive integer: give {name} >= 1"
+            )
+
+
+def positive(method: Any, **values: Any) -> None:
+    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
+    types = {f.name: f.type for f in dataclasses.fields(method)}
+    for name, value in values.items():
+        if types.get(name) in (int, "int"):
+            whole(method, **{name: value})
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {value!r}; it must be a finite number above 0: give {name} > 0"
+            )
+
+
+def probability(method: Any, **values: Any) -> None:
+    """Raise ValueError unless every value is in [0, 1)."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
+
+
+def choice(method: Any, name: str, options: tuple[Any, ...]) -> None:
+    """Raise ValueError unless the field `name` is one of the options."""
+    value = getattr(method, name)
+    if value not in options:
+        raise ValueError(f"{type(method).__name__}.{name} is {value!r}; choose one of {list(options)}")
+
+
+def divides(method: Any, name: str, block: int, **sizes: int) -> None:
+    """Raise ValueError unless `block` (the field `name`) divides every size."""
+    for size_name, size in sizes.items():
+        if size % block:
+            near = [d for d in range(1, size + 1) if size % d == 0]
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {block}, which does not divide {size_name}={size}: "
+                f"choose one of {sorted(near, key=lambda d: abs(d - block))[:5]}"
+            )
+
+
+PLAIN = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text"}
+"""Types of fields that any value of the type fits, and what that is."""
+
+
+def plain(method: Any, name: str, kind: type, optional: bool = False) -> None:
+    """Raise ValueError unless the field `name` is of a type in `PLAIN`: a NaN in it, or a text, would end up in y."""
+    value = getattr(method, name)
+    if kind in (bool, str):
+        fits = isinstance(value, kind)
+    else:
+        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        fits = number and math.isfinite(value)
+    if not fits and not (optional and value is None):
+        raise ValueError(
+            f"{type(method).__name__}.{name} is {value!r}; give {PLAIN[kind]}{', or None' if optional else ''}"
+        )
+
+
+def at_most(method: Any, name: str, **sizes: int) -> None:
+    """Raise ValueError if the field `name` is above one of the sizes."""
+    value, (size_name, size) = getattr(method, name), min(sizes.items(), key=lambda item: item[1])
+    if value > size:
+        raise ValueError(f"{type(method).__name__}.{name} is {value}, above {size_name}={size}: give {name} <= {size}")
+
+
+Whole = Annotated[int, whole]
+"""Type of a field that is a positive integer: a rank, a size, a count."""
+Positive = Annotated[float, positive]
+"""Type of a field that is a finite number above 0."""
+Probability = Annotated[float, probability]
+"""Type of a field that is a probability."""
+
+
+@cache
+def checks_of(cls: Any) -> list[tuple[str, Callable[[Any], None]]]:
+    """What the types of a method's fields say about their values: `Whole` and its like, `Literal`s, and `PLAIN`."""
+    hints = get_type_hints(cls, include_extras=True)
+
+    def checks(name: str) -> Iterator[Callable[[Any], None]]:
+        hint, optional = hints[name], False
+        if get_origin(hint) in (Union, UnionType):
+            some = [h for h in get_args(hint) if h is not type(None)]
+            hint, optional = some[0] if len(some) == 1 else Any, type(None) in get_args(hint)
+            if set(some) == {int, float}:
+                hint = float
+        if get_origin(hint) is Literal:
+            yield lambda m: choice(m, name, (*get_args(hint), *([None] if optional else [])))
+        if hint in PLAIN:
+            yield lambda m: plain(m, name, hint, optional)
+        for check in getattr(hint, "__metadata__", ()):
+            yield lambda m, check=check: (  # type: ignore[misc]
+                None if optional and getattr(m, name) is None else check(m, **{name: getattr(m, name)})
+            )
+
+    return [(f.name, check) for f in dataclasses.fields(cls) for check in checks(f.name)]
+
+
+Start = Literal["default", "random"]
+"""Type of `init_weights`: how a fresh leaf starts; "random" is not the identity."""
+STARTS = (("default", True), ("random", False))
+"""`init_weights` here and PEFT's flag."""

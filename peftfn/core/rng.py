@@ -1,0 +1,85 @@
+"""Random draws of one site: the same for the same (seed, name), whatever else is adapted and wherever it runs."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peftfn.model.site import Site
+
+
+class Rng:
+    """Draws tensors for one site from a CPU `torch.Generator` seeded by (seed, name).
+
+    Every draw is made in fp32 on the CPU and then moved, so that a seed means the same values on every device.
+    On the meta device nothing is drawn: only shapes come out.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        *,
+        site: Site | None = None,
+        sites: Mapping[str, Site] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        """site: where the tensors are for, for the few methods that need its kind or its own shape; None for those
+        that a rule's sites share. sites: those sites, by name, for the latter. constants: the site's `frozen`
+        tensors, for an `init` that would compute the same again; empty where there are none yet. bias: the layer's,
+        for methods that start from it too; None where it has none, and for stacks."""
+        self.sites, self.constants = sites or {}, constants or {}
+        self.dtype, self.device, self.seed, self.site, self.bias = dtype, torch.device(device), seed, site, bias
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        self.generator = torch.Generator()
+        self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def reseeded(self, seed: int) -> "Rng":
+        """Draws from `torch.manual_seed(seed)`'s own sequence, whatever the site: what other libraries' seeds mean."""
+        rng = Rng(seed, "", site=self.site, sites=self.sites, dtype=self.dtype, device=self.device)
+        rng.generator.manual_seed(seed)
+        return rng
+
+    @property
+    def meta(self) -> bool:
+        return self.device.type == "meta"
+
+    def _place(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=self.dtype, device=self.device)
+
+    def full(self, *shape: int, value: float) -> Tensor:
+        return torch.full(shape, value, dtype=self.dtype, device=self.device)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """N(0, std²)."""
+        return self.empty(*shape) if self.meta else self._place(torch.randn(shape, generator=self.generator) * std)
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        """U(−bound, bound)."""
+        if self.meta:
+            return self.empty(*shape)
+        return self._place((torch.rand(shape, generator=self.generator) * 2 - 1) * bound)
+
+    def kaiming(self, *shape: int) -> Tensor:
+        """`kaiming_uniform_(a=√5)` of a matrix [rows, fan_in]: U(±1/√fan_in), what `nn.Linear` starts with."""
+        return self.uniform(*shape, bound=1 / math.sqrt(max(1, math.prod(shape[1:]))))
+
+    def permutation(self, n: int) -> Tensor:
+        """A random permutation of 0 … n−1 (int64)."""
+        if self.meta:
+            return torch.empty(n, dtype=torch.int64, device=self.device)
+        return torch.randperm(n, generator=self.generator).to(self.device)

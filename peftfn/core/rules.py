@@ -1,0 +1,42 @@
+"""Rules: which of a model's sites a name pattern finds, and which rule takes each."""
+
+import re
+from collections.abc import Mapping
+
+from peftfn.core.method import Method
+from peftfn.model.names import matches, near
+from peftfn.model.site import Site
+
+
+def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, str]:
+    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
+    taken: dict[str, str] = {}
+    for pattern, method in rules.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"rule {pattern!r}: a pattern is a string; for several names write r'(q|v)_proj'")
+        if not isinstance(method, Method):
+            raise TypeError(f"rule {pattern!r} gives {method!r}; it must give a method, like peftfn.LoRA(rank=8)")
+        try:
+            hits = [s for s in found.values() if any(matches(pattern, n) for n in (s.name, *s.aliases))]
+        except re.error as e:
+            raise ValueError(f"rule {pattern!r} is no valid regular expression: {e}") from e
+        accepted = [s for s in hits if s.kind in method.kinds]
+        if not hits:
+            part = next((n for n in found if pattern in n), None)
+            cure = f"; for a part of a word, as in {part}, write a regular expression: r'{pattern}.*'" if part else ""
+            cure = near(pattern, list(found)) + cure
+            raise ValueError(f"rule {pattern!r} matches none of the model's {len(found)} parameters{cure}")
+        if not accepted:
+            seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])
+            raise ValueError(
+                f"rule {pattern!r} finds {len(hits)} parameters, {seen} first, but {type(method).__name__} has no "
+                f"meaning for their kinds: it takes {', '.join(sorted(method.kinds))}"
+            )
+        free = [s for s in accepted if s.name not in taken]
+        if not free:
+            raise ValueError(
+                f"rule {pattern!r} comes too late: all its {len(accepted)} sites, {accepted[0].name} first, belong to "
+                "earlier rules. The first match wins: put the narrower rule first."
+            )
+        taken |= {s.name: pattern for s in free}
+    return {name: taken[name] for name in found if name in taken}

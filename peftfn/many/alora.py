@@ -1,0 +1,50 @@
+"""Activated LoRA: gates that switch an adapter on from its invocation tokens on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def alora_gates(
+    input_ids: Tensor, invocations: Sequence[Sequence[int] | None], index: Tensor | Sequence[int] | None = None
+) -> Tensor:
+    """Gates of activated LoRA: an adapter acts from the last occurrence of its invocation tokens on.
+
+    Greenewald et al., "Activated LoRA", 2025, arXiv:2504.12397. The tokens before the invocation are the base's, so
+    their cached keys and values are too. A row without the invocation is the base's.
+
+    Args:
+        input_ids: [rows, tokens].
+        invocations: of each adapter, its invocation tokens; None for one that acts everywhere.
+        index: [rows] the adapter of each row, −1 the base; None: every adapter in every row.
+
+    Returns:
+        [rows, tokens, adapters], 1 from the first token of the last occurrence on.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"alora_gates: input_ids have shape {list(input_ids.shape)}; give [rows, tokens]")
+    (rows, tokens), gates = input_ids.shape, []
+    for k, wanted in enumerate(invocations):
+        if wanted is None:
+            gates.append(torch.ones(rows, tokens, device=input_ids.device))
+            continue
+        if not len(wanted):
+            raise ValueError(f"alora_gates: invocation {k} is empty; give its tokens, or None to act everywhere")
+        if len(wanted) > tokens:
+            gates.append(torch.zeros(rows, tokens, device=input_ids.device))
+            continue
+        sought = torch.as_tensor(wanted, device=input_ids.device)
+        here = (input_ids.unfold(1, len(wanted), 1) == sought).all(-1)  # [rows, starts]
+        here = F.pad(here, (0, tokens - here.shape[1]))
+        later = here.flip(1).cumsum(1).flip(1) - here.long()  # occurrences after each position
+        start = here & (later == 0)
+        gates.append(start.cumsum(1).float())
+    out = torch.stack(gates, -1)
+    if index is None:
+        return out
+    chosen = torch.as_tensor(index, device=input_ids.device)
+    if chosen.shape != (rows,):
+        raise ValueError(f"alora_gates: index has shape {list(chosen.shape)}; give one entry for each of {rows} rows")
+    return out * (chosen[:, None] == torch.arange(len(invocations), device=input_ids.device))[:, None]

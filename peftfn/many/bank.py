@@ -1,0 +1,421 @@
+"""Banks: adapters by name, of different methods, ranks and targets, in one batch and in bounded memory."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peftfn.core.method import Method
+from peftfn.core.plan import Adapter
+from peftfn.formats.native import CONFIG, _read, from_json
+from peftfn.many.conform import conform
+from peftfn.many.nets import Nets, check_nets
+from peftfn.model.names import near
+from peftfn.net.net import Adapted
+from peftfn.tensors.tree import mapped
+
+BASE = "__base__"
+"""The name of a row without an adapter."""
+
+
+@dataclass
+class _Slots:
+    """The resident adapters of one net: a stack of fixed size, and who is where."""
+
+    net: Adapted
+    start: int  # number of its first slot among those of all nets
+    stack: Adapter  # [capacity, …]
+    capacity: int
+    free: list[int]
+    names: "OrderedDict[str, int]" = field(default_factory=OrderedDict)  # name → slot, least recently used first
+    pins: dict[int, int] = field(default_factory=dict)  # slot → calls that read it now
+    retired: set[int] = field(default_factory=set)  # slots to free when nobody reads them any more
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An adapter where it is when nobody uses it: in memory, or in a file."""
+
+    net: Adapted
+    kept: Adapter | Path
+    home: int  # number of the slots it fits
+    plan: str | None = None  # of a file: the id of the plan it was saved with
+
+    def load(self) -> Mapping[str, Any]:
+        return read(self.kept, self.net, self.plan) if isinstance(self.kept, Path) else self.kept
+
+
+class Bank:
+    """Adapters by name, of which a fixed number is resident.
+
+    Each of `nets` has its slots, allocated once; their number and the ranks of the nets bound the memory, and no shape
+    ever changes, so nothing recompiles. Any number of adapters may be registered: they wait in the memory of the CPU,
+    or in files, which are mapped, and are written into a slot when a batch names them, in place of the least recently
+    used one. An adapter of smaller rank, other alpha or fewer targets goes to the smallest of the nets that can hold
+    it exactly (`conform`).
+
+    Many threads may call `apply` while others `put` and `evict`. A call holds the slots it reads until it is over:
+    what is put meanwhile goes elsewhere. Nothing is trained here: a call's gradient reaches its inputs, and only as
+    long as no slot was written since (torch then raises). Train with `net.mixed` or `Nets.mixed`.
+
+    Args:
+        nets: on one model; the shapes of the slots.
+        capacity: slots of each net; one number, or one for each net.
+        prepared: keep adapters prepared (`net.prepare`), DoRA's norms for one: less work in each call. Right as long as
+            the base's parameters stay what they are; `put` again after changing them.
+    """
+
+    def __init__(self, nets: Sequence[Adapted], capacity: int | Sequence[int], *, prepared: bool = False):
+        check_nets("Bank", nets)
+        sizes = [capacity] * len(nets) if isinstance(capacity, int) else list(capacity)
+        if len(sizes) != len(nets) or any(not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
+        self.nets, self.prepared = Nets(nets), prepared
+        self._lock = Lock()
+        self._waiting: dict[str, _Waiting] = {}
+        self._homes: WeakKeyDictionary[Adapted, tuple[int, bool]] = WeakKeyDictionary()
+        self._slots: list[_Slots] = []
+        start = 0
+        for net, n in zip(nets, sizes, strict=True):
+            leaf = net.prepare(net.init()) if prepared else net.init()
+            room = mapped(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
+            self._slots.append(_Slots(net, start, room, n, list(range(n))[::-1]))
+            start += n
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every registered adapter."""
+        with self._lock:
+            return tuple(self._waiting)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The adapters in slots, net by net, the least recently used first."""
+        with self._lock:
+            return tuple(name for slots in self._slots for name in slots.names)
+
+    def put(self, name: str, net: Adapted, adapter: Mapping[str, Any] | str | Path) -> None:
+        """Register an adapter, or replace the one of that name. Calls that run now finish with the old one.
+
+        Args:
+            name: any but "__base__".
+            net: whose adapter it is; a net of its own rank and targets, on a model of the same sizes.
+            adapter: a tree, a copy of which waits on the CPU; or where `peftfn.save` wrote one, which waits there and
+                is read anew each time it is fetched.
+
+        Raises:
+            ValueError: no net of the bank can hold it exactly, with the reason of each; or the file was saved with
+                other rules than the net's.
+        """
+        if not isinstance(net, Adapted):
+            raise TypeError(f"put: {name!r}: net is a {type(net).__name__}; give the net whose adapter this is")
+        if not isinstance(name, str) or name == BASE:
+            raise ValueError(f"put: {name!r} is no name for an adapter; {BASE!r} is the base's")
+        home, same = self._home(net)
+        mine = self._slots[home].net
+        kept: Any
+        plan = None
+        if isinstance(adapter, str | Path):
+            kept = Path(adapter)
+            kept = kept / "adapter.safetensors" if kept.is_dir() else kept
+            if not kept.is_file():
+                raise FileNotFoundError(
+                    f"{name}: there is no {kept}; give the folder of a native adapter, or "
+                    "put(name, *peftfn.load(path, model)) for another format"
+                )
+            plan = plan_of(kept, net)
+        else:
+            net.plan.check(adapter)
+            kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
+            _same_structure(name, kept if net is mine else conform(kept, net, mine), self._slots[home].stack, mine)
+        with self._lock:
+            self._drop(name)
+            self._waiting[name] = _Waiting(mine if same else net, kept, home, plan)
+
+    def evict(self, name: str | None = None) -> str:
+        """Take an adapter out of its slot (None: the least recently used that no call reads); it stays registered.
+
+        Returns its name. Raises KeyError if it is not resident, ValueError if there is nothing to evict.
+        """
+        with self._lock:
+            if name is None:
+                name = next((victim for slots in self._slots if (victim := _idle(slots)) is not None), None)
+                if name is None:
+                    raise ValueError("evict: no resident adapter is idle; wait for a call to end")
+            if not self._drop(name):
+                raise KeyError(
+                    f"{name!r} is not resident; resident are {[n for s in self._slots for n in s.names][:8]}"
+                )
+            return name
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. Calls that run now finish with it."""
+        with self._lock:
+            self._known([name], "remove")
+            self._drop(name)
+            del self._waiting[name]
+
+    @contextmanager
+    def holding(self, names: Sequence[str]) -> Iterator[tuple[list[Adapter], Tensor]]:
+        """(stacks, index) for `bank.nets.mixed`, with every named adapter resident until the block ends.
+
+        For functions that are compiled once: the stacks and the index have the same shapes whatever the names.
+
+        Raises:
+            KeyError: an unknown name, with its row.
+            ValueError: more adapters than slots, or all slots are read by other calls.
+        """
+        with self._lock:
+            self._known(names, "row")
+            wanted = [n for n in dict.fromkeys(names) if n != BASE]
+            self._room_for(wanted)
+            held: list[tuple[_Slots, int]] = []
+            place: dict[str, int] = {BASE: -1}
+            try:
+                for absent in (False, True):  # pin what is there first, so that it is not what has to go
+                    for n in wanted:
+                        home = self._waiting[n].home
+                        slots = self._slots[home]
+                        if n not in place and (absent or n in slots.names):
+                            slot = self._fetch(n, slots) if absent else slots.names[n]
+                            slots.names.move_to_end(n)
+                            slots.pins[slot] = slots.pins.get(slot, 0) + 1
+                            held.append((slots, slot))
+                            place[n] = slots.start + slot
+            except BaseException:
+                self._release(held)
+                raise
+        try:
+            yield [slots.stack for slots in self._slots], torch.tensor([place[n] for n in names], dtype=torch.long)
+        finally:
+            with self._lock:
+                self._release(held)
+
+    def apply(
+        self,
+        names: Sequence[str],
+        *args: Any,
+        params: Mapping[str, Tensor] | None = None,
+        method: str | None = None,
+        common: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model on a batch whose row i uses the adapter names[i]; "__base__" is the base. One pass for all.
+
+        args, kwargs, params, method and common are as for `Nets.mixed`: the model's own `generate`, for one, where each
+        name holds for all beams of its row.
+        """
+        with self.holding(names) as (stacks, index):
+            return self.nets.mixed(stacks, index, *args, params=params, method=method, common=common, **kwargs)
+
+    # Under the lock.
+
+    def _known(self, names: Sequence[str], what: str) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"names is {names!r}; give a list, one name for each row")
+        for row, name in enumerate(names):
+            if name not in self._waiting and (name != BASE or what != "row"):
+                where = f"row {row}: " if what == "row" else ""
+                known = list(self._waiting)
+                hint = near(name, known) if known else "; it is empty"
+                raise KeyError(f"{where}the bank has no adapter {name!r}{hint}. Register it with bank.put first.")
+
+    def _room_for(self, wanted: list[str]) -> None:
+        for home in {self._waiting[n].home for n in wanted}:
+            here = [n for n in wanted if self._waiting[n].home == home]
+            n = self._slots[home].capacity
+            if len(here) > n:
+                raise ValueError(
+                    f"{here[n]!r}: the batch names {len(here)} adapters of one net, and the bank has {n} slots for it: "
+                    "split the batch, or make a bank of larger capacity"
+                )
+
+    def _fetch(self, name: str, slots: _Slots) -> int:
+        if not slots.free:
+            victim = _idle(slots)
+            if victim is None:
+                raise ValueError(
+                    f"{name!r}: all {slots.capacity} slots are read by running calls: wait for one to end, or make a "
+                    "bank of larger capacity"
+                )
+        else:
+            victim = None
+        try:
+            adapter = self._ready(self._waiting[name])
+        except FileNotFoundError as e:
+            raise FileNotFoundError(
+                f"{name!r}: there is no {self._waiting[name].kept} any more; put it back, or bank.remove({name!r})"
+            ) from e
+        except SafetensorError as e:
+            raise ValueError(f"{name!r}: {self._waiting[name].kept} is no whole safetensors file: {e}") from e
+        _same_structure(name, adapter, slots.stack)
+        if victim is not None:
+            self._drop(victim)
+        slot = slots.free.pop()
+        with torch.no_grad():
+            for site, leaf in slots.stack.items():
+                for k, t in leaf.items():
+                    t[slot].copy_(adapter[site][k])
+        slots.names[name] = slot
+        return slot
+
+    def _ready(self, waiting: _Waiting) -> Mapping[str, Any]:
+        """The adapter as its slot holds it."""
+        net, adapter = self._slots[waiting.home].net, waiting.load()
+        if waiting.net is not net:
+            adapter = conform(adapter, waiting.net, net)
+        return net.prepare(adapter) if self.prepared else adapter
+
+    def _drop(self, name: str) -> bool:
+        for slots in self._slots:
+            slot = slots.names.pop(name, None)
+            if slot is not None:
+                if slots.pins.get(slot):
+                    slots.retired.add(slot)
+                else:
+                    slots.free.append(slot)
+                return True
+        return False
+
+    def _release(self, held: list[tuple[_Slots, int]]) -> None:
+        for slots, slot in held:
+            slots.pins[slot] -= 1
+            if not slots.pins[slot]:
+                del slots.pins[slot]
+                if slot in slots.retired:
+                    slots.retired.remove(slot)
+                    slots.free.append(slot)
+
+    def _home(self, net: Adapted) -> tuple[int, bool]:
+        """(number of the smallest of the bank's nets that holds any adapter of `net`, whether it is the same plan)."""
+        if net not in self._homes:
+            why = []
+            for i in sorted(range(len(self._slots)), key=lambda i: size(self._slots[i].net)):
+                mine = self._slots[i].net
+                try:
+                    given = net.init()
+                    fitted = given if net is mine else conform(given, net, mine)
+                    same = fitted.keys() == given.keys() and all(fitted[n] is given[n] for n in given)
+                except ValueError as e:
+                    why.append(str(e))
+                else:
+                    self._homes[net] = i, same
+                    break
+            else:
+                raise ValueError("put: no net of the bank can hold this adapter exactly. " + " ".join(why))
+        return self._homes[net]
+
+
+def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared: bool = False) -> Bank:
+    """A bank with a slot for each of these adapters: {"a": (net_a, a), "b": (net_b, b), …}, nets on one model.
+
+    Adapters share a stack where one net holds them all and its padding at most doubles their size.
+    """
+    if not adapters:
+        raise ValueError("bank: give at least one adapter, as {name: (net, adapter)}")
+    if not isinstance(adapters, Mapping) or not all(
+        isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], Adapted) for v in adapters.values()
+    ):
+        raise TypeError("bank: give a dict of name → (net, adapter), the net being the one the adapter is of")
+    nets: list[Adapted] = []
+    counts: list[int] = []
+    for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
+        for i, other in enumerate(nets):
+            if net is other or (size(other) <= 2 * size(net) and _holds(net, other)):
+                counts[i] += 1
+                break
+        else:
+            nets.append(net)
+            counts.append(1)
+    out = Bank(nets, counts, prepared=prepared)
+    for name, (net, adapter) in adapters.items():
+        out.put(name, net, adapter)
+    return out
+
+
+def size(net: Adapted) -> int:
+    """Numbers in an adapter of the net."""
+    specs = [e.spec for e in net.plan.values()] + list(net.plan.banks.values())
+    return sum(shape.numel() for spec in specs for shape in spec.values())
+
+
+def plan_of(path: Path, net: Adapted) -> str:
+    """The id of the plan a file was saved with. ValueError unless it is the net's: same sites, methods, constants."""
+    where = path.with_name(CONFIG)
+    config = _read(where)
+    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    theirs = {name: rules.get(site["rule"]) for name, site in config["sites"].items()}
+    for name in dict.fromkeys([*theirs, *net.plan]):
+        saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
+        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
+            raise ValueError(
+                f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
+                f"{mine or 'none'}: put it with the net it was saved with, which peftfn.load gives"
+            )
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        for name, keys in config["constants"].items():
+            for k, key in keys.items():
+                constant = net.plan[name].frozen.get(k)
+                if constant is None or not torch.equal(file.get_tensor(key), constant.cpu()):
+                    raise ValueError(
+                        f"{path}: {name}: its constant {k} is another than the net's: adapt with the same seed, or put "
+                        "it with the net it was saved with, which peftfn.load gives"
+                    )
+        return str(file.metadata()["id"])
+
+
+def _meaning(method: Method) -> tuple[Any, ...]:
+    """What tells whether two methods do the same with one leaf: all but how they train, and how they start."""
+    m = method.eval()
+    return type(m), *((f.name, getattr(m, f.name)) for f in fields(m) if f.name not in ("dropout", "init_weights"))
+
+
+def read(path: Path, net: Adapted, plan: str | None = None) -> Adapter:
+    """The adapter that `peftfn.save` wrote, for a net of the plan it was saved with. The file is mapped, not read.
+
+    plan: the id of that plan; a file that has another now is looked at again (`plan_of`).
+    """
+    out: Adapter = {name: {} for name in [*net.plan, *net.plan.banks]}
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        if plan is not None and (file.metadata() or {}).get("id") != plan:
+            plan_of(path, net)
+        for key in file.keys():  # noqa: SIM118
+            name, _, tensor = key.removeprefix("adapter/").rpartition("/")
+            if key.startswith("adapter/"):
+                out.setdefault(name, {})[tensor] = file.get_tensor(key)
+    try:
+        net.plan.check(out)
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: {e.args[0]}") from e
+    return out
+
+
+def _holds(net: Adapted, other: Adapted) -> bool:
+    try:
+        conform(net.init(), net, other)
+    except ValueError:
+        return False
+    return True
+
+
+def _idle(slots: _Slots) -> str | None:
+    return next((name for name, slot in slots.names.items() if not slots.pins.get(slot)), None)
+
+
+def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter, net: Adapted | None = None) -> None:
+    """ValueError unless the adapter has the stack's tensors, or may have them once `net` has prepared it."""
+    for site, leaf in stack.items():
+        plain = net.plan[site].spec.keys() if net is not None and site in net.plan else leaf.keys()
+        if adapter[site].keys() not in (leaf.keys(), plain):
+            raise ValueError(
+                f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
+                "no fixed shape, and prepared adapters go into a bank with prepared=True"
+            )

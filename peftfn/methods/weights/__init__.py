@@ -1,0 +1,1 @@
+"""Methods that change a weight, one a file."""

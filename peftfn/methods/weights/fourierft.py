@@ -1,0 +1,107 @@
+"""FourierFT: W + s·Re ifft2(S), with n trained entries in the spectrum S."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.core.fields import STARTS, Start, Whole
+from peftfn.core.method import Cases, Leaf, Method, Peft, names
+from peftfn.core.rng import Rng
+
+
+@dataclass(frozen=True)
+class FourierFT(Method):
+    """W + s·Re ifft2(S), S [out, in] zero but for n entries c [n] at random places (weights of a shape share them).
+
+    Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
+    through one FFT, meets c at its n places, and comes back through another: the large matrix is never made.
+
+    Trains n_frequency numbers. For: tiny files with changes all over the weight; costs two transforms a call.
+
+    Args:
+        n_frequency: n, trained entries; at most out·in.
+        scaling: s.
+        seed: of the places, drawn as PEFT draws them (random_loc_seed); they are not saved.
+        init_weights: "default" (zero) or "random" (normal: not the identity; PEFT's default).
+    """
+
+    linear_in = ("sc",)
+    cases: ClassVar[Cases] = (
+        {"n_frequency": 12, "scaling": 30.0},
+        {"n_frequency": 9, "scaling": 20.0, "seed": 3, "init_weights": "random"},
+    )
+
+    peft = Peft(
+        "FOURIERFT",
+        names("c=fourierft_spectrum"),
+        names("n_frequency scaling seed=random_loc_seed init_weights"),
+        {"init_weights": STARTS},
+    )
+
+    n_frequency: Whole = 1000
+    scaling: float = 150.0
+    seed: int = 777
+    init_weights: Start = "default"
+
+    std: ClassVar = 1.0
+
+    def places(self, at: Tensor, out: int, in_: int) -> Tensor:
+        """Row and column in the spectrum, [2, n], of the places at [n] of a flattened [out, in]."""
+        return torch.stack([at // in_, at % in_])
+
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        drawn: dict[tuple[int, int], Tensor] = {}
+        for site, w in weights.items():
+            out, in_ = w.shape[-2:]
+            if self.n_frequency > out * in_:
+                raise ValueError(
+                    f"{site}: {type(self).__name__}.n_frequency is {self.n_frequency}, more than the {out * in_} "
+                    f"entries of a weight [{out}, {in_}]: choose at most that"
+                )
+            if (out, in_) not in drawn:
+                at = rng.reseeded(self.seed).permutation(out * in_)[: self.n_frequency].clone()
+                drawn[out, in_] = self.places(at, out, in_)
+        return {site: {"at": drawn[w.shape[-2], w.shape[-1]]} for site, w in weights.items()}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {"c": rng.zeros(self.n_frequency) if self.identity else rng.normal(self.n_frequency, std=self.std)}
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        return {k: t for k, t in p.items() if k != "c"} | {"sc": self.scaling * p["c"]}
+
+    def bins(self, size: int) -> int:
+        """Rows or columns of the spectrum of a matrix with `size` of them."""
+        return size
+
+    def analysed(self, p: Leaf, x: Tensor) -> Tensor:
+        """Features [..., in] → what meets the spectrum's columns [..., bins]."""
+        return torch.fft.ifft(x)
+
+    def synthesised(self, p: Leaf, z: Tensor, size: int) -> Tensor:
+        """What comes from the spectrum's rows [..., bins] → features [..., size]."""
+        return torch.fft.ifft(z)
+
+    def spectrum(self, p: Leaf, w: Tensor) -> Tensor:
+        row, col = p["at"]
+        return p["sc"].new_zeros(self.bins(w.shape[0]), self.bins(w.shape[1])).index_put((row, col), p["sc"])
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        out, in_ = w.shape
+        return self.synthesised(p, self.synthesised(p, self.spectrum(p, w), in_).mT, out).mT.real
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        if not x.numel():  # which an FFT refuses
+            return F.linear(x, w)
+        row, col = p["at"]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        z, c, rows = self.analysed(p, wide), p["sc"].to(wide.dtype), self.bins(w.shape[0])  # z [..., bins]
+        if rows * z.shape[-1] < 64 * len(row) and not z.is_complex():  # so full that a matrix product is quicker
+            z = F.linear(z, self.spectrum(p, w).to(z.dtype))
+        else:
+            z = z[..., col] * c  # [..., n]
+            z = z.new_zeros(*z.shape[:-1], rows).index_add(-1, row, z)
+        return F.linear(x, w) + self.synthesised(p, z, w.shape[0]).real.to(x.dtype)

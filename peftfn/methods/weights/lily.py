@@ -1,0 +1,91 @@
+"""Lily: W x + s·(Σ_e π_e B_e) A x, with experts B_e shared by all sites and weights π chosen by a router."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.core.fields import Start, Whole
+from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.rng import Rng
+
+
+@dataclass(frozen=True)
+class Lily(Method):
+    """W x + s·(Σ_e π_e B_e) h with h = A x and π = softmax(R h), averaged over the tokens: the dimension before last.
+
+    Zhong et al., "Low-Rank Interconnected Adaptation across Layers", 2024, arXiv:2407.09946. π depends on the input,
+    so there is no merge. PEFT averages π over the whole batch, so that there a row's output depends on the others.
+    Each site has a router R [experts, rank]. A rule's sites, which must be of one shape, share B [experts, rank, out]
+    and, in blocks of `stride` of them, A [rank, in].
+
+    Trains rank·in + experts·rank a site, and experts·rank·out shared numbers. For: experts that are shared by layers
+    of one shape.
+
+    Args:
+        rank: inner dimension; one above min(out, in) is legal, and buys nothing but a wider router.
+        experts: number of B_e, at least 2.
+        stride: how many consecutive sites share one A; 1: each has its own.
+        scale: s.
+        init_weights: "default" (A and R Kaiming-uniform, B zero), or "random" (B too: not the identity).
+    """
+
+    kinds = frozenset({"linear"})
+    mergeable = False
+    cases = (
+        {"rank": 2, "experts": 3},
+        {"rank": 3, "stride": 2, "scale": 0.5, "init_weights": "random"},
+    )
+
+    peft = Peft(
+        "LILY",
+        names("a=lily_A.weight as=lily_A.weight b=lily_B.weight r=lily_router.weight"),
+        names("rank=r experts=num_B stride=stride_A scale=scaling"),
+        per_target=True,
+        rows={"as": "block"},
+    )
+
+    rank: Whole = 32
+    experts: int = 2
+    stride: Whole = 1
+    scale: float = 1.0
+    init_weights: Start = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts < 2:
+            raise ValueError(f"Lily.experts is {self.experts}; a router needs a choice: give experts >= 2")
+
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        if self.stride == 1:
+            return {}
+        return {n: {"block": torch.tensor([k // self.stride], device=rng.device)} for k, n in enumerate(weights)}
+
+    def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
+        shapes = {tuple(w.shape) for w in weights.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"Lily shares B among a rule's sites, and theirs are {sorted(shapes)}: one rule a shape")
+        ((out, in_),), e, r = shapes, self.experts, self.rank
+        b = {"b": rng.zeros(e, r, out) if self.identity else rng.uniform(e, r, out, bound=out**-0.5)}
+        blocks = -(-len(weights) // self.stride)
+        return b if self.stride == 1 else b | {"as": rng.uniform(blocks, r, in_, bound=in_**-0.5)}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        own = {"a": rng.kaiming(self.rank, w.shape[1])} if self.stride == 1 else {}
+        return own | {"r": rng.kaiming(self.experts, self.rank)}
+
+    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
+        h = F.linear(x, self._a(p))
+        weights = torch.softmax(F.linear(h, p["r"]), -1)
+        if x.dim() > 1:
+            weights = weights.mean(-2)
+        b = (weights @ p["b"].flatten(1)).reshape(*weights.shape[:-1], *p["b"].shape[1:])  # [..., rank, out]
+        return F.linear(x, w) + self.scale * (h @ b)
+
+    def _a(self, p: Leaf) -> Tensor:
+        return p["a"] if self.stride == 1 else p["as"].index_select(0, p["block"]).squeeze(0)
+
+    def to_peft_leaf(self, p: Leaf) -> Leaf:
+        return super().to_peft_leaf({"a": self._a(p), "b": p["b"].flatten(0, 1), "r": p["r"]})

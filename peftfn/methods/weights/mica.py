@@ -1,0 +1,48 @@
+"""MiCA: W + s·B A with B frozen at the smallest left singular vectors of W."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfn.core.fields import at_most
+from peftfn.core.method import Leaf
+from peftfn.core.rng import Rng
+from peftfn.methods.parts.variant import _Variant, read_off
+from peftfn.methods.weights.lora import LoRA
+from peftfn.tensors.precision import wide
+
+
+@dataclass(frozen=True)
+class MiCA(LoRA):
+    """W + s·B A, with B [out, rank] the left singular vectors of W's smallest singular values, frozen, and A [rank, in]
+    trained from zero; s as for `LoRA`.
+
+    "Minor Component Adaptation", 2026, arXiv:2604.01694.
+
+    Trains rank·in numbers. For: half of LoRA's numbers, in directions the weight does not use.
+
+    Args:
+        rank: singular vectors, at most min(out, in).
+        alpha, rslora, dropout: as for `LoRA`.
+
+    Raises:
+        ValueError: a rank above the weight's own.
+    """
+
+    cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
+
+    peft = replace(_Variant.peft, fixed={"init_lora_weights": "mica"})
+
+    lora_bias: ClassVar[bool] = False  # type: ignore[misc]
+    init_weights: ClassVar[str] = "default"  # type: ignore[misc]
+    padding = None  # B has the rank too
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        at_most(self, "rank", out=w.shape[0], **{"in": w.shape[1]})
+        return {"a": rng.zeros(self.rank, w.shape[1])}
+
+    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+        u = torch.linalg.svd(wide(w), full_matrices=False)[0]
+        return read_off(rng, b=u[:, -self.rank :])

@@ -1,0 +1,39 @@
+"""MiSS bat: every block of W turned and shifted by a trained matrix of its row of blocks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from peftfn.core.fields import Whole, divides
+from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.rng import Rng
+
+
+@dataclass(frozen=True)
+class MiSSBat(Method):
+    """W_oi + W_oi m_o + m_o for every block (o, i) of W, of side rank; m [out/rank, rank, rank] trained, from zero.
+
+    MiSS's "bat" form (Kang & Yin, 2024, arXiv:2409.15371), whose change depends on W: it runs
+    as the dense weight, as PEFT's does.
+
+    Trains rank·out numbers. For: MiSS with a change that depends on the weight; makes it dense each call.
+
+    Args:
+        rank: side of a block; it must divide in and out.
+    """
+
+    cases = ({"rank": 2},)
+
+    peft = Peft("MISS", names("m=miss_block"), names("rank=r"), fixed={"init_weights": "bat"})
+
+    rank: Whole = 64
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        out, in_ = w.shape
+        divides(self, "rank", self.rank, out=out, **{"in": in_})
+        return {"m": rng.zeros(out // self.rank, self.rank, self.rank)}
+
+    def delta(self, p: Leaf, w: Tensor) -> Tensor:
+        blocks = w.unflatten(0, (-1, self.rank)).unflatten(-1, (-1, self.rank))  # [o, rank, i, rank]
+        turned = (blocks.flatten(1, 2) @ p["m"]).unflatten(1, (self.rank, -1)) + p["m"][:, :, None]
+        return turned.flatten(2).flatten(0, 1)

@@ -1,0 +1,93 @@
+"""Uni-LoRA: W + B A, whose every entry is one of the few trained numbers of a vector θ that all sites share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftfn.core.fields import Probability, Whole
+from peftfn.core.method import MATRIX, Leaf, Peft, names
+from peftfn.core.rng import Rng
+from peftfn.methods.parts.lowrank import _LowRank
+
+
+@dataclass(frozen=True)
+class UniLoRA(_LowRank):
+    """W + B A with A = θ[i_A] ⊙ c[i_A] [rank, in], B = θ[i_B] ⊙ c[i_B] [out, rank], θ [length] and c = 1/√uses.
+
+    Li et al., "Uni-LoRA: One Vector is All You Need", 2025, arXiv:2506.00799. The indices are a shuffled, balanced
+    assignment of the entries of all A and B of a rule to those of θ (an isometry), the one PEFT draws; θ is all that is
+    trained. A fresh adapter is small, not the identity: at θ = 0, the only start that would be, the gradient is zero.
+
+    Trains length, for the whole rule numbers. For: one vector a task, kilobytes for a whole model.
+
+    Args:
+        rank: inner dimension of the product; one above min(out, in) is legal.
+        length: of θ, the number of trained numbers of the whole rule.
+        projection_seed: of the indices (PEFT's proj_seed).
+        bound: θ starts as U(−bound, bound).
+        dropout: probability of dropping an input feature of A in train mode.
+    """
+
+    kinds = MATRIX - {"stack", "stack_t"}  # the experts of a stack would all get one and the same change
+    cases = ({"rank": 2, "length": 9, "bound": 0.5}, {"rank": 3, "length": 64, "projection_seed": 3})
+
+    peft = Peft(
+        "UNILORA",
+        names("ia=unilora_indices_A ib=unilora_indices_B ca=unilora_scales_A cb=unilora_scales_B"),
+        names(
+            "rank=r length=theta_d_length projection_seed=proj_seed bound=init_theta_d_bound dropout=unilora_dropout"
+        ),
+        shared=names("theta=unilora_theta_d"),
+    )
+
+    rank: Whole = 4
+    length: Whole = 256
+    projection_seed: int = 42
+    bound: float = 0.02
+    dropout: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projection_seed < 0:
+            raise ValueError(f"UniLoRA.projection_seed is {self.projection_seed}; numpy's seeds are >= 0: give one")
+
+    @property
+    def identity(self) -> bool:
+        return False
+
+    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        import numpy
+
+        shapes = [s for w in weights.values() for s in ((self.rank, w.shape[1]), (w.shape[0], self.rank))]
+        total = sum(rows * columns for rows, columns in shapes)
+        draw = numpy.random.default_rng(self.projection_seed)
+        uses, rest = divmod(total, self.length)
+        drawn = numpy.repeat(numpy.arange(self.length), uses)
+        if rest:
+            drawn = numpy.concatenate([drawn, draw.choice(self.length, size=rest, replace=False)])
+        draw.shuffle(drawn)
+        index = torch.as_tensor(drawn, dtype=torch.int64)
+        scale = torch.bincount(index, minlength=self.length).float().rsqrt()[index]
+        sizes = [rows * columns for rows, columns in shapes]
+        i, c = (
+            [t.view(s).to(rng.device) for t, s in zip(torch.split(whole, sizes), shapes, strict=True)]
+            for whole in (index, scale.to(rng.dtype))
+        )
+        return {
+            site: {"ia": i[2 * k], "ib": i[2 * k + 1], "ca": c[2 * k], "cb": c[2 * k + 1]}
+            for k, site in enumerate(weights)
+        }
+
+    def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
+        return {"theta": rng.uniform(self.length, bound=self.bound)}
+
+    def init(self, rng: Rng, w: Tensor) -> Leaf:
+        return {}
+
+    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+        def entries(i: Tensor, c: Tensor) -> Tensor:
+            return p["theta"].index_select(0, i.flatten()).view(i.shape) * c
+
+        return {"down": entries(p["ia"], p["ca"]), "up": entries(p["ib"], p["cb"])}

@@ -1,0 +1,166 @@
+"""What a model offers: its sites, their kinds, and how each kind turns into the one orientation methods see."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from peftfn.tensors.quantised import QuantisedWeight, quantised
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter of the model, as something that can be adapted."""
+
+    name: str  # "layers.0.q_proj.weight"
+    kind: str  # see KINDS
+    shape: torch.Size  # the parameter's own shape
+    bias: str | None = None  # the slot that holds this layer's bias, also when it is empty
+    aliases: tuple[str, ...] = field(default=(), compare=False)  # other names of the same slot (a shared submodule)
+    tied: tuple[str, ...] = field(default=(), compare=False)  # names of other slots that hold the same tensor
+    quantised: bool = False  # what stands for the weight is a `QuantisedWeight`
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def canonical(self, w: Tensor) -> Tensor:
+        """The parameter as [out, in] (or [e, out, in]); a view wherever one exists."""
+        return KINDS[self.kind][0](w)
+
+    def original(self, m: Tensor) -> Tensor:
+        """Back from the canonical orientation to the parameter's own shape."""
+        return KINDS[self.kind][1](m, self.shape)
+
+    @property
+    def stacked(self) -> bool:
+        return self.kind in ("stack", "stack_t")
+
+    def matrix_shape(self) -> torch.Size:
+        """Shape of what a method sees: canonical, without the expert axis."""
+        shape = self.canonical(torch.empty(self.shape, device="meta")).shape
+        return shape[1:] if self.stacked else shape
+
+
+def _same(w: Tensor, shape: torch.Size | None = None) -> Tensor:
+    return w
+
+
+def _turn(w: Tensor, shape: torch.Size | None = None) -> Tensor:
+    return w.mT
+
+
+def _flatten(w: Tensor) -> Tensor:
+    return w.flatten(1)
+
+
+def _unflatten(m: Tensor, shape: torch.Size) -> Tensor:
+    return m.reshape(shape)
+
+
+def _flatten_t(w: Tensor) -> Tensor:
+    return w.transpose(0, 1).flatten(1)
+
+
+def _unflatten_t(m: Tensor, shape: torch.Size) -> Tensor:
+    return m.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+
+
+KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, torch.Size], Tensor]]] = {
+    "linear": (_same, _same),  # [out, in]: nn.Linear, attention in-projections, RNNs, any other 2-D parameter
+    "linear_t": (_turn, _turn),  # [in, out]: transformers' Conv1D
+    "embedding": (_turn, _turn),  # [vocab, dim]
+    "conv": (_flatten, _unflatten),  # [out, in/groups, *kernel]
+    "conv_t": (_flatten_t, _unflatten_t),  # [in, out, *kernel], groups = 1
+    "stack": (_same, _same),  # [e, out, in]: experts
+    "stack_t": (_turn, _turn),  # [e, in, out]: experts stored transposed
+    "other": (_same, _same),  # norms, biases, anything else
+}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+
+
+def _kind(module: nn.Module, p: Tensor) -> str:
+    if isinstance(module, _CONV):
+        return "conv" if p.dim() > 1 else "other"
+    if isinstance(module, _CONV_T):
+        return "conv_t" if p.dim() > 1 and module.groups == 1 else "other"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if p.dim() == 2:
+        return "linear_t" if _is_conv1d(module) else "linear"
+    if p.dim() == 3:
+        return "stack_t" if getattr(module, "is_transposed", False) else "stack"
+    return "other"
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every parameter of the model as a site, one for each slot, in the model's own order."""
+    return {s.name: s for s in _sites(model)}
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    names: dict[tuple[int, str], list[str]] = {}
+    tensors: dict[int, list[tuple[int, str]]] = {}
+    owner: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        weight = quantised(module)
+        for attr, p in {**module._parameters, **({} if weight is None else {"weight": weight})}.items():
+            if p is None:
+                continue
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(f"{prefix}.{attr}: not initialised yet (a lazy module); run the model once first")
+            slot = (id(module), attr)
+            names.setdefault(slot, []).append(f"{prefix}.{attr}" if prefix else attr)
+            if slot not in owner:
+                owner[slot] = (module, p)
+                tensors.setdefault(id(p), []).append(slot)
+    for slot, (name, *aliases) in names.items():
+        module, p = owner[slot]
+        attr = slot[1]
+        opaque = isinstance(p, QuantisedWeight)
+        kind, bias = "linear" if opaque else _kind(module, p), attr.replace("weight", "bias")
+        owned = bias != attr and (opaque or bias in module._parameters) and kind not in ("stack", "stack_t", "other")
+        yield Site(
+            name=name,
+            kind=kind,
+            shape=p.shape,
+            bias=name[: len(name) - len(attr)] + bias if owned else None,
+            aliases=tuple(aliases),
+            tied=tuple(names[s][0] for s in tensors[id(p)] if s != slot),
+            quantised=opaque,
+        )
+
+
+def refuse_occupied(model: nn.Module, name: str, pattern: str) -> None:
+    """Raise ValueError if the parameter belongs to another library's adapter, or to a parametrization, at the place
+    that the rule means; a rule that names such a part itself gets it."""
+    path, parts = model, name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        path = getattr(path, part)
+        if part == "parametrizations" and part not in pattern and "original" not in pattern:
+            raise ValueError(
+                f"{name}: {'.'.join(parts[:i])} is parametrized, so rule {pattern!r} finds what its {parts[i + 1]} is "
+                "computed from, and not that. Make it permanent with torch.nn.utils.parametrize."
+                "remove_parametrizations, or name this parameter in the rule"
+            )
+        if of_peft(path) and parts[i + 1] not in pattern:
+            raise ValueError(
+                f"{name}: {'.'.join(parts[: i + 1])} is a {type(path).__name__} that PEFT put there, so rule "
+                f"{pattern!r} finds its parts. Take the model back with unload() or merge_and_unload() first, or name "
+                "the part in the rule"
+            )
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether the module is a layer of PEFT's around one of the model's."""
+    around = not {"base_layer", "original_module"}.isdisjoint(module._modules)
+    return around and hasattr(module, "adapter_layer_names")

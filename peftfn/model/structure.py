@@ -1,0 +1,160 @@
+"""Copies of a model's Python structure that share its tensors: what calls run on, and what `as_module` builds on."""
+
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftfn.tensors.quantised import held, share
+
+STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
+
+    Raises TypeError for an attribute that is a function over one of the modules, or a weak reference to one: a copy
+    would run the original.
+    """
+    modules = dict.fromkeys(model.modules())
+    loose: dict[nn.Parameter, None] = {}
+    functions: list[tuple[nn.Module, str, Any]] = []
+
+    def look(value: Any, where: nn.Module, key: str) -> None:
+        if isinstance(value, nn.Module):
+            fresh = [m for m in value.modules() if m not in modules]
+            modules.update(dict.fromkeys(fresh))
+            for m in fresh:
+                scan(m)
+        elif isinstance(value, nn.Parameter):
+            loose[value] = None
+        elif isinstance(value, list | tuple | set):
+            for v in value:
+                look(v, where, key)
+        elif isinstance(value, dict):
+            for v in value.values():
+                look(v, where, key)
+        elif isinstance(value, functools.partial):
+            look([value.func, value.args, value.keywords], where, key)
+        elif isinstance(value, types.FunctionType | weakref.ReferenceType):
+            functions.append((where, key, value))
+
+    def scan(module: nn.Module) -> None:
+        for key, value in vars(module).items():
+            if key not in STANDARD:
+                look(value, module, key)
+
+    for module in list(modules):
+        scan(module)
+    for where, key, function in functions:
+        for reached in _led_to(function, set()):
+            if isinstance(reached, nn.Module) and reached in modules:
+                what = "a weak reference to" if isinstance(function, weakref.ReferenceType) else "a function that holds"
+                raise TypeError(
+                    f"{type(where).__name__}.{key} is {what} a {type(reached).__name__} of the model; "
+                    "calls run on a copy of the model's structure, and this would lead back to the model. Make it a "
+                    "method, or pass the module as an argument."
+                )
+    return list(modules), list(loose)
+
+
+def _led_to(value: Any, seen: set[int]) -> Iterator[Any]:
+    """All that a function or a weak reference leads to; a copy of the model would share it with the model."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    inside: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        cells = [c for c in value.__closure__ or () if c != _EMPTY]
+        inside = [c.cell_contents for c in cells]
+        inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, types.MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, weakref.ReferenceType):
+        inside = [value()]
+    elif isinstance(value, list | tuple | set):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    for v in inside:
+        yield from _led_to(v, seen)
+
+
+_EMPTY = types.CellType()  # of a name that has no value yet
+
+
+def copy_structure(
+    model: nn.Module, modules: list[nn.Module], aliases: dict[int, Any]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """A copy of the structure, and the copy of each of `modules`. Tensors, hooks and settings are not copied.
+
+    aliases: id of an object → what takes its place in the copy.
+    """
+    keep: list[Any] = []
+    for module in modules:
+        keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        keep += [v for k, v in vars(module).items() if is_plain(v) or k.endswith(_HOOKS) or is_setting(v)]
+        keep += held(module)
+    memo = {id(value): value for value in keep} | aliases
+    try:
+        root = copy.deepcopy(model, memo)
+        return root, [copy.deepcopy(m, memo) for m in modules]
+    except Exception as e:
+        raise TypeError(
+            f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
+            f"{type(e).__name__}: {e}. Keep such objects out of the module, or give their class a __deepcopy__."
+        ) from e
+
+
+def lasting_copy(model: nn.Module) -> nn.Module:
+    """A copy of the structure to be kept and changed: it shares the storage of the parameters, which do not require
+    gradients in it, and nothing else. Buffers, hooks and settings are its own; tied parameters stay tied.
+    """
+    modules, loose = reachable(model)
+    tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
+    aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
+    for module in modules:
+        for t in module._buffers.values():
+            if t is not None and id(t) not in aliases:
+                aliases[id(t)] = t.detach().clone()
+        for key, value in vars(module).items():
+            if id(value) in aliases:
+                continue
+            if is_plain(value):
+                aliases[id(value)] = value.detach().clone()
+            elif key.endswith(_HOOKS):
+                aliases[id(value)] = copy.copy(value)
+            elif is_setting(value):
+                aliases[id(value)] = copy.deepcopy(value)
+    return copy_structure(model, modules, aliases)[0]
+
+
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+def is_setting(value: Any) -> bool:
+    return type(value).__name__.endswith("Config")
+
+
+def _culprit(model: nn.Module, keep: list[Any]) -> str:
+    """The attribute that cannot be copied."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value, {id(v): v for v in [*keep, *model.modules()]})
+            except Exception:
+                return f"{name}.{key}" if name else key
+    return type(model).__name__

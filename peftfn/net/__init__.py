@@ -1,0 +1,1 @@
+"""Running a model with an adapter as an argument."""

@@ -1,0 +1,62 @@
+"""Sharded tensors: leaves placed as their weights are, and gathered again, one tensor at a time.
+
+Under tensor parallelism a weight is a `DTensor`, and a call mixes it with the leaves, so those must be DTensors on the
+same mesh. Which way a leaf is sharded changes no result; it follows the weight, so that B [out, r] of a column-wise
+layer and A [r, in] of a row-wise one stay local.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftfn.tensors.sharded import is_sharded, on_mesh, placed, whole
+from peftfn.tensors.tree import mapped
+
+if TYPE_CHECKING:
+    from peftfn.core.plan import Adapter
+    from peftfn.net.net import Adapted
+
+
+def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
+    """An adapter of plain tensors, the same on every rank, for a model whose weights are sharded (DTensors).
+
+    Leaves are sharded as their weight is; leaves of weights that are no DTensors stay as they are. `net.init` gives
+    such adapters by itself, and so does `load`. Nothing is sent: each rank takes its part.
+    """
+    net.plan.check(adapter)
+    weights = net._weights()
+    out: dict[str, Any] = {}
+    for name, tree in adapter.items():
+        entry = net.plan.entries.get(name)
+        at = name if entry else next(n for n, e in net.plan.items() if e.bank == name)
+        w = weights[at]
+        if not is_sharded(w):
+            out[name] = tree
+        elif entry:
+            m = entry.site.canonical(w)
+            out[name] = mapped(tree, partial(placed, m=m))
+        else:
+            out[name] = mapped(tree, partial(on_mesh, w=w))
+    return out
+
+
+def gather(tree: Mapping[str, Any] | Iterable[tuple[str, Any]], rank: int | None = None) -> dict[str, Any]:
+    """Whole tensors on the CPU, gathered one at a time: of an adapter, merged parameters, or pairs (name, tensor).
+
+    Every rank of the mesh must call this.
+
+    Args:
+        rank: the only rank that keeps them, and the others get {}; None: each does.
+    """
+    keep = rank is None or torch.distributed.get_rank() == rank
+    out: dict[str, Any] = {}
+    for k, v in tree.items() if isinstance(tree, Mapping) else tree:
+        if isinstance(v, Mapping):
+            value: Any = gather(v, rank)
+        else:
+            value = whole(v.detach()).cpu()
+        if keep:
+            out[k] = value
+    return out

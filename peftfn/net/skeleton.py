@@ -1,0 +1,369 @@
+"""A private copy of a model's Python structure that shares its parameters: the only thing a call ever touches.
+
+The base is an argument, never a patient. A call runs on a skeleton, whose parameter slots are filled from the base at
+the start of the call and restored at its end; whatever a forward pass writes (a BatchNorm's statistics, an attribute)
+it writes there. One skeleton serves one call at a time, so threads cannot collide.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
+from functools import partial
+from itertools import chain
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from peftfn.model.names import near
+from peftfn.model.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
+from peftfn.slots.weight import OUTLIVED, Slot, plus
+from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
+from peftfn.tensors.transform import backward_task, lasting, under_transform
+
+Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Skeleton:
+    """One copy of `base`, with the slots named in `sites` to be filled by the caller."""
+
+    def __init__(self, base: nn.Module, sites: list[str]):
+        self.base, self.sites, self.lock = base, sites, RLock()
+        self._build()
+
+    def _build(self) -> None:
+        with lasting():
+            self._copy()
+
+    def _copy(self) -> None:
+        modules, loose = reachable(self.base)
+        named = dict(self.base.named_modules(remove_duplicate=False))
+        opaque = dict(weights(self.base))
+        layers = {id(w.layer): w for w in opaque.values()}
+        for name in self.sites:
+            module, _, key = name.rpartition(".")
+            if module not in named or (key not in named[module]._parameters and id(named[module]) not in layers):
+                raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
+        adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
+        own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
+        self.loose = [(p, p.detach()) for p in loose if id(p) not in adapted or id(p) in own]
+        aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
+        aliases |= {id(p): _Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
+        self.root, copies = copy_structure(self.base, modules, aliases)
+        self.pairs = list(zip(modules, copies, strict=True))
+        self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
+        self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
+        self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if is_plain(t)]
+        self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
+        self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
+        self.flags = [
+            (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
+        ]
+        self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
+            f"{prefix}.{k}" if prefix else k: (m._parameters, k)
+            for prefix, m in self.root.named_modules(remove_duplicate=False)
+            for k in m._parameters
+        }
+        self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
+        stands = {id(b): self._stand_in(layers[id(b)], s) for b, s in self.pairs if id(b) in layers}
+        for name, w in opaque.items():
+            for k, slots in stands[id(w.layer)].items():
+                self.slots[f"{name.removesuffix('weight')}{k}"] = (slots, k)
+        for name, (slots, k) in self.slots.items():
+            if slots[k] is not None or name in self.sites:
+                slots[k] = _Released.of(name)
+        for _, s in self.pairs:
+            if _CHECKPOINT in vars(s):
+                vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
+        self._watch()
+
+    def _stand_in(self, weight: QuantisedWeight, copied: nn.Module) -> dict[str, MutableMapping[str, Any]]:
+        """Slots for a quantised layer: where they are, by the name of what they hold."""
+        slots: MutableMapping[str, Any] = copied._parameters
+        if weight.own_forward:
+            slots = {"weight": None, "bias": None}
+            vars(copied)["forward"] = partial(_linear, slots)
+        self.parameters = [p for p in self.parameters if p[1] is not slots or p[2] != "weight"]
+        names = ["weight", "bias"] if weight.own_forward else ["weight"]
+        self.parameters += [(Parts(weight), slots, k) for k in names]
+        self.originals.setdefault(id(slots), Parts(weight))
+        return dict.fromkeys(names, slots)
+
+    # Freshness: what the owner did to the base between calls is seen by the next one.
+
+    def _watch(self) -> None:
+        """Note what the modules of base and skeleton hold, to see in one pass whether anything is not as it was."""
+        own = [_own(vars(b)) for b, _ in self.pairs]
+        watched = [
+            (operator.itemgetter(*keys), vars(m)) for pair, keys in zip(self.pairs, own, strict=True) for m in pair
+        ]
+        self.getters, self.dicts = zip(*watched, strict=True)
+        self.children = [b._modules for b, _ in self.pairs]
+        self.links = [(children, k, child) for children in self.children for k, child in children.items()]
+        self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
+        self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
+        held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
+        held = [(d, k) for d, k in held if _is_container(d[k])]
+        self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
+        self.containers = [(d, k, _state(d[k])) for d, k in held if not _is_data(d[k])]
+        self.seen = tuple(self._values())
+        self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
+
+    def _values(self) -> Iterator[Any]:
+        yield from chain.from_iterable(map(operator.call, self.getters, self.dicts))
+        yield from chain.from_iterable(map(dict.values, self.children))
+
+    def _same_structure(self) -> bool:
+        return (
+            sum(map(len, self.dicts)) == self.size
+            and list(chain.from_iterable(self.named)) == self.keys
+            and all(_equal(d[k], was) for d, k, was in self.data)
+            and all(_equal(_state(d[k]), was) for d, k, was in self.containers)
+            and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
+        )
+
+    def refresh(self) -> None:
+        """Take over modes and plain attributes of the base; copy a base of changed structure anew."""
+        if torch.compiler.is_compiling():  # the reads are what the compiled code is guarded by
+            for b, s, names in self.flags:
+                for name in names:
+                    if getattr(s, name) != getattr(b, name):
+                        setattr(s, name, getattr(b, name))
+            for children, key, child in self.links:
+                if children.get(key) is not child:
+                    raise RuntimeError(f"the model's {key} is another module now. Call adapt again, and compile that.")
+            return
+        if self._same_structure() and not any(map(operator.is_not, self._values(), self.seen)):
+            return
+        for ours, before in self.initial:  # what a forward pass left behind
+            ours.clear()
+            ours.update(before)
+        if not self._same_structure() or any(
+            v is not old and v.__class__ not in _PLAIN for v, old in zip(self._values(), self.seen, strict=True)
+        ):
+            self._build()
+            return
+        for b, s in self.pairs:
+            vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in _PLAIN})
+        self._watch()
+
+    # A call: fill the slots, run, restore.
+
+    def open(self) -> list[Any]:
+        """Fill every slot from the base, and tell what they held. Parameters come detached: the base is no input."""
+        if not torch.compiler.is_compiling():
+            self.lock.acquire()
+        before = self.snapshot()
+        for theirs, ours, k in self.parameters:
+            p = theirs[k]
+            ours[k] = p.detach() if p is not None and p.requires_grad else p
+        for embedding in self.embeddings:
+            if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
+                embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
+        self._fill_buffers()
+        return before
+
+    def close(self, before: list[Any]) -> None:
+        self.restore(before)
+        if not torch.compiler.is_compiling():
+            self.lock.release()
+
+    def versions(self) -> list[int]:
+        """How often each of the base's parameters was written to; a forward pass must not."""
+        tensors = [theirs[k] for theirs, _, k in self.parameters]
+        return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+
+    def written(self, versions: list[int]) -> list[str]:
+        """The parameters written to since `versions`."""
+        slots = [(id(ours), k) for _, ours, k in self.parameters]
+        odd = {slot for slot, old, new in zip(slots, versions, self.versions(), strict=True) if old != new}
+        return [name for name, (ours, k) in self.slots.items() if (id(ours), k) in odd]
+
+    def __getitem__(self, name: str) -> Any:
+        slots, k = self.slots[name]
+        return slots[k]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        slots, k = self.slots[name]
+        slots[k] = value
+
+    def names(self, name: str) -> list[str]:
+        """Every name of the slot `name`: a shared submodule has several."""
+        slots, k = self.slots[name]
+        return [n for n, (others, key) in self.slots.items() if others is slots and key == k]
+
+    def put(self, params: Mapping[str, Tensor]) -> None:
+        """Fill slots with the caller's own parameters; one name of a tied tensor stands for all that are not named."""
+        tied = {}
+        for name, p in params.items():
+            if name not in self.slots:
+                raise KeyError(f"params has {name!r}, which is no parameter of the model{near(name, list(self.slots))}")
+            slots, k = self.slots[name]
+            theirs = self.originals[id(slots)][k]
+            tied[id(theirs)] = p
+            slots[k] = p
+        given = {(id(self.slots[name][0]), self.slots[name][1]) for name in params}
+        for theirs, ours, k in self.parameters:
+            if id(theirs[k]) in tied and theirs[k] is not None and (id(ours), k) not in given:
+                ours[k] = tied[id(theirs[k])]
+
+    def snapshot(self) -> list[Any]:
+        """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
+        buffers = self.buffers if torch.compiler.is_compiling() else []
+        return [ours[k] for _, ours, k in self.parameters + buffers]
+
+    def identities(self) -> frozenset[int]:
+        """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""
+        if torch.compiler.is_compiling():
+            return frozenset()
+        return frozenset(id(ours[k]) for _, ours, k in self.parameters + self.buffers)
+
+    def restore(self, values: list[Any]) -> None:
+        for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):
+            ours[k] = value
+
+    def _fill_buffers(self) -> None:
+        """A copy of each buffer. One of integers (a mask, positions) is copied again only when it was written to; for
+        the others versions tell nothing, since BatchNorm's kernel writes its statistics without counting."""
+        for i, (theirs, ours, k) in enumerate(self.buffers):
+            t = theirs[k]
+            if t is None:
+                ours[k] = None
+            elif torch.compiler.is_compiling() or t.is_inference() or t.is_floating_point():
+                ours[k] = t.detach().clone()
+            elif not _same(self.clones[i], t, ours[k]):
+                with lasting():
+                    ours[k] = t.clone()
+                self.clones[i] = (t, t._version, ours[k], ours[k]._version)
+
+    @contextmanager
+    def _holding(self, values: list[Any]) -> Iterator[None]:
+        with self.lock:
+            before = self.snapshot()
+            self.restore(values)
+            tasks = [(v, v.task) for v in values if isinstance(v, Slot)]
+            for v, _ in tasks:
+                v.task = backward_task()
+            try:
+                yield
+            finally:
+                self.restore(before)
+                for v, task in tasks:
+                    v.task = task
+
+    def _checkpoint(self, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
+        if under_transform():  # torch.func differentiates without saved-tensor hooks: nothing to save, nothing to redo
+            return run(*args, **kwargs)
+        options = {
+            k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")
+        }
+        return checkpoint(run, *args, use_reentrant=False, context_fn=self.checkpoint_context, **options, **kwargs)
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Around a checkpointed forward pass, and around its recomputation."""
+        return nullcontext(), self._holding(self.snapshot())
+
+
+def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:
+    """A quantised layer's forward, with its weight and bias as they stand in the slots."""
+    return plus(F.linear(x, slots["weight"]), slots["bias"])
+
+
+def _is_container(v: Any) -> bool:
+    """Whether v holds what its owner may change without replacing v: a list, say, or an object with attributes."""
+    if isinstance(v, list | dict | set):
+        return True
+    if isinstance(v, Tensor | nn.Module | type | Enum) or callable(v) or is_setting(v):
+        return False
+    return type(getattr(v, "__dict__", None)) is dict
+
+
+def _is_data(v: Any) -> bool:
+    """Whether v is numbers and texts in lists, dicts and sets: what `==` compares, and quickly."""
+    if type(v) in (list, tuple, set):
+        return all(map(_is_data, v))
+    return v.__class__ in _PLAIN or (type(v) is dict and all(map(_is_data, [*v, *v.values()])))
+
+
+def _state(v: Any, above: tuple[int, ...] = ()) -> Any:
+    """What is in nested lists, dicts, sets and objects now, to compare with what is in them later."""
+    if isinstance(v, Tensor):
+        return id(v), None if isinstance(v, _Released) or v.is_inference() else v._version
+    if id(v) in above:
+        return id(v)
+    above = (*above, id(v))
+    if type(v) in (list, tuple):
+        return [_state(x, above) for x in v]
+    if type(v) is dict:
+        return {k: _state(x, above) for k, x in v.items()}
+    if isinstance(v, list | dict | set):
+        return copy.copy(v)
+    return (id(v), _state(vars(v), above)) if _is_container(v) else v
+
+
+def _equal(v: Any, was: Any) -> bool:
+    try:
+        return bool(v == was)
+    except (RuntimeError, ValueError, TypeError):  # tensors in it, that are not the same objects any more
+        return False
+
+
+def _own(attributes: dict[str, Any]) -> list[str]:
+    """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
+    return [k for k in attributes if k not in STANDARD]
+
+
+class _Released(Tensor):
+    """Stands in a parameter's slot between calls: whatever computes with it has outlived its call.
+
+    An empty tensor on the meta device rather than any object, because the compiler takes stock of all parameters.
+    """
+
+    site: str
+
+    @classmethod
+    def of(cls, name: str) -> "_Released":
+        t = torch.empty(0, device="meta").as_subclass(cls)
+        t.site = name
+        return t
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = getattr(getattr(func, "__self__", None), "__name__", "") in _VIEWS
+        if (getattr(func, "__name__", "") in _LOOKS and not view) or torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        found = next((t for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), None)
+        raise RuntimeError(found.told(found.site) if found is not None else cls.told("an adapted weight"))
+
+    @classmethod
+    def told(cls, name: str) -> str:
+        return OUTLIVED.format(name=name)
+
+
+class _Bypass(_Released):
+    """Stands for an adapted parameter in a list or dict of the model, where a call would read it unadapted."""
+
+    @classmethod
+    def told(cls, name: str) -> str:
+        return (
+            f"{name}: the model reads this parameter from a list, a dict or a function of its own, and not from its "
+            "module, so no adapter would reach it. Read it from the module, or leave this site out of the rules."
+        )
+
+
+_LOOKS = frozenset(
+    ["__get__", "__set__", "size", "stride", "dim", "storage_offset", "is_floating_point", "is_complex", "numel"]
+)
+_VIEWS = frozenset(["T", "mT", "H", "mH", "data"])  # attributes that are the values themselves
+
+
+def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
+    return clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version

@@ -1,0 +1,1 @@
+"""What stands in a slot during a call."""

@@ -1,0 +1,201 @@
+"""Mixed batches: every row of a batch uses its own adapter, or the base.
+
+What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch, in `Part`s of one method each, and a
+`Route`, which says what each row gets. A low-rank change (`Method.low_rank`) of all adapters is two batched products;
+any other method runs under `vmap` over the adapters, or once for each adapter that occurs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn import functional as F
+
+from peftfn.core.method import Method, Product
+from peftfn.slots.part import Part, take
+from peftfn.slots.route import Cut, Route, mapped, storages, tensors, visit
+from peftfn.slots.weight import AdaptedWeight, Slot, _operand_dtype, plus
+from peftfn.tensors.precision import wide
+from peftfn.tensors.transform import backward_task
+
+
+class _Mixed(Slot):
+    """A slot whose value depends on the row. `value(k)` is adapter k's, value(-1) the base's."""
+
+    __slots__ = ("rows",)
+    rows: Route
+
+    def value(self, k: int) -> Any:
+        raise NotImplementedError
+
+    def lost(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows needs its rows in the first dimension. "
+            "Call net.apply for one adapter at a time, or leave this site out of the rules."
+        )
+
+    def doubtful(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.name}: {what}, so its {self.rows.size} entries are not the batch's {self.rows.size} rows. Name "
+            "the site in common=[…] if all rows have this input in common; give common=[] if it has them."
+        )
+
+    def rowed(self, x: Tensor) -> Tensor:
+        if self.rows.size is None:
+            return x
+        if x.dim() != 2 or not self.rows.size or x.shape[0] % self.rows.size:
+            raise self.lost(f"its input has shape {list(x.shape)}")
+        return x.view(self.rows.size, -1, x.shape[-1])
+
+    @classmethod
+    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        found: list[_Mixed] = []
+        visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
+        rows = found[0].rows
+        sizes = {v.shape[0] for v in tensors((args, kwargs)) if not rows.owned(v) and rows.at(v.shape[0])}
+        bags = func is F.embedding_bag and args[0].dim() == 1  # all rows' indices in one line, cut up by offsets
+        if ((not sizes or bags) and rows.size is not None) or func in _ROWS_ELSEWHERE:
+            raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
+        n = max(sizes, default=0)
+        together = func is F.batch_norm and _training(*args, **kwargs)
+
+        def run(k: int, cut: Cut) -> Tensor:
+            def swap(v: Any) -> Any:
+                if isinstance(v, _Mixed):
+                    return v.value(k)
+                has_rows = isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n and not rows.owned(v)
+                return cut(v) if has_rows and not together else v
+
+            out: Tensor = func(*mapped(args, swap), **mapped(kwargs, swap))
+            return cut(out) if together else out
+
+        return (rows.at(n) or rows).each(run)
+
+    def _attribute(self, name: str) -> Any:
+        raise self.lost(f"the model uses weight.{name}")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self.lost("the model indexes the weight")
+
+
+def _training(
+    input: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *_: Any, **__: Any
+) -> bool:
+    """Whether F.batch_norm normalises by the statistics of the batch, which are of all rows together."""
+    return training
+
+
+_ROWS_ELSEWHERE = frozenset([F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
+
+
+class MixedWeight(_Mixed):
+    """The adapted weight of a mixed batch: each row of every product uses the adapters that its route says."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: list[Part], w: Tensor, rows: Route):
+        self.parts, self.entry, self.w, self.rows = parts, parts[0].entry, w, rows
+        self.task = -1 if torch.compiler.is_compiling() else backward_task()
+
+    def value(self, k: int) -> Tensor:
+        for part in self.parts:
+            if part.start <= k < part.start + part.size:
+                return part.one(k - part.start).dense()
+        return self.w
+
+    def product(self, x: Tensor, dot: Product) -> Tensor:
+        table = not x.is_floating_point() and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == x.shape[1]))
+        if table and self._must_tell(x) and not storages([x]) <= self.rows.inputs:
+            raise self.doubtful(f"its indices {list(x.shape)} are none of the call's inputs: positions, it seems")
+        kind = "embedding" if self.entry.site.kind == "embedding" else "product"
+        dtype = x.dtype if x.is_floating_point() else self.w.dtype
+        return self._by_row(x, kind, lambda weight, x: weight.product(x, dot), lambda x: dot(x, self.matrix(dtype)))
+
+    def linear(self, x: Tensor, bias: Any = None) -> Tensor:
+        def base(x: Tensor) -> Tensor:
+            return F.linear(x, self.matrix(_operand_dtype(x)))
+
+        return plus(self._by_row(x, "linear", AdaptedWeight.linear, base), bias)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The base's canonical weight; of a quantised one, its values in `dtype`."""
+        m = self.canonical()
+        return m.to(dtype) if self.entry.site.quantised else m
+
+    def _must_tell(self, x: Tensor) -> bool:
+        """Whether x may be taken for rows by its size alone, and nobody said what it is."""
+        return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None
+
+    def _by_row(self, x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
+        site = self.entry.site
+        one = 1 if kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0  # dimensions of one row
+        if self.rows.common and self.name in self.rows.common and self.rows.size is not None and x.dim() >= one:
+            x = x.expand(self.rows.size, *x.shape)
+        if site.stacked or x.dim() <= one:
+            raise self.lost(f"its input has shape {list(x.shape)}")
+        if self.rows.owned(x) and self._must_tell(x):
+            raise self.doubtful("its input is the model's own parameter or buffer")
+        rows = self.rows.at(x.shape[0])
+        if rows is None:
+            if x.shape[0] != 1 or self.rows.size is None:
+                raise self.lost(f"its input has shape {list(x.shape)}")
+            rows, x = self.rows, x.expand(self.rows.size, *x.shape[1:])
+        return rows.product(self, x, kind, adapted, base)
+
+    def added_to(self, y: Tensor) -> Tensor:
+        return MixedBias(self.name, self._values(), self.w, self.rows).added_to(y)
+
+    def _values(self) -> Tensor:
+        return torch.stack([self.value(k) for k in range(self.rows.count)])
+
+    def bias(self, b: "Tensor | MixedWeight | None") -> "MixedBias | None":
+        """What this weight's methods make of the layer's bias b, for each adapter; None where it stays as it is."""
+        mixed = isinstance(b, MixedWeight)
+        base = b.w if isinstance(b, MixedWeight) else b
+        given = b._values() if isinstance(b, MixedWeight) else b
+        new: dict[int, Tensor] = {}
+        for part in self.parts:
+            own = given[part.start : part.start + part.size] if mixed and given is not None else given
+
+            def one(p: Any, b: Tensor | None, method: Method = part.method) -> Tensor | None:
+                return method.bias(p, None if b is None else wide(b))
+
+            probe = None if base is None else wide(base)
+            if part.method.bias(take(part.p, part.axes, lambda t: t[0]), probe) is not probe:
+                new[part.start] = vmap(one, (part.axes, 0 if mixed else None))(part.p, own)  # type: ignore[assignment]
+        if not new:
+            return None
+        shape = next(iter(new.values())).shape[1:]
+        base = self.w.new_zeros(shape) if base is None else base
+        pieces, k = [], 0
+        plain = given if mixed and given is not None else base.expand(self.rows.count, *shape)
+        for start, values in sorted(new.items()):
+            pieces += [plain[k:start], values.to(base.dtype)]
+            k = start + len(values)
+        values = torch.cat([*pieces, plain[k:]])
+        return MixedBias(f"{self.name} (bias)", values, base, self.rows)
+
+
+class MixedBias(_Mixed):
+    """The bias slot of a mixed batch: `values` [k, out], and the base's own `w` [out]."""
+
+    __slots__ = ("label", "values")
+    multiplies = False
+
+    def __init__(self, label: str, values: Tensor, w: Tensor, rows: Route):
+        self.label, self.values, self.w, self.rows = label, values, w, rows
+        self.task = -1 if torch.compiler.is_compiling() else backward_task()
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def value(self, k: int) -> Tensor:
+        return self.w if k < 0 else self.values[k]
+
+    def added_to(self, y: Tensor) -> Tensor:
+        rows = self.rows.at(y.shape[0])
+        if rows is None:
+            raise self.lost(f"the layer's output has shape {list(y.shape)}")
+        return rows.bias(self.values, self.w, y)

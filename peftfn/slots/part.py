@@ -1,0 +1,186 @@
+"""Adapters of one method and shape at one site, and their outputs on the rows that use them."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from peftfn.core.combine import is_expression
+from peftfn.core.method import LowRank, Method
+from peftfn.core.plan import Entry
+from peftfn.slots.route import Bucket, Cut, Run, Share, picked
+from peftfn.slots.weight import AdaptedWeight, _cast, _operand_dtype
+from peftfn.tensors.transform import eager
+
+if TYPE_CHECKING:
+    from peftfn.slots.mixed import MixedWeight
+
+
+class Part:
+    """Adapters start … start + size − 1 of a batch, all of one method and one shape, at one site."""
+
+    __slots__ = ("axes", "entry", "low", "made", "method", "p", "size", "start", "w")
+
+    def __init__(
+        self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor, start: int, size: int
+    ):
+        self.entry, self.w, self.start, self.size = entry, w, start, size
+        self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
+        low = None if entry.site.stacked else self.method.low_rank(self.p)
+        self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
+        self.made: dict[Any, LowRank] = {}
+
+    def one(self, k: int) -> AdaptedWeight:
+        """This part's adapter k alone."""
+        return AdaptedWeight(self.entry, self.method, take(self.p, self.axes, lambda t: t[k]), self.w)
+
+    def runs(self, x: Tensor, adapted: Any) -> Run:
+        """(adapter, cut) ↦ its output on the rows of x that cut takes."""
+        return lambda k, cut: adapted(self.one(k - self.start), cut(x))
+
+    def is_low_rank(self, kind: str) -> bool:
+        return self.low is not None and (kind == "linear" or self.entry.site.kind == "embedding")
+
+    def vmaps(self, kind: str) -> bool:
+        """Whether to run many adapters under one vmap, and not one by one."""
+        fast = self.method.fast_linear() if kind == "linear" else self.method.overrides("product")
+        return fast and self.method.per_row
+
+    def vmapped(self, local: Any, x: Tensor, adapted: Any) -> Tensor:
+        """adapted(adapter local[i], x[i]) for all i."""
+        p = take(self.p, self.axes, lambda t: t[local])
+
+        def one(p: Any, x: Tensor) -> Tensor:
+            out: Tensor = adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)
+            return out
+
+        out: Tensor = vmap(one, (self.axes, 0), randomness="different")(p, x)
+        return out
+
+    def run(self, share: Share, x: Tensor, kind: str, adapted: Any) -> Tensor:
+        """The adapters' outputs on their rows, in the order of the share."""
+        out, pieces = [], share.take(x).split([b.rows for b in share.buckets])
+        for bucket, piece in zip(share.buckets, pieces, strict=True):
+            if bucket.number > 1 and self.vmaps(kind):
+                piece = piece.unflatten(0, (bucket.number, bucket.each))
+                out.append(self.vmapped(bucket.adapters, piece, adapted).flatten(0, 1))
+            else:
+                ks = (
+                    range(self.size)[bucket.adapters]
+                    if isinstance(bucket.adapters, slice)
+                    else bucket.adapters.tolist()
+                )
+                out += [adapted(self.one(k), rows) for k, rows in zip(ks, piece.split(bucket.each), strict=True)]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def factors(self, bucket: Bucket, dtype: torch.dtype) -> LowRank:
+        """down [number, r, in], up [number, out, r] and rows [number, out] of a bucket, in `dtype`."""
+        low: LowRank = self.low  # type: ignore[assignment]
+        whole = bucket.number == self.size and bucket.adapters == slice(0, self.size)
+        if whole and low.down.dtype == dtype and low.down.dim() == low.up.dim() == 3:
+            return low
+        key = id(bucket), dtype
+        if key not in self.made:
+
+            def cut(t: Tensor, dim: int) -> Tensor:
+                whole = t if t.dim() > dim else t.expand(self.size, *t.shape)
+                return whole[bucket.adapters].to(dtype)
+
+            rows = None if low.rows is None else cut(low.rows, 1)
+            self.made[key] = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, rows)
+        return self.made[key]
+
+    def add_low_rank(self, y: Tensor, share: Share, x: Tensor, kind: str) -> Tensor:
+        """diag(c) (y + s·U D x) on the rows of the share, with each row's own U, D and c; y is the base's output."""
+        dtype = _operand_dtype(x) if kind == "linear" else y.dtype
+        lows = [self.factors(b, dtype) for b in share.buckets]
+        scale, middle, change = lows[0].scale, y.shape[1:-1], []
+        pieces = share.take(x).split([b.rows for b in share.buckets])
+        for bucket, low, piece in zip(share.buckets, lows, pieces, strict=True):
+            shrunk = self._shrink(bucket, low, piece, kind)
+            change.append(torch.bmm(shrunk, low.up.mT).view(bucket.rows, *middle, low.up.shape[-2]))
+        added = (change[0] if len(change) == 1 else torch.cat(change)).to(y.dtype)
+        if lows[0].rows is None:
+            if share.rows is None:
+                return y.add(added, alpha=scale)
+            return y.index_add(0, share.rows, added, alpha=scale)
+        c = torch.cat([low.rows.repeat_interleave(b.each, 0) for b, low in zip(share.buckets, lows, strict=True)])  # type: ignore[union-attr]
+        c = c.view(-1, *[1] * len(middle), c.shape[-1]).to(y.dtype)
+        if share.rows is None:
+            return c * y.add(added, alpha=scale)
+        return y.index_copy(0, share.rows, c * picked(y, share.rows).add(added, alpha=scale))
+
+    def _shrink(self, bucket: Bucket, low: LowRank, x: Tensor, kind: str) -> Tensor:
+        """D x, [number, tokens, r]; of an embedding, the columns of D that the ids name."""
+        if kind == "linear":
+            rows = x.reshape(bucket.number, -1, x.shape[-1])
+            if rows.shape[1] <= 4:  # the long operand first: about half the time on a CPU where a row has few tokens
+                return torch.bmm(low.down, rows.mT).mT
+            return torch.bmm(rows, low.down.mT)
+        owner = torch.arange(bucket.number, device=x.device).repeat_interleave(bucket.each)
+        picked = low.down.mT[owner.view(-1, *[1] * (x.dim() - 1)), x]
+        return picked.reshape(bucket.number, -1, picked.shape[-1])
+
+    def linear(self, bucket: Bucket, x: Tensor, weight: "MixedWeight", base: Cut) -> Tensor:
+        """A linear layer whose rows are this bucket as they stand: no row is moved."""
+        dtype = _operand_dtype(x)
+        low = self.factors(bucket, dtype)
+        s, w = self._shrink(bucket, low, x, "linear"), weight.matrix(dtype)
+        if not torch.is_grad_enabled() and eager(x) and w.dtype == dtype:  # the base's product onto the low-rank one:
+            y = torch.bmm(s, low.up.mT)  # a pass less over the output
+            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), w.mT, beta=low.scale)
+            if low.rows is not None:
+                y.mul_(low.rows[:, None])
+        else:
+            y = base(x)
+            y = torch.baddbmm(
+                y.reshape(bucket.number, -1, y.shape[-1]), s.to(y.dtype), low.up.mT.to(y.dtype), alpha=low.scale
+            )
+            y = y if low.rows is None else y * low.rows[:, None].to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dict[str, Any], dict[str, Any]]:
+    """(method, prepared tensors, their `in_dims`) of a stack of leaves: what differs between adapters has an axis."""
+    if not is_expression(leaf):
+        ready = leaf.keys() == entry.prepared.keys() and leaf.keys() != entry.spec.keys()
+        if ready or not entry.method.overrides("prepare"):
+            p = _cast({**entry.frozen, **bank, **leaf}, torch.promote_types(w.dtype, torch.float32))
+            return entry.method, p, {k: 0 if k in leaf or k in bank else None for k in p}
+    fixed: list[Any] = []
+
+    def one(leaf: Any, bank: Any) -> Any:
+        method, p = entry.tensors(leaf, bank, w)
+        fixed[:] = [method, _split(p, entry, False)]
+        return _split(p, entry, True)
+
+    varying = vmap(one, randomness="different")(leaf, bank) if leaf or bank else one(leaf, bank)
+    method, constant = fixed
+    return method, *_joined(varying, constant)
+
+
+def _split(p: dict[str, Any], entry: Entry, varying: bool) -> dict[str, Any]:
+    return {
+        k: _split(v, entry, varying) if isinstance(v, dict) else v
+        for k, v in p.items()
+        if isinstance(v, dict) or varying == (k == "scale" or k in entry.prepared or k not in entry.frozen)
+    }
+
+
+def _joined(varying: dict[str, Any], constant: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    p: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
+    for k in {**constant, **varying}:
+        if isinstance(varying.get(k), dict):
+            p[k], axes[k] = _joined(varying[k], constant[k])
+        elif k in varying:
+            p[k], axes[k] = varying[k], 0
+        else:
+            p[k], axes[k] = constant[k], None
+    return p, axes
+
+
+def take(p: dict[str, Any], axes: dict[str, Any], f: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {k: take(v, axes[k], f) if isinstance(v, dict) else (v if axes[k] is None else f(v)) for k, v in p.items()}

@@ -1,0 +1,1 @@
+"""What may stand for a tensor, and what surrounds a call."""

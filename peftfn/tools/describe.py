@@ -1,0 +1,128 @@
+"""What a model offers to adapt: every site with kind, shape, dtype and what it is tied with, as data and as a table."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from peftfn.model.names import matches
+from peftfn.model.site import sites
+from peftfn.tensors.quantised import parameters
+from peftfn.tools.table import table
+
+
+@dataclass(frozen=True)
+class Described:
+    """One site: what a rule of `adapt` can take.
+
+    kind: linear, linear_t (transformers' Conv1D), embedding, conv, conv_t, stack and stack_t (experts), or other
+        (norms, biases).
+    shape: the parameter's own; its dtype and device. quantised: its values are packed in another form.
+    aliases: other names of this very slot (a submodule that the model has twice): they are adapted together.
+    tied: names of other slots that hold the same tensor: each is adapted on its own, the others stay as they are.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aliases: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    quantised: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Description(Sequence[Described]):
+    """The sites of a model, in its own order; `str` gives the table, in which layers that are alike have one line."""
+
+    def __init__(self, found: Sequence[Described]):
+        self._sites = tuple(found)
+
+    @overload
+    def __getitem__(self, index: int) -> Described: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Description": ...
+    def __getitem__(self, index: int | slice) -> "Described | Description":
+        return Description(self._sites[index]) if isinstance(index, slice) else self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Description) and self._sites == other._sites
+
+    def __hash__(self) -> int:
+        return hash(self._sites)
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters; tied tensors count once."""
+        known = {s.name for s in self}
+        again = {t for s in self for t in s.tied if t in known and t > s.name}
+        return sum(s.numel for s in self if s.name not in again)
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "shape", "dtype", "tied with")]
+        for name, s in self._lines():
+            kind = f"{s.kind}, quantised" if s.quantised else s.kind
+            alike = f" (= {', '.join(s.aliases)})" if s.aliases else ""
+            dtype = str(s.dtype).removeprefix("torch.")
+            rows.append((name + alike, kind, "×".join(map(str, s.shape)), dtype, ", ".join(s.tied)))
+        return f"{table(rows)}\n{len(self):,} sites, {self.numel:,} parameters"
+
+    __repr__ = __str__
+
+    def _lines(self) -> Iterator[tuple[str, Described]]:
+        """(name, site), with `layers.[0-31].….weight` for sites that differ in one number of their names alone."""
+        groups: dict[tuple[Any, ...], list[Described]] = {}
+        for s in self:
+            general = re.sub(r"(?<![^.])\d+(?![^.])", "#", s.name, count=1)
+            alone = s.name if s.tied or s.aliases else ""
+            groups.setdefault((general, alone, s.kind, s.shape, s.dtype, s.device, s.quantised), []).append(s)
+        for (general, *_), group in groups.items():
+            if len(group) == 1:
+                yield group[0].name, group[0]
+                continue
+            numbers = [int(re.findall(r"(?<![^.])\d+(?![^.])", s.name)[0]) for s in group]
+            yield general.replace("#", f"[{_ranges(numbers)}]", 1), group[0]
+
+
+def describe(model: nn.Module, pattern: str | None = None) -> Description:
+    """Every site of the model, or those that `pattern`, read as a rule of `adapt`, finds.
+
+    `print(describe(model))` shows what there is to adapt; a rule's pattern is tried without adapting anything.
+
+    Raises:
+        ValueError: the pattern is no valid regular expression, or a parameter is not initialised (a lazy module).
+    """
+    known, found = sites(model), []
+    values = parameters(model)
+    for s in known.values():
+        try:
+            wanted = pattern is None or any(matches(pattern, n) for n in (s.name, *s.aliases))
+        except re.error as e:
+            raise ValueError(f"describe: {pattern!r} is no valid regular expression: {e}") from e
+        if wanted:
+            w = values[s.name]
+            more = (s.aliases, s.tied, s.quantised)
+            found.append(Described(s.name, s.kind, tuple(s.shape), w.dtype, w.device, *more))
+    return Description(found)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2,5"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1][1:] = [n]
+        else:
+            parts.append([n])
+    return ",".join("-".join(map(str, p)) for p in parts)

@@ -1,0 +1,226 @@
+"""Optimizers for adapters: parameter groups for LoRA+ and for weight decay, and LoRA-FA.
+
+Each takes what `as_module` gave, or a plain adapter whose tensors require gradients. A plain adapter does not know its
+methods; where they matter, give its net too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core.combine import Chain
+from peftfn.core.method import Method
+from peftfn.core.plan import Entry
+from peftfn.methods.weights.lora import LoRA
+from peftfn.net.net import Adapted
+from peftfn.view.module import parameters_of, plan_of
+
+Group = dict[str, Any]
+"""A parameter group of torch.optim."""
+
+
+def lora_plus(
+    adapter: nn.Module | Mapping[str, Any],
+    lr: float,
+    ratio: float = 16.0,
+    *,
+    lr_embedding: float | None = None,
+    weight_decay: float = 0.0,
+    net: Adapted | None = None,
+    name: str | None = None,
+) -> list[Group]:
+    """Parameter groups in which B learns `ratio` times as fast as A: lr_B = ratio · lr_A.
+
+    Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, arXiv:2402.12354. As in the authors'
+    code, vectors (biases, norms, magnitudes) learn as fast as B, without weight decay; all else learns like A.
+
+    Args:
+        adapter: a module, or a plain adapter.
+        lr, ratio: see above; both above 0.
+        lr_embedding: of all tensors at embeddings (the authors': 1e-6); None treats them like the others.
+        weight_decay: of matrices; see `decay`.
+        net: the plain adapter's net; needed for lr_embedding.
+        name: which of the module's adapters; None is the one in force.
+    """
+    _positive("lora_plus", lr=lr, ratio=ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding}))
+    if lr_embedding is not None and net is None and not isinstance(adapter, nn.Module):
+        raise ValueError("lora_plus: lr_embedding needs to know which sites are embeddings: give net=net")
+    rates: dict[tuple[float, float], list[Tensor]] = {}
+    for leaf in _leaves(adapter, net, name, "lora_plus"):
+        rate = lr * ratio if leaf.is_b or leaf.is_vector else lr
+        if lr_embedding is not None and leaf.entry is not None and leaf.entry.site.kind == "embedding":
+            rate = lr_embedding
+        rates.setdefault((rate, weight_decay if leaf.decays else 0.0), []).append(leaf.tensor)
+    return [{"params": ts, "lr": rate, "weight_decay": decay} for (rate, decay), ts in rates.items()]
+
+
+def decay(
+    adapter: nn.Module | Mapping[str, Any],
+    weight_decay: float,
+    *,
+    net: Adapted | None = None,
+    name: str | None = None,
+) -> list[Group]:
+    """Two parameter groups: what weight decay may shrink, and what it must leave alone.
+
+    Shrinking a matrix of a low-rank product shrinks the change of the weight, which is what is meant. Shrinking a norm,
+    a bias, a magnitude (vectors), or the rows of `TrainableTokens`, which are weights and no change of them, would
+    pull the model itself towards zero.
+
+    Args:
+        adapter, net, name: as in `lora_plus`; a plain adapter needs its net.
+    """
+    if net is None and not isinstance(adapter, nn.Module):
+        raise ValueError("decay: which tensors are weights, and not changes of them, the methods tell: give net=net")
+    groups: dict[float, list[Tensor]] = {}
+    for leaf in _leaves(adapter, net, name, "decay"):
+        groups.setdefault(weight_decay if leaf.decays else 0.0, []).append(leaf.tensor)
+    return [{"params": ts, "weight_decay": value} for value, ts in groups.items()]
+
+
+def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, Any]:
+    """LoRA-FA as a gradient transformation: A stays, and B's gradient becomes g_B (A Aᵀ)⁺ / s².
+
+    s·g_B' A is then the change of the weight nearest to its full gradient among those that B can make.
+    Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", 2023,
+    arXiv:2308.03303.
+
+    Args:
+        grads: a tree like `adapter`, from torch.func.grad(…) say. LoRA's leaves are transformed, others pass.
+    """
+    out = dict(grads)
+    for site, scale in _loras(net.plan, adapter).items():
+        a, g = adapter[site]["a"], grads[site]
+        out[site] = {**g, "a": torch.zeros_like(g["a"]), "b": _projected(g["b"], a, scale)}
+    return out
+
+
+class LoRAFA(torch.optim.AdamW):
+    """AdamW on B with LoRA-FA's gradient, see `lora_fa`; A is frozen here (`requires_grad_(False)`), and so needs no
+    gradient and no saved input. What is not LoRA's is trained by plain AdamW. Its state is saved like any optimizer's.
+
+    Args:
+        adapter: a module, or a plain adapter (which needs its net).
+        weight_decay: as in `decay`.
+        others: of AdamW.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module | Mapping[str, Any],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        net: Adapted | None = None,
+        name: str | None = None,
+        **others: Any,
+    ):
+        if isinstance(adapter, nn.Module):
+            tree, plan = parameters_of(adapter, name), plan_of(adapter, name)
+        elif net is not None:
+            tree, plan = dict(adapter), net.plan
+        else:
+            raise ValueError("LoRAFA: a plain adapter does not know its scales: give net=net")
+        pairs = {tree[site]["b"]: (tree[site]["a"], scale) for site, scale in _loras(plan, tree).items()}
+        for a, _ in pairs.values():
+            a.requires_grad_(False)
+        super().__init__(decay(adapter, weight_decay, net=net, name=name), lr=lr, **others)
+        self._pairs = pairs
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for b, (a, scale) in self._pairs.items():
+            if b.grad is not None:
+                b.grad = _projected(b.grad, a, scale)
+        super().step()
+        return loss
+
+
+def _projected(g: Tensor, a: Tensor, scale: float) -> Tensor:
+    """g (A Aᵀ)⁺ / s², in fp32 or wider. g [..., out, r], a [..., r, in]"""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    m = a.detach().to(wide)
+    return (g.to(wide) @ torch.linalg.pinv(m @ m.mT, hermitian=True) / scale**2).to(g.dtype)
+
+
+def _loras(plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, float]:
+    """site → scale, of LoRA's leaves."""
+    found = {
+        site: entry.method.scale
+        for site, entry in plan.items()
+        if isinstance(entry.method, LoRA) and {"a", "b"} <= adapter[site].keys()
+    }
+    if not found:
+        raise ValueError("LoRA-FA: the adapter has no LoRA in it, so there is no A to freeze")
+    return found
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One tensor of an adapter."""
+
+    key: str  # its name in the leaf
+    tensor: Tensor
+    siblings: Mapping[str, Any]
+    entry: Entry | None
+
+    @property
+    def is_b(self) -> bool:
+        """Whether it is the B of a product B A."""
+        part, dot, name = self.key.rpartition(".")  # a chain numbers its parts: "0.b"
+        a = self.siblings.get(f"{part}{dot}a")
+        if name != "b" or not isinstance(a, Tensor) or a.dim() < 2 or self.tensor.dim() < 2:
+            return False
+        return a.shape[-2] == self.tensor.shape[-1]
+
+    @property
+    def is_vector(self) -> bool:
+        return self.tensor.dim() - (self.entry is not None and self.entry.site.stacked) < 2
+
+    @property
+    def decays(self) -> bool:
+        return not self.is_vector and not (self.entry and self.key in _absolute(self.entry.method))
+
+
+def _absolute(method: Method) -> set[str]:
+    if isinstance(method, Chain):
+        return {f"{i}.{k}" for i, m in enumerate(method.methods) for k in _absolute(m)}
+    return set(method.absolute)
+
+
+def _leaves(adapter: Any, net: Adapted | None, name: str | None, where: str) -> Iterator[_Leaf]:
+    """Every tensor that trains, each once."""
+    if isinstance(adapter, nn.Module):
+        tree: Mapping[str, Any] = parameters_of(adapter, name)
+        plan: Mapping[str, Entry] = plan_of(adapter, name)
+    else:
+        tree, plan = adapter, net.plan if net is not None else {}
+        if net is not None:
+            net.plan.check(adapter)
+    seen: set[int] = set()
+
+    def walk(tree: Mapping[str, Any], entry: Entry | None) -> Iterator[_Leaf]:
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, entry)
+            elif value.requires_grad and id(value) not in seen:
+                seen.add(id(value))
+                yield _Leaf(key, value, tree, entry)
+
+    for at, leaf in tree.items():
+        yield from walk(leaf, plan.get(at))
+    if not seen:
+        raise ValueError(f"{where}: no tensor of the adapter requires a gradient; call requires_grad_() on its tensors")
+
+
+def _positive(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number above 0")

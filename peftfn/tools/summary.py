@@ -1,0 +1,48 @@
+"""What a net trains, in PEFT's one line and in a table by site."""
+
+from collections import Counter
+from math import prod
+
+from peftfn.net.net import Adapted
+from peftfn.tensors.quantised import weights
+from peftfn.tools.table import table
+
+
+def counts(net: Adapted) -> tuple[int, int]:
+    """(trainable parameters of one adapter, parameters of base and adapter together).
+
+    Tied tensors count once, and quantised weights as the matrices they stand for.
+    """
+    trained = sum(prod(shape) for e in net.plan.values() for shape in e.spec.values())
+    trained += sum(prod(shape) for bank in net.plan.banks.values() for shape in bank.values())
+    hidden = {id(w.layer): w for _, w in weights(net.model)}
+    packed = {id(w.layer._parameters.get("weight")) for w in hidden.values()}
+    base = sum(p.numel() for p in net.model.parameters() if id(p) not in packed)
+    return trained, trained + base + sum(w.numel() for w in hidden.values())
+
+
+def summary(net: Adapted, *, by_site: bool = True) -> str:
+    """What one adapter of the net trains, as text: PEFT's line, then a table of the sites.
+
+        trainable params: 256 || all params: 22,944 || trainable%: 1.1158
+        site                                    kind    shape  method        trainable
+        model.layers.0.self_attn.q_proj.weight  linear  32×32  LoRA(rank=4)  256
+
+    Of a method's fields the first is shown, and those that do not have their default. "all params" are the base's and
+    the adapter's; tied tensors count once.
+
+    Args:
+        by_site: if False, the first line alone.
+    """
+    trained, total = counts(net)
+    head = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+    if not by_site:
+        return head
+    rows = [("site", "kind", "shape", "method", "trainable")]
+    for name, e in net.plan.items():
+        n = sum(prod(shape) for shape in e.spec.values())
+        rows.append((name, e.site.kind, "×".join(map(str, e.site.shape)), str(e.method), f"{n:,}"))
+    for name, bank in net.plan.banks.items():
+        sites = Counter(e.bank for e in net.plan.values())[name]
+        rows.append((name, "bank", f"of {sites} sites", "", f"{sum(map(prod, bank.values())):,}"))
+    return f"{head}\n{table(rows)}"

@@ -1,0 +1,1 @@
+"""The adapted model as an nn.Module."""

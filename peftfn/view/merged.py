@@ -1,0 +1,91 @@
+"""merged: the parameters of a module view with its adapter folded in, one at a time."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core.plan import UNTIED
+from peftfn.slots.weight import dense
+from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
+from peftfn.tensors.tree import leaves
+from peftfn.view.module import parameters_of, status
+
+
+def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name in the base, parameter with the adapter folded in), one at a time, of a module that `as_module` made.
+
+    They are sharded as the module's parameters are: `gather(merged(m), rank=0)` never holds more than one of them
+    whole on an accelerator. For a net, `gather(net.merge(adapter))` does the same.
+
+    Args:
+        untied: as in `net.merge`: whether tied weights may come out different.
+
+    Raises ValueError in train mode, or where the adapter gives a bias to a layer without one, or makes tied weights
+    different.
+    """
+    if module.training:
+        raise ValueError("merged: the module is in train mode, where a method may act otherwise; call m.eval() first")
+    reshard_(module)
+    sharded = any(is_sharded(p) for p in module.parameters())
+    ours = {id(t) for row in status(module).adapters for t in leaves(parameters_of(module, row.name))}
+    tied: dict[int, tuple[str, Tensor]] = {}  # id of a parameter that several slots share → what the first made of it
+    names = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if "parametrizations" in path.split("."):
+            continue
+        slots: Any = getattr(layer, "parametrizations", {})
+        for attr in (*layer._parameters, *slots):
+            name = f"{path}.{attr}" if path else attr
+            held: Any = slots[attr].original if attr in slots else None
+            if is_sharded(held) and not held.is_floating_point():
+                raise ValueError(
+                    f"{name}: its weight is quantised and sharded, and a part of it cannot be dequantised. Merge "
+                    "peftfn.gather(peftfn.adapter_of(m), rank=0) into the model as it is without sharding, net.merge"
+                )
+            constants = [module, *slots.modules()] if is_sharded(held) else []
+            with torch.no_grad(), _plain_constants(sharded), _whole(constants, getattr(held, "device_mesh", None)):
+                value = dense(getattr(layer, attr))
+            if value is None or id(value) in ours:
+                continue
+            if attr in slots and getattr(slots[attr][0], "missing", False):
+                raise ValueError(f"{name}: the adapter gives this layer a bias, and the base has none to merge it into")
+            source = layer._parameters[attr] if held is None else held
+            if names[id(source)] > 1 and not untied:
+                other, theirs = tied.setdefault(id(source), (name, value))
+                if not equal(value, theirs):
+                    raise ValueError(UNTIED.format(name=name, other=other))
+            yield name, value
+
+
+def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:
+    """Where parameters are sharded, plain tensors among them are constants, the same on every rank."""
+    if not sharded:
+        return nullcontext()
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    # torch's context turns it off when it ends, also inside of one that the caller has entered
+    return nullcontext() if DTensor._op_dispatcher._allow_implicit_replication else implicit_replication()
+
+
+@contextmanager
+def _whole(modules: Iterable[nn.Module], mesh: Any) -> Iterator[None]:
+    """Inside, buffers that are sharded on another mesh are whole: FSDP2 adds a dimension to that of the parameters, and
+    leaves buffers on tensor parallelism's."""
+    others = [
+        (m._buffers, k, t)
+        for m in modules
+        for k, t in m._buffers.items()
+        if is_sharded(t) and t.device_mesh != mesh  # type: ignore[union-attr]
+    ]
+    try:
+        for held, k, t in others:
+            held[k] = whole(t)  # type: ignore[arg-type]
+        yield
+    finally:
+        for held, k, t in others:
+            held[k] = t
