@@ -6,7 +6,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from peftfn.cli.base import INDEX, Base, guard, load_base, opened_shard
 from peftfn.cli.progress import progress
+from peftfn.core import functions
 from peftfn.core.plan import Entry
 from peftfn.formats import hub, load
 from peftfn.formats.files import read_json
 from peftfn.model.site import sites
 from peftfn.net.net import Adapted
-from peftfn.tensors.precision import wide
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"})
 
@@ -76,10 +75,8 @@ class _Merge:
     """What becomes of each tensor in the files."""
 
     def __init__(self, base: Base, net: Adapted, adapter: Mapping[str, Any]):
-        self.base, self.adapter = base, adapter
-        self.entries = {n: replace(e, method=e.method.eval()) for n, e in net.plan.items()}
+        self.base, self.plan, self.adapter = base, net.plan, adapter
         self.weights = {n: p.detach() for n, p in base.model.named_parameters(remove_duplicate=False)}
-        self.biases = {e.site.bias: e for e in self.entries.values() if e.site.bias and e.method.overrides("bias")}
         self.slots: dict[str, list[str]] = {}  # tensor in the files → the slots that hold it
         self.adapted: set[str] = set()
         self.untied: dict[str, tuple[str, str]] = {}  # new tensor → (its slot, the file it is in)
@@ -87,7 +84,7 @@ class _Merge:
             for name in (site.name, *site.aliases):
                 if name in base.keys and site.name not in (here := self.slots.setdefault(base.keys[name], [])):
                     here.append(site.name)
-        for name, entry in self.entries.items():
+        for name, entry in self.plan.items():
             self.check(name, entry)
 
     def check(self, name: str, entry: Entry) -> None:
@@ -98,18 +95,16 @@ class _Merge:
             raise ValueError(f"{name}: {why}, so there is no tensor to merge into")
         if entry.adds_bias and bias not in self.weights:
             raise ValueError(f"{name}: {method} adds a bias, and this layer has none to merge it into")
-        for slot in (name, *((bias,) if bias in self.biases and bias in self.weights else ())):
+        for slot in (name, *((bias,) if bias in self.plan.owners and bias in self.weights else ())):
             if slot not in self.base.keys:
                 raise ValueError(f"{slot}: the adapter is for it, and no file of the base has it")
 
     def value(self, slot: str) -> Tensor:
         """What the slot holds after the merge."""
-        entry, old = self.entries.get(slot), self.weights[slot]
-        new = old if entry is None else self._method(entry)[1]
-        if (owner := self.biases.get(slot)) is not None:
-            method, _, p = self._method(owner, dense=False)
-            made = method.bias(p, wide(new))
-            new = new if made is None else made.to(old.dtype)
+        old = self.weights[slot]
+        # clones are aligned as tensors in memory are, so that the sums round alike
+        held = {n: self.weights[n].clone() for n in self.plan.slots if n in self.weights and self._meets(n, slot)}
+        new = functions.value(self.plan, {slot: old} | held, self.adapter, slot)
         if new is not old and not new.isfinite().all():
             raise ValueError(
                 f"{slot}: merging gives {int((~new.isfinite()).sum())} values that are not finite; the adapter or the "
@@ -117,16 +112,14 @@ class _Merge:
             )
         return new
 
-    def _method(self, entry: Entry, dense: bool = True) -> tuple[Any, Any, Any]:
-        w = self.weights[entry.site.name].clone()  # aligned as in memory, so that the sums round alike
-        bank = self.adapter[entry.bank] if entry.bank else {}
-        method, p = entry.tensors(self.adapter[entry.site.name], bank, entry.site.canonical(w))
-        return method, entry.dense(method, p, w) if dense else None, p
+    def _meets(self, name: str, slot: str) -> bool:
+        """Whether the value of `slot` depends on the parameter `name`."""
+        return name in (slot, self.plan.owners.get(slot))
 
     def change(self, key: str, file: str) -> dict[str, Callable[[], Tensor]]:
         """{name: its value} of what stands in the place of a tensor in the files."""
         slots = self.slots.get(key, [])
-        if not any(s in self.entries or s in self.biases for s in slots):
+        if not any(s in self.plan.slots for s in slots):
             return {}
         self.adapted.add(key)
         owner = next((s for s in slots if s == key or s.endswith(f".{key}") or key.endswith(f".{s}")), slots[0])

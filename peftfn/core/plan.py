@@ -24,13 +24,6 @@ Adapter = dict[str, Leaf]
 """site name (or bank name) → trainable tensors"""
 
 
-UNTIED = (
-    "{name}: it is tied to {other}, and the adapter makes the two different, so a model that ties them would keep only "
-    "one of the two. Adapt both alike (TiedTokens does), or say untied=True and put the result into a model that "
-    "does not tie them (transformers: tie_word_embeddings=False in its config)"
-)
-
-
 @dataclass(frozen=True)
 class Entry:
     """One site of a plan: the method that stands there, and what of it does not depend on the adapter."""
@@ -68,7 +61,7 @@ class Entry:
             return self.method, self._prepare(leaf, bank, w=w)
 
     def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
-        p = self._raw(leaf, bank, w)
+        p = self.raw(leaf, bank, w)
         if not self.method.overrides("prepare") or (
             leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()
         ):
@@ -84,7 +77,7 @@ class Entry:
 
         return {**vmap(one, (self.axes(p), 0), randomness="different")(p, w), **{k: p[k] for k in constant}}
 
-    def _raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
+    def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
         """Everything the method has at this site, in fp32 or better."""
         dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
         p = {**self.frozen, **bank, **leaf}
@@ -100,31 +93,18 @@ class Entry:
                 return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))
             return method.delta(p, wide(w))
 
+    def new_bias(self, method: Method, p: dict[str, Any], b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What the method makes of the layer's bias b, in b's dtype; `dtype` is the weight's, for a layer without one.
+
+        None where the layer has no bias and gets none.
+        """
+        new = method.bias(p, None if b is None else wide(b))
+        return None if new is None else new.to(dtype if b is None else b.dtype)
+
     def dense(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
         """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
         m = self.site.canonical(w)
         return self.site.original((wide(m) + self.delta(method, p, m)).to(w.dtype))
-
-
-def prepared(
-    entries: Mapping[str, Entry], adapter: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> dict[str, tuple[Method, dict[str, Any]]]:
-    """`Entry.tensors` of all sites: those of one method and shape together, where the method has a way."""
-    out: dict[str, tuple[Method, dict[str, Any]]] = {}
-    alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
-    for name, entry in entries.items():
-        leaf, bank = adapter[name], adapter[entry.bank] if entry.bank else {}
-        m = entry.site.canonical(weights[name])
-        if not entry.method.overrides("prepare_all") or entry.site.stacked or leaf.keys() != entry.spec.keys():
-            out[name] = entry.tensors(leaf, bank, m)
-        else:
-            kind = entry.method, m.shape, m.dtype, m.device
-            alike.setdefault(kind, []).append((name, entry._raw(leaf, bank, m), m))
-    for (method, *_), found in alike.items():
-        names, ps, ws = zip(*found, strict=True)
-        with exactly(ws[0]):
-            out |= {n: (method, p) for n, p in zip(names, method.prepare_all(ps, ws), strict=True)}
-    return {name: out[name] for name in entries}
 
 
 class Plan(Mapping[str, Entry]):
@@ -132,6 +112,11 @@ class Plan(Mapping[str, Entry]):
 
     def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Method], banks: dict[str, Any]):
         self.entries, self.rules, self.banks = entries, dict(rules), banks
+        # what delta, merge and prepare are about, and eval mode: no dropout
+        self.meant = {name: replace(e, method=e.method.eval()) for name, e in entries.items()}
+        # bias slot → the site whose method changes it
+        self.owners = {e.site.bias: name for name, e in entries.items() if e.site.bias and e.changes_bias}
+        self.slots = list(dict.fromkeys([*entries, *self.owners]))
 
     def __getitem__(self, name: str) -> Entry:
         return self.entries[name]

@@ -1,17 +1,14 @@
 """Several nets on one model as one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from peftfn.core.plan import Entry, Plan
-from peftfn.many.stack import stack_size
-from peftfn.net.net import Adapted, current
+from peftfn.net.net import Adapted
+from peftfn.net.run import Runner
 from peftfn.slots.gated import Gates
-from peftfn.slots.mixed import MixedWeight
-from peftfn.slots.part import Part
-from peftfn.slots.route import Route, Rows
+from peftfn.slots.route import Rows
 
 
 class Nets:
@@ -26,7 +23,7 @@ class Nets:
             if net.model is not nets[0].model:
                 raise ValueError("Nets: the nets are of different models; adapt one model object with each rule set")
         self.nets = tuple(nets)
-        self._union = _Union(self.nets)
+        self._runner = Runner(nets[0].model, [net.plan for net in nets])
 
     def mixed(
         self,
@@ -45,11 +42,8 @@ class Nets:
                 [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
                 that has the batch's size in its first dimension, and cannot be its rows, is an error.
         """
-        count = self._check(stacks)
-        rows = Rows.of(index, count, (args, kwargs), self._union._copies(method, args, kwargs)).told(
-            common, self._union.plan
-        )
-        return self._union._run(_Stacks(stacks), rows, args, kwargs, params, method)
+        self._check(stacks)
+        return self._runner.batch(Rows, stacks, index, args, kwargs, params, method, common)
 
     def gated(
         self,
@@ -65,17 +59,12 @@ class Nets:
 
         common: as for `mixed`.
         """
-        copies = self._union._copies(method, args, kwargs)
-        route = Gates.of(gates, self._check(stacks), (args, kwargs), copies, stepwise=method is not None)
-        route = route.told(common, self._union.plan)
-        return self._union._run(_Stacks(stacks), route, args, kwargs, params, method)
+        self._check(stacks)
+        return self._runner.batch(Gates, stacks, gates, args, kwargs, params, method, common)
 
-    def _check(self, stacks: Sequence[Mapping[str, Any]]) -> int:
+    def _check(self, stacks: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):
             raise ValueError(f"there are {len(self.nets)} nets, and {len(stacks)} stacks; give one stack a net")
-        for net, stacked in zip(self.nets, stacks, strict=True):
-            net.plan.check(stacked, lead=1)
-        return sum(map(stack_size, stacks))
 
 
 def check_nets(what: str, nets: Any) -> None:
@@ -84,53 +73,3 @@ def check_nets(what: str, nets: Any) -> None:
         raise TypeError(f"{what}: give a list of nets, which peftfn.adapt makes; this is a {type(odd).__name__}")
     if not nets:
         raise ValueError(f"{what}: give at least one net")
-
-
-class _Stacks(Mapping[str, Any]):
-    """The stacks, read as one adapter: site → {number of the net: its leaf}."""
-
-    def __init__(self, stacks: Sequence[Mapping[str, Any]]):
-        self.each = stacks
-
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        return {str(i): stacked[name] for i, stacked in enumerate(self.each) if name in stacked}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name for stacked in self.each for name in stacked))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-class _Union(Adapted):
-    """The nets' sites together; `_run` with one stack for each net."""
-
-    def __init__(self, nets: Sequence[Adapted]):
-        self.nets = nets
-        entries: dict[str, Entry] = {}
-        for net in nets:
-            for name, entry in net.plan.items():
-                if name not in entries or entry.method.overrides("bias"):
-                    entries[name] = entry
-        super().__init__(nets[0].model, Plan(entries, {}, {}))
-
-    def _adapted(self, adapter: Any, weight: Any, rows: Route | None = None, training: bool = False) -> dict[str, Any]:
-        assert rows is not None
-        parts: dict[str, list[Part]] = {}
-        start = 0
-        for net, stacked in zip(self.nets, adapter.each, strict=True):
-            size = stack_size(stacked)
-            if rows.uses(start, size):
-                entries = net.plan.entries if training else net._meant
-                for name, entry in entries.items():
-                    bank = self._bank(entry, stacked)
-                    part = Part(entry, stacked[name], bank, current(name, entry, weight), start, size)
-                    parts.setdefault(name, []).append(part)
-            start += size
-        out: dict[str, Any] = {name: MixedWeight(some, weight(name), rows) for name, some in parts.items()}
-        for name, slot in self._biases.items():
-            if name in out:
-                new = out[name].bias(out.get(slot, weight(slot)))
-                if new is not None:
-                    out[slot] = new
-        return out

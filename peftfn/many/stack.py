@@ -7,6 +7,8 @@ import optree
 import torch
 from torch import Tensor
 
+from peftfn.tensors.tree import stack_size
+
 
 def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """k adapters of one structure as one tree whose tensors are [k, …]: for `vmap`, `mixed`, or training many at once.
@@ -60,14 +62,3 @@ def unstack(stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
         return optree.tree_map(lambda t: t[i], stacked)  # type: ignore[arg-type]
 
     return [view(i) for i in range(stack_size(stacked))]
-
-
-def stack_size(stacked: Mapping[str, Any]) -> int:
-    tensors: list[Tensor] = optree.tree_leaves(stacked)  # type: ignore[arg-type]
-    sizes = {t.shape[0] if t.dim() else -1 for t in tensors}
-    if len(sizes) != 1 or sizes == {-1}:
-        raise ValueError(
-            f"this is no stack of adapters: the first dimensions of its tensors are {sorted(sizes)[:4]}, not one. "
-            "Make one with peftfn.stack([…])"
-        )
-    return sizes.pop()

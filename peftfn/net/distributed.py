@@ -26,7 +26,7 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
     such adapters by itself, and so does `load`. Nothing is sent: each rank takes its part.
     """
     net.plan.check(adapter)
-    weights = net._weights()
+    weights = net.weights
     out: dict[str, Any] = {}
     for name, tree in adapter.items():
         entry = net.plan.entries.get(name)

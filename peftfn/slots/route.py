@@ -49,6 +49,11 @@ class Route:
         """Whether t is the model's own: a parameter or a buffer, or a view of one, which has no rows."""
         return id(t) in self.fixed or (bool(self.fixed) and t._base is not None and id(t._base) in self.fixed)
 
+    @classmethod
+    def of(cls, gates: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Route":
+        """The route of what a caller gives. ValueError where it fits neither the adapters nor the inputs."""
+        raise NotImplementedError
+
     @property
     def size(self) -> int | None:
         """Rows of the batch; None where all rows are alike."""
@@ -124,7 +129,7 @@ class Rows(Route):
     _shares: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     @classmethod
-    def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1) -> "Rows":
+    def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Rows":
         """Raise ValueError for an index that names no adapter, or has not one entry for each row of the inputs."""
         t = index if isinstance(index, Tensor) else torch.tensor(index)
         t = t if isinstance(index, Tensor) or t.numel() else t.long()  # [] makes a tensor of floats

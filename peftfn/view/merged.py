@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.core.plan import UNTIED
+from peftfn.core.functions import UNTIED
 from peftfn.slots.weight import dense
 from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
 from peftfn.tensors.tree import leaves

@@ -1,14 +1,14 @@
 """reset_: fresh values in a module that `as_module` made, for one whose storage was made only after it was."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from peftfn.core import functions
 from peftfn.core.method import Leaf as Tensors
-from peftfn.core.plan import Entry, Plan, draw
+from peftfn.core.plan import Plan
 from peftfn.core.rng import Rng
 from peftfn.tensors.sharded import laid_out, whole
 from peftfn.tensors.tree import leaves
@@ -38,64 +38,44 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
             raise ValueError(f"{at}: the adapter here is a sum, a scaling or prepared, which no seed gives; use copy_")
     sites = {at: entry.site for at, entry in plan.items()}
     for rule, method in plan.rules.items():
-        mine = weights.of(at for at, entry in plan.items() if entry.rule == rule)
         if method.overrides("shared"):
-            for at, constants in method.shared(Rng(plan_seed, rule, sites=sites), mine).items():
-                _fill(_constants(view, at, name), constants)
+            mine = functions.Canonical(plan, {at: e for at, e in plan.items() if e.rule == rule}, weights)
+            for at, made in method.shared(Rng(plan_seed, rule, sites=sites), mine).items():
+                _fill(_constants(view, at, name), made)
     for at, entry in plan.items():
-        make = partial(draw, site=entry.site, w=weights.parameter(at), bias=weights.bias(entry))
         constants = _constants(view, at, name)
-        if entry.method.overrides("frozen"):
-            _fill(constants, make(entry.method.frozen, seed=plan_seed))
+        _fill(constants, functions.constants(entry, weights, plan_seed))
         dtype = next((t.dtype for t in held[at].values()), torch.float32)
-        _fill(held[at], make(entry.method.init, seed=seed, dtype=dtype, constants=constants))
+        _fill(held[at], functions.leaf(entry, weights, seed, dtype, constants))
     for bank in plan.banks:
-        mine = weights.of(at for at, entry in plan.items() if entry.bank == bank)
-        first = next(iter(mine))
-        rng = Rng(seed, bank, sites=sites, dtype=next(leaves(held[bank])).dtype, device=mine[first].device)
-        _fill(held[bank], plan[first].method.bank(rng, mine))
+        _fill(held[bank], functions.shared_leaf(plan, bank, weights, seed, next(leaves(held[bank])).dtype))
 
 
-class _Weights:
-    """The base's weights in a view, each made whole when it is asked for, and held by nobody."""
+class _Weights(Mapping[str, Any]):
+    """The base's weights and biases in a view by slot, each made whole when it is asked for, and held by nobody."""
 
     def __init__(self, view: Any, plan: Plan):
         self.view, self.plan = view, plan
 
-    def parameter(self, at: str) -> Any:
-        layer, attr = owner(self.view, at)
-        slot = layer.parametrizations[attr]
-        return slot[0].read(whole(slot.original.detach()))
-
-    def bias(self, entry: Entry) -> Tensor | None:
-        if entry.site.bias is None:
-            return None
-        layer, attr = owner(self.view, entry.site.bias)
+    def __getitem__(self, slot: str) -> Any:
+        if slot in self.plan:
+            layer, attr = owner(self.view, slot)
+            held = layer.parametrizations[attr]
+            return held[0].read(whole(held.original.detach()))
+        if not any(slot == e.site.bias for e in self.plan.values()):
+            raise KeyError(slot)
+        layer, attr = owner(self.view, slot)
         slots = getattr(layer, "parametrizations", {})
         if attr in slots and getattr(slots[attr][0], "missing", False):
             return None
         b = slots[attr].original if attr in slots else layer._parameters.get(attr)
         return None if b is None else whole(b.detach())
 
-    def of(self, names: Iterator[str]) -> Mapping[str, Tensor]:
-        """Canonical weights by name."""
-        return _Canonical(self, list(names))
-
-
-class _Canonical(Mapping[str, Tensor]):
-    def __init__(self, weights: _Weights, names: list[str]):
-        self.weights, self.names = weights, names
-
-    def __getitem__(self, at: str) -> Tensor:
-        if at not in self.names:
-            raise KeyError(at)
-        return self.weights.plan[at].site.canonical(self.weights.parameter(at))
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.plan.slots)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.plan.slots)
 
 
 def _constants(view: Any, at: str, name: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.site import Site
-from peftfn.net.net import adapted_bias
 from peftfn.slots.weight import AdaptedWeight, plus
 from peftfn.tensors.quantised import Reader, quantised
 from peftfn.tensors.transform import backward_task
@@ -147,7 +146,8 @@ class _Bias(nn.Module):
         leaf = weight[0].leaf()
         if leaf is None or not leaf._entry.changes_bias:
             return b
-        new = adapted_bias(leaf.adapted(weight[0].read(weight.original)), b)
+        w = leaf.adapted(weight[0].read(weight.original))
+        new = w.entry.new_bias(w.method, w.p, b, w.dtype)
         return b if new is None else new
 
 

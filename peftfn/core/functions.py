@@ -1,0 +1,201 @@
+"""The pure functions of a plan, the base's weights and an adapter: each operation stands here once.
+
+The net calls them with the model's parameters, the module view with its originals, the command line with mapped files.
+`weights` is a mapping of parameter name → tensor; it may make each tensor when it is asked for. A name that it lacks,
+or that maps to None, is an empty slot (a layer without a bias).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfn.core.method import Leaf, Method
+from peftfn.core.plan import Adapter, Entry, Plan, draw
+from peftfn.core.rng import Rng
+from peftfn.tensors.precision import wide
+from peftfn.tensors.sharded import equal, on_mesh
+from peftfn.tensors.transform import exactly
+
+Weights = Mapping[str, Any]
+
+UNTIED = (
+    "{name}: it is tied to {other}, and the adapter makes the two different, so a model that ties them would keep only "
+    "one of the two. Adapt both alike (TiedTokens does), or say untied=True and put the result into a model that "
+    "does not tie them (transformers: tie_word_embeddings=False in its config)"
+)
+
+
+def current(entry: Entry, w: Any) -> Any:
+    """w, the model's parameter at a site. ValueError if its shape is not the one that was adapted."""
+    if w is None or w.shape != entry.site.shape:
+        now = "is gone" if w is None else f"has shape {list(w.shape)} now"
+        raise ValueError(
+            f"{entry.site.name}: the model's parameter {now}; it had shape {list(entry.site.shape)} when it was "
+            "adapted. Call adapt again."
+        )
+    return w
+
+
+def bank_of(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The trainable tensors that the sites of the entry's rule share."""
+    return adapter[entry.bank] if entry.bank else {}
+
+
+# Making an adapter.
+
+
+def init(plan: Plan, weights: Weights, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
+    """A fresh adapter. The values of a site depend on (seed, site name) alone."""
+    adapter: Adapter = {name: leaf(e, weights, seed, dtype, e.frozen) for name, e in plan.items()}
+    return adapter | {bank: shared_leaf(plan, bank, weights, seed, dtype) for bank in plan.banks}
+
+
+def leaf(entry: Entry, weights: Weights, seed: int, dtype: torch.dtype, constants: Mapping[str, Tensor]) -> Leaf:
+    """The fresh leaf of one site."""
+    bias = weights.get(entry.site.bias or "")
+    return draw(entry.method.init, entry.site, weights[entry.site.name], seed, dtype, constants, bias)
+
+
+def constants(entry: Entry, weights: Weights, seed: int) -> Leaf:
+    """The constants of one site that its method draws for it alone."""
+    if not entry.method.overrides("frozen"):
+        return {}
+    bias = weights.get(entry.site.bias or "")
+    return draw(entry.method.frozen, entry.site, weights[entry.site.name], seed, bias=bias)
+
+
+def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch.dtype) -> Leaf:
+    """The fresh trainable tensors that the sites of one rule share."""
+    entries = {name: e for name, e in plan.items() if e.bank == bank}
+    first = next(iter(entries))
+    w = weights[first]
+    rng = Rng(seed, bank, sites={n: e.site for n, e in plan.items()}, dtype=dtype, device=w.device)
+    made = plan[first].method.bank(rng, Canonical(plan, entries, weights))
+    return {k: on_mesh(t, w) for k, t in made.items()}
+
+
+class Canonical(Mapping[str, Tensor]):
+    """The weights of some sites as methods see them, each made when it is asked for."""
+
+    def __init__(self, plan: Plan, names: Mapping[str, Any], weights: Weights):
+        self.plan, self.names, self.weights = plan, names, weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.plan[name].site.canonical(self.weights[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+# What an adapter means. All of these are of eval mode: no dropout.
+
+
+def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Method, dict[str, Any], Tensor]:
+    """(method, prepared tensors, the parameter) at one site."""
+    w = current(entry, weights.get(entry.site.name))
+    method, p = entry.tensors(adapter[entry.site.name], bank_of(entry, adapter), entry.site.canonical(w))
+    return method, p, w
+
+
+def value(plan: Plan, weights: Weights, adapter: Mapping[str, Any], slot: str) -> Any:
+    """What the slot holds with the adapter folded in: an adapted parameter, or a bias that a method changes.
+
+    The sum is computed in fp32 or wider and rounded once to the parameter's dtype. The parameter itself where the
+    adapter does not change it; None for an empty slot that stays empty.
+    """
+    out = weights.get(slot)
+    if slot in plan.meant:
+        entry = plan.meant[slot]
+        method, p, w = tensors(entry, weights, adapter)
+        out = entry.dense(method, p, w)
+    if slot in plan.owners:
+        entry = plan.meant[plan.owners[slot]]
+        method, p, w = tensors(entry, weights, adapter)
+        new = entry.new_bias(method, p, out, w.dtype)
+        out = out if new is None else new
+    return out
+
+
+def merge(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(slot, its value with the adapter folded in), one at a time, for every slot that the adapter may change.
+
+    Raises ValueError, before the first, for an adapter that gives a bias to a layer without one.
+    """
+    for name, entry in plan.items():
+        if entry.adds_bias and weights.get(entry.site.bias or "") is None:
+            raise ValueError(
+                f"{name}: {entry.method} adds a bias and this layer has none to merge it into. Use net.apply, or "
+                "give the layer a bias of zeros first."
+            )
+    for slot in plan.slots:
+        new = value(plan, weights, adapter, slot)
+        if new is not None:
+            yield slot, new
+
+
+def refuse_untied(plan: Plan, weights: Weights, merged: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where two slots that share a tensor in `weights` have different ones in `merged`."""
+    for name, entry in plan.items():
+        for other in entry.site.tied:
+            if weights.get(other) is weights.get(name) and not equal(merged[name], merged[other]):
+                raise ValueError(UNTIED.format(name=name, other=other))
+
+
+def delta(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{site: change of the parameter, in its own shape}, in fp32 or wider."""
+    out = {}
+    for name, entry in plan.meant.items():
+        method, p, w = tensors(entry, weights, adapter)
+        out[name] = entry.site.original(entry.delta(method, p, entry.site.canonical(w)))
+    return out
+
+
+def bias_deltas(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{site: change of its layer's bias} where a method changes it, in fp32 or wider; no bias counts as zeros."""
+    out = {}
+    for slot, name in plan.owners.items():
+        entry, b = plan.meant[name], weights.get(slot)
+        method, p, _ = tensors(entry, weights, adapter)
+        new = method.bias(p, None if b is None else wide(b))
+        if new is not None:
+            out[name] = new if b is None else new - wide(b)
+    return out
+
+
+def prepared(
+    entries: Mapping[str, Entry], weights: Weights, adapter: Mapping[str, Any]
+) -> dict[str, tuple[Method, dict[str, Any]]]:
+    """`Entry.tensors` of all sites: those of one method and shape together, where the method has a way."""
+    out: dict[str, tuple[Method, dict[str, Any]]] = {}
+    alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
+    for name, entry in entries.items():
+        here, bank = adapter[name], bank_of(entry, adapter)
+        m = entry.site.canonical(current(entry, weights.get(name)))
+        if not entry.method.overrides("prepare_all") or entry.site.stacked or here.keys() != entry.spec.keys():
+            out[name] = entry.tensors(here, bank, m)
+        else:
+            kind = entry.method, m.shape, m.dtype, m.device
+            alike.setdefault(kind, []).append((name, entry.raw(here, bank, m), m))
+    for (method, *_), found in alike.items():
+        names, ps, ws = zip(*found, strict=True)
+        with exactly(ws[0]):
+            out |= {n: (method, p) for n, p in zip(names, method.prepare_all(ps, ws), strict=True)}
+    return {name: out[name] for name in entries}
+
+
+def prepare(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Adapter:
+    """The adapter with everything done that depends on parameters alone. Valid until it, or the base, changes."""
+    out: dict[str, Any] = {bank: adapter[bank] for bank in plan.banks}
+    for name, (method, p) in prepared(plan.meant, weights, adapter).items():
+        entry = plan.meant[name]
+        if method != entry.method:
+            raise ValueError(f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before it")
+        out[name] = {k: t for k, t in p.items() if k in entry.prepared}
+    return out

@@ -1,0 +1,130 @@
+"""How a call runs: skeletons from a pool, their slots filled, the model called, the slots restored.
+
+There is no other way to run a model with an adapter. `apply` is one plan with one adapter for all rows; `mixed` and
+`gated` have a stack of adapters and gates; several nets are several plans in one call.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfn.core.plan import Plan
+from peftfn.net.misplaced import misplaced
+from peftfn.net.skeleton import Skeleton
+from peftfn.slots.route import Route
+from peftfn.slots.values import Given, values
+from peftfn.slots.weight import dense
+from peftfn.tensors.quantised import parameters
+from peftfn.tensors.tree import stack_size
+
+
+class Runner:
+    """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own."""
+
+    def __init__(self, model: nn.Module, plans: Sequence[Plan]):
+        self.model, self.plans = model, plans
+        self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
+        self.first = Skeleton(model, self.slots)
+        self._idle = [self.first]
+        self._running = _Running()
+
+    @property
+    def innermost(self) -> Skeleton | None:
+        """The skeleton of the call that runs in this thread."""
+        return self._running.calls[-1] if self._running.calls else None
+
+    def run(
+        self,
+        given: Sequence[Given],
+        gates: Route | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Any] | None,
+        method: str | None,
+    ) -> Any:
+        """model(*args, **kwargs) with the adapters in it. gates: which of them act on which rows; None for one adapter.
+
+        params: the caller's own parameters, by name. method: another method of the model to call.
+        """
+        skeleton = self._acquire()
+        if not torch.compiler.is_compiling():
+            self._running.calls.append(skeleton)
+        try:
+            skeleton.refresh()
+            before = skeleton.open()
+            versions = [] if torch.compiler.is_compiling() else skeleton.versions()
+            try:
+                if params:
+                    skeleton.put(params)
+                if gates is not None:
+                    gates = replace(gates, fixed=skeleton.identities())
+                for name, value in values(given, gates, skeleton.__getitem__, self.model.training).items():
+                    skeleton[name] = value
+                call = skeleton.root if method is None else getattr(skeleton.root, method)
+                out = call(*args, **kwargs)
+            finally:
+                skeleton.close(before)
+            if versions and skeleton.versions() != versions:
+                raise RuntimeError(
+                    f"{', '.join(skeleton.written(versions))}: the model's own forward writes this parameter in "
+                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=."
+                )
+            return dense(out)
+        except Exception as e:
+            for plan, adapter, *_ in given:
+                if problem := misplaced(plan, parameters(self.model), adapter, e):
+                    raise ValueError(problem) from e
+            raise
+        finally:
+            if not torch.compiler.is_compiling():
+                self._running.calls.pop()
+                self._idle.append(skeleton)
+
+    def batch(
+        self,
+        route: type[Route],
+        stacks: Sequence[Mapping[str, Any]],
+        gates: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Any] | None,
+        method: str | None,
+        common: Sequence[str] | None,
+    ) -> Any:
+        """`run` with a stack of adapters of each plan, and gates of the kind `route` over all of them."""
+        given, count = [], 0
+        for plan, stacked in zip(self.plans, stacks, strict=True):
+            plan.check(stacked, lead=1)
+            given.append(Given(plan, stacked, count, stack_size(stacked)))
+            count += given[-1].size
+        made = route.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
+        sites = dict.fromkeys(name for plan in self.plans for name in plan)
+        return self.run(given, made.told(common, sites), args, kwargs, params, method)
+
+    def _acquire(self) -> Skeleton:
+        if torch.compiler.is_compiling():
+            return self.first  # traced code leaves a skeleton as it found it, so all traces can have the same
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Skeleton(self.model, self.slots)
+
+    def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
+        if method != "generate":
+            return 1
+        given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
+        config = given or getattr(self.model, "generation_config", None)
+        counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
+        return max(n or 1 for n in counts)
+
+
+class _Running(threading.local):
+    """The skeletons of the calls that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Skeleton] = []

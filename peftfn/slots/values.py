@@ -1,0 +1,64 @@
+"""What stands in the slots of a call: every adapted weight, and every bias that a method changes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from peftfn.core.functions import bank_of, current
+from peftfn.core.plan import Plan
+from peftfn.slots.mixed import MixedWeight
+from peftfn.slots.part import Part
+from peftfn.slots.route import Route
+from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.transform import moment
+
+
+class Given(NamedTuple):
+    """One plan's adapters in a call. gates number the adapters of all of a call's plans one after the other."""
+
+    plan: Plan
+    adapter: Any  # one adapter; a stack of `size` where the call has gates
+    start: int = 0
+    size: int = 1
+
+
+def values(given: Sequence[Given], gates: Route | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+    """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter."""
+    return _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
+
+
+def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+    plan, adapter = given.plan, given.adapter
+    now = moment()
+    held: dict[str, AdaptedWeight] = {}
+    for name, entry in (plan.entries if training else plan.meant).items():
+        w = current(entry, slot(name))
+        method, p = entry.tensors(adapter[name], bank_of(entry, adapter), entry.site.canonical(w))
+        held[name] = AdaptedWeight(entry, method, p, w, now)
+    # norms, biases and other vectors stand there as plain tensors, so that fused norms work
+    out: dict[str, Any] = {n: w.dense() if w.entry.site.kind == "other" else w for n, w in held.items()}
+    for bias, name in plan.owners.items():
+        weight = held[name]
+        new = weight.entry.new_bias(weight.method, weight.p, out[bias] if bias in out else slot(bias), weight.dtype)
+        if new is not None:
+            out[bias] = new
+        if not weight.method.changes_weight:
+            del out[name]
+    return out
+
+
+def _mixed(given: Sequence[Given], gates: Route, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+    parts: dict[str, list[Part]] = {}
+    owners: dict[str, str] = {}
+    for plan, stacked, start, size in given:
+        if not gates.uses(start, size):
+            continue
+        for name, entry in (plan.entries if training else plan.meant).items():
+            w = current(entry, slot(name))
+            parts.setdefault(name, []).append(Part(entry, stacked[name], bank_of(entry, stacked), w, start, size))
+        owners |= plan.owners
+    out: dict[str, Any] = {name: MixedWeight(some, slot(name), gates) for name, some in parts.items()}
+    for bias, name in owners.items():
+        new = out[name].bias(out.get(bias, slot(bias)))
+        if new is not None:
+            out[bias] = new
+    return out
