@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
-from peftfn import quantised_layers
 from peftfn.core.method import registry
+from peftfn.tensors import quantised_layers
 from peftfn.tensors.quantised import parameters, quantised, weights
 from peftfn.testing import shaken
 

@@ -6,7 +6,6 @@ knows how to do. So additive methods (LoRA, VeRA …) never touch W, and those t
 factors) still mean what they say. The kinds are in `quantised_layers.py`.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,15 +13,17 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.tensors.operand import Operand
 
-class QuantisedWeight:
+
+class QuantisedWeight(Operand):
     """W [out, in] of a layer, as an operand: `F.linear` runs the layer, everything else sees W dequantised."""
 
     parameter: ClassVar[str] = ""
     """The class name of its parameter, where that is no plain one."""
     own_forward: ClassVar[bool] = False
     """Whether the layer has a forward of its own instead of calling `F.linear` on its weight."""
-    layout, is_sparse, is_quantized, is_nested, requires_grad = torch.strided, False, False, False, False
+    requires_grad = False
 
     def __init__(self, layer: nn.Module, name: str, shape: Size, dtype: torch.dtype | None = None):
         self.layer: Any = layer
@@ -100,31 +101,12 @@ class QuantisedWeight:
             ) from e
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self._dtype or self.stored_dtype()
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return next((t.device for t in self._tensors()), torch.device("cpu"))
-
-    ndim = property(lambda self: 2)
-    is_meta = property(lambda self: self.device.type == "meta")
-    is_cuda = property(lambda self: self.device.type == "cuda")
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return 2
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def is_floating_point(self) -> bool:
-        return True
 
     def is_inference(self) -> bool:
         return True  # nothing that counts versions
@@ -142,50 +124,23 @@ class QuantisedWeight:
         return self.dense().to(*args, **kwargs)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.linear and not kwargs and len(args) == 2 and isinstance(args[0], Tensor):
             return args[1].linear(args[0])
         if func in _LIKE:  # W's values do not matter
-            return _LIKE[func](args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **(kwargs or {})})
-        return func(*_dense(args), **_dense(kwargs or {}))
+            return _LIKE[func](args[0].shape, **{"dtype": args[0].dtype, "device": args[0].device, **kwargs})
+        return super().call(func, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
-        return getattr(self.dense(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
+        return self.attribute(name)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name} {list(self.shape)}, {type(self.layer).__name__})"
 
 
-def _operators() -> None:
-    def make(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
-        def operate(self: QuantisedWeight, *others: Any) -> Any:
-            return function(*others, self.dense()) if reflected else function(self.dense(), *others)
-
-        return operate
-
-    for name in ["add", "sub", "mul", "truediv", "matmul", "pow"]:
-        setattr(QuantisedWeight, f"__{name}__", make(getattr(operator, name), False))
-        setattr(QuantisedWeight, f"__r{name}__", make(getattr(operator, name), True))
-    setattr(QuantisedWeight, "__neg__", make(operator.neg, False))  # noqa: B010
-
-
-_operators()
-
-
 _LIKE: dict[Any, Any] = {torch.empty_like: torch.empty, torch.zeros_like: torch.zeros, torch.ones_like: torch.ones}
-
-
-def _dense(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {k: _dense(v) for k, v in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(_dense(v) for v in tree)
-    return tree.dense() if isinstance(tree, QuantisedWeight) else tree
 
 
 _Map = Callable[[Tensor], Tensor]
