@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfn.distributed import UNTIED, equal, misplaced, on_mesh
 from peftfn.gated import Gates
+from peftfn.made import check_own
 from peftfn.many import stack_size
 from peftfn.method import Method
 from peftfn.mixed import MixedWeight
@@ -78,7 +79,11 @@ class Adapted:
             first = next(iter(mine))
             sites = {n: e.site for n, e in self.plan.items()}
             rng = Rng(seed, bank, sites=sites, dtype=dtype, device=weights[first].device)
-            adapter[bank] = {k: on_mesh(t, weights[first]) for k, t in self.plan[first].method.bank(rng, mine).items()}
+            method = self.plan[first].method
+            made = method.bank(rng, mine)
+            constants = self.plan[first].frozen.items()
+            check_own(f"{bank}: {type(method).__name__}.bank", made, [*mine.items(), *constants])
+            adapter[bank] = {k: on_mesh(t, weights[first]) for k, t in made.items()}
         return adapter
 
     def apply(
@@ -198,7 +203,8 @@ class Adapted:
         """The model's parameters with the adapter folded in: {name: tensor}, to load into, or call, a plain model.
 
         Adapted parameters are new tensors, computed in fp32 and rounded once to their dtype; the others are the
-        model's own. Two names of one slot (a shared submodule) get one tensor.
+        model's own. All names of one tensor (a shared submodule, tied weights) get one tensor, so that
+        `torch.func.functional_call(model, net.merge(adapter), …)` works on any model.
 
         Args:
             check_finite: whether to look for a NaN or an infinity.
@@ -217,7 +223,8 @@ class Adapted:
                     f"{name}: {entry.method} adds a bias and this layer has none to merge it into. Use net.apply, or "
                     "give the layer a bias of zeros first."
                 )
-        out = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+        own = {id(p): p.detach() for p in self.model.parameters()}  # one tensor for all names of a tied one
+        out = {n: own[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False)}
         for name, value in self._adapted(adapter, weights.get).items():
             merged = dense(value)
             if check_finite and not merged.isfinite().all():
@@ -230,18 +237,22 @@ class Adapted:
             for alias in self._first.names(name):
                 out[alias] = merged
         if not untied:
-            self._refuse_untied(out)
+            self._tie(out)
         return out
 
-    def _refuse_untied(self, merged: Mapping[str, Tensor]) -> None:
-        """ValueError where two slots that share a tensor in the model have different ones in `merged`."""
+    def _tie(self, merged: dict[str, Tensor]) -> None:
+        """Give slots that share a tensor in the model one in `merged`. ValueError where those there differ."""
         if under_transform() or torch.compiler.is_compiling():
             return  # values cannot be compared there, nor loaded into a model
         held = dict(self.model.named_parameters(remove_duplicate=False))
         for name, entry in self.plan.items():
             for other in entry.site.tied:
-                if held.get(other) is held.get(name) and not equal(merged[name], merged[other]):
+                if held.get(other) is not held.get(name) or merged[other] is merged[name]:
+                    continue
+                if not equal(merged[name], merged[other]):
                     raise ValueError(UNTIED.format(name=name, other=other))
+                for alias in self._first.names(other):
+                    merged[alias] = merged[name]
 
     def prepare(self, adapter: Mapping[str, Any]) -> Adapter:
         """The adapter with everything done that depends on parameters alone (DoRA's norms, OFT's rotations).
@@ -300,7 +311,8 @@ class Adapted:
             if versions and skeleton.versions() != versions:
                 raise RuntimeError(
                     f"{', '.join(skeleton.written(versions))}: the model's own forward writes this parameter in "
-                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=."
+                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=. (If you wrote "
+                    "one of the methods: peftfn.testing.check_method tells whether a function of it does so.)"
                 )
             return dense(out)
         except Exception as e:
