@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VeRA
+from peftfn.core.made import RESERVED
 from peftfn.core.method import registry
 from peftfn.methods.parts.allocation import Allocation
+from peftfn.view.view import Leaf
 
 
 class Small(nn.Module):
@@ -303,6 +305,80 @@ def test_dropout_under_vmap_says_how() -> None:
         torch.func.vmap(lambda a: net.apply(a, ids).last_hidden_state)(many)
     y = torch.func.vmap(lambda a: net.apply(a, ids).last_hidden_state, randomness="different")(many)
     assert y.isfinite().all()
+
+
+# What a method's functions return: memory of their own, under names of their own.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gives(pf.Method):
+    """A method whose tensors are what `made` says: {function: tensors from (w, bias)}."""
+
+    made: Any = dataclasses.field(default=None, compare=False)
+
+    def init(self, rng: Any, w: Tensor) -> Any:
+        return self.made.get("init", lambda w, b: {"a": torch.zeros_like(w, dtype=rng.dtype)})(w, rng.bias)
+
+    def frozen(self, rng: Any, w: Tensor) -> Any:
+        return self.made.get("frozen", lambda w, b: {})(w, rng.bias)
+
+    def shared(self, rng: Any, weights: Any) -> Any:
+        return {n: self.made.get("shared", lambda w, b: {})(w, None) for n, w in weights.items()}
+
+    def bank(self, rng: Any, weights: Any) -> Any:
+        return self.made.get("bank", lambda w, b: {})(next(iter(weights.values())), None)
+
+    def delta(self, p: Any, w: Tensor) -> Tensor:
+        return torch.zeros_like(w)
+
+
+def twice(w: Tensor) -> dict[str, Tensor]:
+    t = torch.zeros_like(w)
+    return {"a": t, "b": t[:1]}
+
+
+ALIASES: dict[str, tuple[str, Callable[[Tensor, Any], Any], str]] = {
+    "w itself": ("init", lambda w, b: {"a": w}, "'a'.*the weight w"),
+    "rows of w": ("init", lambda w, b: {"b": w[:2]}, "'b'.*the weight w"),
+    "w turned": ("init", lambda w, b: {"a": w.mT}, "'a'.*the weight w"),
+    "w in its own dtype": ("init", lambda w, b: {"a": w.float()}, "'a'.*the weight w"),
+    "the bias": ("init", lambda w, b: {"a": b}, "'a'.*the layer's bias"),
+    "one another": ("init", lambda w, b: twice(w), "'b'.*'a'"),
+    "a constant of w": ("frozen", lambda w, b: {"c": w[0]}, "'c'.*the weight w"),
+    "a constant of b": ("frozen", lambda w, b: {"c": b[1:]}, "'c'.*the layer's bias"),
+    "shared, of w": ("shared", lambda w, b: {"s": w[:1]}, r"o_proj\.weight: s.*the weight o_proj"),
+    "a bank of w": ("bank", lambda w, b: {"v": w[:1]}, r"'v'.*o_proj\.weight"),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("place", ["meta", "values"])
+def test_a_tensor_that_aliases_the_base(name: str, place: str) -> None:
+    """Refused whether the meta device shows it, or only the run on the weight itself; and the base stays as it is."""
+    function, make, match = ALIASES[name]
+    hidden = lambda w, b: make(w, b) if not w.is_meta else {k: t.clone() for k, t in make(w, b).items()}  # noqa: E731
+    method, model = _Gives({function: make if place == "meta" else hidden}), Small()
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"_Gives\.{function} .*{match}.*clone"):
+        pf.adapt(model, {"o_proj.weight": method}).init()
+    assert same_state(before, state(model))
+
+
+@pytest.mark.parametrize("name", ["of", "scale", "add.0", "two words", "a/b", "_a", "1", "", "training", "forward", 3])
+@pytest.mark.parametrize("function", ["init", "frozen", "shared", "bank"])
+def test_a_tensors_name(function: str, name: Any) -> None:
+    """Names that a tree of the algebra, a file or a module needs for itself are refused when the plan is made."""
+    with pytest.raises(
+        ValueError, match=rf"o_proj\.weight \[9, 6\]: _Gives\.{function} names a tensor {name!r}.*choose"
+    ):
+        pf.adapt(Small(), {"o_proj.weight": _Gives({function: lambda w, b: {name: torch.zeros_like(w)}})})
+
+
+def test_every_attribute_of_the_modules_leaves_is_refused_as_a_name() -> None:
+    net = pf.adapt(Small(), {"o_proj": LoRA(2)})
+    leaf = next(m for m in pf.as_module(net, net.init()).modules() if isinstance(m, Leaf))
+    own = {k for k in [*vars(Leaf), *vars(leaf)] if not k.startswith("_")}
+    assert not {k for k in own if k not in RESERVED and not hasattr(nn.Module, k)}
 
 
 # Every method: settings that cannot be, and weights they do not fit.

@@ -1,5 +1,7 @@
 """Every law for every registered method: a new method is covered by being registered."""
 
+from dataclasses import dataclass
+
 import pytest
 
 import peftfn as pf
@@ -58,6 +60,21 @@ class TestTheLawsFindFaults:
     def test_broken(self, law: str, broken: dict[str, object]) -> None:
         with pytest.raises(LawBroken, match=law):
             check_method(type("_Broken", (Dense,), broken)(), laws=[law])
+
+    def test_sites_that_share_a_bank(self) -> None:
+        """With one site a bank of one row is right whatever the row: only several sites tell."""
+        check_law("many_by_vmap", pf.TinyLoRA(rank=2, size=3), examples=0)
+        with pytest.raises(LawBroken, match=r"many_by_vmap: Case\(.*'linear, several'"):
+            check_law("many_by_vmap", _FirstRow(rank=2, size=3), examples=0)
+
+
+@dataclass(frozen=True)
+class _FirstRow(pf.TinyLoRA):
+    """TinyLoRA whose row of the bank is picked in a way that vmap does not follow: it then gives all rows."""
+
+    def prepare(self, p, w):  # type: ignore[no-untyped-def]
+        r = (p["v"].index_select(0, p["group"]) @ p["P"].flatten(1)).view(p["P"].shape[1:])
+        return {"down": p["A"], "up": p["B"] @ r} if "A" in p else {"down": p["B_rows"].mT, "up": (r @ p["A_rows"]).mT}
 
 
 class Dense(Method):

@@ -291,3 +291,84 @@ def test_leaves_used_twice_in_functions_get_the_sum_of_their_gradients() -> None
     want = grad(lambda a: call(model, net.merge(a), (x,), {}).sum())(a)
     trees_close(grad(lambda a: net.apply(a, x).sum())(a), want)
     assert operator.attrgetter("w")(model).grad is None
+
+
+# A merged model whose weights are tied.
+
+
+@pytest.mark.parametrize(
+    "rules", [{r"c_attn|c_fc": LoRA(2)}, {"c_attn": LoRA(2), "wte|lm_head": pf.TiedTokens((1, 3))}], ids=str
+)
+def test_functional_call_on_a_tied_model(rules: Any) -> None:
+    """All names of one tied tensor have one merged tensor, also where both are adapted and come out alike."""
+    model, ids = by_name["gpt2"].build(), tokens(2)
+    net = pf.adapt(model, rules)
+    a = random(net)
+    merged = net.merge(a)
+    assert merged["lm_head.weight"] is merged["transformer.wte.weight"]
+    close(torch.func.functional_call(model, merged, (ids,)).logits, net.apply(a, ids).logits)
+
+
+def test_a_tied_weight_that_is_adapted_in_one_place() -> None:
+    model, ids = by_name["gpt2"].build(), tokens(2)
+    net = pf.adapt(model, {"lm_head": LoRA(2)})
+    a = random(net)
+    with pytest.raises(ValueError, match=r"lm_head\.weight: it is tied to transformer\.wte\.weight.*untied=True"):
+        net.merge(a)
+    merged = net.merge(a, untied=True)
+    got = torch.func.functional_call(model, merged, (ids,), tie_weights=False).logits
+    close(got, net.apply(a, ids).logits)
+
+
+# A layer's own autograd.Function, which hides the weight's gradient.
+
+
+READS: dict[str, Callable[[Any], Tensor]] = {
+    "w.t()": lambda w: w.t(),
+    "w.T": lambda w: w.T,
+    "w[:]": lambda w: w[:],
+    "w[0]": lambda w: w[0],
+    "rows of w": lambda w: torch.stack(list(w)),
+    "w.to()": lambda w: w.to(torch.float32),
+    "w.data": lambda w: w.data,
+    "w * 1": lambda w: w * 1,
+    "F.linear": lambda w: F.linear(torch.eye(w.shape[1]), w),
+}
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Any, read: Any) -> Tensor:
+        ctx.seen = read(w)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return g, None, None
+
+
+class HiddenLinear(nn.Linear):
+    read: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Hidden.apply(x, self.weight, self.read)  # type: ignore[no-untyped-call]
+        return out
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("use", ["apply", "mixed", "as_module"])
+def test_no_reading_of_a_weight_hides_its_gradient(name: str, use: str) -> None:
+    """Inside an autograd.Function nothing is recorded, so every reading of the weight there is an error."""
+    model = nn.Sequential(HiddenLinear(4, 4), nn.Linear(4, 4))
+    model[0].read = READS[name]
+    net = pf.adapt(model, {r"0\.weight": LoRA(2)})
+    a, x = random(net), noise(3, 4)
+    call = {
+        "apply": lambda: net.apply(a, x),
+        "mixed": lambda: net.mixed(pf.stack([a, a]), [0, 1, -1], x),
+        "as_module": lambda: pf.as_module(net, a)(x),
+    }[use]
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"0\.weight: (passed to a torch\.autograd\.Function|.*mixed batch)"
+    ):
+        call()

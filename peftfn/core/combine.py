@@ -79,13 +79,33 @@ def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], pl
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
         closed = m.scaled(p, leaf["scale"])
-        return (m, closed) if closed is not None else (_Scaled(m), {"scale": leaf["scale"], "of": p})
+        return (m, closed) if closed is not None else (_Scaled(m), {"scale": leaf["scale"]} | _nested("of", p))
     if "add.0" in leaf:
         parts = [resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()]
         ms, ps = [m for m, _ in parts], [p for _, p in parts]
         closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
-        return (ms[0], closed) if closed is not None else (_Sum(tuple(ms)), {f"add.{i}": p for i, p in enumerate(ps)})
+        if closed is not None:
+            return ms[0], closed
+        return _Sum(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
     return method, plain(leaf, bank)
+
+
+# The prepared tensors of a scaling or sum are one flat dict: the names of each operand behind a prefix and a "/", which
+# no method's tensor has in its name. So whoever walks over prepared tensors need not know of expressions.
+
+
+def _nested(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{k}": t for k, t in p.items()}
+
+
+def _inside(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
+    n = len(prefix) + 1
+    return {k[n:]: t for k, t in p.items() if k.startswith(f"{prefix}/")}
+
+
+def own_name(k: str) -> str:
+    """A prepared tensor's name as its method knows it, without the prefixes of sums and scalings; "scale" is theirs."""
+    return k.rpartition("/")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +115,10 @@ class _Scaled(Method):
     method: Method
 
     def delta(self, p: Any, w: Tensor) -> Tensor:
-        return p["scale"] * self.method.delta(p["of"], w)
+        return p["scale"] * self.method.delta(_inside("of", p), w)
 
     def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
-        new = self.method.bias(p["of"], b)
+        new = self.method.bias(_inside("of", p), b)
         return (
             new
             if new is None or new is b
@@ -113,7 +133,7 @@ class _Sum(Method):
     methods: tuple[Method, ...]
 
     def _parts(self, p: Any) -> list[tuple[Method, Any]]:
-        return [(m, p[f"add.{i}"]) for i, m in enumerate(self.methods)]
+        return [(m, _inside(f"add.{i}", p)) for i, m in enumerate(self.methods)]
 
     def delta(self, p: Any, w: Tensor) -> Tensor:
         first, *rest = [m.delta(q, w) for m, q in self._parts(p)]

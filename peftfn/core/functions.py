@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.made import check_own
 from peftfn.core.method import Leaf, Method
 from peftfn.core.plan import Adapter, Entry, Plan, draw
 from peftfn.core.rng import Rng
@@ -72,7 +73,9 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
     first = next(iter(entries))
     w = weights[first]
     rng = Rng(seed, bank, sites={n: e.site for n, e in plan.items()}, dtype=dtype, device=w.device)
-    made = plan[first].method.bank(rng, Canonical(plan, entries, weights))
+    method, mine = plan[first].method, Canonical(plan, entries, weights)
+    made = method.bank(rng, mine)
+    check_own(f"{bank}: {type(method).__name__}.bank", made, [*mine.items(), *plan[first].frozen.items()])
     return {k: on_mesh(t, w) for k, t in made.items()}
 
 
@@ -140,12 +143,17 @@ def merge(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Iterator[
             yield slot, new
 
 
-def refuse_untied(plan: Plan, weights: Weights, merged: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where two slots that share a tensor in `weights` have different ones in `merged`."""
+def tie(plan: Plan, weights: Weights, merged: dict[str, Tensor]) -> None:
+    """Give slots that share a tensor in `weights` one in `merged`. ValueError where theirs differ."""
     for name, entry in plan.items():
         for other in entry.site.tied:
-            if weights.get(other) is weights.get(name) and not equal(merged[name], merged[other]):
+            if weights.get(other) is not weights.get(name) or merged[other] is merged[name]:
+                continue
+            if not equal(merged[name], merged[other]):
                 raise ValueError(UNTIED.format(name=name, other=other))
+            for alias, w in weights.items():
+                if w is weights[name]:
+                    merged[alias] = merged[name]
 
 
 def delta(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:

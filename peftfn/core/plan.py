@@ -9,7 +9,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.func import vmap
 
-from peftfn.core.combine import is_expression, resolve, terms
+from peftfn.core.combine import is_expression, own_name, resolve, terms
+from peftfn.core.made import called, check_own, check_tensors
 from peftfn.core.method import Leaf, Method
 from peftfn.core.rng import Rng
 from peftfn.core.rules import match
@@ -45,10 +46,7 @@ class Entry:
 
     def axes(self, p: Mapping[str, Any]) -> dict[str, Any]:
         """`in_dims` of p over the experts of a stacked site."""
-        return {
-            k: self.axes(v) if isinstance(v, dict) else (None if k in self.common or k == "scale" else 0)
-            for k, v in p.items()
-        }
+        return {k: None if (name := own_name(k)) in self.common or name == "scale" else 0 for k in p}
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
@@ -257,7 +255,7 @@ def make(
                 found[name].bias in values,
             )
     real = {
-        p: m.shared(Rng(seed, p, sites=found), {n: canonical[n] for n in of_rule[p]}) if constants else dry[p].frozen
+        p: _shared(m, Rng(seed, p, sites=found), {n: canonical[n] for n in of_rule[p]}) if constants else dry[p].frozen
         for p, m in rules.items()
     }
     moved: dict[tuple[int, torch.device], Tensor] = {}
@@ -287,6 +285,14 @@ class _Shared:
         return cls(method.shared(rng, empty), method.bank(rng, empty))
 
 
+def _shared(method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+    """What the sites of a rule share, none of it memory of theirs."""
+    made = method.shared(rng, weights)
+    flat = {f"{name}: {k}": t for name, tensors in made.items() for k, t in tensors.items()}
+    check_own(f"{type(method).__name__}.shared", flat, [(f"the weight {n}", w) for n, w in weights.items()], alike=True)
+    return made
+
+
 def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
     """rule → name of its bank in the adapter: the method's class name, numbered from the second on."""
     out: dict[str, str] = {}
@@ -305,28 +311,38 @@ def _probe(
     dtype = torch.promote_types(w.dtype, torch.float32)
     given = torch.empty(len(w), dtype=w.dtype, device="meta") if biased else None
     rng = Rng(0, site.name, site=site, dtype=dtype, device="meta", bias=given)
-    common = shared.frozen.get(site.name, {})
+    common, cls = shared.frozen.get(site.name, {}), type(method).__name__
+    source = dict.fromkeys(common, "shared") | dict.fromkeys(shared.bank, "bank")
     try:
-        leaf, own = method.init(rng, w), method.frozen(rng, w)
-        _check_made(method, "init", leaf)
-        _check_made(method, "frozen", own)
+        for what, made in (("shared", common), ("bank", shared.bank)):
+            check_tensors(f"{cls}.{what}", made)
+        leaf, own = (called(method, f, getattr(method, f), rng, w) for f in ("init", "frozen"))
+        theirs = [("the weight w", w), ("the layer's bias", given)]
+        for what, made in (("init", leaf), ("frozen", own)):
+            check_tensors(f"{cls}.{what}", made)
+            check_own(f"{cls}.{what}", made, theirs, alike=what == "frozen")
+            source |= dict.fromkeys(made, what)
         constants = {**common, **own}
         p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**constants, **shared.bank, **leaf}.items()}
         if len(p) != len(common) + len(own) + len(shared.bank) + len(leaf):
             raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
-        ready = method.prepare(p, w)
-        change = method.delta(ready, wide(w)) if method.mergeable else w
+        ready = called(method, "prepare", method.prepare, p, w, p=source)
+        change = called(method, "delta", method.delta, ready, wide(w), p=source) if method.mergeable else w
         if change.shape != w.shape:
-            raise ValueError(f"{type(method).__name__}.delta gives {list(change.shape)} for a weight {list(w.shape)}")
-        adds_bias = method.bias(ready, None) is not None
+            raise ValueError(f"{cls}.delta gives {list(change.shape)} for a weight {list(w.shape)}")
+        adds_bias = called(method, "bias", method.bias, ready, None, p=source) is not None
         b = torch.empty(len(w), device="meta") if site.bias else None
-        changes_bias = method.bias(ready, b) is not b
-        if w._version or (b is not None and b._version):
-            raise ValueError(f"{type(method).__name__} writes into w or b, which are the model's: give new tensors")
+        new = called(method, "bias", method.bias, ready, b, p=source)
+        if b is not None and (new is None or new.shape != b.shape):
+            raise ValueError(
+                f"{cls}.bias gives {None if new is None else list(new.shape)} for a bias {list(b.shape)}: return the "
+                "adapted bias, or b itself where it stays as it is"
+            )
+        changes_bias = new is not b
     except ValueError as e:
         raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
     except Exception as e:
-        e.add_note(f"{site.name} {list(site.shape)}: {method} runs on the meta device first, where nothing has values")
+        e.add_note(f"at {site.name} {list(site.shape)}: {method}")
         raise
     if adds_bias and site.bias is None:
         raise ValueError(
@@ -342,15 +358,6 @@ def _probe(
     spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
     names = frozenset({*common, *shared.bank})
     return Entry(site, rule, method, {}, spec, prepared, names, bank, adds_bias, changes_bias)
-
-
-def _check_made(method: Method, what: str, made: Any) -> None:
-    """ValueError unless `made`, of a run on the meta device, is a dict of tensors there."""
-    name = f"{type(method).__name__}.{what}"
-    if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
-        raise ValueError(f"{name} gives {made!r}; it must give a dict of name → tensor")
-    if astray := [k for k, t in made.items() if not t.is_meta]:
-        raise ValueError(f"{name} makes {', '.join(astray)} on a device of its own: make it by rng, or on w.device")
 
 
 def draw(
@@ -371,7 +378,12 @@ def draw(
         whole = draw(make, site, w.full_tensor(), seed, dtype, bias=bias)  # every rank draws the same
         return {k: placed(t, m) for k, t in whole.items()}
     if not site.stacked:
-        return {k: t.contiguous() for k, t in make(rng(site.name, constants=constants, bias=bias), m).items()}
+        made = make(rng(site.name, constants=constants, bias=bias), m)
+        theirs = [("the weight w", m), ("the layer's bias", bias)]
+        theirs += [(f"the constant {k!r}", t) for k, t in (constants or {}).items()]
+        what = f"{site.name}: {type(make.__self__).__name__}.{make.__name__}"
+        check_own(what, made, theirs, alike=make.__name__ == "frozen")
+        return {k: t.contiguous() for k, t in made.items()}
     if w.is_meta:
         return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
     each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]

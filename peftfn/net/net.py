@@ -151,7 +151,8 @@ class Adapted:
         """The model's parameters with the adapter folded in: {name: tensor}, to load into, or call, a plain model.
 
         Adapted parameters are new tensors, computed in fp32 and rounded once to their dtype; the others are the
-        model's own. Two names of one slot (a shared submodule) get one tensor.
+        model's own. All names of one tensor (a shared submodule, tied weights) get one tensor, so that
+        `torch.func.functional_call(model, net.merge(adapter), …)` works on any model.
 
         Args:
             check_finite: whether to look for a NaN or an infinity.
@@ -164,7 +165,9 @@ class Adapted:
         """
         self.plan.check(adapter)
         weights = self.weights
-        out = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {id(p): p.detach() for p in held.values()}  # one tensor for all names of a tied one
+        out = {n: own[id(p)] for n, p in held.items()}
         for name, merged in functions.merge(self.plan, weights, adapter):
             if check_finite and not merged.isfinite().all():
                 bad = int((~merged.isfinite()).sum())
@@ -176,7 +179,7 @@ class Adapted:
             for alias in self._runner.first.names(name):
                 out[alias] = merged
         if not (untied or under_transform() or torch.compiler.is_compiling()):  # there, values cannot be compared
-            functions.refuse_untied(self.plan, dict(self.model.named_parameters(remove_duplicate=False)), out)
+            functions.tie(self.plan, held, out)
         return out
 
     def prepare(self, adapter: Mapping[str, Any]) -> Adapter:

@@ -71,7 +71,8 @@ class Runner:
             if versions and skeleton.versions() != versions:
                 raise RuntimeError(
                     f"{', '.join(skeleton.written(versions))}: the model's own forward writes this parameter in "
-                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=."
+                    "place, and so wrote the base's. Have it work on a copy, or pass copies as params=. (If you wrote "
+                    "one of the methods: peftfn.testing.check_method tells whether a function of it does so.)"
                 )
             return dense(out)
         except Exception as e:

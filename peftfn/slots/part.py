@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from peftfn.core.combine import is_expression
+from peftfn.core.combine import is_expression, own_name
 from peftfn.core.method import LowRank, Method
 from peftfn.core.plan import Entry
 from peftfn.slots.route import Bucket, Cut, Run, Share, picked
@@ -158,29 +158,15 @@ def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dic
 
     varying = vmap(one, randomness="different")(leaf, bank) if leaf or bank else one(leaf, bank)
     method, constant = fixed
-    return method, *_joined(varying, constant)
+    return method, constant | varying, dict.fromkeys(constant) | dict.fromkeys(varying, 0)
 
 
 def _split(p: dict[str, Any], entry: Entry, varying: bool) -> dict[str, Any]:
-    return {
-        k: _split(v, entry, varying) if isinstance(v, dict) else v
-        for k, v in p.items()
-        if isinstance(v, dict) or varying == (k == "scale" or k in entry.prepared or k not in entry.frozen)
-    }
+    def varies(name: str) -> bool:
+        return name == "scale" or name in entry.prepared or name not in entry.frozen
 
-
-def _joined(varying: dict[str, Any], constant: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    p: dict[str, Any] = {}
-    axes: dict[str, Any] = {}
-    for k in {**constant, **varying}:
-        if isinstance(varying.get(k), dict):
-            p[k], axes[k] = _joined(varying[k], constant[k])
-        elif k in varying:
-            p[k], axes[k] = varying[k], 0
-        else:
-            p[k], axes[k] = constant[k], None
-    return p, axes
+    return {k: v for k, v in p.items() if varies(own_name(k)) == varying}
 
 
 def take(p: dict[str, Any], axes: dict[str, Any], f: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    return {k: take(v, axes[k], f) if isinstance(v, dict) else (v if axes[k] is None else f(v)) for k, v in p.items()}
+    return {k: v if axes[k] is None else f(v) for k, v in p.items()}

@@ -96,10 +96,22 @@ class Slot:
     def __len__(self) -> int:
         return len(self.w)
 
+    # Every reading of the value passes `_check`: here, in `__torch_function__`, or in an operator.
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
+        if not torch.compiler.is_compiling():
+            _check((self,), None)
         return self._attribute(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _check((self,), None)
+        return self._item(index)
+
+    def _item(self, index: Any) -> Any:
+        raise NotImplementedError
 
 
 def _operators() -> None:
@@ -204,7 +216,7 @@ class AdaptedWeight(Slot):
                 "write would be lost. Write to the base's parameter, or to the adapter's tensors"
             )
 
-    def __getitem__(self, index: Any) -> Any:
+    def _item(self, index: Any) -> Any:
         if self.entry.site.stacked and _picks_one(index):
             return _Expert(self, index)
         return self.dense()[dense(index)]
@@ -219,7 +231,10 @@ class _Expert(AdaptedWeight):
     __slots__ = ()
 
     def __init__(self, stack: AdaptedWeight, index: Any):
-        p = _pick(stack.p, stack.entry.common, index)
+        p = {
+            k: t if axis is None else t[index]
+            for (k, t), axis in zip(stack.p.items(), stack.entry.axes(stack.p).values(), strict=True)
+        }
         super().__init__(stack.entry, stack.method, p, stack.w[index])
 
     def canonical(self) -> Tensor:
@@ -228,15 +243,8 @@ class _Expert(AdaptedWeight):
     def dense(self) -> Tensor:
         return self._matrix().mT if self.entry.site.kind == "stack_t" else self._matrix()
 
-    def __getitem__(self, index: Any) -> Any:
+    def _item(self, index: Any) -> Any:
         return self.dense()[dense(index)]
-
-
-def _pick(p: dict[str, Any], common: frozenset[str], index: Any) -> dict[str, Any]:
-    return {
-        k: _pick(v, common, index) if isinstance(v, dict) else (v if k in common or k == "scale" else v[index])
-        for k, v in p.items()
-    }
 
 
 def _picks_one(index: Any) -> bool:
@@ -273,13 +281,9 @@ def dense(tree: Any) -> Any:
 def _cast(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """p with its floating tensors in `dtype`; p itself if they are."""
     for v in p.values():
-        if isinstance(v, dict) or v.dtype != dtype:
-            break
-    else:
-        return p
-    return {
-        k: _cast(v, dtype) if isinstance(v, dict) else v.to(dtype) if v.is_floating_point() else v for k, v in p.items()
-    }
+        if v.dtype != dtype:
+            return {k: v.to(dtype) if v.is_floating_point() else v for k, v in p.items()}
+    return p
 
 
 def _operand_dtype(x: Tensor) -> torch.dtype:

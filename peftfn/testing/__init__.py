@@ -1,7 +1,9 @@
 """The laws every method obeys, to check your own with: `check_method(MyMethod(rank=2))`."""
 
 import os
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Mapping
+from types import FunctionType
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from peftfn.core.method import Method
 from peftfn.model.site import sites
 from peftfn.testing.laws import LAWS, ONCE, SITE, Case, close, leaves, shaken
-from peftfn.testing.models import MODELS
+from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 
 __all__ = [
     "LAWS",
@@ -36,7 +38,10 @@ values: make tensors by `rng`, or from w and p, and read none of their values; i
 
 
 def models_for(method: Method) -> list[str]:
-    """The tiny models whose site the method accepts. LawBroken if `adapt` fails on the first of them."""
+    """The tiny models whose sites the method accepts: with one site, and, where sites share tensors, with several.
+
+    LawBroken if `adapt` fails on the first of them, or if the method refuses all those with several sites.
+    """
     if not isinstance(method, Method):
         raise TypeError(f"the laws are about a method with its hyper-parameters, like LoRA(rank=2), not {method!r}")
     names = [n for n, m in MODELS.items() if m.kind in method.kinds and (method.mergeable or n != "dense")]
@@ -45,7 +50,42 @@ def models_for(method: Method) -> list[str]:
         first = case.net.plan[SITE]
     except Exception as e:
         raise LawBroken(_message("adapt", case, ADAPT, e)) from e
-    return [n for n in names if not first.adds_bias or sites(MODELS[n].build(0))[SITE].bias is not None]
+    if method.overrides("shared") or method.overrides("bank"):
+        several = _several(method, SEVERAL) or _several(method, ALIKE)
+        if not several:
+            raise LawBroken(f"adapt: {method} shares tensors among sites, and refuses every model with several sites")
+        names += several
+    return [n for n in names if not first.adds_bias or sites(Case(method, n).model)[SITE].bias is not None]
+
+
+def _several(method: Method, models: Mapping[str, Model]) -> list[str]:
+    """The models of several sites that the method accepts: all of its kinds but those that its `shared` or `bank`
+    refuses with a ValueError."""
+    names = []
+    for name, model in models.items():
+        if model.kind in method.kinds:
+            case = Case(method, name)
+            try:
+                case.net.init()
+            except Exception as e:
+                if not isinstance(e, ValueError) or not {"shared", "bank"} & set(_functions(method, e)):
+                    raise LawBroken(_message("adapt", case, ADAPT, e)) from e
+            else:
+                names.append(name)
+    return names
+
+
+def _functions(method: Method, e: BaseException) -> list[str]:
+    """The functions of the method that were running when e was raised, the innermost last."""
+    codes = {
+        f.__code__: n
+        for c in type(method).__mro__
+        if c is not Method
+        for n, f in vars(c).items()
+        if isinstance(f, FunctionType)
+    }
+    frames = traceback.walk_tb(e.__traceback__)
+    return [codes[frame.f_code] for frame, _ in frames if frame.f_code in codes]
 
 
 def cases(method: Method) -> SearchStrategy[Case]:
@@ -73,7 +113,9 @@ def check_law(law: str, method: Method, examples: int | None = None) -> None:
         raise ValueError(f"there is no law {law!r}; choose from {', '.join(LAWS)}")
     n = examples if examples is not None else int(os.environ.get("PEFTFN_EXAMPLES", "3"))
     run = LAWS[law]
-    names = models_for(method)[:1] if law in ONCE else models_for(method)
+    names = models_for(method)
+    if law in ONCE:
+        names = [next((n for n in names if n not in MODELS), names[0])]
     for name in names:
         _run(law, Case(method, name))
     if law in ONCE or not n:

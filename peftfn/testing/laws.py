@@ -18,7 +18,7 @@ import peftfn as pf
 from peftfn.core.method import Method
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
-from peftfn.testing.models import MODELS, Model
+from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 
 SITE = "layer.weight"
 
@@ -35,7 +35,12 @@ class Case:
 
     @property
     def kind(self) -> Model:
-        return MODELS[self.model_name]
+        return (MODELS | SEVERAL | ALIKE)[self.model_name]
+
+    @property
+    def rule(self) -> str:
+        """The pattern that finds the model's sites: SITE, and those beside it."""
+        return SITE if self.model_name in MODELS else r"^(layer|more\.\d+)\.weight$"
 
     @cached_property
     def model(self) -> nn.Module:
@@ -47,7 +52,7 @@ class Case:
 
     @cached_property
     def net(self) -> pf.Adapted:
-        return pf.adapt(self.model, {SITE: self.method}, seed=self.seed)
+        return pf.adapt(self.model, {self.rule: self.method}, seed=self.seed)
 
     def adapter(self, seed: int = 0) -> pf.Adapter:
         """Leaves away from their initial values, in fp32 (fp64 for an fp64 model)."""
@@ -264,7 +269,7 @@ def conformed(c: Case) -> None:
         names = {f.name for f in fields(method)}  # type: ignore[arg-type]
         method = replace(method, **{k: v for k, v in wider.items() if k in names & padding.fields})
     more = {"bias": pf.Full()} if "layer.bias" in dict(c.model.named_parameters()) else {}
-    to = pf.adapt(c.model, {SITE: method, **more}, seed=c.seed)
+    to = pf.adapt(c.model, {c.rule: method, **more}, seed=c.seed)
     try:
         b = pf.conform(a, c.net, to)
     except ValueError as e:
@@ -358,12 +363,12 @@ def structure(c: Case) -> None:
     assert {n: {k: t.shape for k, t in leaf.items()} for n, leaf in a.items()} == {
         n: {k: t.shape for k, t in leaf.items()} for n, leaf in other.items()
     }
-    empty = pf.adapt(c.kind.build(c.seed).to("meta"), {SITE: c.method}).init()
+    empty = pf.adapt(c.kind.build(c.seed).to("meta"), {c.rule: c.method}).init()
     assert all(t.is_meta for t in leaves(empty))
     assert [t.shape for t in leaves(empty)] == [t.shape for t in leaves(a)], "other shapes on meta"
     names = [n for n, s in pf.sites(c.model).items() if s.kind == "other" and n != SITE]
     if names:
-        wider = pf.adapt(c.model, {"bias": pf.Full(), SITE: c.method}, seed=c.seed)
+        wider = pf.adapt(c.model, {"bias": pf.Full(), c.rule: c.method}, seed=c.seed)
         close(wider.init(1)[SITE], a[SITE], "init beside another site", 0)
 
 
@@ -442,7 +447,7 @@ def half_precision(c: Case) -> None:
         y = low.net.apply(a, low.x)
         assert y.dtype == low.model(low.x).dtype, f"{y.dtype} from a {dtype} base"
         x = low.x.float() if low.x.is_floating_point() else low.x
-        wide_net = pf.adapt(model, {SITE: c.method}, seed=c.seed)
+        wide_net = pf.adapt(model, {c.rule: c.method}, seed=c.seed)
         close(y.float(), wide_net.apply(a, x), f"{dtype} apply", rtol)
         if c.method.mergeable and not c.net.plan[SITE].adds_bias:
             close(

@@ -1,7 +1,7 @@
 """The smallest model of every kind of site, all with a canonical weight of [6, 8], so that one case fits them all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +50,20 @@ class Sliced(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """kind: of its one interesting site `layer.weight`; rowed: whether mixed batches keep their rows there."""
+    """kind: of its interesting site `layer.weight`; rowed: whether mixed batches keep their rows there; more: layers
+    beside it, with the same input, whose outputs are added to its own; tied: all have one weight."""
 
     kind: str
     layer: Callable[[], nn.Module]
     inputs: Callable[[int, torch.dtype], Tensor]
     rowed: bool = True
+    more: tuple[Callable[[], nn.Module], ...] = ()
+    tied: bool = False
 
     def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _Wrap(self.layer()).to(dtype).eval()
+            return _Wrap(self.layer(), [layer() for layer in self.more], self.tied).to(dtype).eval()
 
     def x(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         with torch.random.fork_rng():
@@ -69,12 +72,18 @@ class Model:
 
 
 class _Wrap(nn.Module):
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, more: list[nn.Module], tied: bool):
         super().__init__()
         self.layer = layer
+        if more:
+            self.more = nn.ModuleList(more)
+        for other in more if tied else ():
+            other.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(x)
+        for layer in getattr(self, "more", ()):
+            out = out + layer(x)[..., : out.shape[-1]]  # a sum, so that gates of outputs are gates of the layers'
         return out
 
 
@@ -111,3 +120,28 @@ MODELS = {
     "other": Model("other", lambda: nn.LayerNorm(IN), _features),
 }
 """name → model; names that share a kind differ in the path a call takes."""
+
+
+def _linears(bias: bool, *sizes: int) -> Model:
+    layers = [lambda n=n: nn.Linear(IN, n, bias=bias) for n in (OUT, *sizes)]  # type: ignore[misc]
+    return Model("linear", layers[0], _features, more=tuple(layers[1:]))
+
+
+def _twice(name: str, tied: bool = False) -> Model:
+    return replace(MODELS[name], more=(MODELS[name].layer,), tied=tied)
+
+
+SEVERAL = {
+    "linear, several": _linears(True, OUT, OUT + 2),
+    "linear, no bias, several": _linears(False, OUT, OUT + 2),
+    "embedding, several": _twice("embedding"),
+    "conv2d, several": _twice("conv2d"),
+    "stack, several": _twice("stack"),
+}
+"""Models with several sites, for methods whose sites share tensors (`shared`, `bank`)."""
+ALIKE = {
+    "linear, alike": _linears(True, OUT),
+    "linear, no bias, alike": _linears(False, OUT),
+    "embedding, tied": _twice("embedding", tied=True),
+}
+"""Those for methods that want the sites that share to be alike: of one shape, or of one weight."""

@@ -89,7 +89,7 @@ class TinyLoRA(_LowRank):
         return {}
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        r = (p["v"].index_select(0, p["group"]) @ p["P"].flatten(1)).view(p["P"].shape[1:])
+        r = (p["v"].index_select(0, p["group"].view(1)) @ p["P"].flatten(1)).view(p["P"].shape[1:])
         if "A" in p:
             return {"down": p["A"], "up": p["B"] @ r}
         return {"down": p["B_rows"].mT, "up": (r @ p["A_rows"]).mT}
