@@ -1,7 +1,7 @@
 """Rules → plan: which method stands at which site, and what a plan gives without running the model."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,16 @@ class Entry:
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
     changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
+    # What a call would ask at every site, answered once:
+    prepares: bool = field(init=False)  # `prepare` does something
+    fast: bool = field(init=False)  # `linear` is more than the dense weight
+    to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # the parameter ↦ canonical; None: it is
+
+    def __post_init__(self) -> None:
+        turn = None if self.site.kind in ("linear", "stack", "other") else self.site.canonical
+        decided = {"prepares": self.method.overrides("prepare"), "fast": self.method.fast_linear(), "to_matrix": turn}
+        for name, value in decided.items():
+            object.__setattr__(self, name, value)
 
     def __iter__(self) -> Iterator[Any]:
         """method, frozen: a plan reads as dict[site, (method, frozen tensors)]."""
@@ -50,19 +60,17 @@ class Entry:
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
-        if is_expression(leaf):
+        if "of" in leaf or "add.0" in leaf:
             with exactly(w):
                 return resolve(self.method, leaf, bank, partial(self._prepare, w=w))
-        if not self.method.overrides("prepare"):
-            return self.method, self._prepare(leaf, bank, w=w)
+        if not self.prepares:
+            return self.method, self.raw(leaf, bank, w)
         with exactly(w):
             return self.method, self._prepare(leaf, bank, w=w)
 
     def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
         p = self.raw(leaf, bank, w)
-        if not self.method.overrides("prepare") or (
-            leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()
-        ):
+        if not self.prepares or (leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()):
             return p
         if not self.site.stacked:
             return self.method.prepare(p, w)

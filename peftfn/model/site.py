@@ -88,6 +88,16 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
+def runs_linear(layer: nn.Module) -> bool:
+    """Whether the layer's forward is torch's or transformers' own, and computes x Wᵀ + bias and nothing else."""
+    if "forward" in vars(layer):
+        return False
+    forward: Any = type(layer).forward
+    if forward is nn.Linear.forward:
+        return True
+    return (forward.__qualname__, forward.__module__) == ("Conv1D.forward", "transformers.pytorch_utils")
+
+
 def _kind(module: nn.Module, p: Tensor) -> str:
     if isinstance(module, _CONV):
         return "conv" if p.dim() > 1 else "other"

@@ -17,7 +17,7 @@ from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.route import Route
 from peftfn.slots.values import Given, values
-from peftfn.slots.weight import dense
+from peftfn.tensors.operand import dense
 from peftfn.tensors.quantised import parameters
 from peftfn.tensors.tree import stack_size
 
@@ -62,8 +62,7 @@ class Runner:
                     skeleton.put(params)
                 if gates is not None:
                     gates = replace(gates, fixed=skeleton.identities())
-                for name, value in values(given, gates, skeleton.__getitem__, self.model.training).items():
-                    skeleton[name] = value
+                skeleton.fill(values(given, gates, skeleton.__getitem__, self.model.training))
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
             finally:

@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftfn.model.names import near
+from peftfn.model.site import runs_linear
 from peftfn.model.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
-from peftfn.slots.weight import OUTLIVED, Slot, plus
+from peftfn.slots.slot import OUTLIVED, Slot, plus
 from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
+Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
 Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
@@ -79,6 +81,14 @@ class Skeleton:
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
+        owners = {id(s._parameters): s for _, s in self.pairs}
+        self.lanes: dict[str, dict[str, Any]] = {  # adapted layers whose forward a slot may stand in for: their vars
+            name: vars(layer)
+            for name in self.sites
+            if name.rpartition(".")[2] == "weight"
+            and (layer := owners.get(id(self.slots[name][0]))) is not None
+            and runs_linear(layer)
+        }
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -156,7 +166,7 @@ class Skeleton:
 
     # A call: fill the slots, run, restore.
 
-    def open(self) -> list[Any]:
+    def open(self) -> Held:
         """Fill every slot from the base, and tell what they held. Parameters come detached: the base is no input."""
         if not torch.compiler.is_compiling():
             self.lock.acquire()
@@ -170,7 +180,7 @@ class Skeleton:
         self._fill_buffers()
         return before
 
-    def close(self, before: list[Any]) -> None:
+    def close(self, before: Held) -> None:
         self.restore(before)
         if not torch.compiler.is_compiling():
             self.lock.release()
@@ -194,6 +204,17 @@ class Skeleton:
         slots, k = self.slots[name]
         slots[k] = value
 
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Put what an adapter makes of slots into them. Layers of the fast lane are called on it directly; the compiler
+        gets there by torch's functions, as every other layer does."""
+        direct = not torch.compiler.is_compiling()
+        for name, value in values.items():
+            slots, k = self.slots[name]
+            slots[k] = value
+            if direct and name in self.lanes and isinstance(value, Slot):
+                value.held = slots
+                self.lanes[name]["forward"] = value.forward
+
     def names(self, name: str) -> list[str]:
         """Every name of the slot `name`: a shared submodule has several."""
         slots, k = self.slots[name]
@@ -214,10 +235,12 @@ class Skeleton:
             if id(theirs[k]) in tied and theirs[k] is not None and (id(ours), k) not in given:
                 ours[k] = tied[id(theirs[k])]
 
-    def snapshot(self) -> list[Any]:
+    def snapshot(self) -> Held:
         """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
         buffers = self.buffers if torch.compiler.is_compiling() else []
-        return [ours[k] for _, ours, k in self.parameters + buffers]
+        return [ours[k] for _, ours, k in self.parameters + buffers], [
+            lane.get("forward") for lane in self.lanes.values()
+        ]
 
     def identities(self) -> frozenset[int]:
         """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""
@@ -225,9 +248,15 @@ class Skeleton:
             return frozenset()
         return frozenset(id(ours[k]) for _, ours, k in self.parameters + self.buffers)
 
-    def restore(self, values: list[Any]) -> None:
+    def restore(self, held: Held) -> None:
+        values, forwards = held
         for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):
             ours[k] = value
+        for lane, forward in zip(self.lanes.values(), forwards, strict=True):
+            if forward is not None:
+                lane["forward"] = forward
+            else:
+                lane.pop("forward", None)
 
     def _fill_buffers(self) -> None:
         """A copy of each buffer. One of integers (a mask, positions) is copied again only when it was written to; for
@@ -244,11 +273,11 @@ class Skeleton:
                 self.clones[i] = (t, t._version, ours[k], ours[k]._version)
 
     @contextmanager
-    def _holding(self, values: list[Any]) -> Iterator[None]:
+    def _holding(self, held: Held) -> Iterator[None]:
         with self.lock:
             before = self.snapshot()
-            self.restore(values)
-            tasks = [(v, v.task) for v in values if isinstance(v, Slot)]
+            self.restore(held)
+            tasks = [(v, v.task) for v in held[0] if isinstance(v, Slot)]
             for v, _ in tasks:
                 v.task = backward_task()
             try:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
 from peftfn.slots.route import Cut, Route, Rows, Run, check_rows, picked, storages, tensors
-from peftfn.slots.weight import _operand_dtype
+from peftfn.tensors.precision import operand_dtype
 from peftfn.tensors.transform import under_transform
 
 
@@ -134,7 +134,7 @@ class Gates(Route):
 
     def _low_rank(self, part: Part, x: Tensor, y: Tensor, what: str) -> Tensor:
         """Σ_k g_k (diag(c_k) (y + s·U_k D_k x) − y): all D one product, gated, then all U one product."""
-        low, dtype = part.low, _operand_dtype(x)
+        low, dtype = part.low, operand_dtype(x)
         assert low is not None
         g = self.over(y, what)[..., part.start : part.start + part.size].to(dtype)
         n, r = part.size, low.down.shape[-2]

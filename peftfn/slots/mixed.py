@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from peftfn.core.method import Method, Product
 from peftfn.slots.part import Part, take
 from peftfn.slots.route import Cut, Route, mapped, storages, tensors, visit
-from peftfn.slots.weight import AdaptedWeight, Slot, _operand_dtype, plus
-from peftfn.tensors.precision import wide
+from peftfn.slots.slot import Slot, plus
+from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.precision import operand_dtype, wide
 from peftfn.tensors.transform import backward_task
 
 
@@ -49,7 +50,7 @@ class _Mixed(Slot):
         return x.view(self.rows.size, -1, x.shape[-1])
 
     @classmethod
-    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+    def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
         found: list[_Mixed] = []
         visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
         rows = found[0].rows
@@ -72,10 +73,10 @@ class _Mixed(Slot):
 
         return (rows.at(n) or rows).each(run)
 
-    def _attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> Any:
         raise self.lost(f"the model uses weight.{name}")
 
-    def __getitem__(self, index: Any) -> Any:
+    def item_at(self, index: Any) -> Any:
         raise self.lost("the model indexes the weight")
 
 
@@ -114,7 +115,7 @@ class MixedWeight(_Mixed):
 
     def linear(self, x: Tensor, bias: Any = None) -> Tensor:
         def base(x: Tensor) -> Tensor:
-            return F.linear(x, self.matrix(_operand_dtype(x)))
+            return F.linear(x, self.matrix(operand_dtype(x)))
 
         return plus(self._by_row(x, "linear", AdaptedWeight.linear, base), bias)
 

@@ -11,7 +11,8 @@ from peftfn.core.combine import is_expression, own_name
 from peftfn.core.method import LowRank, Method
 from peftfn.core.plan import Entry
 from peftfn.slots.route import Bucket, Cut, Run, Share, picked
-from peftfn.slots.weight import AdaptedWeight, _cast, _operand_dtype
+from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.precision import cast, operand_dtype
 from peftfn.tensors.transform import eager
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Part:
 
     def add_low_rank(self, y: Tensor, share: Share, x: Tensor, kind: str) -> Tensor:
         """diag(c) (y + s·U D x) on the rows of the share, with each row's own U, D and c; y is the base's output."""
-        dtype = _operand_dtype(x) if kind == "linear" else y.dtype
+        dtype = operand_dtype(x) if kind == "linear" else y.dtype
         lows = [self.factors(b, dtype) for b in share.buckets]
         scale, middle, change = lows[0].scale, y.shape[1:-1], []
         pieces = share.take(x).split([b.rows for b in share.buckets])
@@ -125,7 +126,7 @@ class Part:
 
     def linear(self, bucket: Bucket, x: Tensor, weight: "MixedWeight", base: Cut) -> Tensor:
         """A linear layer whose rows are this bucket as they stand: no row is moved."""
-        dtype = _operand_dtype(x)
+        dtype = operand_dtype(x)
         low = self.factors(bucket, dtype)
         s, w = self._shrink(bucket, low, x, "linear"), weight.matrix(dtype)
         if not torch.is_grad_enabled() and eager(x) and w.dtype == dtype:  # the base's product onto the low-rank one:
@@ -147,7 +148,7 @@ def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dic
     if not is_expression(leaf):
         ready = leaf.keys() == entry.prepared.keys() and leaf.keys() != entry.spec.keys()
         if ready or not entry.method.overrides("prepare"):
-            p = _cast({**entry.frozen, **bank, **leaf}, torch.promote_types(w.dtype, torch.float32))
+            p = cast({**entry.frozen, **bank, **leaf}, torch.promote_types(w.dtype, torch.float32))
             return entry.method, p, {k: 0 if k in leaf or k in bank else None for k in p}
     fixed: list[Any] = []
 

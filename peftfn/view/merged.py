@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.functions import UNTIED
-from peftfn.slots.weight import dense
+from peftfn.tensors.operand import dense
 from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
 from peftfn.tensors.tree import leaves
 from peftfn.view.module import parameters_of, status

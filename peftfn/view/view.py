@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.site import Site
-from peftfn.slots.weight import AdaptedWeight, plus
+from peftfn.slots.slot import plus
+from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.quantised import Reader, quantised
 from peftfn.tensors.transform import backward_task
 
