@@ -1,4 +1,4 @@
-"""y = c ⊙ (x Wᵀ + s·drop(x) Aᵀ Bᵀ), for a frozen W: what LoRA, DoRA and every other low-rank change computes.
+"""y = c ⊙ (x Wᵀ + s·drop(x) Aᵀ Bᵀ) + bias, for a frozen W: what LoRA, DoRA and every other low-rank change computes.
 
 `lora_linear` chooses: kernels on a GPU (lora_fused.py), the plain operations under a transform, a compiler or autocast,
 and `lora_first` where plain eager autograd is all there is: the low-rank product first, then the base product added
@@ -16,64 +16,88 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from peftfn.kernels import choose
 from peftfn.kernels.lora_fused import fused_linear
-from peftfn.tensors.transform import eager
+from peftfn.tensors.transform import autocast, eager
 
 
-def _forward(x: Tensor, s: Tensor, w: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
+def _forward(x: Tensor, s: Tensor, w: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    if bias is None:
+        return torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
+    return torch.addmm(bias, s, b.mT, alpha=scale).addmm_(x, w.mT)
 
 
 class _LoRALinear(Function):
     # forward takes ctx itself: torch binds the arguments of a `setup_context` form anew at each call, which costs more
     # than a small product; and no functorch transform ever comes here.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:
         s = torch.mm(x, a.mT)
         ctx.save_for_backward(x, w, a, b, s)
         ctx.scale = scale
-        return _forward(x, s, w, b, scale)
+        return _forward(x, s, w, b, bias, scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w, a, b, s = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again, S must depend on x and A
             s = torch.mm(x, a.mT)
-        need_x, need_w, need_a, need_b, _ = ctx.needs_input_grad
+        need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
         ds = ctx.scale * torch.mm(dy, b)
         dx = torch.addmm(torch.mm(ds, a), dy, w) if need_x else None
         dw = torch.mm(dy.mT, x) if need_w else None
         da = torch.mm(ds.mT, x) if need_a else None
         db = torch.mm(dy.mT, ctx.scale * s) if need_b else None
-        return dx, dw, da, db, None
+        return dx, dw, da, db, dy.sum(0) if need_bias else None, None
 
 
 def lora_linear(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, *, c: Tensor | None = None, dropout: float = 0.0
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    *,
+    c: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """c ⊙ (x Wᵀ + scale·drop(x) Aᵀ Bᵀ), without c for ones; any transform may be active.
+    """c ⊙ (x Wᵀ + scale·drop(x) Aᵀ Bᵀ) + bias, without c for ones; any transform may be active.
 
-    x [..., in], w [out, in], a [r, in], b [out, r], c [out] → [..., out]. w may be any operand that `F.linear` takes.
-    dropout: probability of dropping a feature of x on its way to A.
+    x [..., in], w [out, in], a [r, in], b [out, r], c and bias [out] → [..., out]. w may be any operand that `F.linear`
+    takes. dropout: probability of dropping a feature of x on its way to A.
     """
-    if (y := fused_linear(x, w, a, b, scale, c=c, dropout=dropout)) is not None:
-        return y
+    if x.is_cuda or choose.INTERPRETED:
+        fused = fused_linear(x, w, a, b, scale, c=c, bias=bias, dropout=dropout)
+        if fused is not None:
+            return fused
+        if a.dtype != x.dtype and isinstance(w, Tensor) and not autocast(x):  # masters, where no kernel reads them
+            a, b, c = a.to(x.dtype), b.to(x.dtype), None if c is None else c.to(x.dtype)
     if dropout or not isinstance(w, Tensor) or not w.dtype == x.dtype == a.dtype or not eager(x):
         y = reference(x, w, a, b, scale, dropout)
+    elif c is None:
+        return lora_first(x, w, a, b, scale, bias)
     else:
         y = lora_first(x, w, a, b, scale)
-    return y if c is None else c * y
+    y = y if c is None else c * y
+    return y if bias is None else y + bias.to(y.dtype)
 
 
-def lora_first(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """x Wᵀ + scale·(x Aᵀ) Bᵀ in the fewest passes; for plain eager autograd, all operands of one dtype."""
-    if x.dim() != 2:
-        return lora_first(x.reshape(-1, x.shape[-1]), w, a, b, scale).view(*x.shape[:-1], w.shape[0])
-    if torch.is_grad_enabled():
-        if not a.requires_grad:  # LoRA-FA: plain autograd then keeps S alone, and no x
-            return reference(x, w, a, b, scale)
-        return _LoRALinear.apply(x, w, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(x, torch.mm(x, a.mT), w, b, scale)
+def lora_first(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + scale·(x Aᵀ) Bᵀ + bias in the fewest passes; for plain eager autograd, all operands of one dtype."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if not torch.is_grad_enabled():
+        y = _forward(flat, torch.mm(flat, a.mT), w, b, bias, scale)
+    elif a.requires_grad:
+        y = _LoRALinear.apply(flat, w, a, b, bias, scale)  # type: ignore[no-untyped-call]
+    else:  # LoRA-FA: plain autograd then keeps S alone, and no x
+        y = reference(flat, w, a, b, scale)
+        y = y if bias is None else y + bias
+    return y if flat is x else y.view(*x.shape[:-1], w.shape[0])
 
 
 def reference(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout: float = 0.0) -> Tensor:

@@ -42,11 +42,19 @@ class Entry:
     # What a call would ask at every site, answered once:
     prepares: bool = field(init=False)  # `prepare` does something
     fast: bool = field(init=False)  # `linear` is more than the dense weight
+    low: bool = field(init=False)  # `low_rank` may say that it is a low-rank change
+    plain: bool = field(init=False)  # no constants
     to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
         turn = None if self.site.kind in ("linear", "stack", "other") else self.site.canonical
-        decided = {"prepares": self.method.overrides("prepare"), "fast": self.method.fast_linear(), "to_matrix": turn}
+        decided = {
+            "prepares": self.method.overrides("prepare"),
+            "fast": self.method.fast_linear(),
+            "low": self.method.overrides("low_rank"),
+            "plain": not self.frozen,
+            "to_matrix": turn,
+        }
         for name, value in decided.items():
             object.__setattr__(self, name, value)
 
@@ -86,6 +94,8 @@ class Entry:
     def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
         """Everything the method has at this site, in fp32 or better."""
         dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
+        if self.plain and not bank and all(t.dtype is dtype for t in leaf.values()):
+            return leaf  # type: ignore[return-value]
         p = {**self.frozen, **bank, **leaf}
         for k, t in p.items():
             if t.dtype != dtype and t.is_floating_point():

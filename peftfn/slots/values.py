@@ -11,6 +11,8 @@ from peftfn.slots.route import Route
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.transform import moment
 
+EMPTY: Any = {}
+
 
 class Given(NamedTuple):
     """One plan's adapters in a call. gates number the adapters of all of a call's plans one after the other."""
@@ -31,8 +33,11 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
     now = moment()
     held: dict[str, AdaptedWeight] = {}
     for name, entry in (plan.entries if training else plan.meant).items():
-        w = current(entry, slot(name))
-        method, p = entry.tensors(adapter[name], bank_of(entry, adapter), entry.site.canonical(w))
+        w = slot(name)
+        if w is None or w.shape != entry.site.shape:
+            current(entry, w)  # raises
+        m = w if entry.to_matrix is None else entry.to_matrix(w)
+        method, p = entry.tensors(adapter[name], adapter[entry.bank] if entry.bank else EMPTY, m)
         held[name] = AdaptedWeight(entry, method, p, w, now)
     # norms, biases and other vectors stand there as plain tensors, so that fused norms work
     out: dict[str, Any] = {n: w.dense() if w.entry.site.kind == "other" else w for n, w in held.items()}

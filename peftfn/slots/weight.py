@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Method, Product
+from peftfn.core.method import LowRank, Method, Product
 from peftfn.core.plan import Entry
 from peftfn.kernels import choose
-from peftfn.kernels.lora_fused import fused_linear
-from peftfn.slots.slot import Slot, plus
-from peftfn.tensors.operand import dense
+from peftfn.kernels.lora_linear import lora_linear
+from peftfn.slots.slot import Slot, check, plus
+from peftfn.tensors.operand import Operand, dense
 from peftfn.tensors.precision import cast, operand_dtype, wide
-from peftfn.tensors.transform import exactly, moment
+from peftfn.tensors.transform import exactly, in_function, moment
 
 
 class AdaptedWeight(Slot):
@@ -22,12 +22,24 @@ class AdaptedWeight(Slot):
     entry: the site and its constants. method, p: what its leaf resolved to, prepared. w: the parameter.
     """
 
-    __slots__ = ("fast", "inside", "method", "p")
+    __slots__ = ("fast", "inside", "low", "method", "p")
 
     def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
         self.entry, self.method, self.p, self.w = entry, method, p, w
         self.fast = entry.fast if method is entry.method else method.fast_linear()
         self.task, self.inside = now or moment()
+        self.low = method.low_rank(p) if entry.low else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.task != torch._C._current_graph_task_id() or (not self.inside and in_function()):
+            check((self,), None)
+        low, w, bias = self.low, self.w, self.held["bias"]
+        # the common case in the fewest steps: a low-rank change of a plain matrix, and one dtype
+        alike = low is not None and x.dtype is w.dtype is low.down.dtype and not isinstance(bias, Operand)
+        if low is None or not alike or torch._C._is_any_autocast_enabled():
+            return self.linear(x, bias)
+        m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
+        return lora_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=bias, dropout=low.dropout)
 
     def dense(self) -> Tensor:
         return self.entry.dense(self.method, self.p, self.w)
@@ -47,22 +59,25 @@ class AdaptedWeight(Slot):
             m = m.to(dtype)
         if not self.fast:
             return plus(F.linear(x, self._matrix().to(m.dtype)), bias)
-        if (x.is_cuda or choose.INTERPRETED) and (y := self._fused(x, m, bias)) is not None:
+        if self.low is not None and (y := self._low_rank(x, m, dtype, self.low, bias)) is not None:
             return y
         # p is prepared in fp32 already, but for an fp64 weight
         p = self.p if dtype is torch.float32 and m.dtype is not torch.float64 else cast(self.p, dtype)
-        y = self.method.linear(p, m, x)
-        return y if bias is None else plus(y, bias)
+        return plus(self.method.linear(p, m, x), bias)
 
-    def _fused(self, x: Tensor, m: Tensor, bias: Any) -> Tensor | None:
-        """`linear` by a kernel, which reads the prepared tensors in their own dtype and adds the bias at the end; None
-        where plain torch has to run."""
-        low = self.method.low_rank(self.p)
-        if low is None or not low.down.dim() == low.up.dim() == len(m.shape) == 2:
+    def _low_rank(self, x: Tensor, m: Tensor, dtype: torch.dtype, low: LowRank, bias: Any) -> Tensor | None:
+        """`linear` where it is a low-rank change of a matrix; None where it is one of a stack.
+
+        A kernel reads the prepared tensors in their own dtype; plain torch has them in the dtype of the product.
+        """
+        if not low.down.dim() == low.up.dim() == len(m.shape) == 2:
             return None
+        down, up, scale, c, dropout = low
         inside = bias if isinstance(bias, Tensor) and bias.shape == m.shape[:1] else None
-        y = fused_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=inside, dropout=low.dropout)
-        return y if y is None or inside is not None else plus(y, bias)
+        if down.dtype != dtype and not (x.is_cuda or choose.INTERPRETED):
+            down, up, c = down.to(dtype), up.to(dtype), None if c is None else c.to(dtype)
+        y = lora_linear(x, m, down, up, scale, c=c, bias=inside, dropout=dropout)
+        return y if bias is None or inside is not None else plus(y, bias)
 
     def _operands(self, dtype: torch.dtype) -> dict[str, Any]:
         """p in the dtype in which a product runs."""

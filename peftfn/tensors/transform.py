@@ -16,7 +16,12 @@ def under_transform() -> bool:
 
 def eager(x: Tensor) -> bool:
     """Whether plain autograd is all there is around x, no autocast either: a hand-written Function may stand in."""
-    return not (torch.compiler.is_compiling() or under_transform() or autocast(x))
+    if torch.compiler.is_compiling():  # first: the compiler cannot trace what follows
+        return False
+    # asked at every product, so in one Python call: `under_transform` is written out
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    return not (torch._C._is_any_autocast_enabled() and autocast(x))
 
 
 def autocast(x: Tensor) -> bool:
