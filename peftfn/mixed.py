@@ -170,7 +170,7 @@ class MixedWeight(_Mixed):
         base = self.w.new_zeros(shape) if base is None else base
         pieces, k = [], 0
         plain = given if mixed and given is not None else base.expand(self.rows.count, *shape)
-        for start, values in sorted(new.items()):
+        for start, values in new.items():  # the parts come in the order of their adapters
             pieces += [plain[k:start], values.to(base.dtype)]
             k = start + len(values)
         values = torch.cat([*pieces, plain[k:]])

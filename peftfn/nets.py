@@ -110,7 +110,7 @@ class _Union(Adapted):
         entries: dict[str, Entry] = {}
         for net in nets:
             for name, entry in net.plan.items():
-                if name not in entries or entry.method.overrides("bias"):
+                if name not in entries or entry.changes_bias:  # `Adapted` reads from its plan which biases change
                     entries[name] = entry
         super().__init__(nets[0].model, Plan(entries, {}, {}))
 

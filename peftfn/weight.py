@@ -352,6 +352,7 @@ def _conv(conv: Any, dims: int) -> Callable[..., Any]:
         window = weight.entry.site.shape[1:]
 
         def dot(x: Tensor, m: Tensor) -> Tensor:
+            x = x.to(m.dtype) if autocast(x) else x  # torch's autocast leaves a convolution alone under vmap
             return conv(x, m.reshape(-1, *window), None, stride, padding, dilation).movedim(channels, -1)
 
         return plus(weight.product(x, dot), bias).movedim(-1, channels)
