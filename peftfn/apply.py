@@ -21,6 +21,7 @@ from peftfn.rng import Rng
 from peftfn.route import Route, Rows
 from peftfn.skeleton import Skeleton
 from peftfn.transform import moment, under_transform
+from peftfn.unrowed import check_output, mark
 from peftfn.weight import AdaptedWeight, dense
 
 
@@ -291,10 +292,14 @@ class Adapted:
                     skeleton.put(params)
                 if rows is not None:
                     rows = replace(rows, fixed=skeleton.identities())
+                    if rows.size is not None and not torch.compiler.is_compiling():
+                        mark(skeleton, rows)
                 for name, value in self._adapted(adapter, skeleton.__getitem__, rows, self.model.training).items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
+                if rows is not None:
+                    check_output(out)
             finally:
                 skeleton.close(before)
             if versions and skeleton.versions() != versions:
