@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from models import by_name, noise, tokens
 from optree import tree_leaves, tree_map
 from test_models import close, random, trees_close
@@ -123,6 +124,39 @@ def test_threads_are_like_processes() -> None:
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not wrong
+
+
+@pytest.mark.parametrize("route", ["mixed", "gated", "several nets", "bank"])
+def test_one_compilation_for_any_adapters_and_inputs_of_one_shape(route: str) -> None:
+    """An input's identity or address that is read in traced code would be a guard on that very tensor."""
+    _, net, _, _ = regression()
+    other = pf.adapt(net.model, {"weight": IA3()})
+    bank, counter = pf.Bank([net, other], 3), torch._dynamo.testing.CompileCounter()
+    for s in range(6):
+        bank.put(f"{s}", net, random(net, s))
+        bank.put(f"other {s}", other, random(other, s))
+    torch._dynamo.reset()
+
+    def run(stacks: Any, index: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+        if route == "mixed":
+            out: Tensor = net.mixed(stacks[0], index % 3, x)
+        elif route == "gated":
+            out = net.gated(stacks[0], gates, x)
+        else:
+            out = bank.nets.mixed(stacks, index, x)
+        return out
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for s in range(4):
+        x, gates = noise(3, 8, seed=s), noise(3, 3, seed=s)
+        if route == "bank":
+            with bank.holding([f"{s}", "__base__", f"other {s + 1}"]) as (stacks, index):
+                close(compiled(stacks, index, gates, x), run(stacks, index, gates, x))
+            continue
+        stacks = [pf.stack([random(n, 3 * s + i) for i in range(3)]) for n in (net, other)]
+        index = torch.tensor([[0, -1, 5], [4, 2, 2], [-1, -1, 3], [1, 0, 4]][s])
+        close(compiled(stacks, index, gates, x), run(stacks, index, gates, x))
+    assert counter.frame_count == 1
 
 
 # Training many at once.

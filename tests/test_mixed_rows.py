@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from test_facts import Net
-from test_models import close, random
+from test_models import close, random, trees_close
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad, vmap
 from torch.nn import functional as F
+from transformers import DebertaV2Config, DebertaV2Model
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA
@@ -53,10 +54,22 @@ def positions(case: str) -> tuple[pf.Adapted, list[Any]]:
     return setting(body, {"places": DoRA(2)}, tokens=tokens, places=places, table=table)
 
 
-@pytest.mark.parametrize("case", ["counted", "a buffer", "a parameter"])
-def test_positions_are_never_taken_for_rows(case: str) -> None:
-    """With as many tokens as rows, a table of positions has the shape of rows."""
+@pytest.mark.parametrize("case", ["a buffer", "a parameter"])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_models_own_tables_are_known_to_have_no_rows(case: str, tokens: int) -> None:
+    """Whatever their size, which may be the batch's by chance."""
     net, many = positions(case)
+    ids, s = torch.arange(3 * tokens).view(3, tokens), pf.stack(many)
+    want = one_by_one(net, many, ids)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            close(net.mixed(s, INDEX, ids), want)
+            close(net.gated(s, torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), ids), want)
+
+
+def test_positions_are_never_taken_for_rows() -> None:
+    """With as many tokens as rows, positions that the model counts have the shape of rows."""
+    net, many = positions("counted")
     ids = torch.arange(9).view(3, 3)
     with pytest.raises(ValueError, match=r"places\.weight: .*3 entries are not the batch's 3 rows.*common"):
         net.mixed(pf.stack(many), INDEX, ids)
@@ -81,6 +94,106 @@ def test_a_site_with_an_input_that_all_rows_have_in_common(case: str, tokens: in
     close(bank.apply(["1", "__base__", "0"], ids, common=["places"]), want)
     with pytest.raises(ValueError, match=r"common: 'placed' matches none of the 1 sites; near: places"):
         nets.mixed(s, INDEX, ids, common=["placed"])
+
+
+@pytest.mark.parametrize("common", [None, []])
+@pytest.mark.parametrize("how", ["mixed", "gated"])
+def test_rows_packed_into_one_sequence_are_refused(how: str, common: Any) -> None:
+    """[1, rows · tokens, …] is not one input for all rows."""
+
+    def packed(m: Any, x: Tensor) -> Tensor:
+        out: Tensor = m.f(x.reshape(1, -1, 4))[0].view_as(x)
+        return out
+
+    net, many = setting(packed, {"f": LoRA(2)}, f=nn.Linear(4, 4))
+    way = INDEX if how == "mixed" else torch.rand(3, 2)
+    with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[1, 6, 4\].*3 rows"):
+        getattr(net, how)(pf.stack(many), way, noise(3, 2, 4), common=common)
+
+
+def test_a_common_input_with_a_first_dimension_of_one() -> None:
+    net, many = setting(
+        lambda m, ids: m.tokens(ids) + m.places(torch.arange(ids.shape[1])[None]),
+        {"places": LoRA(2)},
+        tokens=nn.Embedding(9, 4),
+        places=nn.Embedding(9, 4),
+    )
+    ids, s = torch.arange(6).view(3, 2), pf.stack(many)
+    with pytest.raises(ValueError, match=r"places\.weight: its input has shape \[1, 2\].*common=\[…\]"):
+        net.mixed(s, INDEX, ids)
+    want = one_by_one(net, many, ids)
+    close(net.mixed(s, INDEX, ids, common=["places"]), want)
+    compiled = torch.compile(lambda i: net.mixed(s, i, ids, common=["places"]), backend="eager", fullgraph=True)
+    close(compiled(torch.tensor(INDEX)), want)
+
+
+def test_a_table_that_rows_were_written_to_is_no_table() -> None:
+    def written(m: Any, x: Tensor) -> Tensor:
+        t = m.table.clone()
+        t[1:] += x[:, 0]  # through a view
+        out: Tensor = m.f(t[1:]) + 0 * x[:, 0]
+        return out
+
+    net, many = setting(written, {r"f\.": LoRA(2)}, f=nn.Linear(4, 4), table=nn.Parameter(noise(4, 4)))
+    x, s = noise(3, 2, 4), pf.stack(many)
+    got = net.mixed(s, INDEX, x)
+    every = [net.apply(a, x) for a in many]
+    close(got, torch.stack([net.model(x)[i] if k < 0 else every[k][i] for i, k in enumerate(INDEX)]))
+    with torch.inference_mode(), pytest.raises(ValueError, match="writes rows of the batch into a table"):
+        net.mixed(s, INDEX, x)
+
+
+def test_what_a_site_makes_of_a_table_meets_rows_or_is_refused() -> None:
+    parts = {"f": nn.Linear(4, 4), "table": nn.Parameter(noise(2, 4))}
+    bodies: dict[str, Callable[..., Tensor]] = {
+        "added": lambda m, x: x + m.f(m.table).tanh() * 2,
+        "a product": lambda m, x: x @ m.f(m.table).mT,
+        "another table": lambda m, x: x * m.f(m.f(m.table) + m.table).sum(0),
+        "indexed by rows": lambda m, x: m.f(m.table)[(x[:, :, 0] > 0).long()],
+        "returned": lambda m, x: m.f(m.table),
+    }
+    for what, body in bodies.items():
+        net, many = setting(body, {r"f\.": LoRA(2)}, **parts)
+        x, s = noise(3, 2, 4), pf.stack(many)
+        if what in ("indexed by rows", "returned"):
+            with pytest.raises(ValueError, match=r"f\.weight: .*(cannot tell the rows|another for each row)"):
+                net.mixed(s, INDEX, x)
+        else:
+            close(net.mixed(s, INDEX, x), one_by_one(net, many, x))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_deberta_with_the_sites_that_peft_adapts(shared: bool) -> None:
+    """Its relative positions are a parameter that goes through a norm and the projections of queries and keys."""
+    zero = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = DebertaV2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        type_vocab_size=0, max_position_embeddings=16, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        share_att_key=shared, position_buckets=4, norm_rel_ebd="layer_norm", **zero,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DebertaV2Model(config).eval()
+    more: dict[str, pf.Method] = {} if shared else {"pos_.*proj": LoRA(2)}
+    net = pf.adapt(model, pf.targets(model, LoRA(2)) | more)
+    many, ids = [random(net, i, scale=0.3) for i in range(2)], torch.randint(0, 32, (3, 7))
+    weights = noise(16)
+
+    def rows(s: Any) -> Tensor:
+        out: Tensor = net.mixed(s, INDEX, ids).last_hidden_state
+        return out
+
+    def alone(s: Any) -> Tensor:
+        each = zip(INDEX, ids.split(1), strict=True)
+        return torch.cat([(net.apply(pf.unstack(s)[k], i) if k >= 0 else model(i)).last_hidden_state for k, i in each])
+
+    s = pf.stack(many)
+    assert (alone(s) - model(ids).last_hidden_state).abs().amax((1, 2))[[0, 2]].min() > 1e-2
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            close(rows(s), alone(s))
+    close(vmap(rows)(pf.stack([s, s])), torch.stack([alone(s)] * 2))
+    got, want = (grad(lambda s, f=f: (f(s) @ weights).square().mean())(s) for f in (rows, alone))
+    trees_close(got, want, 1e-3)
 
 
 def test_common_inputs_compile() -> None:

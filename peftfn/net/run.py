@@ -16,6 +16,7 @@ from peftfn.core.plan import Plan
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.route import Route
+from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
 from peftfn.tensors.quantised import parameters
@@ -62,9 +63,13 @@ class Runner:
                     skeleton.put(params)
                 if gates is not None:
                     gates = replace(gates, fixed=skeleton.identities())
+                    if gates.size is not None and not torch.compiler.is_compiling():
+                        mark(skeleton.tables, gates)
                 skeleton.fill(values(given, gates, skeleton.__getitem__, self.model.training))
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
+                if gates is not None:
+                    check_output(out)
             finally:
                 skeleton.close(before)
             if versions and skeleton.versions() != versions:

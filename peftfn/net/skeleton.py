@@ -24,6 +24,7 @@ from peftfn.model.names import near
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
 from peftfn.slots.slot import OUTLIVED, Slot, plus
+from peftfn.slots.unrowed import tables
 from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
@@ -81,6 +82,7 @@ class Skeleton:
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
+        self.tables = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
         owners = {id(s._parameters): s for _, s in self.pairs}
         self.lanes: dict[str, dict[str, Any]] = {  # adapted layers whose forward a slot may stand in for: their vars
             name: vars(layer)

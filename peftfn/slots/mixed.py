@@ -16,6 +16,7 @@ from peftfn.core.method import Method, Product
 from peftfn.slots.part import Part, take
 from peftfn.slots.route import Cut, Route, mapped, storages, tensors, visit
 from peftfn.slots.slot import Slot, plus
+from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.precision import operand_dtype, wide
 from peftfn.tensors.transform import backward_task
@@ -30,10 +31,10 @@ class _Mixed(Slot):
     def value(self, k: int) -> Any:
         raise NotImplementedError
 
-    def lost(self, what: str) -> ValueError:
+    def lost(self, what: str, more: str = "") -> ValueError:
         return ValueError(
             f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows needs its rows in the first dimension. "
-            "Call net.apply for one adapter at a time, or leave this site out of the rules."
+            f"{more}Call net.apply for one adapter at a time, or leave this site out of the rules."
         )
 
     def doubtful(self, what: str) -> ValueError:
@@ -54,10 +55,12 @@ class _Mixed(Slot):
         found: list[_Mixed] = []
         visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
         rows = found[0].rows
-        sizes = {v.shape[0] for v in tensors((args, kwargs)) if not rows.owned(v) and rows.at(v.shape[0])}
+        sizes = {v.shape[0] for v in tensors((args, kwargs)) if not owned(v, rows) and rows.at(v.shape[0])}
         bags = func is F.embedding_bag and args[0].dim() == 1  # all rows' indices in one line, cut up by offsets
         if ((not sizes or bags) and rows.size is not None) or func in _ROWS_ELSEWHERE:
             raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
+        if any(isinstance(v, Unrowed) and v.each is not None for v in tensors((args, kwargs))):
+            raise found[0].lost(f"{getattr(func, '__name__', func)} has an input that is another table for each row")
         n = max(sizes, default=0)
         together = func is F.batch_norm and _training(*args, **kwargs)
 
@@ -65,7 +68,7 @@ class _Mixed(Slot):
             def swap(v: Any) -> Any:
                 if isinstance(v, _Mixed):
                     return v.value(k)
-                has_rows = isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n and not rows.owned(v)
+                has_rows = isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n and not owned(v, rows)
                 return cut(v) if has_rows and not together else v
 
             out: Tensor = func(*mapped(args, swap), **mapped(kwargs, swap))
@@ -87,6 +90,7 @@ def _training(
     return training
 
 
+_COMMON = "If all rows have this input in common, name the site in common=[…]; if it holds the rows one after another: "
 _ROWS_ELSEWHERE = frozenset([F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
 
 
@@ -107,7 +111,7 @@ class MixedWeight(_Mixed):
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
         table = not x.is_floating_point() and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == x.shape[1]))
-        if table and self._must_tell(x) and not storages([x]) <= self.rows.inputs:
+        if table and self._must_tell(x) and not owned(x, self.rows) and not storages([x]) <= self.rows.inputs:
             raise self.doubtful(f"its indices {list(x.shape)} are none of the call's inputs: positions, it seems")
         kind = "embedding" if self.entry.site.kind == "embedding" else "product"
         dtype = x.dtype if x.is_floating_point() else self.w.dtype
@@ -126,23 +130,29 @@ class MixedWeight(_Mixed):
 
     def _must_tell(self, x: Tensor) -> bool:
         """Whether x may be taken for rows by its size alone, and nobody said what it is."""
-        return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None
+        return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None and not known(x)
 
     def _by_row(self, x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
-        site = self.entry.site
+        site, rows = self.entry.site, self.rows
         one = 1 if kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0  # dimensions of one row
-        if self.rows.common and self.name in self.rows.common and self.rows.size is not None and x.dim() >= one:
-            x = x.expand(self.rows.size, *x.shape)
+        if rows.size is not None and not site.stacked and x.dim() >= one and self._in_common(x, one):
+            if torch.compiler.is_compiling():  # then what it gives has the rows at once
+                x = x.expand(rows.size, *(x.shape[1:] if x.dim() > one + 1 and x.shape[0] == 1 else x.shape))
+                return rows.product(self, x, kind, adapted, base)
+            return on_each(x, rows, self.name, lambda x: rows.product(self, x, kind, adapted, base))
+        x = plain(x)
         if site.stacked or x.dim() <= one:
             raise self.lost(f"its input has shape {list(x.shape)}")
-        if self.rows.owned(x) and self._must_tell(x):
-            raise self.doubtful("its input is the model's own parameter or buffer")
-        rows = self.rows.at(x.shape[0])
-        if rows is None:
-            if x.shape[0] != 1 or self.rows.size is None:
-                raise self.lost(f"its input has shape {list(x.shape)}")
-            rows, x = self.rows, x.expand(self.rows.size, *x.shape[1:])
-        return rows.product(self, x, kind, adapted, base)
+        found = rows.at(x.shape[0])
+        if found is None:
+            raise self.lost(f"its input has shape {list(x.shape)}", _COMMON if x.shape[0] == 1 else "")
+        return found.product(self, x, kind, adapted, base)
+
+    def _in_common(self, x: Tensor, one: int) -> bool:
+        """Whether all rows have the input x in common: it is said so, or x is made of the model's own tensors alone."""
+        if self.rows.common is not None:
+            return self.name in self.rows.common or (isinstance(x, Unrowed) and x.each is not None)
+        return known(x) or self.rows.owned(x)
 
     def added_to(self, y: Tensor) -> Tensor:
         return MixedBias(self.name, self._values(), self.w, self.rows).added_to(y)
@@ -171,7 +181,7 @@ class MixedWeight(_Mixed):
         base = self.w.new_zeros(shape) if base is None else base
         pieces, k = [], 0
         plain = given if mixed and given is not None else base.expand(self.rows.count, *shape)
-        for start, values in sorted(new.items()):
+        for start, values in new.items():  # the parts come in the order of their adapters
             pieces += [plain[k:start], values.to(base.dtype)]
             k = start + len(values)
         values = torch.cat([*pieces, plain[k:]])
@@ -196,6 +206,8 @@ class MixedBias(_Mixed):
         return self.w if k < 0 else self.values[k]
 
     def added_to(self, y: Tensor) -> Tensor:
+        if isinstance(y, Unrowed):
+            return on_each(y, self.rows, self.name, lambda y: self.rows.bias(self.values, self.w, y))
         rows = self.rows.at(y.shape[0])
         if rows is None:
             raise self.lost(f"the layer's output has shape {list(y.shape)}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Part:
     """Adapters start … start + size − 1 of a batch, all of one method and one shape, at one site."""
 
-    __slots__ = ("axes", "entry", "low", "made", "method", "p", "size", "start", "w")
+    __slots__ = ("axes", "entry", "level", "low", "made", "method", "p", "size", "start", "w")
 
     def __init__(
         self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor, start: int, size: int
@@ -31,7 +31,8 @@ class Part:
         self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
         low = None if entry.site.stacked else self.method.low_rank(self.p)
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
-        self.made: dict[Any, LowRank] = {}
+        self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
+        self.level = torch._C._functorch.maybe_current_level()
 
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""
@@ -82,16 +83,21 @@ class Part:
         whole = bucket.number == self.size and bucket.adapters == slice(0, self.size)
         if whole and low.down.dtype == dtype and low.down.dim() == low.up.dim() == 3:
             return low
-        key = id(bucket), dtype
-        if key not in self.made:
+        key = bucket, dtype
+        if key in self.made and not torch.is_grad_enabled():
+            return self.made[key]
 
-            def cut(t: Tensor, dim: int) -> Tensor:
-                whole = t if t.dim() > dim else t.expand(self.size, *t.shape)
-                return whole[bucket.adapters].to(dtype)
+        def cut(t: Tensor, dim: int) -> Tensor:
+            whole = t if t.dim() > dim else t.expand(self.size, *t.shape)
+            return whole[bucket.adapters].to(dtype)
 
-            rows = None if low.rows is None else cut(low.rows, 1)
-            self.made[key] = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, rows)
-        return self.made[key]
+        rows = None if low.rows is None else cut(low.rows, 1)
+        made = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, rows)
+        # Kept for a layer's later uses in this call (the steps of `generate`) where no graph is recorded: what has none
+        # would lose the gradient of a use that records one, and a rematerialisation must repeat each use as it was.
+        if not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() == self.level:
+            self.made[key] = made
+        return made
 
     def add_low_rank(self, y: Tensor, share: Share, x: Tensor, kind: str) -> Tensor:
         """diag(c) (y + s·U D x) on the rows of the share, with each row's own U, D and c; y is the base's output."""

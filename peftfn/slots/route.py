@@ -47,7 +47,9 @@ class Route:
 
     def owned(self, t: Tensor) -> bool:
         """Whether t is the model's own: a parameter or a buffer, or a view of one, which has no rows."""
-        return id(t) in self.fixed or (bool(self.fixed) and t._base is not None and id(t._base) in self.fixed)
+        if not self.fixed:  # also while compiling, where an id would become a guard on this very tensor
+            return False
+        return id(t) in self.fixed or (t._base is not None and id(t._base) in self.fixed)
 
     @classmethod
     def of(cls, gates: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Route":
@@ -87,7 +89,7 @@ class Route:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bucket:
     """Rows whose adapters occur equally often, sorted by adapter: one batched product."""
 
@@ -126,7 +128,7 @@ class Rows(Route):
 
     index: Tensor  # [rows]
     known: list[int] | None  # the index on the host; None while compiling
-    _shares: dict[Any, Any] = field(default_factory=dict, kw_only=True)
+    _shares: dict[bool, dict[Any, Any]] = field(default_factory=dict, kw_only=True)  # inference mode → what it made
 
     @classmethod
     def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Rows":
@@ -163,12 +165,17 @@ class Rows(Route):
     def uses(self, start: int, size: int) -> bool:
         return self.known is None or any(start <= k < start + size for k in self.known)
 
+    @property
+    def _kept(self) -> dict[Any, Any]:
+        """What is made once for all sites. Indices that are made in inference mode can be in no graph later."""
+        return self._shares.setdefault(torch.is_inference_mode_enabled(), {})
+
     def share(self, part: "Part", device: torch.device) -> Share | None:
         """The rows of a part's adapters; None if there are none. Made once for all sites."""
-        key = part.start, part.size, device
-        if key not in self._shares:
-            self._shares[key] = self._share(*key)
-        return self._shares[key]
+        key, kept = (part.start, part.size, device), self._kept
+        if key not in kept:
+            kept[key] = self._share(*key)
+        return kept[key]
 
     def _share(self, start: int, size: int, device: torch.device) -> Share | None:
         rows_of = defaultdict(list)
@@ -243,16 +250,16 @@ class Rows(Route):
         fast = [part for part in weight.parts if part.low is not None and self._short(part, x, kind)]
         if not fast:
             return None, weight.parts
-        y = mixed_rows(x, weight.canonical(), [(p.low, p.start) for p in fast], self.index, kind, self._shares)
+        y = mixed_rows(x, weight.canonical(), [(p.low, p.start) for p in fast], self.index, kind, self._kept)
         return y, weight.parts if y is None else [part for part in weight.parts if part not in fast]
 
     def _short(self, part: "Part", x: Tensor, kind: str) -> bool:
         """Whether the part has rows, and not so many for each of its adapters that these should be taken one by one."""
-        key = "rows each", part.start, part.size
-        if key not in self._shares:
+        key, kept = ("rows each", part.start, part.size), self._kept
+        if key not in kept:
             mine = [k for k in self.known or () if part.start <= k < part.start + part.size]
-            self._shares[key] = len(mine) / max(1, len(set(mine)))
-        rows: float = self._shares[key]
+            kept[key] = len(mine) / max(1, len(set(mine)))
+        rows: float = kept[key]
         if not rows or kind != "linear":
             return rows > 0
         out, r = part.low.up.shape[-2:]  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftfn.core.method import LINEAR
 from peftfn.core.plan import Entry
 from peftfn.tensors.operand import Operand
-from peftfn.tensors.transform import backward_task, in_function
+from peftfn.tensors.transform import autocast, backward_task, in_function
 
 OUTLIVED = (
     "{name}: used after its call was over. torch.utils.checkpoint recomputes during backward, when the tensors of the "
@@ -173,6 +173,7 @@ def _conv(conv: Any, dims: int) -> Callable[..., Any]:
         window = weight.entry.site.shape[1:]
 
         def dot(x: Tensor, m: Tensor) -> Tensor:
+            x = x.to(m.dtype) if autocast(x) else x  # torch's autocast leaves a convolution alone under vmap
             return conv(x, m.reshape(-1, *window), None, stride, padding, dilation).movedim(channels, -1)
 
         return plus(weight.product(x, dot), bias).movedim(-1, channels)

@@ -41,8 +41,11 @@ def backward_task() -> int:
 
 
 def in_function() -> bool:
-    """Whether this code runs in the forward of a torch.autograd.Function."""
-    return not torch._C._is_fwd_grad_enabled()
+    """Whether this code runs in the forward of a torch.autograd.Function, which turns forward-mode off.
+
+    So does torch.inference_mode, under which there is no gradient to lose.
+    """
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import pickle
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -260,6 +261,119 @@ def gated(c: Case) -> None:
     close(got[1], want[1], "gradient of gates", 1e-3)
 
 
+def several_nets(c: Case) -> None:
+    """Several nets at one site, in either order, with and without a bias: each row as alone, values and gradients."""
+    if not c.kind.rowed:
+        return
+    mine = c.net, pf.stack([c.adapter(i) for i in range(2)])
+    for method in _companions(c):
+        net = pf.adapt(c.model, {SITE: method}, seed=c.seed)
+        theirs = net, pf.stack([shaken(net.init(i), i) for i in range(2)])
+        _as_alone(c, mine, theirs)
+        _as_alone(c, theirs, mine)
+
+
+def _companions(c: Case) -> list[Method]:
+    """Methods for the same site: one that leaves its layer's bias as it is and, where there can be one, one that makes
+    another."""
+    plain: Method = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
+    bias = pf.sites(c.model)[SITE].bias
+    if bias is None:
+        return [plain]
+    return [plain, pf.IA3() if bias in dict(c.model.named_parameters()) else pf.LoRA(rank=2, lora_bias=True)]
+
+
+def _as_alone(c: Case, *pairs: tuple[pf.Adapted, Any]) -> None:
+    """Batches through several nets, (net, stack of two adapters) each, against one call for each row."""
+    nets, stacks = map(list, zip(*pairs, strict=True))
+    x, index = c.kind.x(5, c.seed, c.dtype), [1, 2, -1, 0, 3]
+    gates = (
+        (torch.tensor(index)[:, None] == torch.arange(4)).float().requires_grad_()
+    )  # so that none is taken for mixed
+    weights = torch.linspace(-1, 1, len(index))
+
+    def alone(stacks: Any) -> Tensor:
+        ways = [(net, a) for net, s in zip(nets, stacks, strict=True) for a in pf.unstack(s)]
+        rows = zip(index, x.split(1), strict=True)
+        return torch.cat([ways[k][0].apply(ways[k][1], row) if k >= 0 else c.model(row) for k, row in rows])
+
+    def slope(run: Callable[[Any], Tensor]) -> Any:
+        return grad(lambda s: (run(s).flatten(1).square().sum(1) * weights).sum())(stacks)
+
+    want, wanted = alone(stacks), slope(alone)
+    many, what = pf.Nets(nets), " beside ".join(str(net.plan[SITE].method) for net in nets)
+    routes: dict[str, Callable[[Any], Tensor]] = {
+        "mixed": lambda s: many.mixed(s, index, x),
+        "gated": lambda s: many.gated(s, gates, x),
+    }
+    for route, run in routes.items():
+        close(run(stacks).detach(), want, f"{route}, {what}")
+        for i, (got, w) in enumerate(zip(slope(run), wanted, strict=True)):
+            close(got, w, f"gradient of {route} in net {i}, {what}", 1e-3)
+
+
+class _Again(nn.Module):
+    """A model that uses its layer in one mode first, for nothing, and then as usual."""
+
+    def __init__(self, layer: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
+        super().__init__()
+        self.layer, self.mode = layer, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+def _many_ways(c: Case, net: pf.Adapted, x: Tensor) -> dict[str, Callable[[Any], Tensor]]:
+    """Every way to run a stack of three adapters of a net on a batch of five rows."""
+    index, gates = [2, -1, 0, 2, 1], torch.rand(5, 3, generator=torch.Generator().manual_seed(c.seed))
+    ways: dict[str, Callable[[Any], Tensor]] = {
+        "apply": lambda s: torch.stack([net.apply(a, x) for a in pf.unstack(s)]),
+        "vmap": lambda s: vmap(net.apply, (0, None))(s, x),
+    }
+    if c.kind.rowed:
+        ways["mixed"] = lambda s: net.mixed(s, index, x)
+        ways["gated"] = lambda s: net.gated(s, gates, x)
+        ways["several nets"] = lambda s: pf.Nets([net, net]).mixed([s, s], [5, 0, -1, 2, 1], x)
+    return ways
+
+
+def modes(c: Case) -> None:
+    """Under no_grad and inference_mode everything gives what it gives with gradients on; and a layer that was used in
+    such a mode, or under autocast, keeps its gradient when it is used again in the same call."""
+    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(5, c.seed, c.dtype)
+    ways = _many_ways(c, c.net, x)
+    if c.kind.rowed:
+        bank = pf.bank({str(i): (c.net, a) for i, a in enumerate(pf.unstack(stacked))})
+        ways["bank"] = lambda s: bank.apply(["2", "__base__", "0", "2", "1"], x)
+    for way, run in ways.items():
+        output = run(stacked).detach()
+        for name in ("no_grad", "inference_mode"):
+            with MODES[name]():
+                close(run(stacked), output, f"{way} under {name}")
+    tracked = {n: {k: t.clone().requires_grad_() for k, t in leaf.items()} for n, leaf in stacked.items()}
+
+    def slope(run: Callable[[Any], Tensor]) -> list[Tensor | None]:
+        return list(torch.autograd.grad(run(tracked).square().mean(), leaves(tracked), allow_unused=True))
+
+    wanted = {way: slope(run) for way, run in _many_ways(c, c.net, x).items()}
+    for mode, first in MODES.items():
+        net = pf.adapt(_Again(c.model.layer, first).eval(), {SITE: c.method}, seed=c.seed)  # type: ignore[arg-type]
+        for way, run in _many_ways(c, net, x).items():
+            for got, want in zip(slope(run), wanted[way], strict=True):
+                assert got is not None, f"{way}: the gradient is lost where the layer is used under {mode} first"
+                close(got, want, f"gradient of {way}, the layer used under {mode} first", 1e-3)
+
+
 def conformed(c: Case) -> None:
     """An adapter fitted to a wider plan does there what it does in its own."""
     a, padding = c.adapter(), c.method.padding
@@ -514,8 +628,8 @@ LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
         structure, values, purity, identity, effect, meaning_is_speed, merge_is_apply, no_rows, many_by_vmap,
-        many_by_row, gated, conformed, gradients, per_sample, round_trip, algebra, prepared, half_precision, bad_leaves,
-        compiled,
+        many_by_row, gated, several_nets, modes, conformed, gradients, per_sample, round_trip, algebra, prepared,
+        half_precision, bad_leaves, compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "values"})

@@ -1,0 +1,203 @@
+"""What of a mixed batch has no rows: the model's own tables, and what adapted layers make of them.
+
+DeBERTa's relative positions, say, are a parameter that goes through a norm and then through the projections that the
+batch goes through. What such a layer gives is another table for each row, in a shape without rows: `each` holds all of
+them, functions of tables alone run on each, and where a table meets rows each row meets its own.
+"""
+
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from peftfn.slots.route import mapped, tensors, visit
+from peftfn.slots.slot import Slot
+
+if TYPE_CHECKING:
+    from peftfn.slots.route import Route
+
+_MEET = frozenset(
+    [
+        *(getattr(torch, k) for k in ("add", "sub", "mul", "div", "true_divide", "where", "matmul")),
+        *(getattr(Tensor, k) for k in ("add", "sub", "mul", "div", "true_divide", "where", "matmul")),
+        *(getattr(Tensor, k) for k in ("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__")),
+        *(getattr(Tensor, f"__{r}{k}__") for k in ("add", "sub", "mul", "truediv", "matmul") for r in ("", "r")),
+    ]
+)
+"""Functions that broadcast from the last dimension on, in which a table may meet rows."""
+_NEW = frozenset(["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"])
+"""Functions that take nothing but dtype and device from their tensor."""
+
+
+class Unrowed(Tensor):
+    """A tensor in which no row of the batch has a part.
+
+    each: [rows, …] the value of every row, where an adapted layer made it; None: all rows have the same. It is known to
+    be so as long as nobody writes to it: `version` tells.
+    """
+
+    each: Tensor | None
+    rows: "Route"
+    site: str
+    version: int | None
+
+    @classmethod
+    def of(cls, t: Tensor, rows: "Route", each: Tensor | None = None, site: str = "") -> "Unrowed":
+        out = t.as_subclass(cls)
+        out.each, out.rows, out.site = each, rows, site
+        with torch._C.DisableTorchFunctionSubclass():
+            out.version = None if out.is_inference() else out._version
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, Slot) for t in types):
+            return NotImplemented
+        with torch._C.DisableTorchFunctionSubclass():
+            return _called(func, args, kwargs or {})
+
+
+def known(t: Tensor) -> bool:
+    """Whether t is certain to have no rows in it."""
+    if not isinstance(t, Unrowed):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.version is None or t.version == t._version
+
+
+def owned(t: Tensor, rows: "Route") -> bool:
+    """Whether t is certain to be the same for all rows."""
+    return rows.owned(t) or (isinstance(t, Unrowed) and t.each is None and known(t))
+
+
+def plain(t: Tensor) -> Tensor:
+    """t as an ordinary tensor."""
+    return t.as_subclass(Tensor) if isinstance(t, Unrowed) else t
+
+
+def on_each(x: Tensor, rows: "Route", site: str, run: Callable[[Tensor], Tensor]) -> Unrowed:
+    """`run`, which takes and gives rows, on an input that has none: each row has its own output."""
+    each = x.each if isinstance(x, Unrowed) else None
+    y = run(plain(x).expand(rows.size or 1, *x.shape) if each is None else each)
+    return Unrowed.of(y[0], rows, y, site)
+
+
+def check_output(out: Any) -> None:
+    """ValueError for an output that is another table for each row, in a shape without rows."""
+    for t in tensors(out):
+        if isinstance(t, Unrowed) and t.each is not None:
+            raise ValueError(
+                f"{t.site}: the model returns what this site gives for an input that all rows have in common, "
+                f"{list(t.shape)}, which is another for each row. Call net.apply for one adapter at a time, or leave "
+                "this site out of the rules."
+            )
+
+
+def tables(module: nn.Module) -> list[str]:
+    """The parameters of a module that a model may use as a table: embeddings, and those that its own modules hold."""
+    own = not type(module).__module__.startswith("torch.nn")
+    if not own and not isinstance(module, nn.Embedding):
+        return []
+    return [k for k, p in module._parameters.items() if p is not None and p.dim() > 1 and (k != "weight" or not own)]
+
+
+def mark(slots: Iterable[tuple[MutableMapping[str, Any], str]], rows: "Route") -> None:
+    """Let the tables in these slots be known."""
+    for held, k in slots:
+        if type(held[k]) is Tensor:
+            held[k] = Unrowed.of(held[k], rows)
+
+
+def _called(func: Any, args: Any, kwargs: Any) -> Any:
+    tables: list[Unrowed] = []
+    others: list[Tensor] = []
+
+    def sort(v: Any) -> None:
+        if isinstance(v, Unrowed) and known(v):
+            tables.append(v)
+        elif isinstance(v, Tensor) and v.dim():
+            others.append(v)
+
+    visit((args, kwargs), sort)
+    if not tables:
+        return func(*args, **kwargs)
+    rows = tables[0].rows
+    rowed = [v for v in others if not rows.owned(v)]
+    name = getattr(func, "__name__", "")
+    if all(t.each is None for t in tables):
+        out = func(*args, **kwargs)
+        if rowed and tables[0].version is None and tables[0] is args[0] and _writes(name):
+            raise ValueError(
+                f"the model's forward writes rows of the batch into a table of its own ({name}), and inference_mode "
+                "does not count writes: use torch.no_grad for this model"
+            )
+        return out if rowed or name in _NEW or name.endswith("_like") else _wrapped(out, rows, None, "")
+    site = next(t.site for t in tables if t.each is not None)
+    if rowed:
+        return _met(func, args, kwargs, rows, rowed, site)
+    out = func(*args, **kwargs)
+    if not tensors(out):
+        return out
+    if name == "repeat" and (made := _repeated(tables[0], args[1:], rows)) is not None:
+        return made
+    each = [t.each for t in tables if t.each is not None]
+
+    def one(*values: Tensor) -> Any:
+        left = iter(values)
+
+        def swap(v: Any) -> Any:
+            return next(left) if isinstance(v, Unrowed) and v.each is not None and known(v) else v
+
+        return func(*mapped(args, swap), **mapped(kwargs, swap))
+
+    return _wrapped(out, rows, vmap(one, randomness="different")(*each), site)
+
+
+def _writes(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+
+
+def _wrapped(out: Any, rows: "Route", each: Any, site: str) -> Any:
+    if isinstance(out, list | tuple):
+        return type(out)(
+            _wrapped(o, rows, None if each is None else e, site)
+            for o, e in zip(out, out if each is None else each, strict=True)
+        )
+    new = isinstance(out, Tensor) and (each is not None or not isinstance(out, Unrowed))
+    return Unrowed.of(plain(out), rows, each, site) if new else out
+
+
+def _repeated(table: Unrowed, sizes: Any, rows: "Route") -> Tensor | None:
+    """The rows' own tables one after the other, where the model repeats the one it sees for every row."""
+    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    n, each = sizes[0], table.each
+    if each is None or rows.size is None or n == 1 or rows.at(n) is None or len(sizes) != table.dim():
+        return None
+    each = each.repeat_interleave(n // rows.size, 0)
+    return each.repeat(1, 1, *sizes[1:]).flatten(0, 1)
+
+
+def _met(func: Any, args: Any, kwargs: Any, rows: "Route", rowed: list[Tensor], site: str) -> Any:
+    """A function in which tables meet rows: each row meets its own."""
+    dims = max(v.dim() for v in rowed)
+    count = max((v.shape[0] for v in rowed if v.dim() == dims), default=0)
+
+    def swap(v: Any) -> Any:
+        if not isinstance(v, Unrowed) or v.each is None or not known(v):
+            return v
+        each, shape = v.each, list(v.shape)
+        if v.dim() == dims and shape[0] == 1:
+            shape = shape[1:]
+        if func not in _MEET or not rows.size or rows.at(count) is None or len(shape) >= dims:
+            raise ValueError(
+                f"{site}: all rows have its input in common, so its output {list(v.shape)} is another for each row, "
+                f"and {getattr(func, '__name__', func)} uses it with {[list(r.shape) for r in rowed]}, where "
+                "peftfn cannot tell the rows. Call net.apply for one adapter at a time, or leave this site out of the "
+                "rules."
+            )
+        each = each.repeat_interleave(count // rows.size, 0)
+        return each.reshape(count, *[1] * (dims - 1 - len(shape)), *shape)
+
+    return func(*mapped(args, swap), **mapped(kwargs, swap))
