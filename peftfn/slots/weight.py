@@ -35,9 +35,9 @@ class AdaptedWeight(Slot):
             check((self,), None)
         low, w, bias = self.low, self.w, self.held["bias"]
         # the common case in the fewest steps: a low-rank change of a plain matrix, and one dtype
-        alike = low is not None and x.dtype is w.dtype is low.down.dtype and not isinstance(bias, Operand)
+        alike = low is not None and isinstance(x, Tensor) and x.dtype is w.dtype is low.down.dtype and not isinstance(bias, Operand)
         if low is None or not alike or torch._C._is_any_autocast_enabled():
-            return self.linear(x, bias)
+            return super().forward(x)
         m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
         return lora_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=bias, dropout=low.dropout)
 
