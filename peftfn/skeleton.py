@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
-from peftfn.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
+from peftfn.structure import STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
 from peftfn.transform import backward_task, lasting, under_transform
 from peftfn.weight import OUTLIVED, Slot, plus
 
@@ -107,8 +107,17 @@ class Skeleton:
         self.getters, self.dicts = zip(*watched, strict=True)
         self.children = [b._modules for b, _ in self.pairs]
         self.links = [(children, k, child) for children in self.children for k, child in children.items()]
-        self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
-        self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
+        self.children += [s._modules for _, s in self.pairs]
+        tensors = [d for pair in self.pairs for m in pair for d in (m._parameters, m._buffers)]
+        self.named = [*self.children, *tensors]
+        self.initial: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (d, dict(d)) for _, s in self.pairs for d in (vars(s), s._modules)
+        ]
+        self.places: list[tuple[dict[str, Any], list[str]]] = [
+            (d, list(d)) for _, s in self.pairs for d in (s._parameters, s._buffers)
+        ]
+        hooks = [d for pair in self.pairs for m in pair for d in hooks_of(m)]
+        self.unhooked, self.hooked = [d for d in hooks if not d], [(d, dict(d)) for d in hooks if d]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
         held = [(d, k) for d, k in held if _is_container(d[k])]
         self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
@@ -129,10 +138,35 @@ class Skeleton:
             and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
         )
 
+    def _same_hooks(self) -> bool:
+        return not any(self.unhooked) and all(d == was for d, was in self.hooked)
+
+    def _clear(self) -> None:
+        """Take away what a forward pass left behind in the skeleton."""
+        for ours, before in self.initial:
+            ours.clear()
+            ours.update(before)
+        for slots, names in self.places:
+            kept = {k: slots.get(k) for k in names}
+            slots.clear()
+            slots.update(kept)
+
+    # While compiling it runs as it is: the compiler does not guard hooks either.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _take_hooks(self) -> None:
+        copies = {id(b): s for b, s in self.pairs}
+        for b, s in self.pairs:
+            for theirs, ours in zip(hooks_of(b), hooks_of(s), strict=True):
+                now = {k: follow(hook, copies) for k, hook in theirs.items()}
+                if ours != now:
+                    ours.clear()
+                    ours.update(now)
+
     def refresh(self) -> None:
-        """Take over modes and plain attributes of the base; copy a base of changed structure anew."""
-        if torch.compiler.is_compiling():  # the reads are what the compiled code is guarded by
-            for b, s, names in self.flags:
+        """Take over modes, hooks and plain attributes of the base; copy a base of changed structure anew."""
+        if torch.compiler.is_compiling():
+            self._take_hooks()
+            for b, s, names in self.flags:  # the reads are what the compiled code is guarded by
                 for name in names:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
@@ -140,11 +174,9 @@ class Skeleton:
                 if children.get(key) is not child:
                     raise RuntimeError(f"the model's {key} is another module now. Call adapt again, and compile that.")
             return
-        if self._same_structure() and not any(map(operator.is_not, self._values(), self.seen)):
+        if self._same_structure() and self._same_hooks() and not any(map(operator.is_not, self._values(), self.seen)):
             return
-        for ours, before in self.initial:  # what a forward pass left behind
-            ours.clear()
-            ours.update(before)
+        self._clear()
         if not self._same_structure() or any(
             v is not old and v.__class__ not in _PLAIN for v, old in zip(self._values(), self.seen, strict=True)
         ):
@@ -152,6 +184,7 @@ class Skeleton:
             return
         for b, s in self.pairs:
             vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in _PLAIN})
+        self._take_hooks()
         self._watch()
 
     # A call: fill the slots, run, restore.

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA
 from peftfn.testing import LAWS, LawBroken, check_method
+from peftfn.testing.laws import held, unchanged
 
 ids = lambda n=3: tokens(n)  # noqa: E731
 
@@ -164,7 +166,45 @@ def new_submodule(m: Any, x: Tensor) -> Tensor:
     return m.f(x) + m.late(x)
 
 
+def lazy_hook(m: Any, x: Tensor) -> Tensor:
+    if not m.hooked:
+        total = float(x.detach().sum())
+        m.f.register_forward_hook(lambda m, x, y: y + total)
+        m.hooked = True
+    return m.f(x)
+
+
+def another_hook(m: Any, x: Tensor) -> Tensor:
+    m.f.register_forward_pre_hook(lambda m, x: (2 * x[0],))
+    return m.f(x)
+
+
+def hook_taken_off(m: Any, x: Tensor) -> Tensor:
+    handle = m.f.register_forward_hook(lambda m, x, y: 2 * y)
+    y = m.f(x)
+    handle.remove()
+    return y + m.f(x)
+
+
+def handle_kept(m: Any, x: Tensor) -> Tensor:
+    if m.handle is not None:
+        m.handle.remove()
+    m.handle = m.f.register_forward_hook(lambda m, x, y: y * len(m._forward_hooks))
+    return m.f(x)
+
+
+def replaced_child(m: Any, x: Tensor) -> Tensor:
+    y = m.f(m.g(x))
+    m.g = nn.Identity()
+    return y
+
+
 STATEFUL = {
+    "hook": (lazy_hook, {"hooked": False}),
+    "another hook": (another_hook, {}),
+    "hook taken off": (hook_taken_off, {}),
+    "hook by its handle": (handle_kept, {"handle": None}),
+    "a child replaced": (replaced_child, {}),
     "attribute": (lazy_cache, {"cache": None}),
     "empty buffer": (lazy_cache, {"cache": "buffer"}),
     "new buffer": (lazy_buffer, {}),
@@ -181,14 +221,61 @@ def test_a_call_does_not_depend_on_the_calls_before(kind: str) -> None:
     buffers = [k for k, v in parts.items() if isinstance(v, str)]
     model = Net(body, **{k: v for k, v in parts.items() if k not in buffers})
     [model.register_buffer(k, None) for k in buffers]
-    net = pf.adapt(model, {"f": LoRA(2)})
+    net, other = pf.adapt(model, {"f": LoRA(2)}), pf.adapt(copy.deepcopy(model), {"f": LoRA(2)})
     a, x, before = random(net), noise(3, 8), state(model)
+    net.apply(a, 5 * x)
+    vmap(net.apply, (0, None), randomness="same")(pf.stack([a, a]), 7 * x)
     torch.manual_seed(1)
-    first = net.apply(a, x)
-    vmap(net.apply, (0, None), randomness="different")(pf.stack([a, a]), 7 * x)
+    got = net.apply(a, x)
     torch.manual_seed(1)
-    assert torch.equal(net.apply(a, x), first)
+    assert torch.equal(got, other.apply(a, x)), "not what a net gives whose first call this is"
     assert same_state(before, state(model))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["after the base's own call", "before it"])
+def test_hidden_states_and_attentions_are_asked_for_twice_and_the_base_stays_as_it_is(eager: bool) -> None:
+    """transformers installs hooks in the first call that asks for them."""
+    model = llama().eval()
+    ask = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    if eager:
+        model(ids(), **ask)
+    net = pf.adapt(model, {"q_proj": LoRA(2)})
+    a, before = random(net), held(model)
+    for _ in range(2):
+        got = net.apply(a, ids(), **ask)
+        assert (len(got.hidden_states), len(got.attentions)) == (3, 2)
+        net.apply(a, ids())
+        with pytest.raises(TypeError):
+            net.apply(a, ids(), no_such_argument=object(), labels=3, **ask)
+        assert len(pf.as_module(net, a)(ids(), **ask).hidden_states) == 3
+    unchanged(held(model), before)
+    want = model(ids(), **ask)
+    assert (len(want.hidden_states), len(want.attentions)) == (3, 2)
+    got = net.apply(net.init(), ids(), **ask)
+    [close(g, w) for g, w in zip(got.hidden_states + got.attentions, want.hidden_states + want.attentions, strict=True)]
+
+
+def test_a_hook_that_is_bound_to_a_module_acts_on_the_copy_and_any_other_on_what_its_owner_has() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def count(self, *_: Any) -> None:
+            self.calls += 1
+
+    model, seen = Net(lambda m, x: m.f(x), f=Counting(8, 8)), []
+    model.f.register_forward_hook(model.f.count)
+    model.f.register_forward_hook(partial(lambda layer, *_: setattr(layer, "late", 1), model.g))
+    model.g.register_load_state_dict_pre_hook(lambda layer, *_: seen.append(layer))
+    net = pf.adapt(model, {"f": LoRA(2)})
+    a, before = random(net), held(model)
+    model.f.register_forward_hook(lambda *_: seen.append(1))
+    before |= held(model)
+    m = pf.as_module(net, a)
+    net.apply(a, noise(3, 8)), m(noise(3, 8))
+    assert seen == [1, 1] and m.f.calls == 1
+    unchanged(held(model), before)
+    m.g.load_state_dict(model.g.state_dict())
+    assert seen[2] is m.g
 
 
 def test_a_forward_that_writes_its_own_weight_is_told() -> None:
