@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
-from peftfn.structure import STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
+from peftfn.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
 from peftfn.transform import backward_task, lasting, under_transform
 from peftfn.weight import OUTLIVED, Slot, plus
 
@@ -110,14 +110,14 @@ class Skeleton:
         self.children += [s._modules for _, s in self.pairs]
         tensors = [d for pair in self.pairs for m in pair for d in (m._parameters, m._buffers)]
         self.named = [*self.children, *tensors]
-        self.initial: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (d, dict(d)) for _, s in self.pairs for d in (vars(s), s._modules)
+        ours: list[tuple[dict[str, Any], ...]] = [
+            (vars(s), s._modules, s._parameters, s._buffers) for _, s in self.pairs
         ]
-        self.places: list[tuple[dict[str, Any], list[str]]] = [
-            (d, list(d)) for _, s in self.pairs for d in (s._parameters, s._buffers)
-        ]
-        hooks = [d for pair in self.pairs for m in pair for d in hooks_of(m)]
-        self.unhooked, self.hooked = [d for d in hooks if not d], [(d, dict(d)) for d in hooks if d]
+        self.initial = [(d, dict(d)) for attributes, modules, _, _ in ours for d in (attributes, modules)]
+        self.places = [(d, list(d)) for _, _, *slots in ours for d in slots]
+        hooks = [(vars(m), k) for pair in self.pairs for m in pair for k in HOOKS if k in vars(m)]
+        self.unhooked = [d[k] for d, k in hooks if not d[k]]
+        self.hooked = [(d, k, dict(d[k])) for d, k in hooks if d[k]]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
         held = [(d, k) for d, k in held if _is_container(d[k])]
         self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
@@ -139,7 +139,7 @@ class Skeleton:
         )
 
     def _same_hooks(self) -> bool:
-        return not any(self.unhooked) and all(d == was for d, was in self.hooked)
+        return not any(self.unhooked) and all(d[k] == was for d, k, was in self.hooked)
 
     def _clear(self) -> None:
         """Take away what a forward pass left behind in the skeleton."""
