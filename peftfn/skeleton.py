@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from peftfn.lent import LOST, Lent, beneath, written_by
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
 from peftfn.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
@@ -53,7 +54,7 @@ class Skeleton:
                 raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
         adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
         own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
-        self.loose = [(p, p.detach()) for p in loose if id(p) not in adapted or id(p) in own]
+        self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
         aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
         aliases |= {id(p): _Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
         self.root, copies = copy_structure(self.base, modules, aliases)
@@ -79,6 +80,14 @@ class Skeleton:
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
+        sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
+        self.adapted = [(id(ours), k) in sites for _, ours, k in self.parameters]
+        self.lendable = [
+            (b, k) for (b, _, k), adapted in zip(self.parameters, self.adapted, strict=True) if not adapted
+        ]
+        written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
+        self.written_to = [(theirs, k) for theirs, k in self.lendable if (id(theirs), k) in written]
+        self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -194,14 +203,33 @@ class Skeleton:
         if not torch.compiler.is_compiling():
             self.lock.acquire()
         before = self.snapshot()
-        for theirs, ours, k in self.parameters:
+        lent = self._lend()
+        for (theirs, ours, k), adapted in zip(self.parameters, self.adapted, strict=True):
             p = theirs[k]
-            ours[k] = p.detach() if p is not None and p.requires_grad else p
+            if not adapted and (alias := lent.get(id(p))) is not None:
+                ours[k] = alias
+            else:
+                ours[k] = p.detach() if p is not None and p.requires_grad else p
         for embedding in self.embeddings:
             if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
                 embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
+
+    def _lend(self) -> dict[int, Tensor]:
+        """{id of a parameter that no rule adapts: what a call has in its place, which it may write to}."""
+        lent: dict[int, Tensor] = {}
+        if torch.compiler.is_compiling():  # compiled code has plain tensors
+            for name in self.lost:
+                raise RuntimeError(LOST.format(name=name))
+        else:
+            with beneath():
+                lent = {id(p): Lent.of(p) for theirs, k in self.lendable if type(p := theirs[k]) is nn.Parameter}
+        for theirs, k in self.written_to:
+            written = theirs[k]
+            if written is not None:
+                lent[id(written)] = written.detach().clone()
+        return lent
 
     def close(self, before: list[Any]) -> None:
         self.restore(before)
@@ -303,6 +331,10 @@ class Skeleton:
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around a checkpointed forward pass, and around its recomputation."""
         return nullcontext(), self._holding(self.snapshot())
+
+
+def _constant(p: Any) -> Any:
+    return p.detach() if p is not None and p.requires_grad else p
 
 
 def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:

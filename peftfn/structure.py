@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
+from peftfn.lent import written_by
 from peftfn.quantised import held, share
 
 STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
@@ -125,13 +126,19 @@ def copy_structure(
         ) from e
 
 
-def lasting_copy(model: nn.Module) -> nn.Module:
+def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
     """A copy of the structure to be kept and changed: it shares the storage of the parameters, which do not require
-    gradients in it, and nothing else. Buffers, hooks and settings are its own; tied parameters stay tied.
+    gradients in it, and nothing else. Buffers, hooks and settings are its own, and so is a parameter that the model's
+    own forward writes to; tied parameters stay tied.
+
+    copy_base: whether all parameters have storage of their own.
     """
     modules, loose = reachable(model)
     tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
     aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
+    written = [m._parameters[k] for m in modules for k in written_by(m)]
+    for p in {id(p): p for p in (tensors if copy_base else written)}.values():
+        aliases[id(p)] = share(copy.deepcopy(p))
     for module in modules:
         for t in module._buffers.values():
             if t is not None and id(t) not in aliases:

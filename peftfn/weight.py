@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peftfn.kernels import choose
 from peftfn.kernels.lora_fused import fused_linear
+from peftfn.lent import LOST, Computed
 from peftfn.method import LINEAR, Method, Product
 from peftfn.plan import Entry, wide
 from peftfn.transform import autocast, backward_task, exactly, in_function, moment
@@ -91,6 +92,17 @@ class Slot:
 
     def is_floating_point(self) -> bool:
         return self.w.is_floating_point()
+
+    @property
+    def data(self) -> Any:
+        return self._attribute("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise RuntimeError(LOST.format(name=self.name))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(LOST.format(name=self.name))
 
     def __len__(self) -> int:
         return len(self.w)
@@ -194,7 +206,8 @@ class AdaptedWeight(Slot):
 
     def _attribute(self, name: str) -> Any:
         self._refuse_write(name)
-        return getattr(self.dense(), name)
+        value = self.dense()
+        return getattr(Computed.of(value, self.name) if name in ("data", "detach") else value, name)
 
     def _refuse_write(self, function: str) -> None:
         if function.endswith("_") and not function.endswith("__"):
@@ -206,7 +219,8 @@ class AdaptedWeight(Slot):
     def __getitem__(self, index: Any) -> Any:
         if self.entry.site.stacked and _picks_one(index):
             return _Expert(self, index)
-        return self.dense()[dense(index)]
+        value = self.dense()[dense(index)]
+        return value if torch.is_grad_enabled() else Computed.of(value, self.name)  # where a forward could write to it
 
     def __repr__(self) -> str:
         return f"AdaptedWeight({self.name} {list(self.w.shape)}, {self.method})"

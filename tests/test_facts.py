@@ -278,10 +278,102 @@ def test_a_hook_that_is_bound_to_a_module_acts_on_the_copy_and_any_other_on_what
     assert seen[2] is m.g
 
 
-def test_a_forward_that_writes_its_own_weight_is_told() -> None:
+def by_data(m: Any) -> None:
+    m.weight.data.clamp_(min=0)
+
+
+def by_new_data(m: Any) -> None:
+    m.weight.data = torch.renorm(m.weight.data, 2, 0, 0.1)
+
+
+def by_detached(m: Any) -> None:
+    m.weight.detach().mul_(0.5)
+
+
+@torch.no_grad()
+def in_place(m: Any) -> None:
+    m.weight.clamp_(-0.01, 0.01)
+
+
+@torch.no_grad()
+def a_row(m: Any) -> None:
+    m.weight[0].zero_()
+    m.weight[1] = 1
+
+
+@torch.no_grad()
+def by_a_function(m: Any) -> None:
+    nn.init.zeros_(m.weight)
+    torch.add(m.weight, 0.5, out=m.weight)
+
+
+def hidden(m: Any) -> None:
+    getattr(getattr(m, "weight"), "data").clamp_(min=0)  # noqa: B009
+
+
+WRITES = [by_data, by_new_data, by_detached, in_place, a_row, by_a_function, hidden]
+
+
+def writing(write: Callable[[Any], None]) -> nn.Module:
+    class Writing(nn.Linear):
+        keep_in_bounds = write
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.keep_in_bounds()
+            return super().forward(x)
+
+    return Net(lambda m, x: m.f(m.g(x)), g=Writing(8, 8))
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_what_a_forward_writes_to_its_weights_stays_in_the_call(write: Callable[[Any], None]) -> None:
+    """Layers that keep their weights in bounds (max-norm, non-negative), where no rule adapts them."""
+    model, x = writing(write), noise(3, 8)
+    net = pf.adapt(model, {"f": LoRA(2)})
+    a, before = random(net), held(model)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(net.merge(a))
+    want = plain(x)
+    runs = [lambda: net.apply(a, x), lambda: net.mixed(pf.stack([a]), [0] * 3, x)]
+    runs += [lambda: vmap(net.apply, (0, None))(pf.stack([a, a]), x)[1]]
+    if write is not hidden:  # a view and compiled code go by the look of the forward's code
+        runs += [lambda: pf.as_module(net, a)(x)]
+    for run in runs:
+        close(run(), want)
+        unchanged(held(model), before)
+    if write in (by_data, in_place, a_row):
+        torch._dynamo.reset()
+        close(torch.compile(net.apply, fullgraph=True, backend="eager")(a, x), want)
+        z = x.clone().requires_grad_()
+        close(grad(lambda x: net.apply(a, x).square().sum())(x), torch.autograd.grad(plain(z).square().sum(), z)[0])
+    unchanged(held(model), before)
+
+
+@pytest.mark.parametrize("write", [w for w in WRITES if w is not by_a_function], ids=lambda f: f.__name__)
+def test_a_write_to_an_adapted_weight_is_an_error_before_it_is_lost(write: Callable[[Any], None]) -> None:
+    model, x = writing(write), noise(3, 8)
+    net = pf.adapt(model, {"g": LoRA(2)})
+    a, before = random(net), held(model)
+    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x)):
+        with pytest.raises(RuntimeError, match=r"g\.weight: .*write"):
+            run()
+    unchanged(held(model), before)
+
+
+def test_a_forward_that_reads_an_adapted_weight_through_data_or_detach_reads_the_adapted_value() -> None:
+    model, x = Net(lambda m, x: x @ m.f.weight.data.t() + F.linear(x, m.f.weight.detach().clone().mul_(2))), noise(3, 8)
+    net = pf.adapt(model, {"f.weight": LoRA(2)})
+    a = random(net)
+    close(net.apply(a, x), 3 * F.linear(x, net.merge(a)["f.weight"]))
+    with torch.no_grad():
+        close(net.apply(a, x).add_(0), 3 * F.linear(x, net.merge(a)["f.weight"]))
+    close(pf.as_module(net, a)(x), net.apply(a, x))
+
+
+def test_a_write_that_cannot_be_foreseen_is_told() -> None:
     def clamped(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
-            m.g.weight.clamp_(-0.01, 0.01)
+            torch.clamp_(m.g.weight, -0.01, 0.01)
         return m.f(x) + m.g(x)
 
     model = Net(clamped)
