@@ -181,20 +181,25 @@ class View:
         finally:
             choice.name, choice.pinned = before
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Like any module's. Where the base has other values than those given, they are loaded into storage of this
-        module's own: the base keeps what it has. ValueError while an adapter is offloaded to meta."""
-        module: Any = self
-        refuse_empty(module, "load_state_dict")
-        for name, t in chain(module.named_parameters(), module.named_buffers()):
-            given = state_dict.get(name)
-            if not t.requires_grad and type(t.data) is Tensor and given is not None and not _equal(t, given):
-                t.data = t.data.clone()
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
-
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is in force now."""
         return nullcontext(), self.use(self._peftfn.choice.name)
+
+
+def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a layer loads its part of a state, however that came to it, from a wrapper around the view, say: where
+    the base has other values than those given, they go to storage of the layer's own. The base keeps what it has.
+    ValueError while an adapter of the view is offloaded to meta.
+    """
+    ours: set[str] = set()
+    if isinstance(module, View):
+        refuse_empty(module, "load_state_dict")
+        ours = {name for banks in module._peftfn.banks.values() for paths in banks.values() for _, name in paths}
+    for name, t in chain(module._parameters.items(), module._buffers.items()):
+        given = state_dict.get(prefix + name)
+        if name in ours or t is None or type(t.data) is not Tensor or given is None or _equal(t, given):
+            continue
+        t.data = t.data.clone()
 
 
 def refuse_empty(view: Any, what: str) -> None:
@@ -399,6 +404,9 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         for name, (plan, _) in given.items()
     }
     model._peftfn = _State(kept, banks, choice, set())
+    for module in model.modules():
+        if not isinstance(module, Leaf):  # whose tensors are the view's own
+            module.register_load_state_dict_pre_hook(_unshare)
     _wrap_checkpoints(model)
     return model
 

@@ -276,6 +276,35 @@ def test_loading_another_base_s_state_leaves_the_base_and_the_net_alone() -> Non
         m.load_state_dict({}, strict=True)
 
 
+class _Wrapped(nn.Module):
+    """As a trainer's module has a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("way", ["wrapper", "layer", "adapted layer", "copy", "pickle"])
+def test_no_way_of_loading_writes_the_base(way: str) -> None:
+    models = [by_name["convs"].build() for _ in range(2)]
+    for p in [*models[1].parameters(), *models[1].buffers()]:
+        p.data.mul_(2)
+    nets = [pf.adapt(model, {"one": LoRA(2), "bn1": Full(), "two": VBLoRA(2, vectors=3, length=2)}) for model in models]
+    m, other = (pf.as_module(net, random(net, s)) for s, net in enumerate(nets))
+    before, x, layer = [p.detach().clone() for p in models[0].parameters()], noise(3, 4, 12), "two"
+    if way in ("copy", "pickle"):
+        m = copy.deepcopy(m) if way == "copy" else pickle.loads(pickle.dumps(m))
+    if way in ("wrapper", "copy", "pickle"):
+        _Wrapped(m).load_state_dict(_Wrapped(other).state_dict())
+        same(m.eval()(x), other.eval()(x))
+    else:
+        layer = "one" if way == "adapted layer" else next(n for n, c in m.named_children() if n not in ("one", "two"))
+        m.get_submodule(layer).load_state_dict(other.get_submodule(layer).state_dict())
+        for name, t in m.get_submodule(layer).state_dict().items():
+            same(t, other.get_submodule(layer).state_dict()[name])
+    assert all(torch.equal(p, was) for p, was in zip(models[0].parameters(), before, strict=True))
+
+
 def test_state_dict_names() -> None:
     model = by_name["mlp"].build()
     net = pf.adapt(model, {"0.weight": LoRA(2), "2.weight": VBLoRA(2, vectors=3, length=2)})
