@@ -273,8 +273,12 @@ class Adapted:
         return adapter[entry.bank] if entry.bank else {}
 
     def _weights(self) -> dict[str, Tensor]:
-        """The base's parameters as they are now, every name of each, as constants."""
-        return parameters(self.model)
+        """The base's parameters as they are now, every name of each, as constants. ValueError if one is another than
+        was adapted."""
+        weights = parameters(self.model)
+        for name, entry in self.plan.items():
+            current(name, entry, weights.get)
+        return weights
 
     # How a call runs.
 
@@ -291,10 +295,13 @@ class Adapted:
                     skeleton.put(params)
                 if rows is not None:
                     rows = replace(rows, fixed=skeleton.identities())
-                for name, value in self._adapted(adapter, skeleton.__getitem__, rows, self.model.training).items():
+                values = self._adapted(adapter, skeleton.__getitem__, rows, self.model.training)
+                for name, value in values.items():
                     skeleton[name] = value
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
+                if not torch.compiler.is_compiling():
+                    skeleton.check_in_place(values)
             finally:
                 skeleton.close(before)
             if versions and skeleton.versions() != versions:

@@ -177,6 +177,10 @@ LOST = (
     "the write would be lost. Leave this site out of the rules, merge the adapter and call the model on what `merge` "
     "returns, or have the forward compute a changed weight instead of writing it"
 )
+REPLACED = (
+    "{name}: the model's forward puts another tensor in this weight's place (it ties weights by assignment, say), so "
+    "its adapter would not be used. Adapt the weight that is put there, or tie the weights when the model is made"
+)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

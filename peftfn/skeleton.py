@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from peftfn.lent import LOST, Lent, beneath, written_by
+from peftfn.lent import LOST, REPLACED, Lent, beneath, written_by
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
 from peftfn.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
@@ -80,6 +80,10 @@ class Skeleton:
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
+        self.moved: set[tuple[int, str]] = set()
+        for _, s in self.pairs:
+            if s._parameters:
+                vars(s)["_apply"] = partial(self._move, s)
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
         self.adapted = [(id(ours), k) in sites for _, ours, k in self.parameters]
         self.lendable = [
@@ -203,6 +207,7 @@ class Skeleton:
         if not torch.compiler.is_compiling():
             self.lock.acquire()
         before = self.snapshot()
+        self.moved.clear()
         lent = self._lend()
         for (theirs, ours, k), adapted in zip(self.parameters, self.adapted, strict=True):
             p = theirs[k]
@@ -254,6 +259,30 @@ class Skeleton:
     def __setitem__(self, name: str, value: Any) -> None:
         slots, k = self.slots[name]
         slots[k] = value
+
+    def check_in_place(self, values: Mapping[str, Any]) -> None:
+        """RuntimeError if the forward took one of `values` out of its slot, so that its adapter was not used."""
+        for name, value in values.items():
+            slots, k = self.slots[name]
+            if slots[k] is not value and (id(slots), k) not in self.moved:
+                raise RuntimeError(REPLACED.format(name=name))
+
+    def _move(self, module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        """`Module._apply`, which `.to(…)` is made of, for a forward that moves a layer (routers do, to fp32): what the
+        slots hold is moved, for the length of the call."""
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        tensors = [(d, k) for d in (module._parameters, module._buffers) for k, t in d.items() if t is not None]
+        for slots, k in tensors:
+            held: Any = slots[k]
+            if isinstance(held, Slot):
+                like = torch.empty(0, dtype=held.dtype, device=held.device)
+                moved = fn(like)
+                if (moved.dtype, moved.device) == (like.dtype, like.device):
+                    continue
+                self.moved.add((id(slots), k))
+            slots[k] = fn(held)
+        return module
 
     def names(self, name: str) -> list[str]:
         """Every name of the slot `name`: a shared submodule has several."""

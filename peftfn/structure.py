@@ -13,7 +13,7 @@ from torch.nn.modules.module import _WrappedHook
 from peftfn.lent import written_by
 from peftfn.quantised import held, share
 
-STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
+STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}
 
 
 def is_plain(value: Any) -> bool:
@@ -50,6 +50,13 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
             functions.append((where, key, value))
 
     def scan(module: nn.Module) -> None:
+        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            raise TypeError(
+                f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
+                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without it "
+                "(model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
+                "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
+            )
         for key, value in vars(module).items():
             if key not in STANDARD:
                 look(value, module, key)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from peftfn.apply import adapted_bias
+from peftfn.lent import REPLACED
 from peftfn.plan import Entry, Plan
 from peftfn.quantised import Reader, quantised
 from peftfn.rules import near
@@ -311,7 +312,11 @@ def _slot(name: str) -> type:
             value = parametrization.forward(value)
         return value
 
-    return type(f"_{name}", (), {name: property(get)})
+    def refuse(self: nn.Module, value: Any) -> None:
+        held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        raise RuntimeError(REPLACED.format(name=getattr(held[0], "site", name)))
+
+    return type(f"_{name}", (), {name: property(get, refuse)})
 
 
 @cache
@@ -324,7 +329,14 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
             state = state | {"_flat_weights": [torch.empty(0) for _ in state["_flat_weights"]]}
         return _empty, (cls, names, view), state, *items
 
+    def register_parameter(self: nn.Module, name: str, param: Any) -> None:
+        if name in names and name not in self._parameters:
+            setattr(self, name, None)
+        super(made, self).register_parameter(name, param)
+
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
+    if names:
+        body["register_parameter"] = register_parameter  # what assigning a parameter does
     if view:
         body["__qualname__"] = cls.__qualname__
         if hasattr(cls, "_set_gradient_checkpointing"):

@@ -28,6 +28,7 @@ OUTLIVED = (
     "follows, give the model's own torch.utils.checkpoint use_reentrant=False and context_fn=net.checkpoint_context, "
     "or wrap the whole of net.apply in torch.utils.checkpoint."
 )
+FIXED = "no forward can give to another layer: tie the weights when the model is made, or leave this site out"
 
 
 class Slot:
@@ -108,6 +109,8 @@ class Slot:
         return len(self.w)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__qualname__":  # what torch calls this where it refuses it as a parameter
+            return f"{type(self).__name__} at {self.name}, which {FIXED}"
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return self._attribute(name)

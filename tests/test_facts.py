@@ -386,6 +386,59 @@ def test_a_write_that_cannot_be_foreseen_is_told() -> None:
     assert same_state(before, state(model))
 
 
+class _Tying(nn.Module):
+    """Ties by assignment, as some models do to survive a move to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.head.weight = self.embed.weight
+        out: Tensor = self.head(self.mid(self.embed(ids)))
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["first tied in the call", "tied already"])
+@pytest.mark.parametrize("rule", ["mid", "embed", "head", "embed|head"])
+def test_a_forward_that_ties_by_assignment_is_right_or_told(rule: str, tied: bool) -> None:
+    model, x = _Tying(), ids() % 10
+    if tied:
+        model(x)
+    net = pf.adapt(model, {rule: LoRA(2)})
+    a, before = random(net), held(model)
+    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x)):
+        if rule == "mid":
+            plain = copy.deepcopy(model)
+            plain.load_state_dict(net.merge(a))
+            close(run(), plain(x))
+        else:
+            with pytest.raises((RuntimeError, TypeError), match=r"(embed|head)\.weight.* (forward|when the model)"):
+                run()
+        unchanged(held(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_forward_that_moves_a_layer_to_a_dtype(dtype: torch.dtype) -> None:
+    """Routers do: `self.layer = self.layer.to(torch.float32)`."""
+
+    def routed(m: Any, x: Tensor) -> Tensor:
+        m.f, m.g = m.f.to(dtype), m.g.to(dtype)
+        return m.g(m.f(x.to(dtype)))
+
+    for rules in ({"f": LoRA(2)}, {"f|g": DoRA(2)}):
+        model, x = Net(routed), noise(3, 8)
+        net = pf.adapt(model, rules)
+        a, before = random(net), held(model)
+        plain = copy.deepcopy(model)
+        plain.load_state_dict(net.merge(a))
+        want = plain(x)
+        close(net.apply(a, x), want)
+        assert net.apply(a, x).dtype == dtype
+        close(pf.as_module(net, a)(x), want)
+        unchanged(held(model), before)
+
+
 def test_an_exception_inside_forward_leaves_everything_usable() -> None:
     def picky(m: Any, x: Tensor) -> Tensor:
         y = m.norm(m.f(x))

@@ -276,6 +276,41 @@ def test_loading_another_base_s_state_leaves_the_base_and_the_net_alone() -> Non
         m.load_state_dict({}, strict=True)
 
 
+def test_a_module_with_a_copied_base_can_be_averaged_into() -> None:
+    """What an EMA or a target network does, to all parameters; tied ones stay tied."""
+    model = by_name["tied"].build()
+    net = pf.adapt(model, {"mid": LoRA(2)})
+    a, before, x = random(net), state(model), by_name["tied"].inputs(2)[0][0]
+    policy, target = pf.as_module(net, a), pf.as_module(net, random(net, 2), copy_base=True)
+    same(target(x), net.apply(random(net, 2), x))
+    assert target.embed.weight is target.head.weight
+    assert {p.data_ptr() for p in target.parameters()}.isdisjoint(p.data_ptr() for p in policy.parameters())
+    with torch.no_grad():
+        for t, p in zip(target.parameters(), policy.parameters(), strict=True):
+            t.data.mul_(0).add_(p.data, alpha=2)
+    assert same_state(before, state(model))
+    same(policy(x), net.apply(a, x))
+    same(target.embed.weight, 2 * model.embed.weight)
+    with pytest.raises(ValueError, match="give an adapter"):
+        pf.as_module(net, copy_base=True)
+
+
+def test_a_base_that_was_resized_is_told_wherever_its_weights_are_read() -> None:
+    _, model, net = llama()
+    a = net.init()
+    model.resize_token_embeddings(model.config.vocab_size + 4, mean_resizing=False)
+    for read in (
+        net.delta,
+        net.bias_deltas,
+        net.merge,
+        net.prepare,
+        lambda a: net.init(),
+        lambda a: pf.as_module(net, a),
+    ):
+        with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: .*Call adapt again"):
+            read(a)
+
+
 class _Wrapped(nn.Module):
     """As a trainer's module has a model."""
 
