@@ -53,8 +53,8 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
         if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
             raise TypeError(
                 f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
-                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without it "
-                "(model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
+                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
+                "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
                 "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
             )
         for key, value in vars(module).items():
