@@ -30,7 +30,7 @@ class Lent(Tensor):
 
     @classmethod
     def of(cls, p: Tensor) -> Tensor:
-        alias: Tensor = _make(cls, p)
+        alias: Tensor = lend(cls, p)
         return alias
 
     @property
@@ -48,7 +48,7 @@ class Lent(Tensor):
         self.own = None
 
 
-_make = Tensor._make_subclass
+lend: Any = Tensor._make_subclass
 _get_data: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 _set_data: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from peftfn.lent import LOST, REPLACED, Lent, beneath, written_by
+from peftfn.lent import LOST, REPLACED, Lent, beneath, lend, written_by
 from peftfn.quantised import Parts, QuantisedWeight, weights
 from peftfn.rules import near
 from peftfn.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
@@ -85,12 +85,10 @@ class Skeleton:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
-        self.adapted = [(id(ours), k) in sites for _, ours, k in self.parameters]
-        self.lendable = [
-            (b, k) for (b, _, k), adapted in zip(self.parameters, self.adapted, strict=True) if not adapted
-        ]
+        self.constants = [p for p in self.parameters if (id(p[1]), p[2]) in sites]
+        self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
-        self.written_to = [(theirs, k) for theirs, k in self.lendable if (id(theirs), k) in written]
+        self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
         self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
@@ -208,33 +206,41 @@ class Skeleton:
             self.lock.acquire()
         before = self.snapshot()
         self.moved.clear()
-        lent = self._lend()
-        for (theirs, ours, k), adapted in zip(self.parameters, self.adapted, strict=True):
-            p = theirs[k]
-            if not adapted and (alias := lent.get(id(p))) is not None:
-                ours[k] = alias
-            else:
-                ours[k] = p.detach() if p is not None and p.requires_grad else p
+        for theirs, ours, k in self.constants:
+            ours[k] = _constant(theirs[k])
+        self._lend()
         for embedding in self.embeddings:
             if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
                 embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
 
-    def _lend(self) -> dict[int, Tensor]:
-        """{id of a parameter that no rule adapts: what a call has in its place, which it may write to}."""
-        lent: dict[int, Tensor] = {}
+    def _lend(self) -> None:
+        """Fill the slots that no rule adapts: a call may write to what it has there. Tied slots hold one tensor."""
+        lent: dict[int, Any] = {}
+        for theirs, _, k in self.written_to:
+            p = theirs[k]
+            lent[id(p)] = None if p is None else p.detach().clone()
         if torch.compiler.is_compiling():  # compiled code has plain tensors
             for name in self.lost:
                 raise RuntimeError(LOST.format(name=name))
-        else:
-            with beneath():
-                lent = {id(p): Lent.of(p) for theirs, k in self.lendable if type(p := theirs[k]) is nn.Parameter}
-        for theirs, k in self.written_to:
-            written = theirs[k]
-            if written is not None:
-                lent[id(written)] = written.detach().clone()
-        return lent
+            for theirs, ours, k in self.lendable:
+                p = theirs[k]
+                ours[k] = lent[id(p)] if id(p) in lent else _constant(p)
+            return
+        parameter, kind, others = nn.Parameter, Lent, []
+        with beneath():
+            for theirs, ours, k in self.lendable:
+                p = theirs[k]
+                held = lent.get(id(p))
+                if held is not None:
+                    ours[k] = held
+                elif type(p) is parameter:
+                    ours[k] = lent[id(p)] = lend(kind, p)
+                else:
+                    others.append((ours, k, p))
+        for ours, k, p in others:
+            ours[k] = _constant(p)
 
     def close(self, before: list[Any]) -> None:
         self.restore(before)
