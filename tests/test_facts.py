@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA
 from peftfn.testing import LAWS, LawBroken, check_method
+from peftfn.testing.laws import held, unchanged
 
 ids = lambda n=3: tokens(n)  # noqa: E731
 
@@ -164,7 +166,45 @@ def new_submodule(m: Any, x: Tensor) -> Tensor:
     return m.f(x) + m.late(x)
 
 
+def lazy_hook(m: Any, x: Tensor) -> Tensor:
+    if not m.hooked:
+        total = float(x.detach().sum())
+        m.f.register_forward_hook(lambda m, x, y: y + total)
+        m.hooked = True
+    return m.f(x)
+
+
+def another_hook(m: Any, x: Tensor) -> Tensor:
+    m.f.register_forward_pre_hook(lambda m, x: (2 * x[0],))
+    return m.f(x)
+
+
+def hook_taken_off(m: Any, x: Tensor) -> Tensor:
+    handle = m.f.register_forward_hook(lambda m, x, y: 2 * y)
+    y = m.f(x)
+    handle.remove()
+    return y + m.f(x)
+
+
+def handle_kept(m: Any, x: Tensor) -> Tensor:
+    if m.handle is not None:
+        m.handle.remove()
+    m.handle = m.f.register_forward_hook(lambda m, x, y: y * len(m._forward_hooks))
+    return m.f(x)
+
+
+def replaced_child(m: Any, x: Tensor) -> Tensor:
+    y = m.f(m.g(x))
+    m.g = nn.Identity()
+    return y
+
+
 STATEFUL = {
+    "hook": (lazy_hook, {"hooked": False}),
+    "another hook": (another_hook, {}),
+    "hook taken off": (hook_taken_off, {}),
+    "hook by its handle": (handle_kept, {"handle": None}),
+    "a child replaced": (replaced_child, {}),
     "attribute": (lazy_cache, {"cache": None}),
     "empty buffer": (lazy_cache, {"cache": "buffer"}),
     "new buffer": (lazy_buffer, {}),
@@ -181,20 +221,159 @@ def test_a_call_does_not_depend_on_the_calls_before(kind: str) -> None:
     buffers = [k for k, v in parts.items() if isinstance(v, str)]
     model = Net(body, **{k: v for k, v in parts.items() if k not in buffers})
     [model.register_buffer(k, None) for k in buffers]
-    net = pf.adapt(model, {"f": LoRA(2)})
+    net, other = pf.adapt(model, {"f": LoRA(2)}), pf.adapt(copy.deepcopy(model), {"f": LoRA(2)})
     a, x, before = random(net), noise(3, 8), state(model)
+    net.apply(a, 5 * x)
+    vmap(net.apply, (0, None), randomness="same")(pf.stack([a, a]), 7 * x)
     torch.manual_seed(1)
-    first = net.apply(a, x)
-    vmap(net.apply, (0, None), randomness="different")(pf.stack([a, a]), 7 * x)
+    got = net.apply(a, x)
     torch.manual_seed(1)
-    assert torch.equal(net.apply(a, x), first)
+    assert torch.equal(got, other.apply(a, x)), "not what a net gives whose first call this is"
     assert same_state(before, state(model))
 
 
-def test_a_forward_that_writes_its_own_weight_is_told() -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["after the base's own call", "before it"])
+def test_hidden_states_and_attentions_are_asked_for_twice_and_the_base_stays_as_it_is(eager: bool) -> None:
+    """transformers installs hooks in the first call that asks for them."""
+    model = llama().eval()
+    ask = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    if eager:
+        model(ids(), **ask)
+    net = pf.adapt(model, {"q_proj": LoRA(2)})
+    a, before = random(net), held(model)
+    for _ in range(2):
+        got = net.apply(a, ids(), **ask)
+        assert (len(got.hidden_states), len(got.attentions)) == (3, 2)
+        net.apply(a, ids())
+        with pytest.raises(TypeError):
+            net.apply(a, ids(), no_such_argument=object(), labels=3, **ask)
+        assert len(pf.as_module(net, a)(ids(), **ask).hidden_states) == 3
+    unchanged(held(model), before)
+    want = model(ids(), **ask)
+    assert (len(want.hidden_states), len(want.attentions)) == (3, 2)
+    got = net.apply(net.init(), ids(), **ask)
+    [close(g, w) for g, w in zip(got.hidden_states + got.attentions, want.hidden_states + want.attentions, strict=True)]
+
+
+def test_a_hook_that_is_bound_to_a_module_acts_on_the_copy_and_any_other_on_what_its_owner_has() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def count(self, *_: Any) -> None:
+            self.calls += 1
+
+    model, seen = Net(lambda m, x: m.f(x), f=Counting(8, 8)), []
+    model.f.register_forward_hook(model.f.count)
+    model.f.register_forward_hook(partial(lambda layer, *_: setattr(layer, "late", 1), model.g))
+    model.g.register_load_state_dict_pre_hook(lambda layer, *_: seen.append(layer))
+    net = pf.adapt(model, {"f": LoRA(2)})
+    a, before = random(net), held(model)
+    model.f.register_forward_hook(lambda *_: seen.append(1))
+    before |= held(model)
+    m = pf.as_module(net, a)
+    net.apply(a, noise(3, 8)), m(noise(3, 8))
+    assert seen == [1, 1] and m.f.calls == 1
+    unchanged(held(model), before)
+    m.g.load_state_dict(model.g.state_dict())
+    assert seen[2] is m.g
+
+
+def by_data(m: Any) -> None:
+    m.weight.data.clamp_(min=0)
+
+
+def by_new_data(m: Any) -> None:
+    m.weight.data = torch.renorm(m.weight.data, 2, 0, 0.1)
+
+
+def by_detached(m: Any) -> None:
+    m.weight.detach().mul_(0.5)
+
+
+@torch.no_grad()
+def in_place(m: Any) -> None:
+    m.weight.clamp_(-0.01, 0.01)
+
+
+@torch.no_grad()
+def a_row(m: Any) -> None:
+    m.weight[0].zero_()
+    m.weight[1] = 1
+
+
+@torch.no_grad()
+def by_a_function(m: Any) -> None:
+    nn.init.zeros_(m.weight)
+    torch.add(m.weight, 0.5, out=m.weight)
+
+
+def hidden(m: Any) -> None:
+    getattr(getattr(m, "weight"), "data").clamp_(min=0)  # noqa: B009
+
+
+WRITES = [by_data, by_new_data, by_detached, in_place, a_row, by_a_function, hidden]
+
+
+def writing(write: Callable[[Any], None]) -> nn.Module:
+    class Writing(nn.Linear):
+        keep_in_bounds = write
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.keep_in_bounds()
+            return super().forward(x)
+
+    return Net(lambda m, x: m.f(m.g(x)), g=Writing(8, 8))
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_what_a_forward_writes_to_its_weights_stays_in_the_call(write: Callable[[Any], None]) -> None:
+    """Layers that keep their weights in bounds (max-norm, non-negative), where no rule adapts them."""
+    model, x = writing(write), noise(3, 8)
+    net = pf.adapt(model, {"f": LoRA(2)})
+    a, before = random(net), held(model)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(net.merge(a))
+    want = plain(x)
+    runs = [lambda: net.apply(a, x), lambda: net.mixed(pf.stack([a]), [0] * 3, x)]
+    runs += [lambda: vmap(net.apply, (0, None))(pf.stack([a, a]), x)[1]]
+    if write is not hidden:  # a view and compiled code go by the look of the forward's code
+        runs += [lambda: pf.as_module(net, a)(x)]
+    for run in runs:
+        close(run(), want)
+        unchanged(held(model), before)
+    if write in (by_data, in_place, a_row):
+        torch._dynamo.reset()
+        close(torch.compile(net.apply, fullgraph=True, backend="eager")(a, x), want)
+        z = x.clone().requires_grad_()
+        close(grad(lambda x: net.apply(a, x).square().sum())(x), torch.autograd.grad(plain(z).square().sum(), z)[0])
+    unchanged(held(model), before)
+
+
+@pytest.mark.parametrize("write", [w for w in WRITES if w is not by_a_function], ids=lambda f: f.__name__)
+def test_a_write_to_an_adapted_weight_is_an_error_before_it_is_lost(write: Callable[[Any], None]) -> None:
+    model, x = writing(write), noise(3, 8)
+    net = pf.adapt(model, {"g": LoRA(2)})
+    a, before = random(net), held(model)
+    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x)):
+        with pytest.raises(RuntimeError, match=r"g\.weight: .*write"):
+            run()
+    unchanged(held(model), before)
+
+
+def test_a_forward_that_reads_an_adapted_weight_through_data_or_detach_reads_the_adapted_value() -> None:
+    model, x = Net(lambda m, x: x @ m.f.weight.data.t() + F.linear(x, m.f.weight.detach().clone().mul_(2))), noise(3, 8)
+    net = pf.adapt(model, {"f.weight": LoRA(2)})
+    a = random(net)
+    close(net.apply(a, x), 3 * F.linear(x, net.merge(a)["f.weight"]))
+    with torch.no_grad():
+        close(net.apply(a, x).add_(0), 3 * F.linear(x, net.merge(a)["f.weight"]))
+    close(pf.as_module(net, a)(x), net.apply(a, x))
+
+
+def test_a_write_that_cannot_be_foreseen_is_told() -> None:
     def clamped(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
-            m.g.weight.clamp_(-0.01, 0.01)
+            torch.clamp_(m.g.weight, -0.01, 0.01)
         return m.f(x) + m.g(x)
 
     model = Net(clamped)
@@ -205,6 +384,59 @@ def test_a_forward_that_writes_its_own_weight_is_told() -> None:
     copies = {"g.weight": model.g.weight.detach().clone()}
     net.apply(net.init(), noise(3, 8), params=copies)  # the cure that the error names
     assert same_state(before, state(model))
+
+
+class _Tying(nn.Module):
+    """Ties by assignment, as some models do to survive a move to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.head.weight = self.embed.weight
+        out: Tensor = self.head(self.mid(self.embed(ids)))
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["first tied in the call", "tied already"])
+@pytest.mark.parametrize("rule", ["mid", "embed", "head", "embed|head"])
+def test_a_forward_that_ties_by_assignment_is_right_or_told(rule: str, tied: bool) -> None:
+    model, x = _Tying(), ids() % 10
+    if tied:
+        model(x)
+    net = pf.adapt(model, {rule: LoRA(2)})
+    a, before = random(net), held(model)
+    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x)):
+        if rule == "mid":
+            plain = copy.deepcopy(model)
+            plain.load_state_dict(net.merge(a))
+            close(run(), plain(x))
+        else:
+            with pytest.raises((RuntimeError, TypeError), match=r"(embed|head)\.weight.* (forward|when the model)"):
+                run()
+        unchanged(held(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_forward_that_moves_a_layer_to_a_dtype(dtype: torch.dtype) -> None:
+    """Routers do: `self.layer = self.layer.to(torch.float32)`."""
+
+    def routed(m: Any, x: Tensor) -> Tensor:
+        m.f, m.g = m.f.to(dtype), m.g.to(dtype)
+        return m.g(m.f(x.to(dtype)))
+
+    for rules in ({"f": LoRA(2)}, {"f|g": DoRA(2)}):
+        model, x = Net(routed), noise(3, 8)
+        net = pf.adapt(model, rules)
+        a, before = random(net), held(model)
+        plain = copy.deepcopy(model)
+        plain.load_state_dict(net.merge(a))
+        want = plain(x)
+        close(net.apply(a, x), want)
+        assert net.apply(a, x).dtype == dtype
+        close(pf.as_module(net, a)(x), want)
+        unchanged(held(model), before)
 
 
 def test_an_exception_inside_forward_leaves_everything_usable() -> None:

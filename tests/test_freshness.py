@@ -33,6 +33,7 @@ def fresh() -> nn.Module:
     model.register_buffer("extra", torch.ones(8))
     model.hidden = [nn.Linear(8, 8)]  # a module its owner keeps from the parameters
     model.norm.running_mean.copy_(noise(8))
+    model.drop.register_forward_hook(lambda m, x, y: 2 * y)
     return model.eval()
 
 
@@ -107,6 +108,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a submodule of a list": lambda m: m.blocks.__setitem__(1, nn.ReLU()),
     "a layer appended": appended,
     "hooks": hook,
+    "hooks taken off": lambda m: m.drop._forward_hooks.clear(),
+    "hooks replaced": lambda m: setattr(m.drop, "_forward_hooks", {0: lambda m, x, y: 5 * y}),
     "a parametrization": weight_normed,
     "a forward on the instance": patched,
     "the forward function": lambda m: setattr(m, "body", lambda m, x: m.f(x)),

@@ -277,6 +277,70 @@ def test_loading_another_base_s_state_leaves_the_base_and_the_net_alone() -> Non
         m.load_state_dict({}, strict=True)
 
 
+def test_a_module_with_a_copied_base_can_be_averaged_into() -> None:
+    """What an EMA or a target network does, to all parameters; tied ones stay tied."""
+    model = by_name["tied"].build()
+    net = pf.adapt(model, {"mid": LoRA(2)})
+    a, before, x = random(net), state(model), by_name["tied"].inputs(2)[0][0]
+    policy, target = pf.as_module(net, a), pf.as_module(net, random(net, 2), copy_base=True)
+    same(target(x), net.apply(random(net, 2), x))
+    assert target.embed.weight is target.head.weight
+    assert {p.data_ptr() for p in target.parameters()}.isdisjoint(p.data_ptr() for p in policy.parameters())
+    with torch.no_grad():
+        for t, p in zip(target.parameters(), policy.parameters(), strict=True):
+            t.data.mul_(0).add_(p.data, alpha=2)
+    assert same_state(before, state(model))
+    same(policy(x), net.apply(a, x))
+    same(target.embed.weight, 2 * model.embed.weight)
+    with pytest.raises(ValueError, match="give an adapter"):
+        pf.as_module(net, copy_base=True)
+
+
+def test_a_base_that_was_resized_is_told_wherever_its_weights_are_read() -> None:
+    _, model, net = llama()
+    a = net.init()
+    model.resize_token_embeddings(model.config.vocab_size + 4, mean_resizing=False)
+    for read in (
+        net.delta,
+        net.bias_deltas,
+        net.merge,
+        net.prepare,
+        lambda a: net.init(),
+        lambda a: pf.as_module(net, a),
+    ):
+        with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: .*Call adapt again"):
+            read(a)
+
+
+class _Wrapped(nn.Module):
+    """As a trainer's module has a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("way", ["wrapper", "layer", "adapted layer", "copy", "pickle"])
+def test_no_way_of_loading_writes_the_base(way: str) -> None:
+    models = [by_name["convs"].build() for _ in range(2)]
+    for p in [*models[1].parameters(), *models[1].buffers()]:
+        p.data.mul_(2)
+    nets = [pf.adapt(model, {"one": LoRA(2), "bn1": Full(), "two": VBLoRA(2, vectors=3, length=2)}) for model in models]
+    m, other = (pf.as_module(net, random(net, s)) for s, net in enumerate(nets))
+    before, x, layer = [p.detach().clone() for p in models[0].parameters()], noise(3, 4, 12), "two"
+    if way in ("copy", "pickle"):
+        m = copy.deepcopy(m) if way == "copy" else pickle.loads(pickle.dumps(m))
+    if way in ("wrapper", "copy", "pickle"):
+        _Wrapped(m).load_state_dict(_Wrapped(other).state_dict())
+        same(m.eval()(x), other.eval()(x))
+    else:
+        layer = "one" if way == "adapted layer" else next(n for n, c in m.named_children() if n not in ("one", "two"))
+        m.get_submodule(layer).load_state_dict(other.get_submodule(layer).state_dict())
+        for name, t in m.get_submodule(layer).state_dict().items():
+            same(t, other.get_submodule(layer).state_dict()[name])
+    assert all(torch.equal(p, was) for p, was in zip(models[0].parameters(), before, strict=True))
+
+
 def test_state_dict_names() -> None:
     model = by_name["mlp"].build()
     net = pf.adapt(model, {"0.weight": LoRA(2), "2.weight": VBLoRA(2, vectors=3, length=2)})

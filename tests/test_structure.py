@@ -82,6 +82,29 @@ def test_functions_over_anything_else_are_kept() -> None:
     assert later is None
 
 
+@pytest.mark.parametrize("part", ["layer", "model"])
+def test_a_model_compiled_in_place_is_adapted_as_it_is_without(part: str) -> None:
+    model, x = Net(lambda m, x: m.g(m.f(x))), torch.ones(2, 8)
+    (model.f if part == "layer" else model).compile(backend="eager")
+    model(x)
+    net = pf.adapt(model, {"f": LoRA(2)})
+    a = random(net)
+    want = model.g(F.linear(x, net.merge(a)["f.weight"], model.f.bias))
+    close(net.apply(a, x), want)
+    close(pf.as_module(net, a)(x), want)
+    model.g.compile(backend="eager")
+    close(net.apply(a, x), want)
+
+
+def test_a_wrapper_by_torch_compile_is_refused_with_its_cure() -> None:
+    model = Net(lambda m, x: m.f(x))
+    for wrapped in (torch.compile(model, backend="eager"), nn.Sequential(torch.compile(model, backend="eager"))):
+        with pytest.raises(
+            TypeError, match=r"torch\.compile made a wrapper around a Net .*_orig_mod.*torch\.compile\(net"
+        ):
+            pf.adapt(wrapped, {"f": LoRA(2)})
+
+
 def test_a_net_made_in_inference_mode_trains_later() -> None:
     """Its constants (VeRA's projections) are saved for backward, which tensors of that mode cannot be."""
     with torch.inference_mode():

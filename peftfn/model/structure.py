@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 
+from peftfn.tensors.lent import written_by
 from peftfn.tensors.quantised import held, share
 
-STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"}
+STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}
 
 
 def is_plain(value: Any) -> bool:
@@ -48,6 +50,13 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
             functions.append((where, key, value))
 
     def scan(module: nn.Module) -> None:
+        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            raise TypeError(
+                f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
+                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
+                "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
+                "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
+            )
         for key, value in vars(module).items():
             if key not in STANDARD:
                 look(value, module, key)
@@ -97,19 +106,26 @@ _EMPTY = types.CellType()  # of a name that has no value yet
 def copy_structure(
     model: nn.Module, modules: list[nn.Module], aliases: dict[int, Any]
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """A copy of the structure, and the copy of each of `modules`. Tensors, hooks and settings are not copied.
+    """A copy of the structure, and the copy of each of `modules`. Tensors and settings are not copied.
+
+    The copy has the model's hooks in dictionaries of its own: a forward may install hooks (transformers does when it
+    is first asked for hidden states), and these must not come to stand in the model.
 
     aliases: id of an object → what takes its place in the copy.
     """
     keep: list[Any] = []
     for module in modules:
         keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        keep += [v for k, v in vars(module).items() if is_plain(v) or k.endswith(_HOOKS) or is_setting(v)]
+        keep += [v for v in vars(module).values() if is_plain(v) or is_setting(v)]
         keep += held(module)
-    memo = {id(value): value for value in keep} | aliases
+    own = {id(hooks): copy.copy(hooks) for module in modules for hooks in hooks_of(module)}
+    memo = {id(value): value for value in keep} | own | aliases
     try:
         root = copy.deepcopy(model, memo)
-        return root, [copy.deepcopy(m, memo) for m in modules]
+        copies = [copy.deepcopy(m, memo) for m in modules]
+        for hooks in own.values():
+            hooks.update({k: follow(hook, memo) for k, hook in hooks.items()})
+        return root, copies
     except Exception as e:
         raise TypeError(
             f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
@@ -117,30 +133,57 @@ def copy_structure(
         ) from e
 
 
-def lasting_copy(model: nn.Module) -> nn.Module:
+def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
     """A copy of the structure to be kept and changed: it shares the storage of the parameters, which do not require
-    gradients in it, and nothing else. Buffers, hooks and settings are its own; tied parameters stay tied.
+    gradients in it, and nothing else. Buffers, hooks and settings are its own, and so is a parameter that the model's
+    own forward writes to; tied parameters stay tied.
+
+    copy_base: whether all parameters have storage of their own.
     """
     modules, loose = reachable(model)
     tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
     aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
+    written = [m._parameters[k] for m in modules for k in written_by(m)]
+    for p in {id(p): p for p in (tensors if copy_base else written)}.values():
+        aliases[id(p)] = share(copy.deepcopy(p))
     for module in modules:
         for t in module._buffers.values():
             if t is not None and id(t) not in aliases:
                 aliases[id(t)] = t.detach().clone()
-        for key, value in vars(module).items():
+        for value in vars(module).values():
             if id(value) in aliases:
                 continue
             if is_plain(value):
                 aliases[id(value)] = value.detach().clone()
-            elif key.endswith(_HOOKS):
-                aliases[id(value)] = copy.copy(value)
             elif is_setting(value):
                 aliases[id(value)] = copy.deepcopy(value)
     return copy_structure(model, modules, aliases)[0]
 
 
-_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+HOOKS = tuple(k for k in STANDARD if k.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The module's dictionaries of hooks, in one order for all modules."""
+    attributes = vars(module)
+    return [attributes[k] for k in HOOKS if k in attributes]
+
+
+def follow(hook: Any, copies: dict[int, Any]) -> Any:
+    """The hook as a copy of the model has it: a module that it is bound to is the copied one. Other objects that it
+    reaches are the owner's, who may look there for what the hook wrote.
+
+    copies: id of a module → its copy.
+    """
+    if isinstance(hook, types.MethodType):
+        return types.MethodType(hook.__func__, copies.get(id(hook.__self__), hook.__self__))
+    if isinstance(hook, functools.partial):
+        args = (copies.get(id(v), v) for v in hook.args)
+        keywords = {k: copies.get(id(v), v) for k, v in hook.keywords.items()}
+        return functools.partial(follow(hook.func, copies), *args, **keywords)
+    if isinstance(hook, _WrappedHook) and hook.with_module:  # keeps a weak reference to its module
+        return _WrappedHook(hook.hook, copies.get(id(hook.module()), hook.module()))
+    return hook
 
 
 def is_setting(value: Any) -> bool:

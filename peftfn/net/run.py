@@ -65,9 +65,12 @@ class Runner:
                     gates = replace(gates, fixed=skeleton.identities())
                     if gates.size is not None and not torch.compiler.is_compiling():
                         mark(skeleton.tables, gates)
-                skeleton.fill(values(given, gates, skeleton.__getitem__, self.model.training))
+                made = values(given, gates, skeleton.__getitem__, self.model.training)
+                skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 out = call(*args, **kwargs)
+                if not torch.compiler.is_compiling():
+                    skeleton.check_in_place(made)
                 if gates is not None:
                     check_output(out)
             finally:

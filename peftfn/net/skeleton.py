@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
-from peftfn.model.structure import STANDARD, copy_structure, is_plain, is_setting, reachable
+from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
 from peftfn.slots.slot import OUTLIVED, Slot, plus
 from peftfn.slots.unrowed import tables
+from peftfn.tensors.lent import LOST, REPLACED, Lent, beneath, lend, written_by
 from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
@@ -56,7 +57,7 @@ class Skeleton:
                 raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
         adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
         own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
-        self.loose = [(p, p.detach()) for p in loose if id(p) not in adapted or id(p) in own]
+        self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
         aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
         aliases |= {id(p): _Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
         self.root, copies = copy_structure(self.base, modules, aliases)
@@ -91,6 +92,16 @@ class Skeleton:
             and (layer := owners.get(id(self.slots[name][0]))) is not None
             and runs_linear(layer)
         }
+        self.moved: set[tuple[int, str]] = set()
+        for _, s in self.pairs:
+            if s._parameters:
+                vars(s)["_apply"] = partial(self._move, s)
+        sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
+        self.constants = [p for p in self.parameters if (id(p[1]), p[2]) in sites]
+        self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
+        written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
+        self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
+        self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -119,8 +130,17 @@ class Skeleton:
         self.getters, self.dicts = zip(*watched, strict=True)
         self.children = [b._modules for b, _ in self.pairs]
         self.links = [(children, k, child) for children in self.children for k, child in children.items()]
-        self.named = [*self.children, *(d for b, _ in self.pairs for d in (b._parameters, b._buffers))]
-        self.initial = [(vars(s), dict(vars(s))) for _, s in self.pairs]
+        self.children += [s._modules for _, s in self.pairs]
+        tensors = [d for pair in self.pairs for m in pair for d in (m._parameters, m._buffers)]
+        self.named = [*self.children, *tensors]
+        ours: list[tuple[dict[str, Any], ...]] = [
+            (vars(s), s._modules, s._parameters, s._buffers) for _, s in self.pairs
+        ]
+        self.initial = [(d, dict(d)) for attributes, modules, _, _ in ours for d in (attributes, modules)]
+        self.places = [(d, list(d)) for _, _, *slots in ours for d in slots]
+        hooks = [(vars(m), k) for pair in self.pairs for m in pair for k in HOOKS if k in vars(m)]
+        self.unhooked = [d[k] for d, k in hooks if not d[k]]
+        self.hooked = [(d, k, dict(d[k])) for d, k in hooks if d[k]]
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
         held = [(d, k) for d, k in held if _is_container(d[k])]
         self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
@@ -141,10 +161,35 @@ class Skeleton:
             and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
         )
 
+    def _same_hooks(self) -> bool:
+        return not any(self.unhooked) and all(d[k] == was for d, k, was in self.hooked)
+
+    def _clear(self) -> None:
+        """Take away what a forward pass left behind in the skeleton."""
+        for ours, before in self.initial:
+            ours.clear()
+            ours.update(before)
+        for slots, names in self.places:
+            kept = {k: slots.get(k) for k in names}
+            slots.clear()
+            slots.update(kept)
+
+    # While compiling it runs as it is: the compiler does not guard hooks either.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _take_hooks(self) -> None:
+        copies = {id(b): s for b, s in self.pairs}
+        for b, s in self.pairs:
+            for theirs, ours in zip(hooks_of(b), hooks_of(s), strict=True):
+                now = {k: follow(hook, copies) for k, hook in theirs.items()}
+                if ours != now:
+                    ours.clear()
+                    ours.update(now)
+
     def refresh(self) -> None:
-        """Take over modes and plain attributes of the base; copy a base of changed structure anew."""
-        if torch.compiler.is_compiling():  # the reads are what the compiled code is guarded by
-            for b, s, names in self.flags:
+        """Take over modes, hooks and plain attributes of the base; copy a base of changed structure anew."""
+        if torch.compiler.is_compiling():
+            self._take_hooks()
+            for b, s, names in self.flags:  # the reads are what the compiled code is guarded by
                 for name in names:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
@@ -152,11 +197,9 @@ class Skeleton:
                 if children.get(key) is not child:
                     raise RuntimeError(f"the model's {key} is another module now. Call adapt again, and compile that.")
             return
-        if self._same_structure() and not any(map(operator.is_not, self._values(), self.seen)):
+        if self._same_structure() and self._same_hooks() and not any(map(operator.is_not, self._values(), self.seen)):
             return
-        for ours, before in self.initial:  # what a forward pass left behind
-            ours.clear()
-            ours.update(before)
+        self._clear()
         if not self._same_structure() or any(
             v is not old and v.__class__ not in _PLAIN for v, old in zip(self._values(), self.seen, strict=True)
         ):
@@ -164,6 +207,7 @@ class Skeleton:
             return
         for b, s in self.pairs:
             vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in _PLAIN})
+        self._take_hooks()
         self._watch()
 
     # A call: fill the slots, run, restore.
@@ -173,14 +217,42 @@ class Skeleton:
         if not torch.compiler.is_compiling():
             self.lock.acquire()
         before = self.snapshot()
-        for theirs, ours, k in self.parameters:
-            p = theirs[k]
-            ours[k] = p.detach() if p is not None and p.requires_grad else p
+        self.moved.clear()
+        for theirs, ours, k in self.constants:
+            ours[k] = _constant(theirs[k])
+        self._lend()
         for embedding in self.embeddings:
             if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
                 embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
+
+    def _lend(self) -> None:
+        """Fill the slots that no rule adapts: a call may write to what it has there. Tied slots hold one tensor."""
+        lent: dict[int, Any] = {}
+        for theirs, _, k in self.written_to:
+            p = theirs[k]
+            lent[id(p)] = None if p is None else p.detach().clone()
+        if torch.compiler.is_compiling():  # compiled code has plain tensors
+            for name in self.lost:
+                raise RuntimeError(LOST.format(name=name))
+            for theirs, ours, k in self.lendable:
+                p = theirs[k]
+                ours[k] = lent[id(p)] if id(p) in lent else _constant(p)
+            return
+        parameter, kind, others = nn.Parameter, Lent, []
+        with beneath():
+            for theirs, ours, k in self.lendable:
+                p = theirs[k]
+                held = lent.get(id(p))
+                if held is not None:
+                    ours[k] = held
+                elif type(p) is parameter:
+                    ours[k] = lent[id(p)] = lend(kind, p)
+                else:
+                    others.append((ours, k, p))
+        for ours, k, p in others:
+            ours[k] = _constant(p)
 
     def close(self, before: Held) -> None:
         self.restore(before)
@@ -216,6 +288,30 @@ class Skeleton:
             if direct and name in self.lanes and isinstance(value, Slot):
                 value.held = slots
                 self.lanes[name]["forward"] = value.forward
+
+    def check_in_place(self, values: Mapping[str, Any]) -> None:
+        """RuntimeError if the forward took one of `values` out of its slot, so that its adapter was not used."""
+        for name, value in values.items():
+            slots, k = self.slots[name]
+            if slots[k] is not value and (id(slots), k) not in self.moved:
+                raise RuntimeError(REPLACED.format(name=name))
+
+    def _move(self, module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        """`Module._apply`, which `.to(…)` is made of, for a forward that moves a layer (routers do, to fp32): what the
+        slots hold is moved, for the length of the call."""
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        tensors = [(d, k) for d in (module._parameters, module._buffers) for k, t in d.items() if t is not None]
+        for slots, k in tensors:
+            held: Any = slots[k]
+            if isinstance(held, Slot):
+                like = torch.empty(0, dtype=held.dtype, device=held.device)
+                moved = fn(like)
+                if (moved.dtype, moved.device) == (like.dtype, like.device):
+                    continue
+                self.moved.add((id(slots), k))
+            slots[k] = fn(held)
+        return module
 
     def names(self, name: str) -> list[str]:
         """Every name of the slot `name`: a shared submodule has several."""
@@ -301,6 +397,10 @@ class Skeleton:
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around a checkpointed forward pass, and around its recomputation."""
         return nullcontext(), self._holding(self.snapshot())
+
+
+def _constant(p: Any) -> Any:
+    return p.detach() if p is not None and p.requires_grad else p
 
 
 def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:

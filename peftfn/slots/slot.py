@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from peftfn.core.method import LINEAR
 from peftfn.core.plan import Entry
+from peftfn.tensors.lent import LOST
 from peftfn.tensors.operand import Operand
 from peftfn.tensors.transform import autocast, backward_task, in_function
 
@@ -23,6 +24,7 @@ OUTLIVED = (
     "follows, give the model's own torch.utils.checkpoint use_reentrant=False and context_fn=net.checkpoint_context, "
     "or wrap the whole of net.apply in torch.utils.checkpoint."
 )
+FIXED = "no forward can give to another layer: tie the weights when the model is made, or leave this site out"
 
 
 class Slot(Operand):
@@ -67,6 +69,17 @@ class Slot(Operand):
         bias = self.held["bias"]
         return self.linear(x, bias) if isinstance(x, Tensor) else F.linear(x, self, bias)  # which says what is wrong
 
+    @property
+    def data(self) -> Any:
+        return self.attribute("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise RuntimeError(LOST.format(name=self.name))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(LOST.format(name=self.name))
+
     # Every reading of the value passes `check`: here, in `__torch_function__`, or in an operator.
 
     @classmethod
@@ -78,6 +91,8 @@ class Slot(Operand):
         return cls.call(func, args, kwargs or {}) if out is NotImplemented else out
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__qualname__":  # what torch calls this where it refuses it as a parameter
+            return f"{type(self).__name__} at {self.name}, which {FIXED}"
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         if not torch.compiler.is_compiling():

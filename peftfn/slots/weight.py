@@ -11,6 +11,7 @@ from peftfn.core.plan import Entry
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.slots.slot import Slot, check, plus
+from peftfn.tensors.lent import Computed
 from peftfn.tensors.operand import Operand, dense
 from peftfn.tensors.precision import cast, operand_dtype, wide
 from peftfn.tensors.transform import exactly, in_function, moment
@@ -35,7 +36,12 @@ class AdaptedWeight(Slot):
             check((self,), None)
         low, w, bias = self.low, self.w, self.held["bias"]
         # the common case in the fewest steps: a low-rank change of a plain matrix, and one dtype
-        alike = low is not None and isinstance(x, Tensor) and x.dtype is w.dtype is low.down.dtype and not isinstance(bias, Operand)
+        alike = (
+            low is not None
+            and isinstance(x, Tensor)
+            and x.dtype is w.dtype is low.down.dtype
+            and not isinstance(bias, Operand)
+        )
         if low is None or not alike or torch._C._is_any_autocast_enabled():
             return super().forward(x)
         m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
@@ -106,7 +112,8 @@ class AdaptedWeight(Slot):
 
     def attribute(self, name: str) -> Any:
         self._refuse_write(name)
-        return super().attribute(name)
+        value = self.dense()
+        return getattr(Computed.of(value, self.name) if name in ("data", "detach") else value, name)
 
     def _refuse_write(self, function: str) -> None:
         if function.endswith("_") and not function.endswith("__"):
@@ -118,7 +125,8 @@ class AdaptedWeight(Slot):
     def item_at(self, index: Any) -> Any:
         if self.entry.site.stacked and _picks_one(index):
             return _Expert(self, index)
-        return self.dense()[dense(index)]
+        value = self.dense()[dense(index)]
+        return value if torch.is_grad_enabled() else Computed.of(value, self.name)  # where a forward could write to it
 
     def __repr__(self) -> str:
         return f"AdaptedWeight({self.name} {list(self.w.shape)}, {self.method})"

@@ -24,7 +24,9 @@ from peftfn.view.view import Leaf, View, build, grown, leaf_at, owner
 DEFAULT = "default"
 
 
-def as_module(net: Adapted, adapter: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
+def as_module(
+    net: Adapted, adapter: Mapping[str, Any] | None = None, /, *, copy_base: bool = False, **named: Any
+) -> Any:
     """The adapted model as an `nn.Module` of the model's own class: isinstance, generate, config, signature.
 
     It shares the storage of the base's parameters, which do not require gradients in it. The leaves are parameters of
@@ -34,10 +36,14 @@ def as_module(net: Adapted, adapter: Mapping[str, Any] | None = None, /, **named
     Two names of one tied tensor are two sites, as in `adapt`: an adapted embedding leaves the head it is tied to as it
     is, unless a rule takes both.
 
+    Whoever writes to the module's base parameters writes to the base, and so to every other module made of it. Tools
+    that average all parameters do: an EMA, a target or reference network. Give such a module `copy_base=True`.
+
     Args:
         adapter: what stands in the module; its name there is "default".
         named: in its place, several by name: an adapter of `net`, or a pair (another net of the same model, its
             adapter). The first is in force until `use` says otherwise.
+        copy_base: whether the module has parameters of its own, which nobody shares, for the memory of a second base.
 
     Returns:
         The module, with two methods more than the model has:
@@ -45,8 +51,9 @@ def as_module(net: Adapted, adapter: Mapping[str, Any] | None = None, /, **named
         `m.checkpoint_context`: `context_fn` for a torch.utils.checkpoint of your own.
 
     Raises:
-        ValueError: no adapter, a name that cannot be one, a net of another model or of such a module, or a
-            layer that cannot hold an adapter: parametrized already, or with weights that a hook puts there.
+        ValueError: no adapter, a name that cannot be one, a net of another model, of such a module, or of a model whose
+            parameters have other shapes now, or a layer that cannot hold an adapter: parametrized already, or with
+            weights that a hook puts there.
         TypeError: the model cannot be copied.
     """
     if (adapter is None) == (not named):
@@ -64,9 +71,10 @@ def as_module(net: Adapted, adapter: Mapping[str, Any] | None = None, /, **named
         if other.model is not net.model:
             raise ValueError(f"as_module: the net of {name!r} adapts another model; call adapt on this one")
         other.plan.check(a)
+        other._weights()
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
-    return build(lasting_copy(net.model), {name: (other.plan, a) for name, (other, a) in given.items()})
+    return build(lasting_copy(net.model, copy_base), {name: (other.plan, a) for name, (other, a) in given.items()})
 
 
 def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:

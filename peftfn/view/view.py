@@ -19,6 +19,7 @@ from peftfn.model.names import near
 from peftfn.model.site import Site
 from peftfn.slots.slot import plus
 from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Reader, quantised
 from peftfn.tensors.transform import backward_task
 
@@ -182,20 +183,25 @@ class View:
         finally:
             choice.name, choice.pinned = before
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Like any module's. Where the base has other values than those given, they are loaded into storage of this
-        module's own: the base keeps what it has. ValueError while an adapter is offloaded to meta."""
-        module: Any = self
-        refuse_empty(module, "load_state_dict")
-        for name, t in chain(module.named_parameters(), module.named_buffers()):
-            given = state_dict.get(name)
-            if not t.requires_grad and type(t.data) is Tensor and given is not None and not _equal(t, given):
-                t.data = t.data.clone()
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
-
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is in force now."""
         return nullcontext(), self.use(self._peftfn.choice.name)
+
+
+def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a layer loads its part of a state, however that came to it, from a wrapper around the view, say: where
+    the base has other values than those given, they go to storage of the layer's own. The base keeps what it has.
+    ValueError while an adapter of the view is offloaded to meta.
+    """
+    ours: set[str] = set()
+    if isinstance(module, View):
+        refuse_empty(module, "load_state_dict")
+        ours = {name for banks in module._peftfn.banks.values() for paths in banks.values() for _, name in paths}
+    for name, t in chain(module._parameters.items(), module._buffers.items()):
+        given = state_dict.get(prefix + name)
+        if name in ours or t is None or type(t.data) is not Tensor or given is None or _equal(t, given):
+            continue
+        t.data = t.data.clone()
 
 
 def refuse_empty(view: Any, what: str) -> None:
@@ -307,7 +313,11 @@ def _slot(name: str) -> type:
             value = parametrization.forward(value)
         return value
 
-    return type(f"_{name}", (), {name: property(get)})
+    def refuse(self: nn.Module, value: Any) -> None:
+        held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        raise RuntimeError(REPLACED.format(name=getattr(held[0], "site", name)))
+
+    return type(f"_{name}", (), {name: property(get, refuse)})
 
 
 @cache
@@ -320,7 +330,14 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
             state = state | {"_flat_weights": [torch.empty(0) for _ in state["_flat_weights"]]}
         return _empty, (cls, names, view), state, *items
 
+    def register_parameter(self: nn.Module, name: str, param: Any) -> None:
+        if name in names and name not in self._parameters:
+            setattr(self, name, None)
+        super(made, self).register_parameter(name, param)
+
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
+    if names:
+        body["register_parameter"] = register_parameter  # what assigning a parameter does
     if view:
         body["__qualname__"] = cls.__qualname__
         if hasattr(cls, "_set_gradient_checkpointing"):
@@ -400,6 +417,9 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         for name, (plan, _) in given.items()
     }
     model._peftfn = _State(kept, banks, choice, set())
+    for module in model.modules():
+        if not isinstance(module, Leaf):  # whose tensors are the view's own
+            module.register_load_state_dict_pre_hook(_unshare)
     _wrap_checkpoints(model)
     return model
 
