@@ -39,6 +39,13 @@ def current(entry: Entry, w: Any) -> Any:
     return w
 
 
+def checked(plan: Plan, weights: Weights) -> Weights:
+    """The weights. ValueError if one that the plan adapts has another shape than it had in `adapt`."""
+    for name, entry in plan.items():
+        current(entry, weights.get(name))
+    return weights
+
+
 def bank_of(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
     """The trainable tensors that the sites of the entry's rule share."""
     return adapter[entry.bank] if entry.bank else {}

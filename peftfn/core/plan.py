@@ -94,9 +94,13 @@ class Entry:
     def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
         """Everything the method has at this site, in fp32 or better."""
         dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
-        if self.plain and not bank and all(t.dtype is dtype for t in leaf.values()):
-            return leaf  # type: ignore[return-value]
-        p = {**self.frozen, **bank, **leaf}
+        p: Any = leaf if self.plain and not bank else {**self.frozen, **bank, **leaf}
+        for t in p.values():
+            if t.dtype is not dtype:
+                break
+        else:
+            return p  # type: ignore[no-any-return]
+        p = dict(p)
         for k, t in p.items():
             if t.dtype != dtype and t.is_floating_point():
                 p[k] = t.to(dtype)

@@ -52,15 +52,12 @@ class Adapted:
         return f"adapt({type(self.model).__name__}, {{{rules}}})  # {len(self.plan)} sites"
 
     @property
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> Mapping[str, Any]:
         """The base's parameters as they are now, every name of each, as constants.
 
         Raises ValueError if an adapted one has another shape than it had in `adapt`.
         """
-        weights = parameters(self.model)
-        for name, entry in self.plan.items():
-            functions.current(entry, weights.get(name))
-        return weights
+        return functions.checked(self.plan, parameters(self.model))
 
     def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """A fresh adapter: {site: {name: tensor}}, each on its weight's device.

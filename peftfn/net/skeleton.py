@@ -102,6 +102,7 @@ class Skeleton:
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
         self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
+        self.idle = self.snapshot()
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
                 vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
@@ -149,8 +150,8 @@ class Skeleton:
         self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
 
     def _values(self) -> Iterator[Any]:
-        yield from chain.from_iterable(map(operator.call, self.getters, self.dicts))
-        yield from chain.from_iterable(map(dict.values, self.children))
+        attributes = chain.from_iterable(map(operator.call, self.getters, self.dicts))
+        return chain(attributes, chain.from_iterable(map(dict.values, self.children)))
 
     def _same_structure(self) -> bool:
         return (
@@ -216,10 +217,11 @@ class Skeleton:
         """Fill every slot from the base, and tell what they held. Parameters come detached: the base is no input."""
         if not torch.compiler.is_compiling():
             self.lock.acquire()
-        before = self.snapshot()
+        before = self.snapshot() if torch.compiler.is_compiling() else self.idle
         self.moved.clear()
         for theirs, ours, k in self.constants:
-            ours[k] = _constant(theirs[k])
+            p = theirs[k]
+            ours[k] = p.detach() if p is not None and p.requires_grad else p
         self._lend()
         for embedding in self.embeddings:
             if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
@@ -304,12 +306,13 @@ class Skeleton:
         tensors = [(d, k) for d in (module._parameters, module._buffers) for k, t in d.items() if t is not None]
         for slots, k in tensors:
             held: Any = slots[k]
-            if isinstance(held, Slot):
+            if isinstance(held, Slot):  # a tensor takes its place then, so the layer runs as it always does
                 like = torch.empty(0, dtype=held.dtype, device=held.device)
                 moved = fn(like)
                 if (moved.dtype, moved.device) == (like.dtype, like.device):
                     continue
                 self.moved.add((id(slots), k))
+                vars(module).pop("forward", None)
             slots[k] = fn(held)
         return module
 
@@ -351,10 +354,10 @@ class Skeleton:
         for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):
             ours[k] = value
         for lane, forward in zip(self.lanes.values(), forwards, strict=True):
-            if forward is not None:
-                lane["forward"] = forward
-            else:
+            if forward is None:
                 lane.pop("forward", None)
+            else:
+                lane["forward"] = forward
 
     def _fill_buffers(self) -> None:
         """A copy of each buffer. One of integers (a mask, positions) is copied again only when it was written to; for

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from peftfn.core import functions
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.names import near
 from peftfn.model.structure import lasting_copy
 from peftfn.net.net import Adapted
+from peftfn.tensors.quantised import parameters
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
 from peftfn.view.view import Leaf, View, build, grown, leaf_at, owner
@@ -71,7 +73,7 @@ def as_module(
         if other.model is not net.model:
             raise ValueError(f"as_module: the net of {name!r} adapts another model; call adapt on this one")
         other.plan.check(a)
-        other._weights()
+        functions.checked(other.plan, parameters(net.model))
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
     return build(lasting_copy(net.model, copy_base), {name: (other.plan, a) for name, (other, a) in given.items()})
