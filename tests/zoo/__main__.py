@@ -18,7 +18,7 @@ import transformers
 from . import known
 from .build import kinds
 from .families import CHOSEN
-from .outcome import NOT_APPLICABLE
+from .outcome import HOLDS, NOT_APPLICABLE
 from .sweep import Record, record, sweep
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "zoo.json"
@@ -36,22 +36,21 @@ def versions() -> dict[str, str]:
 
 
 def write_results(records: list[Record], path: Path) -> None:
-    """Which hold and what became of each check; "holds" is left out."""
-    built = [r for r in records if not r.unbuilt]
-    rows = [
-        {
-            **{"kind": r.kind, "model": r.model, "holds": r.holds, "seconds": r.seconds},
-            "checks": {n: asdict(o) for n, o in r.checks.items() if o.status not in ("holds", NOT_APPLICABLE)},
-        }
-        for r in built
-    ]
+    """The file with these records in it: which hold, and what became of the checks that do not hold."""
+    old = json.loads(path.read_text()) if path.exists() else {"architectures": {}, "not_built": {}}
+    seen = {r.kind for r in records}
+    rows = {k: v for k, v in old["architectures"].items() if k not in seen}
+    unbuilt = {k: v for k, v in old["not_built"].items() if k not in seen}
+    for r in records:
+        if r.unbuilt:
+            unbuilt[r.kind] = r.unbuilt
+        else:
+            checks = {n: asdict(o) for n, o in r.checks.items() if o.status not in (HOLDS, NOT_APPLICABLE)}
+            rows[r.kind] = {"model": r.model, "holds": r.holds, "seconds": r.seconds, "checks": checks}
     out = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "hold": sum(r.holds for r in built),
-        "built": len(built),
-        "architectures": rows,
-        "not_built": {r.kind: r.unbuilt for r in records if r.unbuilt},
+        **{"date": datetime.now(UTC).strftime("%Y-%m-%d"), "versions": versions()},
+        **{"hold": sum(row["holds"] for row in rows.values()), "built": len(rows)},
+        **{"architectures": dict(sorted(rows.items())), "not_built": dict(sorted(unbuilt.items()))},
     }
     path.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n")
 
@@ -76,11 +75,9 @@ def main() -> int:
             if o.write:  # each time, so that a run that is cut short is not lost
                 listed = known.updated(listed, r.kind, r.checks)
                 known.write(listed)
-    records.sort(key=lambda r: r.kind)
     if not o.write:
         print(*complaints, sep="\n")
-    if not o.kinds:
-        write_results(records, RESULTS)
+    write_results(records, RESULTS)
     built = [r for r in records if not r.unbuilt]
     print(f"{sum(r.holds for r in built)} of {len(built)} hold; {len(records) - len(built)} could not be built")
     return bool(complaints) and not o.write

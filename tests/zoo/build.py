@@ -17,7 +17,8 @@ from .shrink import small
 LARGEST = 32_000_000  # parameters
 HEADS = (
     *("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "CAUSAL_LM", "MASKED_LM", "CTC"),
-    *("TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM", "OBJECT_DETECTION", "IMAGE_CLASSIFICATION"),
+    *("TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM", "OBJECT_DETECTION", "ZERO_SHOT_IMAGE_CLASSIFICATION"),
+    "IMAGE_CLASSIFICATION",
     *("SEMANTIC_SEGMENTATION", "MASK_GENERATION", "UNIVERSAL_SEGMENTATION", "DEPTH_ESTIMATION"),
     *("ZERO_SHOT_OBJECT_DETECTION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION", "TIME_SERIES_PREDICTION"),
     "PRETRAINING",
@@ -30,7 +31,7 @@ class NoModel(Exception):
     """The kind cannot be built, or its outputs cannot be compared."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """One model in eval mode, which no check calls or adapts itself: each takes a copy."""
 

@@ -9,6 +9,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 import peftfn as pf
 from peftfn.view.module import parameters_of
@@ -55,7 +57,7 @@ def adapted(s: Subject) -> pf.Adapted:
     try:
         return pf.adapt(model, pf.targets(model, METHOD, "all-linear"))
     except Exception:
-        return pf.adapt(model, {r"weight$": METHOD})
+        return pf.adapt(model, {r"weight(_[ih]h_l\d+)?$": METHOD})
 
 
 def drawn(net: pf.Adapted, seed: int) -> pf.Adapter:
@@ -189,6 +191,8 @@ def takes(model: nn.Module, name: str) -> bool:
 
 def adapts(s: Subject) -> None:
     """Rules for "all-linear" are found and accepted."""
+    if not any(isinstance(m, nn.Linear | Conv1D) for m in s.model.modules()):
+        raise NotApplicable("the model has no linear layer")
     model = copy.deepcopy(s.model)
     assert pf.adapt(model, pf.targets(model, METHOD, "all-linear")).plan
 
@@ -296,61 +300,73 @@ def one_row(out: Any, batch: Any) -> list[Tensor]:
     return [t for t, b in pairs if t.dim() and b.dim() and b.shape == (ROWS, *t.shape[1:])]
 
 
-def alone(s: Subject, net: pf.Adapted, many: Sequence[pf.Adapter], index: Sequence[int]) -> list[Any]:
-    """The output for each row by itself."""
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def base_rows(s: Subject) -> tuple[list[Any], str]:
+    """The base's output for each row by itself, and why a batch says nothing about its rows (empty: it does).
+
+    Raises:
+        NotApplicable: there are no rows, or the plain model does not take one by itself.
+    """
+    parts = parts_of(s)
+    with needed("one row by itself"):
+        model = copy.deepcopy(s.model)
+        base = [run(model, part) for part in parts]
+    net = adapted(s)
+    a = drawn(net, 2)
+    singles = [ours(net, a, part) for part in parts]
+    for out, each in ((run(copy.deepcopy(s.model), s.inputs), base), (ours(net, a, s.inputs), singles)):
+        rows = rows_of(out, tensors(each[0]))
+        if not rows[0]:
+            return base, "the output has no rows"
+        for row, single in zip(rows, each, strict=True):
+            if words := gap(row, one_row(single, out)):
+                return base, f"the base's rows depend on each other: {words}"
+    return base, ""
+
+
+def parts_of(s: Subject) -> list[Inputs]:
     if s.cut is None:
         raise NotApplicable("the inputs have no rows")
-    parts = [s.cut(s.inputs, i) for i in range(ROWS)]
-    with needed("one row by itself"):
-        base = [run(copy.deepcopy(s.model), part) for part in parts]
-    return [base[i] if k < 0 else ours(net, many[k], parts[i]) for i, k in enumerate(index)]
+    return [s.cut(s.inputs, i) for i in range(ROWS)]
 
 
-def independent(s: Subject, net: pf.Adapted, many: Sequence[pf.Adapter]) -> None:
-    """The base's rows, and one adapter's, do not depend on each other, and there are some."""
-    for index, out in (
-        ([-1] * ROWS, run(copy.deepcopy(s.model), s.inputs)),
-        ([1] * ROWS, ours(net, many[1], s.inputs)),
-    ):
-        singles = alone(s, net, many, index)
-        rows = rows_of(out, tensors(singles[0]))
-        if not rows[0]:
-            raise NotApplicable("the output has no rows")
-        for i, single in enumerate(singles):
-            if words := gap(rows[i], one_row(single, out)):
-                raise NotApplicable(f"the base's rows depend on each other: {words}")
+def alone(s: Subject, net: pf.Adapted, many: Sequence[pf.Adapter]) -> list[Any]:
+    """The output for each row by itself, under the adapter that INDEX gives it."""
+    base, words = base_rows(s)
+    if words:
+        raise NotApplicable(words)
+    return [
+        base[i] if k < 0 else ours(net, many[k], part)
+        for i, (k, part) in enumerate(zip(INDEX, parts_of(s), strict=True))
+    ]
 
 
 @torch.no_grad()
 def mixed_batch(s: Subject) -> None:
     """Row i of a mixed batch is what adapter index[i] gives for row i alone."""
-    if s.cut is None:
-        raise NotApplicable("the inputs have no rows")
+    parts_of(s)
     net = adapted(s)
     many = [drawn(net, seed) for seed in (1, 2)]
     out = seeded(lambda: net.mixed(pf.stack(many), INDEX, **s.inputs))
-    independent(s, net, many)
-    singles = alone(s, net, many, INDEX)
-    rows = rows_of(out, tensors(singles[0]))
-    for i, single in enumerate(singles):
-        same(rows[i], one_row(single, out), f"row {i}: ")
+    singles = alone(s, net, many)
+    for i, (row, single) in enumerate(zip(rows_of(out, tensors(singles[0])), singles, strict=True)):
+        same(row, one_row(single, out), f"row {i}: ")
 
 
 def mixed_gradient(s: Subject) -> None:
     """The gradient of a mixed batch is the sum of its rows' gradients."""
-    if s.cut is None:
-        raise NotApplicable("the inputs have no rows")
+    parts_of(s)
     net = adapted(s)
     many = [trainable(drawn(net, seed)) for seed in (1, 2)]
     both = {f"{i} {site}": leaf for i, a in enumerate(many) for site, leaf in a.items()}
     out = seeded(lambda: net.mixed(pf.stack(many), INDEX, **s.inputs))
-    with torch.no_grad():
-        independent(s, net, many)
-    singles = alone(s, net, many, INDEX)
+    singles = alone(s, net, many)
     rows = rows_of(out, tensors(singles[0]))
-    got = gradient(torch.stack([row_loss(rows[i], i) for i, k in enumerate(INDEX) if k >= 0]).sum(), both)
-    alone_loss = torch.stack([row_loss(one_row(singles[i], out), i) for i, k in enumerate(INDEX) if k >= 0]).sum()
-    same_gradient(got, gradient(alone_loss, both), 5e-4)
+    mine = [i for i, k in enumerate(INDEX) if k >= 0]
+    got = gradient(torch.stack([row_loss(rows[i], i) for i in mine]).sum(), both)
+    want = gradient(torch.stack([row_loss(one_row(singles[i], out), i) for i in mine]).sum(), both)
+    same_gradient(got, want, 5e-4)
 
 
 def row_loss(ts: Sequence[Tensor], i: int) -> Tensor:
@@ -389,13 +405,13 @@ def generation(s: Subject) -> None:
 def mixed_generation(s: Subject) -> None:
     """Row i of a mixed `generate` has the tokens that row has under its own adapter."""
     inputs, net = prompt(s), adapted(s)
-    if s.cut is None:
-        raise NotApplicable("the inputs have no rows")
+    parts_of(s)
     many = [drawn(net, seed) for seed in (1, 2)]
     single = [continued(with_weights(s.model, merged(net, a)), inputs) for a in many]
     single.append(continued(copy.deepcopy(s.model), inputs))
     got = sequences(seeded(lambda: net.mixed(pf.stack(many), INDEX, **inputs, **NEW_TOKENS, method="generate")))
-    independent(s, net, many)
+    if words := base_rows(s)[1]:
+        raise NotApplicable(words)
     if any(t.shape != got.shape or len(t) != ROWS for t in single):
         raise NotApplicable("what is generated has no rows, or other lengths")
     want = torch.stack([single[k][i] for i, k in enumerate(INDEX)])

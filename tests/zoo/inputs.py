@@ -173,9 +173,12 @@ def _pictures(model: nn.Module) -> Iterator[Inputs]:
 
 def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
     part = getattr(model.config, "audio_config", None) or model.config
-    bins = field(part, "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel") or 16
+    bins = (
+        field(part, "feature_projection_input_dim", "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel")
+        or 16
+    )
     if "input_features" in takes:
-        yield from ({"input_features": noise(ROWS, *s)} for s in ((bins, 64), (64, bins), (1, 64, bins)))
+        yield from ({"input_features": noise(ROWS, *s)} for s in ((bins, 64), (bins, 128), (64, bins), (1, 64, bins)))
     if "input_values" in takes:
         yield from ({"input_values": noise(ROWS, *s)} for s in ((1600,), (1, 1600), (64, bins)))
 

@@ -284,6 +284,12 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {**TWO, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "n_groups": 1, "state_size": 16, "chunk_size": 4},
+    **{
+        k: {"window_size": 4, "depths": [1, 1], "num_heads": [2, 4]}  # no map may be smaller than a window
+        for k in ("swin", "swinv2", "donut-swin", "maskformer-swin")
+    },
+    "wav2vec2-bert": {"vocab_size": 128},
+    "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 64},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "blip-2": {"image_token_index": IMAGE},
     "instructblip": {"image_token_index": IMAGE},
