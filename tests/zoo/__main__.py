@@ -70,14 +70,14 @@ def main() -> int:
     for r in sweep(o.kinds or list(dict.fromkeys([*CHOSEN, *kinds()])), o.workers, o.limit):
         records.append(r)
         print(r, flush=True)
+        write_results(records, RESULTS)  # each time, so that a run that is cut short is not lost
         if not r.unbuilt:
             complaints += known.complaints(r.kind, r.checks, listed)
-            if o.write:  # each time, so that a run that is cut short is not lost
+            if o.write:
                 listed = known.updated(listed, r.kind, r.checks)
                 known.write(listed)
     if not o.write:
         print(*complaints, sep="\n")
-    write_results(records, RESULTS)
     built = [r for r in records if not r.unbuilt]
     print(f"{sum(r.holds for r in built)} of {len(built)} hold; {len(records) - len(built)} could not be built")
     return bool(complaints) and not o.write
