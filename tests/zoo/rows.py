@@ -310,10 +310,21 @@ _FIELDS: dict[str, dict[str, Any]] = {
         **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
         "norm_rel_ebd": "layer_norm",
     },
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1},
     **{
         k: {"num_key_value_heads": 4}
         for k in (
-            *("deepseek_v3", "axk1", "axk2", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "mistral4"),
+            *(
+                "deepseek_v2",
+                "deepseek_v32",
+                "deepseek_v3",
+                "axk1",
+                "axk2",
+                "glm4_moe_lite",
+                "glm_moe_dsa",
+                "minicpm3",
+                "mistral4",
+            ),
             "mistral_large4_text",
         )
     },

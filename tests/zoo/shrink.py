@@ -59,7 +59,10 @@ def _small(cls: type[PreTrainedConfig], given: dict[str, Any], tokens: dict[str,
     for name in sorted(vars(usual)):
         if name.startswith("_") or name in KEPT:
             continue
-        value = getattr(usual, name, None)
+        try:
+            value = getattr(usual, name, None)
+        except Exception:  # one that each layer has its own value of
+            continue
         if isinstance(value, PreTrainedConfig):
             part = {k.removeprefix(f"{name}."): v for k, v in given.items() if k.startswith(f"{name}.")}
             fields[name] = _small(type(value), part, tokens)
