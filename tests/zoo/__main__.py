@@ -59,7 +59,7 @@ def main() -> int:
     p = argparse.ArgumentParser(prog="make zoo", description=__doc__)
     p.add_argument("kinds", nargs="*", help="those of transformers' model_type, or of rows.MADE; all if none is given")
     p.add_argument("--workers", type=int, default=1)
-    p.add_argument("--limit", type=int, default=90, help="seconds a kind")
+    p.add_argument("--limit", type=int, default=90, help="CPU seconds a kind")
     p.add_argument("--write", action="store_true", help="write known.json from what is seen")
     o = p.parse_args()
     transformers.logging.set_verbosity_error()

@@ -310,7 +310,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
         **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
         "norm_rel_ebd": "layer_norm",
     },
-    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1},
+    "deepseek_v2": {
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     **{
         k: {"num_key_value_heads": 4}
         for k in (
