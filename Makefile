@@ -6,16 +6,20 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint
+.PHONY: demo test zoo bench lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
-demo test: export OMP_WAIT_POLICY = PASSIVE
+demo test zoo: export OMP_WAIT_POLICY = PASSIVE
 
 demo: $(VENV)/ready
 	$(BIN)/peftfn demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
+
+# Every architecture that builds, tests/zoo: make zoo ZOO="llama bert", or ZOO=--write to list what fails today.
+zoo: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m zoo --workers 2 $(ZOO)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
