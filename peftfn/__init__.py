@@ -1,7 +1,7 @@
 """peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
 
 from peftfn.core.combine import Chain, add, chain, scale
-from peftfn.core.method import Method
+from peftfn.core.method import Method, Weight
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
@@ -39,6 +39,7 @@ __all__ = [
     "Nets",
     "Rng",
     "Site",
+    "Weight",
     "adapt",
     "adapter_of",
     "add",

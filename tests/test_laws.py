@@ -3,7 +3,7 @@
 import pytest
 
 import peftfn as pf
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Method, Weight, registry
 from peftfn.testing import LAWS, ONCE, LawBroken, check_law, check_method
 
 METHODS = [
@@ -60,7 +60,7 @@ class TestTheLawsFindFaults:
             check_method(type("_Broken", (Dense,), broken)(), laws=[law])
 
 
-class Dense(Method):
+class Dense(Weight):
     """W + A."""
 
     def init(self, rng, w):  # type: ignore[no-untyped-def]

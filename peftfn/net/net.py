@@ -341,7 +341,7 @@ class Adapted:
             new = adapted_bias(out[name], b) if rows is None else out[name].bias(b)
             if new is not None:
                 out[slot] = new
-            if rows is None and not out[name].method.changes_weight:
+            if rows is None and out[name].method.only_bias():
                 del out[name]
         return out
 

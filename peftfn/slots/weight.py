@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import LINEAR, Method, Product
+from peftfn.core.method import LINEAR, Product, Weight
 from peftfn.core.plan import Entry
 from peftfn.kernels import choose
 from peftfn.kernels.lora_fused import fused_linear
@@ -133,7 +133,7 @@ class AdaptedWeight(Slot):
 
     __slots__ = ("inside", "method", "p")
 
-    def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
+    def __init__(self, entry: Entry, method: Weight, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
         self.entry, self.method, self.p, self.w = entry, method, p, w
         self.task, self.inside = now or moment()
 
@@ -165,7 +165,7 @@ class AdaptedWeight(Slot):
         if low is None or not low.down.dim() == low.up.dim() == len(m.shape) == 2:
             return None
         inside = bias if isinstance(bias, Tensor) and bias.shape == m.shape[:1] else None
-        y = fused_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=inside, dropout=low.dropout)
+        y = fused_linear(x, m, low.down, low.up, low.scale, c=low.gain, bias=inside, dropout=low.dropout)
         return y if y is None or inside is not None else plus(y, bias)
 
     def _operands(self, dtype: torch.dtype) -> dict[str, Any]:

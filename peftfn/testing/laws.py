@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
-from peftfn.core.method import Method
+from peftfn.core.method import Weight
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
 from peftfn.testing.models import MODELS, Model
@@ -27,7 +27,7 @@ SITE = "layer.weight"
 class Case:
     """One method on one tiny model, with inputs and random leaves."""
 
-    method: Method
+    method: Weight
     model_name: str = "linear"
     seed: int = 0
     rows: int = 2
@@ -388,7 +388,7 @@ def values(c: Case) -> None:
     assert repr(m).startswith(f"{type(m).__name__}(")
     assert pickle.loads(pickle.dumps(m)) == m
     assert from_json(json.loads(json.dumps(to_json(m))), Path()) == m
-    assert {f.name for f in fields(m)}.isdisjoint(vars(Method)), "a field hides one of Method's functions"  # type: ignore[arg-type]
+    assert {f.name for f in fields(m)}.isdisjoint(vars(Weight)), "a field hides one of Weight's functions"  # type: ignore[arg-type]
 
 
 def algebra(c: Case) -> None:

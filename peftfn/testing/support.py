@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import peftfn as pf
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Weight, registry
 from peftfn.testing.laws import Case, many_by_row, merge_is_apply
 from peftfn.testing.models import MODELS, OUT
 
@@ -52,12 +52,14 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "methods.json"
 """What `python -m benchmarks methods` found; not part of an installed package."""
 
 
-def methods() -> list[type[Method]]:
+def methods() -> list[type[Weight]]:
     """The library's methods, by name."""
-    return [c for _, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods")]
+    return [
+        c for _, c in sorted(registry.items()) if issubclass(c, Weight) and c.__module__.startswith("peftfn.methods")
+    ]
 
 
-def meaning(cls: type[Method]) -> tuple[str, str]:
+def meaning(cls: type[Weight]) -> tuple[str, str]:
     """(formula, paper) from the docstrings: the first line of the class, and its first arXiv number."""
     doc = inspect.getdoc(cls) or ""
     formula = doc.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -65,7 +67,7 @@ def meaning(cls: type[Method]) -> tuple[str, str]:
     return formula, f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
 
 
-def size(cls: type[Method]) -> str:
+def size(cls: type[Weight]) -> str:
     """Trainable numbers with default hyper-parameters at one linear layer of SIZE², and in its bank."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(SIZE, SIZE))
@@ -78,7 +80,7 @@ def size(cls: type[Method]) -> str:
     return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
 
 
-def use(cls: type[Method]) -> tuple[str, str]:
+def use(cls: type[Weight]) -> tuple[str, str]:
     """(how many numbers a site trains, when to choose the method) from the docstring."""
     doc = " ".join((inspect.getdoc(cls) or "").split())
     found = re.search(r"Trains (.+?) numbers\. For: (.+?)\.(?: |$)", doc)
@@ -133,7 +135,7 @@ def times(path: Path = MEASURED) -> list[str]:
     return rows
 
 
-def cell(method: Method, model: str) -> str:
+def cell(method: Weight, model: str) -> str:
     """What works at one kind of site, found by trying: "·" not accepted, else letters.
 
     a: apply equals merge, or, where there is nothing to merge, applies; m: merge; x: mixed batch; l: to_lora.

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Start, Whole
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability, Start
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.rotation import _Blocks, cayley, turn
+from peftfn.methods.parts.rotation import _Blocks, blocks_read, blocks_written, cayley, turn
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,19 @@ class BOFT(_Blocks):
 
     peft = Peft(
         "BOFT",
-        names("r=boft_R s=boft_s"),
-        names("block_size=boft_block_size blocks=boft_block_num factors=boft_n_butterfly_factor dropout=boft_dropout"),
+        {"r": "boft_R", "s": "boft_s"},
+        {
+            "block_size": "boft_block_size",
+            "blocks": "boft_block_num",
+            "factors": "boft_n_butterfly_factor",
+            "dropout": "boft_dropout",
+        },
+        reads=blocks_read,
+        writes=blocks_written,
+        leaf_to=lambda m, p: {"boft_R": p["r"], "boft_s": p["s"][:, None]},
     )
 
-    factors: Whole = 1
+    factors: PositiveInt = 1
     dropout: Probability = 0.0
     init_weights: Start = "default"
 
@@ -85,9 +94,6 @@ class BOFT(_Blocks):
         blocks = torch.rand(d, device=q.device).argsort() < int(self.dropout * d)
         eye = torch.eye(h, dtype=q.dtype, device=q.device)
         return torch.where((factor[:, None] & blocks)[..., None, None], eye, q)
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"boft_R": p["r"], "boft_s": p["s"][:, None]}
 
 
 def _shuffle(x: Tensor, a: int, b: int, half: int) -> Tensor:

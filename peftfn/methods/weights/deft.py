@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Start, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import Positive, PositiveInt, Probability, Start
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class DEFT(Method):
+class DEFT(Weight):
     """W + left (s·R − rightᵀ W), with R [rank, in], and left, right [out, rank] made of one P [out, rank].
 
     "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", NeurIPS 2025; without R it is PaRa, Chen
@@ -40,11 +41,18 @@ class DEFT(Method):
 
     peft = Peft(
         "DEFT",
-        names("p=deft_P r=deft_R"),
-        names("rank=r decomposition=decomposition_method alpha para dropout=deft_dropout init_scale"),
+        {"p": "deft_P", "r": "deft_R"},
+        {
+            "rank": "r",
+            "decomposition": "decomposition_method",
+            "alpha": "alpha",
+            "para": "para",
+            "dropout": "deft_dropout",
+            "init_scale": "init_scale",
+        },
     )
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     decomposition: Literal["relu", "qr"] = "relu"
     alpha: Positive | None = None
     para: bool = False

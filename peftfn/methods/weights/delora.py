@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Start, Whole
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability, Start
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class DeLoRA(_LowRank):
+class DeLoRA(Factored):
     """W + (λ/rank) Σ_i b_i a_iᵀ / (‖b_i‖ ‖a_i‖) diag(n), with a_i the rows of A [rank, in], b_i the columns of B
     [out, rank], a trained λ [1], and the frozen norms n [in] of W's columns.
 
@@ -32,11 +33,11 @@ class DeLoRA(_LowRank):
 
     peft = Peft(
         "DELORA",
-        names("a=delora_A b=delora_B l=delora_lambda n=delora_w_norm"),
-        names("rank=r strength=delora_lambda dropout=module_dropout"),
+        {"a": "delora_A", "b": "delora_B", "l": "delora_lambda", "n": "delora_w_norm"},
+        {"rank": "r", "strength": "delora_lambda", "dropout": "module_dropout"},
     )
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     strength: float = 15.0
     dropout: Probability = 0.0
     init_weights: Start = "default"

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.core.fields import Positive, Whole, divides
-from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.fields import Positive, PositiveInt, divides
+from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.rotation import bounded, cayley, turn
 
 
 @dataclass(frozen=True)
-class DiagOFT(Method):
+class DiagOFT(Weight):
     """s ⊙ Rᵀ W: block i of the product y becomes s_i ⊙ y_i R_i, R_i = (I + Q_i)(I − Q_i)⁻¹, Q_i = B_i − B_iᵀ.
 
     LyCORIS' diag-oft (Yeh et al., 2023, arXiv:2309.14859), after Qiu et al., 2023, arXiv:2306.07280. Trained: the
@@ -27,7 +27,7 @@ class DiagOFT(Method):
 
     cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
 
-    block_size: Whole = 4
+    block_size: PositiveInt = 4
     constraint: Positive | None = None
     rescale: bool = False
 

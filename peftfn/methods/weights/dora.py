@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from peftfn.core.method import Leaf, LowRank, Product
 from peftfn.core.rng import Rng
 from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.methods.parts.variant import _Variant
-from peftfn.methods.weights.lora import LoRA
+from peftfn.methods.parts.lowrank import LORA
+from peftfn.methods.parts.variant import Variant
 
 
 @dataclass(frozen=True)
-class DoRA(LoRA):
+class DoRA(Variant):
     """m ⊙ (W + s·B A) / n, with n = ‖W + s·B A‖ row by row [out] and a trained magnitude m [out].
 
     Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.09353. The norm is a constant for the
@@ -38,10 +37,10 @@ class DoRA(LoRA):
     )
 
     peft = replace(
-        _Variant.peft, keys={**LoRA.peft.keys, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}
+        LORA, keys={**LORA.keys, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}
     )  # checkpoints name the magnitude without ".weight"
+    factors = ("a", "b")
 
-    lora_bias: ClassVar[bool] = False  # type: ignore[misc]
     attached: bool = False
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
@@ -78,7 +77,7 @@ class DoRA(LoRA):
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         low = super().low_rank(p)
-        return None if low is None else low._replace(rows=p["c"])
+        return None if low is None else low._replace(gain=p["c"])
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None

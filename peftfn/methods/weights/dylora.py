@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Whole, divides
+from peftfn.core.fields import PositiveInt, divides
 from peftfn.core.method import Leaf
-from peftfn.methods.parts.variant import _Variant
+from peftfn.methods.parts.variant import Drawn
 
 
 @dataclass(frozen=True)
-class DyLoRA(_Variant):
+class DyLoRA(Drawn):
     """W + s(r)·B[:, :r] A[:r], with A [rank, in], B [out, rank] and s(r) = alpha/r (alpha/√r with rslora). r is
     `active`; in train mode, any number of blocks up to that, drawn anew for every product.
 
@@ -34,11 +34,9 @@ class DyLoRA(_Variant):
     )
 
     in_eval = (("dropout", 0.0), ("random", False))
-    padding = None  # the scale depends on the active rank too
-    peft = None  # type: ignore[assignment]
 
-    block: Whole = 1
-    active: Whole | None = None
+    block: PositiveInt = 1
+    active: PositiveInt | None = None
     random: bool = True
 
     def __post_init__(self) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import STARTS, Start, Whole
-from peftfn.core.method import Cases, Leaf, Method, Peft, names
+from peftfn.core.fields import STARTS, PositiveInt, Start
+from peftfn.core.method import Cases, Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class FourierFT(Method):
+class FourierFT(Weight):
     """W + s·Re ifft2(S), S [out, in] zero but for n entries c [n] at random places (weights of a shape share them).
 
     Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
@@ -37,12 +38,12 @@ class FourierFT(Method):
 
     peft = Peft(
         "FOURIERFT",
-        names("c=fourierft_spectrum"),
-        names("n_frequency scaling seed=random_loc_seed init_weights"),
+        {"c": "fourierft_spectrum"},
+        {"n_frequency": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed", "init_weights": "init_weights"},
         {"init_weights": STARTS},
     )
 
-    n_frequency: Whole = 1000
+    n_frequency: PositiveInt = 1000
     scaling: float = 150.0
     seed: int = 777
     init_weights: Start = "default"

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.core.method import ALL, Leaf, Method
+from peftfn.core.method import ALL, Leaf, Weight
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class Full(Method):
+class Full(Weight):
     """W + D with D of the parameter's own shape, starting at zero: full fine-tuning of chosen parameters.
 
     On biases this is BitFit (Ben Zaken et al., 2021, arXiv:2106.10199), on norms LN-tuning (Zhao et al., 2023,

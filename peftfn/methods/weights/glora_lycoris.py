@@ -6,13 +6,13 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Whole
-from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.fields import Positive, PositiveInt
+from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class GLoRALycoris(Method):
+class GLoRALycoris(Weight):
     """W + s·(W A₁ A₂ + B₁ B₂): a low-rank change before the layer's own weight and one beside it.
 
     The form that LyCORIS calls glora (Yeh et al., 2023, arXiv:2309.14859). A₁ [in, rank], A₂ [rank, in], B₁ [out,
@@ -28,7 +28,7 @@ class GLoRALycoris(Method):
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
-    rank: Whole = 4
+    rank: PositiveInt = 4
     alpha: Positive | None = None
     rslora: bool = False
 

@@ -6,13 +6,14 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Method, Padding, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf, Padding, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class HiRA(Method):
+class HiRA(Weight):
     """W ⊙ (1 + B A), with A [rank, in] and B [out, rank]: a change of high rank, since W has one.
 
     Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025.
@@ -36,9 +37,9 @@ class HiRA(Method):
 
     padding = Padding()
 
-    peft = Peft("HIRA", names("a=hira_A b=hira_B"), names("rank=r dropout=hira_dropout"))
+    peft = Peft("HIRA", {"a": "hira_A", "b": "hira_B"}, {"rank": "r", "dropout": "hira_dropout"})
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     dropout: Probability = 0.0
     init_weights: Literal["default", "gaussian", "random"] = "default"
 

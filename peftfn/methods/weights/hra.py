@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole, at_most
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Start, at_most
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class HRA(Method):
+class HRA(Weight):
     """W H, H = Π_i (I − 2 û_i û_iᵀ) with û_i the normalised columns of u [in, rank], leftmost first.
 
     Yuan et al., "Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
@@ -37,9 +38,9 @@ class HRA(Method):
         {"rank": 2, "init_weights": "random"},
     )
 
-    peft = Peft("HRA", names("u=hra_u"), names("rank=r orthogonal=apply_GS"))
+    peft = Peft("HRA", {"u": "hra_u"}, {"rank": "r", "orthogonal": "apply_GS"})
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     orthogonal: bool = False
     init_weights: Start = "default"
 

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from peftfn.core.method import Leaf, Method
+from peftfn.core.method import Leaf, Weight
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr
@@ -14,7 +14,7 @@ from peftfn.methods.weights.lora import LoRA
 
 
 @dataclass(frozen=True)
-class InputDoRA(Method):
+class InputDoRA(Weight):
     """(W + Δ) ⊙ m / n, with Δ the change of another method, n = ‖W + Δ‖ column by column and a trained m [in].
 
     LyCORIS' weight_decompose with wd_on_output=False (Yeh et al., 2023, arXiv:2309.14859), which was its only one at
@@ -32,7 +32,7 @@ class InputDoRA(Method):
         {"of": LoKr(2, init_weights="random")},
     )
 
-    of: Method = field(default_factory=LoRA)
+    of: Weight = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         super().__post_init__()

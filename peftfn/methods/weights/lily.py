@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole
-from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.fields import PositiveInt, Start
+from peftfn.core.method import Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class Lily(Method):
+class Lily(Weight):
     """W x + s·(Σ_e π_e B_e) h with h = A x and π = softmax(R h), averaged over the tokens: the dimension before last.
 
     Zhong et al., "Low-Rank Interconnected Adaptation across Layers", 2024, arXiv:2407.09946. π depends on the input,
@@ -41,15 +42,16 @@ class Lily(Method):
 
     peft = Peft(
         "LILY",
-        names("a=lily_A.weight as=lily_A.weight b=lily_B.weight r=lily_router.weight"),
-        names("rank=r experts=num_B stride=stride_A scale=scaling"),
+        {"a": "lily_A.weight", "as": "lily_A.weight", "b": "lily_B.weight", "r": "lily_router.weight"},
+        {"rank": "r", "experts": "num_B", "stride": "stride_A", "scale": "scaling"},
         per_target=True,
         rows={"as": "block"},
+        leaf_to=lambda m, p: m.peft.named({"a": m.down(p), "b": p["b"].flatten(0, 1), "r": p["r"]}),
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     experts: int = 2
-    stride: Whole = 1
+    stride: PositiveInt = 1
     scale: float = 1.0
     init_weights: Start = "default"
 
@@ -77,15 +79,12 @@ class Lily(Method):
         return own | {"r": rng.kaiming(self.experts, self.rank)}
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        h = F.linear(x, self._a(p))
+        h = F.linear(x, self.down(p))
         weights = torch.softmax(F.linear(h, p["r"]), -1)
         if x.dim() > 1:
             weights = weights.mean(-2)
         b = (weights @ p["b"].flatten(1)).reshape(*weights.shape[:-1], *p["b"].shape[1:])  # [..., rank, out]
         return F.linear(x, w) + self.scale * (h @ b)
 
-    def _a(self, p: Leaf) -> Tensor:
+    def down(self, p: Leaf) -> Tensor:
         return p["a"] if self.stride == 1 else p["as"].index_select(0, p["block"]).squeeze(0)
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return super().to_peft_leaf({"a": self._a(p), "b": p["b"].flatten(0, 1), "r": p["r"]})

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS
-from peftfn.core.method import Leaf, Padding, Peft, Product, names
+from peftfn.core.method import Leaf, Padding, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lycoris import _Lycoris, kernel, spread
+from peftfn.methods.parts.lycoris import _Lycoris, kernel, leaf_to, spread, written
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,21 @@ class LoHa(_Lycoris):
 
     peft = Peft(
         "LOHA",
-        names("a1=hada_w1_a b1=hada_w1_b a2=hada_w2_a b2=hada_w2_b t1=hada_t1 t2=hada_t2"),
-        names("rank=r alpha rank_dropout module_dropout tucker=use_effective_conv2d init_weights"),
+        {"a1": "hada_w1_a", "b1": "hada_w1_b", "a2": "hada_w2_a", "b2": "hada_w2_b", "t1": "hada_t1", "t2": "hada_t2"},
+        {
+            "rank": "r",
+            "alpha": "alpha",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "tucker": "use_effective_conv2d",
+            "init_weights": "init_weights",
+        },
         {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
+        writes=written,
+        leaf_to=leaf_to,
     )
 
-    padding = Padding(gain=("a1",))
+    padding = Padding(scaled=("a1",))
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r, window = w.shape, self.rank, kernel(rng)

@@ -8,9 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS, divides
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lycoris import _Lycoris, kernel, spread
+from peftfn.methods.parts.lycoris import _Lycoris, kernel, leaf_to, spread, written
+
+
+def _written(m: "LoKr") -> dict[str, Any]:
+    if isinstance(m.decompose_factor, tuple):
+        raise ValueError(f"PEFT's LoKr has one decompose_factor for out and in, and here it is {m.decompose_factor}")
+    return written(m)
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,29 @@ class LoKr(_Lycoris):
 
     peft = Peft(
         "LOKR",
-        names("w1=lokr_w1 a1=lokr_w1_a b1=lokr_w1_b w2=lokr_w2 a2=lokr_w2_a b2=lokr_w2_b t2=lokr_t2"),
-        names(
-            "rank=r alpha decompose_factor decompose_both rank_dropout module_dropout rank_dropout_scale "
-            "tucker=use_effective_conv2d init_weights"
-        ),
+        {
+            "w1": "lokr_w1",
+            "a1": "lokr_w1_a",
+            "b1": "lokr_w1_b",
+            "w2": "lokr_w2",
+            "a2": "lokr_w2_a",
+            "b2": "lokr_w2_b",
+            "t2": "lokr_t2",
+        },
+        {
+            "rank": "r",
+            "alpha": "alpha",
+            "decompose_factor": "decompose_factor",
+            "decompose_both": "decompose_both",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "rank_dropout_scale": "rank_dropout_scale",
+            "tucker": "use_effective_conv2d",
+            "init_weights": "init_weights",
+        },
         {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
+        writes=_written,
+        leaf_to=leaf_to,
     )
 
     rank_dropout_scale: bool = False
@@ -111,13 +135,6 @@ class LoKr(_Lycoris):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         z = p["sw1"] @ F.linear(x.unflatten(-1, (p["sw1"].shape[1], -1)), p["v"])  # [..., h, k or rank]
         return self.joined(p, F.linear(x, w), (F.linear(z, p["u"]) if "u" in p else z).flatten(-2))
-
-    def to_peft(self) -> dict[str, Any]:
-        if isinstance(self.decompose_factor, tuple):
-            raise ValueError(
-                f"PEFT's LoKr has one decompose_factor for out and in, and here it is {self.decompose_factor}"
-            )
-        return super().to_peft()
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None if "c" in p else p | {"sw1": s * p["sw1"]}

@@ -1,16 +1,34 @@
 """OFT: W Rᵀ with R block-diagonal and orthogonal, so that x is rotated before it meets W."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Positive, Start
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.rotation import _Blocks, bounded, cayley, enough, neumann, places, skew, turn
+from peftfn.methods.parts.rotation import (
+    _Blocks,
+    blocks_read,
+    blocks_written,
+    bounded,
+    cayley,
+    enough,
+    neumann,
+    places,
+    skew,
+    turn,
+)
+
+
+def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    eps = config.get("eps", 6e-5) if config.get("coft") else None
+    side = "output" if config.get("kind") == "embedding" else "input"
+    return blocks_read(fields, config) | {"eps": eps, "side": side, "nearest": True}
 
 
 @dataclass(frozen=True)
@@ -48,12 +66,18 @@ class OFT(_Blocks):
 
     peft = Peft(
         "OFT",
-        names("q=oft_R.weight"),
-        names(
-            "block_size=oft_block_size blocks=r share=block_share exact=use_cayley_neumann "
-            "terms=num_cayley_neumann_terms"
-        ),
+        {"q": "oft_R.weight"},
+        {
+            "block_size": "oft_block_size",
+            "blocks": "r",
+            "share": "block_share",
+            "exact": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
         {"exact": [(True, False), (False, True)]},
+        reads=_read,
+        writes=lambda m: blocks_written(m) | ({} if m.eps is None else {"coft": True, "eps": m.eps}),
+        leaf_to=lambda m, p: {"oft_R.weight" if m.side == "input" else "oft_embedding_R.weight": p["q"]},
     )
     default_size = 32
 
@@ -101,15 +125,3 @@ class OFT(_Blocks):
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return F.linear(turn(x, p["r"]), w) if self.side == "input" else turn(F.linear(x, w), p["r"])
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        eps = config.get("eps", 6e-5) if config.get("coft") else None
-        side: Any = "output" if config.get("kind") == "embedding" else "input"
-        return replace(super().from_peft(config), eps=eps, side=side, nearest=True)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | ({} if self.eps is None else {"coft": True, "eps": self.eps})
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"oft_R.weight" if self.side == "input" else "oft_embedding_R.weight": p["q"]}

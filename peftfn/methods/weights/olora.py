@@ -7,11 +7,12 @@ from torch import Tensor
 
 from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _FromWeight, _Variant
+from peftfn.methods.parts.lowrank import LORA
+from peftfn.methods.parts.variant import FromWeight
 
 
 @dataclass(frozen=True)
-class OLoRA(_FromWeight):
+class OLoRA(FromWeight):
     """W + s·(B A − B₀A₀), with B₀ [out, rank] the first columns of Q and A₀ [rank, in] the first rows of R in W = Q R,
     and s as for `LoRA`.
 
@@ -31,8 +32,8 @@ class OLoRA(_FromWeight):
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
-    peft = replace(_Variant.peft, fixed={"init_lora_weights": "olora"})
+    peft = replace(LORA, fixed={"init_lora_weights": "olora"})
 
-    def factors(self, rng: Rng, w: Tensor) -> Leaf:
+    def start(self, rng: Rng, w: Tensor) -> Leaf:
         q, r = torch.linalg.qr(w)
         return {"a": r[: self.rank], "b": q[:, : self.rank]}

@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Start
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.tensors.transform import eager
 
 
 @dataclass(frozen=True)
-class OSF(Method):
+class OSF(Weight):
     """W + U S V − U₀ S₀ V₀, with U [out, n], S [n], V [n, in] starting at the n least singular directions of W.
 
     Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning", 2025,
@@ -33,8 +34,8 @@ class OSF(Method):
 
     peft = Peft(
         "OSF",
-        names("u=osf_svd_params.U_low s=osf_svd_params.S_low v=osf_svd_params.V_low"),
-        names("rank=effective_rank"),
+        {"u": "osf_svd_params.U_low", "s": "osf_svd_params.S_low", "v": "osf_svd_params.V_low"},
+        {"rank": "effective_rank"},
     )
 
     rank: int | float | None = None

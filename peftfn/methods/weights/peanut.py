@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole, choice
-from peftfn.core.method import Leaf, Peft
+from peftfn.core.fields import PositiveInt, Start, choice
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 _DEPTHS = 64
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class PEANuT(_LowRank):
+class PEANuT(Factored):
     """W + s·B f(W), where f's columns z [rank] are made of W's: z₀ = σ(A w), `depth` encoders z_i = σ(E_i z_{i−1}), as
     many decoders z ← σ(D_i z) + z_{depth−i}.
 
@@ -57,7 +58,7 @@ class PEANuT(_LowRank):
         fields={"rank": "r", "depth": "depth", "activation": "act_fn", "scale": "scaling"},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     depth: int = 0
     activation: str = "relu"
     scale: float = 1.0

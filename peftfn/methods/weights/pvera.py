@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.vera import VeRA
 
@@ -37,10 +38,16 @@ class PVeRA(VeRA):
 
     peft = Peft(
         "PVERA",
-        names("b=pvera_lambda_b d=pvera_lambda_d"),
-        names("rank=r projection_seed=projection_prng_key d_initial dropout=pvera_dropout sample=sample_at_inference"),
+        {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+        {
+            "rank": "r",
+            "projection_seed": "projection_prng_key",
+            "d_initial": "d_initial",
+            "dropout": "pvera_dropout",
+            "sample": "sample_at_inference",
+        },
         {"sample": [("train", False), ("always", True)]},
-        shared=names("A=pvera_A B=pvera_B"),
+        shared={"A": "pvera_A", "B": "pvera_B"},
     )
 
     sample: Literal["train", "always", "never"] = "train"

@@ -1,21 +1,27 @@
 """RandLoRA: W + s·Σ_j B_j diag(λ_j) A diag(γ_j), with random A and B_j frozen: a change of full rank."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
+
+
+def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    very, sparse = config.get("very_sparse"), config.get("sparse")
+    return fields | {"density": "very_sparse" if very else "sparse" if sparse else "dense"}
 
 
 @dataclass(frozen=True)
-class RandLoRA(_LowRank):
+class RandLoRA(Factored):
     """W + s·Σ_j B_j diag(λ_j) A diag(γ_j) for j < n = ⌈min(out, in)/rank⌉ and s = alpha/rank; transposed if out < in.
 
     Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", 2025, arXiv:2502.00987.
@@ -43,12 +49,19 @@ class RandLoRA(_LowRank):
 
     peft = Peft(
         "RANDLORA",
-        names("l=randlora_lambda g=randlora_gamma"),
-        names("rank=r alpha=randlora_alpha projection_seed=projection_prng_key dropout=randlora_dropout"),
-        shared=names("A=randlora_A B=randlora_B"),
+        {"l": "randlora_lambda", "g": "randlora_gamma"},
+        {
+            "rank": "r",
+            "alpha": "randlora_alpha",
+            "projection_seed": "projection_prng_key",
+            "dropout": "randlora_dropout",
+        },
+        shared={"A": "randlora_A", "B": "randlora_B"},
+        reads=_read,
+        writes=lambda m: {"sparse": m.density == "sparse", "very_sparse": m.density == "very_sparse"},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     alpha: float = 640
     projection_seed: int = 0
     density: Literal["dense", "sparse", "very_sparse"] = "dense"
@@ -91,11 +104,3 @@ class RandLoRA(_LowRank):
         small = (scaled[:, :, None] * p["A"][:, :, :low] * p["g"]).flatten(0, 1)  # [rank·n, min]
         large = p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
         return {"down": small, "up": large} if low == w.shape[1] else {"down": large.mT, "up": small.mT}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        very, sparse = config.get("very_sparse"), config.get("sparse")
-        return replace(super().from_peft(config), density="very_sparse" if very else "sparse" if sparse else "dense")
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"sparse": self.density == "sparse", "very_sparse": self.density == "very_sparse"}

@@ -6,13 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Start, Whole, divides
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Start, divides
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class RoAd(Method):
+class RoAd(Weight):
     """c₁ ⊙ h + c₂ ⊙ h', h = W x + b, c₁ = α cos θ, c₂ = α sin θ, where h' has [−h₂, h₁] for each group [h₁, h₂] of h.
 
     Liao et al., "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", 2024,
@@ -35,13 +36,13 @@ class RoAd(Method):
 
     peft = Peft(
         "ROAD",
-        names("theta=road_theta alpha=road_alpha"),
-        names("variant group_size"),
+        {"theta": "road_theta", "alpha": "road_alpha"},
+        {"variant": "variant", "group_size": "group_size"},
         {"variant": [(v, f"road_{v}") for v in (1, 2, 4)]},
     )
 
     variant: Literal[1, 2, 4] = 1
-    group_size: Whole = 64
+    group_size: PositiveInt = 64
     init_weights: Start = "default"
 
     def __post_init__(self) -> None:

@@ -7,14 +7,15 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Start, Whole
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability, Start
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class TinyLoRA(_LowRank):
+class TinyLoRA(Factored):
     """W + B (Σ_i v_i P_i) A with B = U√S [out, rank], A = √S Vᵀ [rank, in] of W's truncated SVD U S Vᵀ, random P
     [size, rank, rank] ~ N(0, 1/rank), all frozen; v [size] is all that is trained, one for a group of a rule's sites.
 
@@ -40,13 +41,20 @@ class TinyLoRA(_LowRank):
 
     peft = Peft(
         "TINYLORA",
-        names("A=tinylora_A B=tinylora_B A_rows=tinylora_A B_rows=tinylora_B P=tinylora_P"),
-        names("rank=r size=u weight_tying projection_seed dropout=tinylora_dropout v_bound=init_v_bound"),
-        shared=names("v=tinylora_v.*"),
+        {"A": "tinylora_A", "B": "tinylora_B", "A_rows": "tinylora_A", "B_rows": "tinylora_B", "P": "tinylora_P"},
+        {
+            "rank": "r",
+            "size": "u",
+            "weight_tying": "weight_tying",
+            "projection_seed": "projection_seed",
+            "dropout": "tinylora_dropout",
+            "v_bound": "init_v_bound",
+        },
+        shared={"v": "tinylora_v.*"},
     )
 
-    rank: Whole = 2
-    size: Whole = 64
+    rank: PositiveInt = 2
+    size: PositiveInt = 64
     weight_tying: float = 0.0
     projection_seed: int = 42
     dropout: Probability = 0.0

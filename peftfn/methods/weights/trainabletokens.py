@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class TrainableTokens(Method):
+class TrainableTokens(Weight):
     """W with row `tokens[i]` replaced by T[i], T [n, dim], which starts as the rows that are there.
 
     Hugging Face PEFT, 2025 (no paper). Rows are those of an embedding's own weight [vocab, dim], or the outputs of a
@@ -28,7 +29,7 @@ class TrainableTokens(Method):
     absolute = frozenset({"t"})
     cases = ({"tokens": (4, 0)}, {"tokens": (5,)})
 
-    peft = Peft("TRAINABLE_TOKENS", names("t=trainable_tokens_delta"), names("tokens=token_indices"))
+    peft = Peft("TRAINABLE_TOKENS", {"t": "trainable_tokens_delta"}, {"tokens": "token_indices"})
 
     tokens: tuple[int, ...] = ()
 

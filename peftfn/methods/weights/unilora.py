@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import MATRIX, Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import MATRIX, Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class UniLoRA(_LowRank):
+class UniLoRA(Factored):
     """W + B A with A = θ[i_A] ⊙ c[i_A] [rank, in], B = θ[i_B] ⊙ c[i_B] [out, rank], θ [length] and c = 1/√uses.
 
     Li et al., "Uni-LoRA: One Vector is All You Need", 2025, arXiv:2506.00799. The indices are a shuffled, balanced
@@ -35,15 +36,19 @@ class UniLoRA(_LowRank):
 
     peft = Peft(
         "UNILORA",
-        names("ia=unilora_indices_A ib=unilora_indices_B ca=unilora_scales_A cb=unilora_scales_B"),
-        names(
-            "rank=r length=theta_d_length projection_seed=proj_seed bound=init_theta_d_bound dropout=unilora_dropout"
-        ),
-        shared=names("theta=unilora_theta_d"),
+        {"ia": "unilora_indices_A", "ib": "unilora_indices_B", "ca": "unilora_scales_A", "cb": "unilora_scales_B"},
+        {
+            "rank": "r",
+            "length": "theta_d_length",
+            "projection_seed": "proj_seed",
+            "bound": "init_theta_d_bound",
+            "dropout": "unilora_dropout",
+        },
+        shared={"theta": "unilora_theta_d"},
     )
 
-    rank: Whole = 4
-    length: Whole = 256
+    rank: PositiveInt = 4
+    length: PositiveInt = 256
     projection_seed: int = 42
     bound: float = 0.02
     dropout: Probability = 0.0

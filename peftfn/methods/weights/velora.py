@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Whole
-from peftfn.core.method import Leaf, LowRank, names
+from peftfn.core.fields import Positive, PositiveInt
+from peftfn.core.method import Leaf, LowRank
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.lora import LoRA
 from peftfn.tensors.transform import under_transform
@@ -45,13 +45,15 @@ class VeLoRA(LoRA):
         keys={**LoRA.peft.keys, "e": "lora_velora_embed"},
         fields={
             **LoRA.peft.fields,
-            **names("groups=velora_config.num_groups restore=velora_config.scale projection=velora_config.init_type"),
+            "groups": "velora_config.num_groups",
+            "restore": "velora_config.scale",
+            "projection": "velora_config.init_type",
         },
         values={"projection": [("batch", "batch_average"), ("fixed", "random"), ("fixed", "batch_average_once")]},
         fixed={"velora_config": ...},
     )
 
-    groups: Whole = 64
+    groups: PositiveInt = 64
     restore: Positive = 1.0
     projection: Literal["batch", "fixed"] = "batch"
     compress: bool = True
@@ -75,9 +77,6 @@ class VeLoRA(LoRA):
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         return None if self.compress else super().low_rank(p)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
-        return {k: v if k in ("a", "e") else s * v for k, v in p.items()}
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

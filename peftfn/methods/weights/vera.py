@@ -7,13 +7,14 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class VeRA(Method):
+class VeRA(Weight):
     """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], λ_d [rank] and λ_b [out]; A [rank, in_max], B [out_max, rank] frozen.
 
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
@@ -33,12 +34,12 @@ class VeRA(Method):
 
     peft = Peft(
         "VERA",
-        names("b=vera_lambda_b d=vera_lambda_d"),
-        names("rank=r projection_seed=projection_prng_key d_initial dropout=vera_dropout"),
-        shared=names("A=vera_A B=vera_B"),
+        {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        {"rank": "r", "projection_seed": "projection_prng_key", "d_initial": "d_initial", "dropout": "vera_dropout"},
+        shared={"A": "vera_A", "B": "vera_B"},
     )
 
-    rank: Whole = 256
+    rank: PositiveInt = 256
     projection_seed: int = 0
     d_initial: float = 0.1
     dropout: Probability = 0.0

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import STARTS, Whole
-from peftfn.core.method import Cases, Leaf, Peft, names
+from peftfn.core.fields import STARTS, PositiveInt
+from peftfn.core.method import Cases, Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.wavelets import length, low_pass
 from peftfn.methods.weights.fourierft import FourierFT
@@ -43,12 +44,19 @@ class WaveFT(FourierFT):
 
     peft = Peft(
         "WAVEFT",
-        names("c=waveft_spectrum"),
-        names("n_frequency scaling seed=random_loc_seed wavelet=wavelet_family idwt=use_idwt init_weights"),
+        {"c": "waveft_spectrum"},
+        {
+            "n_frequency": "n_frequency",
+            "scaling": "scaling",
+            "seed": "random_loc_seed",
+            "wavelet": "wavelet_family",
+            "idwt": "use_idwt",
+            "init_weights": "init_weights",
+        },
         {"init_weights": STARTS},
     )
 
-    n_frequency: Whole = 2592
+    n_frequency: PositiveInt = 2592
     scaling: float = 25.0
     wavelet: str = "db1"
     idwt: bool = True
