@@ -2,10 +2,14 @@
 
 import ast
 import copy
+import dataclasses
 import io
+import pickle
+import re
 import statistics
 import tokenize
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,6 +19,7 @@ from torch.distributions import Dirichlet, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
+from peftfn.core.method import registry
 from peftfn.methods.parts.allocation import Allocation, allocate
 from peftfn.methods.parts.wavelets import low_pass
 from peftfn.methods.weights import kasa, monteclora
@@ -23,6 +28,7 @@ from peftfn.methods.weights.tlora import masked, rank_mask
 from peftfn.testing import shaken
 
 FOLDER = Path(pf.__file__).parent / "methods" / "weights"
+INIT = FOLDER.parent / "__init__.py"
 
 
 def lines_of_code(path: Path) -> int:
@@ -50,6 +56,73 @@ def test_a_method_is_a_small_file() -> None:
     assert len(sizes) >= 49
     assert statistics.median(sizes.values()) <= 50, sorted(sizes.items(), key=lambda item: item[1])
     assert max(sizes.values()) <= 80, sorted(sizes.items(), key=lambda item: item[1])[-5:]
+
+
+def test_a_method_is_one_file_and_one_line() -> None:
+    """docs/adding_a_method.md says so: everything but the file and its import is read from the registry."""
+    imported = re.findall(r"^from peftfn\.methods\.weights\.(\w+) import (\w+) as \2$", INIT.read_text(), flags=re.M)
+    assert sorted(file for file, _ in imported) == sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+    ours = {n for n, c in registry.items() if c.__module__.startswith("peftfn.methods")}
+    assert {name for _, name in imported} == ours <= set(pf.__all__)
+    elsewhere = [p for p in (INIT.parents[1] / "__init__.py", INIT) if re.search(r"\"(LoRA|VeRA)\"", p.read_text())]
+    assert not elsewhere, "a second list of names"
+
+
+# What a class must derive from, and PEFT's words.
+
+
+def test_a_method_derives_from_a_family() -> None:
+    with pytest.raises(TypeError, match=r"Plain derives from Method.*derive from peftfn\.Weight, class Plain\(peftfn"):
+
+        class Plain(pf.Method):
+            def delta(self, p: dict[str, Tensor], w: Tensor) -> Tensor:
+                return p["d"]
+
+    assert "Plain" not in registry
+    assert issubclass(pf.LoRA, pf.Weight)
+    assert pf.LoRA.overrides("bias")
+    assert not pf.VeRA.overrides("bias")  # what the family defines counts for no method
+
+
+WORDS: list[tuple[type[pf.Method], dict[str, Any], str]] = [
+    (pf.LoRA, {"r": 8}, "PEFT's r is rank here: give rank=…"),
+    (pf.LoRA, {"lora_alpha": 16}, "PEFT's lora_alpha is alpha here: give alpha=…"),
+    (pf.LoRA, {"lora_dropout": 0.1}, "PEFT's lora_dropout is dropout here"),
+    (pf.DoRA, {"use_rslora": True}, "PEFT's use_rslora is rslora here"),
+    (pf.DyLoRA, {"r": 8}, "PEFT's r is rank here"),  # which PEFT does not have
+    (pf.AdaLoRA, {"init_r": 8}, "PEFT's init_r is rank here"),
+    (pf.LoRA, {"use_dora": True}, r"use_dora=True is a method of its own here: give peftfn\.DoRA"),
+    (pf.LoRA, {"init_lora_weights": "pissa"}, r"give peftfn\.PiSSA"),
+    (pf.IA3, {"target_modules": ["q_proj"]}, r"peftfn\.adapt\(model, \{'q_proj\|v_proj': peftfn\.IA3\(\)\}"),
+    (pf.LoRA, {"modules_to_save": ["lm_head"]}, r"peftfn\.Full\(\)"),
+    (pf.LoRA, {"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+]
+
+
+@pytest.mark.parametrize(("cls", "given", "says"), WORDS, ids=[f"{c.__name__}({next(iter(g))})" for c, g, _ in WORDS])
+def test_pefts_words_are_refused_with_ours(cls: type[pf.Method], given: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        cls(**given)
+
+
+PEFTS = [(c, f, key) for c in registry.values() if c.peft for f, key in c.peft.fields.items() if "." not in key]
+
+
+@pytest.mark.parametrize("cls", dict.fromkeys(c for c, *_ in PEFTS), ids=lambda c: c.__name__)
+def test_every_word_of_peft_is_a_field_or_refused(cls: type[pf.Method]) -> None:
+    own = cls.__dataclass_fields__
+    for field, key in ((f, key) for c, f, key in PEFTS if c is cls):
+        if key not in own:
+            with pytest.raises(TypeError, match=f"PEFT's {key} is {field} here: give {field}=…"):
+                cls(**{key: None})
+
+
+@pytest.mark.parametrize("cls", [c for c in registry.values() if c.cases], ids=lambda c: c.__name__)
+def test_a_method_is_copied_like_any_value(cls: type[pf.Method]) -> None:
+    method = cls(**cls.cases[0])
+    for again in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method), dataclasses.replace(method)):
+        assert again == method
+        assert hash(again) == hash(method)
 
 
 # AdaLoRA's training: the allocator and the penalty.

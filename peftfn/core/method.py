@@ -102,7 +102,7 @@ class Method:
         """What the method's other functions get in place of p: anything that depends on parameters alone.
 
         Runs in fp32 or better, once a call, or once for many calls through `net.prepare`. If it changes a value it
-        also changes its name, so that a prepared adapter can be told from a raw one.
+        also changes its name, so that a prepared adapter can be distinguished from a raw one.
         """
         return p
 

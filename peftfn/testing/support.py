@@ -68,7 +68,7 @@ def meaning(cls: type[Weight]) -> tuple[str, str]:
 
 
 def size(cls: type[Weight]) -> str:
-    """Trainable numbers with default hyper-parameters at one linear layer of SIZE², and in its bank."""
+    """Trainable parameters with default hyper-parameters at one linear layer of SIZE², and in its bank."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(SIZE, SIZE))
     try:
@@ -81,11 +81,11 @@ def size(cls: type[Weight]) -> str:
 
 
 def use(cls: type[Weight]) -> tuple[str, str]:
-    """(how many numbers a site trains, when to choose the method) from the docstring."""
+    """(trainable parameters per site, when to use the method) from the docstring."""
     doc = " ".join((inspect.getdoc(cls) or "").split())
-    found = re.search(r"Trains (.+?) numbers\. For: (.+?)\.(?: |$)", doc)
+    found = re.search(r"Trainable parameters per site: (.+?)\. Use it (.+?)\.(?: |$)", doc)
     if found is None:
-        raise ValueError(f'{cls.__name__}: its docstring has no "Trains … numbers. For: …."')
+        raise ValueError(f'{cls.__name__}: its docstring has no "Trainable parameters per site: …. Use it …."')
     return found[1], found[2]
 
 
@@ -167,8 +167,8 @@ def cell(method: Weight, model: str) -> str:
 def page() -> str:
     rows = ["## What they mean", "", "| method | meaning | paper |", "|---|---|---|"]
     rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in methods()]
-    rows += ["", "## What they train, and for what", ""]
-    rows += [f"| method | trained numbers a site | {SIZE}×{SIZE}, defaults | for |", "|---|---|---|---|"]
+    rows += ["", "## What they train, and when to use them", ""]
+    rows += [f"| method | trainable parameters per site | {SIZE}×{SIZE}, defaults | use it |", "|---|---|---|---|"]
     rows += [f"| `{c.__name__}` | {use(c)[0]} | {size(c)} | {use(c)[1]} |" for c in methods()]
     rows += [*times(), "", "## Where they work", ""]
     rows += ["a: applies. m: merges. x: in a mixed batch. l: converts to LoRA. ·: refused with an error."]

@@ -29,10 +29,11 @@ class AdaLoRA(Factored):
     In training, add `orthogonal`·`orthogonality(net, adapter)` to the loss, and after each step call `allocate`, which
     sets the entries of E to zero that matter least among all sites.
 
-    Trains rank·(in + out + 1) numbers. For: a rank budget that training itself shares out among the layers.
+    Trainable parameters per site: rank·(in + out + 1). Use it to let training share out a budget of ranks among the
+    layers.
 
     Args:
-        rank: triplets of a site before any is taken away; one above min(out, in) is legal.
+        rank: triplets of a site before any is taken away; values above min(out, in) are allowed.
         alpha: numerator of the scale; None means rank.
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (A and B normal with std 0.02, E zero) or "random" (all normal: not the identity).
@@ -46,6 +47,12 @@ class AdaLoRA(Factored):
 
     Raises:
         ValueError: warmup and final leave no step between them.
+
+    Example:
+        from peftfn.methods.weights.adalora import orthogonality
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.AdaLoRA(rank=4, target_rank=2, total_steps=100)})
+        adapter = net.init(seed=0)
+        penalty = 0.5 * orthogonality(net, adapter)  # a term for the loss
     """
 
     cases = ({"rank": 3, "alpha": 2.0}, {"rank": 2, "init_weights": "random"})

@@ -47,16 +47,22 @@ class AdaMSS(Factored):
     Frozen: P and c [out], from a randomised SVD and ten steps of k-means. A cluster of fewer rows than rank uses as
     many rows of its A. Rows beyond a cluster's own rank start at zero, and with the zeros of B stay there.
 
-    Trains clusters·rank·space + rank·out numbers. For: very few numbers, in directions taken from the weight.
+    Trainable parameters per site: clusters·rank·space + rank·out. Use it where very few parameters must do, in
+    directions taken from the weight.
 
     Args:
         space: how many singular vectors (PEFT's r); above min(out, in) it is that, as in PEFT.
         clusters: number of them, at most out (PEFT's num_subspaces).
-        rank: of each cluster's change (PEFT's subspace_rank); above a cluster's rows it is legal, and buys nothing.
+        rank: of each cluster's change (PEFT's subspace_rank); values above a cluster's rows are allowed but have no
+            effect on expressiveness.
         threshold: a cluster's rank counts only squared singular values above threshold times its largest (PEFT's
             svd_threshold, if above 0 with use_dynamic_rank).
         seed: of the randomised SVD (PEFT's random_seed).
         init_weights: "default" (B is zero), or "random" (B ~ N(0, 0.01²): not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.AdaMSS(space=4, clusters=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

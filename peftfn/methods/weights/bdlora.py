@@ -41,8 +41,8 @@ class BDLoRA(Ranked):
     Wang et al., "Block-Diagonal LoRA for Eliminating Communication Overhead in Tensor Parallel LoRA Serving", 2025,
     arXiv:2510.23346.
 
-    Trains rank·(in + out/blocks), or the other way round numbers. For: LoRA on a model whose layers are split over
-    devices.
+    Trainable parameters per site: rank·(in + out/blocks), or rank·(in/blocks + out). Use it for LoRA on a model whose
+    layers are split over devices.
 
     Args:
         rank, alpha, rslora, dropout: as for `LoRA`.
@@ -51,6 +51,11 @@ class BDLoRA(Ranked):
 
     Raises:
         ValueError: blocks does not divide rank, or the factor's other side.
+
+    Example:
+        sides = {"up_proj": pf.BDLoRA(rank=4, blocks=2, side="b"), "down_proj": pf.BDLoRA(rank=4, blocks=2, side="a")}
+        mlp = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 16), "down_proj": torch.nn.Linear(16, 8)})
+        adapter = pf.adapt(mlp, sides).init(seed=0)
     """
 
     cases = ({"rank": 4, "alpha": 3.0, "blocks": 2}, {"rank": 2, "blocks": 2, "side": "b"})

@@ -17,10 +17,14 @@ class BEFT(Weight):
     Huang et al., "BEFT: Bias-Efficient Fine-Tuning of Language Models", 2025, arXiv:2509.15974: the biases of the
     value projections. Adding β to existing biases is also what `Full` does on the rule "bias".
 
-    Trains out numbers. For: the fewest numbers with an effect, where little data is at hand.
+    Trainable parameters per site: out. Use it where little data is at hand, for the fewest parameters with an effect.
 
     Args:
         init_weights: "default" (β zero) or "random" (β standard normal: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6, bias=False), {"weight": pf.BEFT()})  # a bias where the layer has none
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("beta",)

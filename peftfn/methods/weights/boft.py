@@ -22,7 +22,8 @@ class BOFT(_Blocks):
     Trained: r [factors, blocks, h, h], of which (R − Rᵀ)/2 goes through the Cayley transform, and s [out], which
     leaves the bias alone. PEFT without a CUDA compiler silently trains one factor; here any number is plain torch.
 
-    Trains factors·in·block_size + out numbers. For: keeping the angles between neurons while mixing all features.
+    Trainable parameters per site: factors·in·block_size + out. Use it to keep the angles between neurons and still mix
+    all features.
 
     Args:
         block_size: h, size of a block, or
@@ -30,6 +31,10 @@ class BOFT(_Blocks):
         factors: m, number of butterfly factors: h·2^(m−1) features are mixed, which must divide the input, h even.
         dropout: share of the blocks of one random factor that are left unrotated in train mode.
         init_weights: "default" (r zero, s one) or "random" (around these with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.BOFT(block_size=2, factors=3)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -23,12 +23,16 @@ class C3A(Weight):
     Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024, arXiv:2407.19342. Runs as FFTs of
     length b; C is never made. The division by `in` is PEFT's.
 
-    Trains in·out/block_size numbers. For: a change of high rank from few numbers.
+    Trainable parameters per site: in·out/block_size. Use it for a change of high rank from few parameters.
 
     Args:
         block_size: b; it must divide in and out.
         init_weights: "zeros", or the starts that are not the identity: "xavier_uniform" (U(±√(6/(in + out))), PEFT's
             default), "kaiming_uniform" (U(±1/√in)) and "gaussian" (N(0, 1)).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.C3A(block_size=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("sk",)

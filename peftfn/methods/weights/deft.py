@@ -20,7 +20,8 @@ class DEFT(Weight):
     "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", NeurIPS 2025; without R it is PaRa, Chen
     et al., 2024, arXiv:2406.05641.
 
-    Trains rank·(in + out) numbers. For: removing a subspace and writing it anew, as in personalising image models.
+    Trainable parameters per site: rank·(in + out). Use it to remove a subspace and write it anew, as when an image
+    model is personalised.
 
     Args:
         rank: dimension of the subspace, which has `out` at most: a larger rank is out, in P, R and s, as in PEFT.
@@ -30,6 +31,10 @@ class DEFT(Weight):
         dropout: probability of dropping an input feature of R in train mode.
         init_weights: "default" (P normal with std 0.02, R such that nothing changes) or "random" (R normal too).
         init_scale: R's std in units of 0.02 when random.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DEFT(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

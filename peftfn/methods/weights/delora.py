@@ -20,13 +20,18 @@ class DeLoRA(Factored):
     Bini, Girrbach and Akata, "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation", 2025, arXiv:2503.18225.
     Norms below 1e-4 count as 1e-4.
 
-    Trains rank·(in + out) + 1 numbers. For: large learning rates: the size of the change is bounded.
+    Trainable parameters per site: rank·(in + out) + 1. Use it with large learning rates, since the size of the change
+    is bounded.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal: Σ_i runs over more terms.
+        rank: inner dimension of the product; values above min(out, in) are allowed: Σ_i has more terms.
         strength: λ starts with it; it bounds the change in units of the columns' norms.
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (A Kaiming-uniform, B zero), or "random" (both Kaiming-uniform: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DeLoRA(rank=4, strength=2.0)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "strength": 1.5}, {"rank": 3, "strength": 0.5, "init_weights": "random"})

@@ -24,11 +24,17 @@ class DoRA(Variant):
 
     c = m/n depends on parameters alone: `net.prepare` computes it once for many calls.
 
-    Trains rank·(in + out) + out numbers. For: better results than LoRA at small ranks, for a norm a step.
+    Trainable parameters per site: rank·(in + out) + out. Use it for better results than LoRA at small ranks, at the
+    cost of a norm per step.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`.
         attached: let the gradient flow through the norm as well.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DoRA(rank=4, alpha=8)})
+        adapter = net.prepare(net.init(seed=0))  # computes the norms once, for many calls
+        y = net.apply(adapter, torch.ones(2, 8))
     """
 
     cases = (

@@ -19,13 +19,18 @@ class DyLoRA(Drawn):
     Adaptation", 2022, arXiv:2210.07558. Of the blocks drawn, the last is trained and the others are held constant.
     lycoris divides alpha by the number of blocks, draws also in eval mode, and saves what means alpha/rank.
 
-    Trains rank·(in + out) numbers. For: one training that serves every smaller rank too.
+    Trainable parameters per site: rank·(in + out). Use it where one training must serve every smaller rank too.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; None as alpha means rank.
         block: ranks that come and go together; it must divide rank.
         active: r; None means rank.
         random: draw r in train mode.
+
+    Example:
+        model = torch.nn.Linear(8, 6)
+        adapter = pf.adapt(model, {"weight": pf.DyLoRA(rank=4)}).init(seed=0)
+        y = pf.adapt(model, {"weight": pf.DyLoRA(rank=4, active=2)}).apply(adapter, torch.ones(2, 8))  # at rank 2
     """
 
     cases = (

@@ -21,13 +21,18 @@ class FourierFT(Weight):
     Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
     through one FFT, meets c at its n places, and comes back through another: the large matrix is never made.
 
-    Trains n_frequency numbers. For: tiny files with changes all over the weight; costs two transforms a call.
+    Trainable parameters per site: n_frequency. Use it for tiny files with changes all over the weight; it costs two
+    transforms a call.
 
     Args:
         n_frequency: n, trained entries; at most out·in.
         scaling: s.
         seed: of the places, drawn as PEFT draws them (random_loc_seed); they are not saved.
         init_weights: "default" (zero) or "random" (normal: not the identity; PEFT's default).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.FourierFT(n_frequency=10)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("sc",)

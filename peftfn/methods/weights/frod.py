@@ -35,13 +35,18 @@ class FRoD(Weight):
     λ + d in place of d, and puts U (diag(λ + d) + S) Vᵀ in W's place, which is the same up to rounding and to what a
     singular V cannot express; here W itself always stays.
 
-    Trains in + density·in² numbers. For: full-rank changes in a basis that layers of one kind share.
+    Trainable parameters per site: in + density·in². Use it for changes of full rank in a basis that layers of one kind
+    share.
 
     Args:
         density: share of S's in² entries that are trained, at least one (PEFT's sparse_rate).
         ridge: added to the Gram matrices that V comes from (PEFT's regularization_alpha).
         projection_seed: of the places of S (PEFT's projection_prng_key).
         dropout: probability of dropping an input feature of the change in train mode.
+
+    Example:
+        layers = torch.nn.ModuleList([torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)])
+        adapter = pf.adapt(layers, {"weight": pf.FRoD(density=0.1)}).init(seed=0)
     """
 
     kinds = frozenset({"linear", "linear_t", "conv", "conv_t"})

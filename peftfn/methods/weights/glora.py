@@ -26,8 +26,8 @@ class GLoRA(Weight):
     Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023, arXiv:2306.07967.
     A layer without a bias has no D and is given E + W C (PEFT leaves both out there: `c="none", d_e="none"`).
 
-    Trains 2·rank·(in + out) + rank·(in + 1) + 2 numbers. For: changing scale, weight and bias at once, merged for
-    free.
+    Trainable parameters per site: 2·rank·(in + out) + rank·(in + 1) + 2. Use it to change scale, weight and bias at
+    once; it merges without cost.
 
     Args:
         rank: of A, B [out, in] and C [in] where they are "lora", products of a "down" and an "up" matrix.
@@ -35,6 +35,10 @@ class GLoRA(Weight):
         c: "lora", "vector" or "none".
         d_e: "vector", "constant" or "none".
         init_weights: "default" (all zero) or "random" (not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GLoRA(rank=2, d_e="vector")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False

@@ -18,12 +18,16 @@ class GLoRALycoris(Weight):
     The form that LyCORIS calls glora (Yeh et al., 2023, arXiv:2309.14859). A₁ [in, rank], A₂ [rank, in], B₁ [out,
     rank], B₂ [rank, in], s = alpha/rank. At a convolution A₁ A₂ mixes channels, not the window.
 
-    Trains 2·rank·in + rank·(in + out) numbers. For: LyCORIS checkpoints of this name.
+    Trainable parameters per site: 2·rank·in + rank·(in + out). Use it to read LyCORIS' checkpoints of this name.
 
     Args:
         rank: of both.
         alpha: numerator of s; None means rank.
         rslora: divide by √rank instead of rank.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GLoRALycoris(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})

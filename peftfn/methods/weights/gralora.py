@@ -19,16 +19,21 @@ class GraLoRA(Weight):
     a [k, in/k, r] and b [k, r, out/k] hold all k² blocks; the hybrid A [hybrid_rank, in], B [out, hybrid_rank] is an
     ordinary LoRA. Jung et al., "GraLoRA: Granular Low-Rank Adaptation", 2025, arXiv:2505.20355.
 
-    Trains rank·(in + out) numbers. For: LoRA's cost with k times its rank; larger ranks that do not overfit.
+    Trainable parameters per site: rank·(in + out). Use it for k times LoRA's rank at LoRA's cost, and for larger ranks
+    that do not overfit.
 
     Args:
-        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward). One above
-            min(out, in) is legal.
+        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward). Values
+            above min(out, in) are allowed.
         alpha: numerator of the scale; None means rank + hybrid_rank, so s = 1.
         k: blocks a side; it must divide in and out.
         hybrid_rank: of the LoRA beside the grid; 0 for none.
         dropout: probability of dropping an input feature of the change in train mode; embeddings have no
             features to drop.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GraLoRA(rank=4, k=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     scales_with = ("sb", "shb")

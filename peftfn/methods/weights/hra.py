@@ -20,15 +20,19 @@ class HRA(Weight):
     2024, arXiv:2405.17484. Computed as H = I − Û T Ûᵀ with T⁻¹ = ½I + the upper triangle of ÛᵀÛ, so nothing of size
     [in, in] is made. The identity start has every column twice, which takes an even rank.
 
-    Trains rank·in numbers. For: rotations at LoRA's price.
+    Trainable parameters per site: rank·in. Use it for rotations at the price of a LoRA.
 
     Args:
-        rank: number of reflections. More than `in`, which make any rotation, are legal unless `orthogonal`.
+        rank: number of reflections. Values above `in` are allowed unless `orthogonal`.
         orthogonal: Gram-Schmidt first, so that H = I − 2ÛÛᵀ (PEFT's apply_GS). This is never the identity.
         init_weights: "default" (each Kaiming-uniform column twice, if that is the identity) or "random".
 
     Raises:
         ValueError: orthogonal, and a rank above in.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.HRA(rank=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -24,11 +24,16 @@ class IA3(Weight):
     Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
     arXiv:2205.05638: outputs of keys and values, inputs of the second feed-forward layer.
 
-    Trains out, or in numbers. For: thousands of tenants, a few examples each.
+    Trainable parameters per site: out, or in. Use it for thousands of tenants with a few examples each.
 
     Args:
         feedforward: scale the layer's input features instead of its outputs (and bias).
         scales_bias: whether l, on the outputs, scales the bias too, as in the paper and PEFT; LyCORIS leaves it alone.
+
+    Example:
+        mlp = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(8, 8), "down_proj": torch.nn.Linear(16, 8)})
+        net = pf.adapt(mlp, {"v_proj.weight": pf.IA3(), "down_proj.weight": pf.IA3(feedforward=True)})
+        adapter = net.init(seed=0)
     """
 
     cases = ({}, {"feedforward": True}, {"scales_bias": False})

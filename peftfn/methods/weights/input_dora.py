@@ -20,10 +20,15 @@ class InputDoRA(Weight):
     LyCORIS' weight_decompose with wd_on_output=False (Yeh et al., 2023, arXiv:2309.14859), which was its only one at
     first; the gradient flows through the norm. At a convolution, m and n are of input channels: [in], over the window.
 
-    Trains the other method's, and in numbers. For: LyCORIS and kohya checkpoints whose dora_scale is [1, in].
+    Trainable parameters per site: those of the other method, and in. Use it to read LyCORIS' and kohya's checkpoints
+    whose dora_scale is [1, in].
 
     Args:
         of: a LoRA, LoHa or LoKr without a magnitude or bias of its own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.InputDoRA(pf.LoRA(rank=2))})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

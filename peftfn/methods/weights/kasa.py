@@ -31,7 +31,8 @@ class KaSA(Variant):
     In training, add `penalty(net, adapter)` to the loss. The components taken out are constants, and dropout acts on
     the whole change, them included.
 
-    Trains rank·(in + out + 1) numbers. For: LoRA whose components are weighed, against noise in the weight.
+    Trainable parameters per site: rank·(in + out + 1). Use it for a LoRA whose components are weighed, against noise in
+    the weight.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; d starts normal.
@@ -41,6 +42,11 @@ class KaSA(Variant):
 
     Raises:
         ValueError: truncate would leave nothing of the weight.
+
+    Example:
+        from peftfn.methods.weights.kasa import penalty
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.KaSA(rank=2, truncate=True)})
+        term = penalty(net, net.init(seed=0))  # for the loss
     """
 
     cases = (

@@ -22,15 +22,20 @@ class Lily(Weight):
     Each site has a router R [experts, rank]. A rule's sites, which must be of one shape, share B [experts, rank, out]
     and, in blocks of `stride` of them, A [rank, in].
 
-    Trains rank·in + experts·rank a site, and experts·rank·out shared numbers. For: experts that are shared by layers
-    of one shape.
+    Trainable parameters per site: rank·in + experts·rank, and experts·rank·out shared. Use it for experts that layers
+    of one shape share.
 
     Args:
-        rank: inner dimension; one above min(out, in) is legal, and buys nothing but a wider router.
+        rank: inner dimension; values above min(out, in) are allowed, and only make the router wider.
         experts: number of B_e, at least 2.
         stride: how many consecutive sites share one A; 1: each has its own.
         scale: s.
         init_weights: "default" (A and R Kaiming-uniform, B zero), or "random" (B too: not the identity).
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        net = pf.adapt(model, {"weight": pf.Lily(rank=4, experts=3)})  # one rule: its sites share the experts
+        y = net.apply(net.init(seed=0), torch.ones(2, 5, 8))
     """
 
     kinds = frozenset({"linear"})

@@ -23,10 +23,11 @@ class LoHa(_Lycoris):
     The same matrix is a LoRA of rank², whose factors are all products of columns of A₁, A₂ and of rows of B₁, B₂:
     small ranks run in that form, on any layer. (With a core, PEFT's gradients of A₁ and A₂ are wrong; these are not.)
 
-    Trains 2·rank·(in + out) numbers. For: rank up to rank², as image models like it.
+    Trainable parameters per site: 2·rank·(in + out). Use it for a rank up to rank², which image models profit from.
 
     Args:
-        rank: inner dimension of each of the two products; beyond √min(out, in), more of it buys nothing.
+        rank: inner dimension of each of the two products; values above √min(out, in) have no effect on
+            expressiveness.
         alpha: numerator of the scale; None means rank, so s = 1.
         rank_dropout: probability of dropping an output's change in train mode.
         module_dropout: probability of dropping the whole change in train mode.
@@ -36,6 +37,10 @@ class LoHa(_Lycoris):
         weight_decompose: m ⊙ (W + Δ) / ‖W + Δ‖ with a trained m [out] and the row norms' own gradient, as in LyCORIS.
         init_weights: "default" (Kaiming-uniform, B₂ zero), "lycoris" (B_i normal, A₁ normal of std 0.1, A₂ zero), or
             "random" (all Kaiming-uniform: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Conv2d(3, 6, 3), {"weight": pf.LoHa(rank=2, tucker=True)})
+        y = net.apply(net.init(seed=0), torch.ones(1, 3, 5, 5))
     """
 
     cases = (

@@ -31,7 +31,8 @@ class LoKr(_Lycoris):
     alpha/rank also where both matrices are full (LyCORIS takes 1 there). At a Conv1d, PEFT puts the entries of a full
     W₂ into other places than the Kronecker product's, and fails with a core; here both are as at any convolution.
 
-    Trains √(in·out) + rank·(√in + √out), about numbers. For: the smallest files with changes of high rank.
+    Trainable parameters per site: about √(in·out) + rank·(√in + √out). Use it for the smallest files with changes of
+    high rank.
 
     Args:
         rank: inner dimension of the low-rank ones; a large one makes W₂ full.
@@ -47,6 +48,10 @@ class LoKr(_Lycoris):
         weight_decompose: m ⊙ (W + Δ) / ‖W + Δ‖ with a trained m [out] and the row norms' own gradient, as in LyCORIS.
         init_weights: "default" (W₁ or A₁ zero), "lycoris" (W₂ or B₂ zero), or "random" (not the identity); the others
             Kaiming-uniform.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.LoKr(rank=2, decompose_factor=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -18,16 +18,21 @@ class LoRA(Ranked):
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685;
     rslora: Kalajdzievski, 2023, arXiv:2312.03732.
 
-    Trains rank·(in + out) numbers. For: the first thing to try; every tool reads it.
+    Trainable parameters per site: rank·(in + out). Use it as the default; every tool reads it.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal, and buys nothing.
+        rank: inner dimension of the product; values above min(out, in) are allowed but have no effect on
+            expressiveness.
         alpha: numerator of the scale; None means rank, so s = 1.
         rslora: divide by √rank instead of rank.
         dropout: probability of dropping an input feature of A in train mode; embeddings have no features to drop.
         lora_bias: B has a bias β [out] too, which adds s·β to the output.
         init_weights: "default" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), or
             "random" (both Kaiming-uniform: not the identity, for tests).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.LoRA(rank=4, alpha=8)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases: ClassVar[Cases] = (

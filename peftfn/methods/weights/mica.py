@@ -20,7 +20,8 @@ class MiCA(Ranked):
 
     "Minor Component Adaptation", 2026, arXiv:2604.01694.
 
-    Trains rank·in numbers. For: half of LoRA's numbers, in directions the weight does not use.
+    Trainable parameters per site: rank·in. Use it for half of LoRA's parameters, in directions that the weight does not
+    use.
 
     Args:
         rank: singular vectors, at most min(out, in).
@@ -28,6 +29,10 @@ class MiCA(Ranked):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MiCA(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})

@@ -31,13 +31,17 @@ class MiSS(Weight):
     With mini = c, m is [rank, c] and repeated out/c times. Kang & Yin, "MiSS: Revisiting the Trade-off in LoRA with an
     Efficient Shard-Sharing Structure", 2024, arXiv:2409.15371.
 
-    Trains rank·out numbers. For: quick starts: one product less than LoRA's.
+    Trainable parameters per site: rank·out. Use it for a quick start, with one product less than LoRA.
 
     Args:
         rank: features in a block of the input; at most in.
         mini: columns of m, which must divide out; None means out.
         dropout: probability of dropping an input feature of m in train mode; embeddings have no features to drop.
         init_weights: "default" (zero) or "random" (Kaiming-uniform: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MiSS(rank=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("m",)

@@ -17,10 +17,15 @@ class MiSSBat(Weight):
     MiSS's "bat" form (Kang & Yin, 2024, arXiv:2409.15371), whose change depends on W: it runs
     as the dense weight, as PEFT's does.
 
-    Trains rank·out numbers. For: MiSS with a change that depends on the weight; makes it dense each call.
+    Trainable parameters per site: rank·out. Use it for MiSS with a change that depends on the weight; it makes a dense
+    weight each call.
 
     Args:
         rank: side of a block; it must divide in and out.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MiSSBat(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2},)

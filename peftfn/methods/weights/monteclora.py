@@ -32,7 +32,7 @@ class MonteCLoRA(Drawn):
     noise·diag(σ) z with one z, which has the same law. The penalty has the Dirichlet divergence with all signs as they
     should be, unlike PEFT's.
 
-    Trains rank·(in + out + 1) + samples numbers. For: robust training and calibrated outputs.
+    Trainable parameters per site: rank·(in + out + 1) + samples. Use it for robust training and calibrated outputs.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; std and mix start uniform in [0, 1).
@@ -42,6 +42,11 @@ class MonteCLoRA(Drawn):
         kl: weight of the divergences in the penalty.
         entropy: add Σ π² to the penalty, so that no single sample takes over.
         random: draw in train mode.
+
+    Example:
+        from peftfn.methods.weights.monteclora import penalty
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MonteCLoRA(rank=4)})
+        term = penalty(net, net.init(seed=0))  # for the loss
     """
 
     cases = (

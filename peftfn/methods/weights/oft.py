@@ -42,7 +42,8 @@ class OFT(_Blocks):
     belongs to one of the two): R = I + 2Q + 2Q² + … with `terms` terms, the last one counted once. Convolutions
     rotate the flattened window as merging does; PEFT's own forward differs from its merge there.
 
-    Trains in·(block_size − 1)/2 numbers. For: keeping what the model knows: angles between neurons stay.
+    Trainable parameters per site: in·(block_size − 1)/2. Use it to keep what the model knows: the angles between
+    neurons stay.
 
     Args:
         block_size: h, size of a block, or
@@ -55,6 +56,10 @@ class OFT(_Blocks):
         nearest: where the block size, or the number, does not divide the rotated side, take the nearest that does, the
             smaller of two, as PEFT does without being asked.
         init_weights: "default" (q zero) or "random" (q normal with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.OFT(block_size=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -20,7 +20,8 @@ class OLoRA(FromWeight):
     trains B A on a base from which s·B₀A₀ was taken; here B₀ and A₀ are constants, and dropout acts on the difference,
     so that the start is the identity also in train mode. PEFT decomposes the transpose for `Conv1D`, and fails.
 
-    Trains rank·(in + out) numbers. For: LoRA that converges sooner; costs a QR at the start.
+    Trainable parameters per site: rank·(in + out). Use it for a LoRA that converges sooner; it costs a QR decomposition
+    at the start.
 
     Args:
         rank: columns of Q that are trained, at most min(out, in).
@@ -28,6 +29,10 @@ class OLoRA(FromWeight):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.OLoRA(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})

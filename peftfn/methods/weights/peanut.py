@@ -35,7 +35,8 @@ class PEANuT(Factored):
     A [rank, out], E_i and D_i [rank, rank], B [out, rank]. f(W) [rank, in] depends on parameters alone, so that what a
     call computes is a LoRA of this rank.
 
-    Trains 2·rank·out + 2·depth·rank² numbers. For: changes that depend on the weight without a linear bound.
+    Trainable parameters per site: 2·rank·out + 2·depth·rank². Use it for changes that depend on the weight in a way
+    that is not linear.
 
     Args:
         rank: width of the network.
@@ -43,6 +44,10 @@ class PEANuT(Factored):
         activation: σ; one of relu, gelu, silu, tanh, sigmoid, leaky_relu, mish, linear.
         scale: s.
         init_weights: "default" (Kaiming-uniform, B zero), or "random" (B too: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PEANuT(rank=4, depth=1, activation="tanh")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -28,7 +28,8 @@ class PiSSA(FromWeight):
     2024, arXiv:2404.02948. The paper trains B A on a base from which B₀A₀ was taken; here B₀ and A₀ are constants, and
     dropout acts on the difference, so that the start is the identity also in train mode.
 
-    Trains rank·(in + out) numbers. For: LoRA that converges sooner; costs an SVD at the start.
+    Trainable parameters per site: rank·(in + out). Use it for a LoRA that converges sooner; it costs an SVD at the
+    start.
 
     Args:
         rank: components that are trained, at most min(out, in).
@@ -38,6 +39,10 @@ class PiSSA(FromWeight):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PiSSA(rank=2, niter=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "niter": 3})

@@ -23,8 +23,8 @@ class PSOFT(Weight):
     Trained: the upper triangle q [rank(rank−1)/2] of Q, b [rank], a [rank]. A and B are constants from the weight's
     SVD, so a checkpoint of PEFT, which recomputes them, depends on the signs its SVD chooses.
 
-    Trains rank·(rank − 1)/2 + 2·rank numbers. For: rotations from a few hundred numbers, in the weight's own
-    subspace.
+    Trainable parameters per site: rank·(rank − 1)/2 + 2·rank. Use it for rotations from a few hundred parameters, in
+    the weight's own subspace.
 
     Args:
         rank: dimension of the subspace, at most min(out, in).
@@ -37,6 +37,10 @@ class PSOFT(Weight):
         exact: solve for the Cayley transform (I + Q)(I − Q)⁻¹; False: PEFT's series of it with `terms` >= 2 terms.
         eps: of the series: keep ‖Q‖_F ≤ eps by scaling Q down.
         init_weights: "default" (R = I) or "random" (q around that with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PSOFT(rank=3)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("m",)

@@ -24,11 +24,15 @@ class PVeRA(VeRA):
     λ_d [2·rank], λ_b [out]; frozen and shared by a rule's sites: A [2·rank, in_max], B [out_max, rank], drawn from
     `projection_seed` as PEFT draws them.
 
-    Trains 2·rank + out numbers. For: VeRA with uncertainty: samples differ from call to call.
+    Trainable parameters per site: 2·rank + out. Use it for a VeRA with uncertainty: samples differ from call to call.
 
     Args:
         rank, projection_seed, d_initial, dropout: as for `VeRA`.
         sample: "train" (in train mode), "always", or "never". The noise comes from torch's global generator.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PVeRA(rank=4, sample="always")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -27,8 +27,8 @@ class QALoRA(Variant):
     change can be taken up by the zero points of a weight quantised in such groups. Here W may be any weight; PEFT has
     it for GPTQ layers alone, and multiplies the mean of a group by the number of groups, not by their size.
 
-    Trains rank·(in/group + out) numbers. For: weights that will be quantised in groups: the change merges into zero
-    points.
+    Trainable parameters per site: rank·(in/group + out). Use it for weights that will be quantised in groups: the
+    change merges into the zero points.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`.
@@ -37,6 +37,10 @@ class QALoRA(Variant):
 
     Raises:
         ValueError: group does not divide the input features.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.QALoRA(rank=2, group=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

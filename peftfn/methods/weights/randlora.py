@@ -29,8 +29,8 @@ class RandLoRA(Factored):
     B [max_max, n_max, rank], drawn in bfloat16 as PEFT draws them. The columns of all B_j are paired with the rows of
     A in PEFT's order, a fixed permutation of the sum's (the B_j are random, so nothing else changes).
 
-    Trains rank·n + n·min(in, out) with n = min(in, out)/rank numbers. For: full rank from few numbers; dense work
-    each call.
+    Trainable parameters per site: rank·n + n·min(in, out) with n = min(in, out)/rank. Use it for full rank from few
+    parameters, at the cost of dense work each call.
 
     Args:
         rank: of each term; smaller means more terms, and more trained numbers; from min(out, in) on there is one.
@@ -39,6 +39,10 @@ class RandLoRA(Factored):
         density: "dense" (uniform entries), "sparse" (0, or ±1 with probability 1/6 each), "very_sparse" (±1 with
             probability 1/(2√min_max)); all divided by their standard deviation.
         dropout: probability of dropping an input feature in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.RandLoRA(rank=2, alpha=40)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -19,13 +19,17 @@ class RoAd(Weight):
     Liao et al., "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", 2024,
     arXiv:2409.00119. The bias is rotated too.
 
-    Trains out numbers. For: mixed batches of very many tenants; composes.
+    Trainable parameters per site: out. Use it in mixed batches of very many tenants, and for changes that compose.
 
     Args:
         variant: 1: one angle θ and scale α a pair of features, [out/2] each; 2: one a feature, [out]; 4: one for c₁
             and one for c₂ a feature, [2·out].
         group_size: features in a group, whose two halves make the pairs; even, and a divisor of out.
         init_weights: "default" (θ 0, α 1) or "random" (θ and α around these with std 0.5: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.RoAd(group_size=6)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -18,11 +18,16 @@ class SHiRA(Weight):
 
     Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175. Weights of one shape share their places.
 
-    Trains rank·(in + out) numbers. For: switching adapters in place: few entries of the weight differ.
+    Trainable parameters per site: rank·(in + out). Use it to switch adapters in place, since few entries of the weight
+    differ.
 
     Args:
         rank: of the LoRA whose size the change has; rank·(in + out) is at most in·out.
         seed: of the places, drawn as PEFT draws them (random_seed); None means torch's default seed.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.SHiRA(rank=1)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False

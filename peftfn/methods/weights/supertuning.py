@@ -18,7 +18,8 @@ class SuperTuning(Weight):
 
     Super and Supra of PEFT 0.21. The places are a constant of the site, found once in the weight `adapt` was given.
 
-    Trains (1 − sparsity)·in·out, and rank·(in + out) numbers. For: sparse changes of the entries that weigh most.
+    Trainable parameters per site: (1 − sparsity)·in·out + rank·(in + out). Use it for sparse changes of the entries
+    that weigh most.
 
     Args:
         sparsity: share of the weight that stays, 0 ≤ sparsity < 1.
@@ -26,6 +27,10 @@ class SuperTuning(Weight):
         rank: of the LoRA beside it, A [rank, in] and B [out, rank]; None for none.
         alpha: numerator of its scale; None means 2·rank, so s = 2.
         dropout: probability of dropping an input feature of the LoRA in train mode; embeddings have none to drop.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.SuperTuning(sparsity=0.8, rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False

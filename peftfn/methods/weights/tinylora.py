@@ -22,7 +22,8 @@ class TinyLoRA(Factored):
     Morris et al., "Learning to Reason in 13 Parameters", 2026, arXiv:2602.04118; LoRA-XS: arXiv:2405.17604.
     Site k of the rule draws P from projection_seed + k and uses row min(k // ⌊sites/groups⌋, groups − 1) of v.
 
-    Trains size, for a whole group of sites numbers. For: reinforcement learning with a handful of numbers.
+    Trainable parameters per site: size for a whole group of sites. Use it for reinforcement learning with a handful of
+    parameters.
 
     Args:
         rank: of the truncated SVD; min(out, in) where that is smaller.
@@ -32,6 +33,10 @@ class TinyLoRA(Factored):
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (v is zero), or "random" (U(−v_bound, v_bound): not the identity).
         v_bound: of that.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.TinyLoRA(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

@@ -22,7 +22,7 @@ class TLoRA(FromWeight):
     as in lycoris (whose convolutions see 1×1 kernels; here the whole kernel counts). The mask of a call is
     `masked(net, adapter, rank_mask(t, …))`: an adapter like any other, so that a batch can mix timesteps.
 
-    Trains rank·(in + out + 1) numbers. For: diffusion models personalised from one image.
+    Trainable parameters per site: rank·(in + out + 1). Use it to personalise a diffusion model from one image.
 
     Args:
         rank: components, at most min(out, in).
@@ -33,6 +33,12 @@ class TLoRA(FromWeight):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        from peftfn.methods.weights.tlora import masked, rank_mask
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.TLoRA(rank=4)})
+        noisy = masked(net, net.init(seed=0), rank_mask(900, steps=1000, rank=4))  # the adapter at timestep 900
+        y = net.apply(noisy, torch.ones(2, 8))
     """
 
     cases = (

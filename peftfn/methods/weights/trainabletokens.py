@@ -19,10 +19,14 @@ class TrainableTokens(Weight):
     Hugging Face PEFT, 2025 (no paper). Rows are those of an embedding's own weight [vocab, dim], or the outputs of a
     linear layer (a language model's head [vocab, dim]). A head keeps its bias, which PEFT drops.
 
-    Trains tokens·dim numbers. For: new tokens, without training the whole embedding.
+    Trainable parameters per site: tokens·dim. Use it for new tokens, without training the whole embedding.
 
     Args:
         tokens: indices of the rows, each once; an index beyond the weight is an error.
+
+    Example:
+        net = pf.adapt(torch.nn.Embedding(9, 8), {"weight": pf.TrainableTokens(tokens=(7, 8))})
+        y = net.apply(net.init(seed=0), torch.tensor([[1, 7, 8]]))
     """
 
     kinds = frozenset({"linear", "linear_t", "embedding"})

@@ -21,14 +21,19 @@ class UniLoRA(Factored):
     assignment of the entries of all A and B of a rule to those of θ (an isometry), the one PEFT draws; θ is all that is
     trained. A fresh adapter is small, not the identity: at θ = 0, the only start that would be, the gradient is zero.
 
-    Trains length, for the whole rule numbers. For: one vector a task, kilobytes for a whole model.
+    Trainable parameters per site: length for the whole rule. Use it for one vector per task: kilobytes for a whole
+    model.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal.
+        rank: inner dimension of the product; values above min(out, in) are allowed.
         length: of θ, the number of trained numbers of the whole rule.
         projection_seed: of the indices (PEFT's proj_seed).
         bound: θ starts as U(−bound, bound).
         dropout: probability of dropping an input feature of A in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.UniLoRA(rank=2, length=16)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     kinds = MATRIX - {"stack", "stack_t"}  # the experts of a stack would all get one and the same change

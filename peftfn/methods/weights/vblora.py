@@ -23,17 +23,21 @@ class VBLoRA(Factored):
     and lb [out/length, rank, vectors] for B [out, rank]. A fresh adapter is not the identity but small: at V = 0, the
     only start that would be, every gradient is zero. V is drawn once (PEFT draws it anew for every layer).
 
-    Trains rank·vectors·(in + out)/length, and vectors·length shared numbers. For: small files: only the top logits
-    and the bank need be kept.
+    Trainable parameters per site: rank·vectors·(in + out)/length, and vectors·length shared. Use it for small files,
+    which need only the top logits and the bank.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal.
+        rank: inner dimension of the product; values above min(out, in) are allowed.
         vectors: of the bank.
         length: of a vector of the bank; it must divide in and out.
         topk: vectors mixed for one piece.
         dropout: probability of dropping an input feature of A in train mode.
         bank_bound: V starts as U(−bank_bound, bank_bound).
         logits_std: logits start as N(0, logits_std²).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VBLoRA(rank=2, vectors=8, length=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

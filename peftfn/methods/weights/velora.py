@@ -24,7 +24,7 @@ class VeLoRA(LoRA):
     It saves memory in plain `.backward()` alone: torch.func's transforms, compilers and layers that are not linear take
     LoRA's exact gradient. The last group is filled up with zeros.
 
-    Trains rank·(in + out) numbers. For: training in little memory: activations are kept compressed.
+    Trainable parameters per site: rank·(in + out). Use it to train in little memory, with compressed activations.
 
     Args:
         rank, alpha, rslora, dropout, lora_bias, init_weights: as for `LoRA`.
@@ -32,6 +32,10 @@ class VeLoRA(LoRA):
         restore: factor on what comes back.
         projection: e is the direction of the "batch"'s mean group, or a "fixed" constant (random, or a checkpoint's).
         compress: do so in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VeLoRA(rank=4, groups=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (

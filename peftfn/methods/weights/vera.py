@@ -20,13 +20,18 @@ class VeRA(Weight):
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
     one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.
 
-    Trains rank + out numbers. For: small files at a large rank; costs as a LoRA of that rank.
+    Trainable parameters per site: rank + out. Use it for small files at a large rank; a call costs as much as a LoRA of
+    that rank.
 
     Args:
         rank: rows of A; cheap, since it costs rank + out trained numbers a site, so often above min(out, in).
         projection_seed: of A and B (PEFT's projection_prng_key).
         d_initial: value λ_d starts with; λ_b starts at zero.
         dropout: probability of dropping an input feature of A in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VeRA(rank=16)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     scales_with = ("b",)

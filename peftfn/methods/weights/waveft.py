@@ -24,7 +24,8 @@ class WaveFT(FourierFT):
     One level of the transform; with a filter of length L, S is [out, in] centred in a matrix larger by L − 2, as in
     PEFT. x goes through a filter bank, meets c at its n places, and comes back through another.
 
-    Trains n_frequency numbers. For: tiny files with local changes; costs two filter banks a call.
+    Trainable parameters per site: n_frequency. Use it for tiny files with local changes; it costs two filter banks a
+    call.
 
     Args:
         n_frequency: n, trained entries; at most out·in.
@@ -34,6 +35,10 @@ class WaveFT(FourierFT):
             coif5 (not orthogonal), and ends at db10.
         idwt: transform; otherwise S itself is the change.
         init_weights: "default" (zero) or "random" (normal of std 0.01: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.WaveFT(n_frequency=10, wavelet="db2")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases: ClassVar[Cases] = (
