@@ -75,7 +75,7 @@ def configuration(method: Method, targets: list[str]) -> PeftConfig | None:
         return CONFIGS["LN_TUNING"](target_modules=targets)
     if "peft" not in vars(type(method)) or method.peft is None or type(method).__name__ in NOT_SAME:
         return None
-    written = json.loads(json.dumps(method.to_peft()))
+    written = json.loads(json.dumps(method.peft.written(method)))
     if "feedforward_modules" in written:
         written["feedforward_modules"] = []
     made: PeftConfig = CONFIGS[method.peft.type](target_modules=targets, **written)

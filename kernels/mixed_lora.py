@@ -263,11 +263,11 @@ def mixed_rows(
     """A mixed batch x [rows, …, in], or ids [rows, …] for kind "embedding", with w [out, in]; None where plain torch
     has to run it.
 
-    parts: (adapters as `Method.low_rank` gives them for a stack, the number of the first of them); what is in none of
+    parts: (adapters as `Weight.low_rank` gives them for a stack, the number of the first of them); what is in none of
     them is the base. index: the adapter of each row. cache: keeps the segments of a batch, which all its layers use.
     """
     ids = kind == "embedding"
-    stacks = [Stack(low.down, low.up, low.scale, low.rows) for low, _ in parts]
+    stacks = [Stack(low.down, low.up, low.scale, low.gain) for low, _ in parts]
     shapes = all(s.down.dim() == s.up.dim() == 3 and (s.rows is None or s.rows.dim() == 2) for s in stacks)
     if kind == "product" or not shapes:
         return None

@@ -1,7 +1,7 @@
 """peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
 
 from peftfn.core.combine import Chain, add, chain, scale
-from peftfn.core.method import Method
+from peftfn.core.method import Method, Weight, registry
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
@@ -13,7 +13,7 @@ from peftfn.many.conform import conform
 from peftfn.many.nets import Nets
 from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
-from peftfn.methods import __all__ as _methods
+from peftfn.methods.parts.longlora import longlora
 from peftfn.model.site import Site, sites
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
@@ -39,6 +39,7 @@ __all__ = [
     "Nets",
     "Rng",
     "Site",
+    "Weight",
     "adapt",
     "adapter_of",
     "add",
@@ -54,6 +55,7 @@ __all__ = [
     "gather",
     "load",
     "load_all",
+    "longlora",
     "merged",
     "offload_",
     "onload_",
@@ -69,5 +71,5 @@ __all__ = [
     "to_lora",
     "trainable_",
     "unstack",
-    *_methods,
+    *sorted(registry.keys() - {"Chain"}),
 ]

@@ -3,29 +3,29 @@
 from peftfn.core.fields import (
     STARTS,
     Positive,
+    PositiveInt,
     Probability,
     Start,
-    Whole,
     at_most,
     choice,
     divides,
     plain,
     positive,
+    positive_int,
     probability,
-    whole,
 )
 
 __all__ = [
     "STARTS",
     "Positive",
+    "PositiveInt",
     "Probability",
     "Start",
-    "Whole",
     "at_most",
     "choice",
     "divides",
     "plain",
     "positive",
+    "positive_int",
     "probability",
-    "whole",
 ]

@@ -9,11 +9,11 @@ from peftfn.core.method import (
     LowRank,
     Method,
     Padding,
-    Peft,
     Product,
-    names,
+    Weight,
     registry,
 )
+from peftfn.core.peft import Peft
 
 __all__ = [
     "ALL",
@@ -26,6 +26,6 @@ __all__ = [
     "Padding",
     "Peft",
     "Product",
-    "names",
+    "Weight",
     "registry",
 ]

@@ -1,8 +1,11 @@
 """Every Python block of the README and the docs runs, top to bottom, each page in one namespace and an empty folder.
 
-And what the README says besides: figures, links, the package's parts.
+So does every `Example:` in a docstring of a public object. And what the README says besides: figures, links, the
+package's parts.
 """
 
+import importlib
+import inspect
 import json
 import re
 import sys
@@ -11,6 +14,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+
+import peftfn as pf
+from peftfn.core.method import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
@@ -30,6 +37,43 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_readme_is_among_them() -> None:
     assert ROOT / "README.md" in PAGES
     assert {"adding_a_method.md"} <= {p.name for p in PAGES}
+
+
+MODULES = (pf, pf.optim, *(importlib.import_module(f"peftfn.{m}") for m in ("method", "fields", "testing", "kernels")))
+
+
+def examples() -> dict[str, str]:
+    """ "name" or "class.member" → the code of the `Example:` in its docstring, for all that peftfn's modules export."""
+    found = {}
+    for module in MODULES:
+        names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+        for name in names:
+            thing = getattr(module, name)
+            members = vars(thing).items() if inspect.isclass(thing) else ()
+            public = {f"{name}.{n}": member for n, member in members if not n.startswith("_")}
+            for label, each in {name: thing, **public}.items():
+                doc = inspect.getdoc(each) if callable(each) or isinstance(each, property | classmethod) else None
+                block = re.search(r"^Example:\n((?:    .*\n?|\n)+)", doc or "", flags=re.M)
+                if block:
+                    found[label] = inspect.cleandoc(block[1])
+    return found
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an example, torch and pf are imported."""
+    monkeypatch.chdir(tmp_path)
+    lines = EXAMPLES[name].splitlines()
+    assert 2 <= len(lines) <= 4, f"{name}: an example has two to four lines"
+    exec(compile(EXAMPLES[name], f"the example of {name}", "exec"), {"torch": torch, "pf": pf})
+
+
+def test_every_method_has_an_example_of_itself() -> None:
+    ours = [n for n, c in registry.items() if c.__module__.startswith("peftfn.methods")]
+    assert not [n for n in ours if f"pf.{n}(" not in EXAMPLES.get(n, "")]
 
 
 def results(name: str) -> dict[str, dict[str, float]]:

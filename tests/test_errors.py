@@ -488,6 +488,6 @@ def test_a_large_rank_of_deft_is_that_of_the_space() -> None:
 def test_adaloras_target_above_its_rank_has_no_schedule() -> None:
     """PEFT's default target makes such files; they load, and only the allocator has no use for them."""
     method = pf.AdaLoRA(4, target_rank=9, total_steps=10)
-    adapter = pf.adapt(nn.Linear(5, 7), {"weight": method}).init()
+    net = pf.adapt(nn.Linear(5, 7), {"weight": method})
     with pytest.raises(ValueError, match=r"target_rank=9.*target_rank <= rank"):
-        Allocation.start(method, adapter)
+        Allocation.start(net, net.init())

@@ -588,7 +588,7 @@ def test_a_checkpointed_block_without_sites_is_an_error_and_leaves_no_gradient_o
 
 
 @dataclass(frozen=True)
-class _Outer(pf.Method):
+class _Outer(pf.Weight):
     """W + s·u vᵀ."""
 
     s: float = 2.0

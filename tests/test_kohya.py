@@ -460,7 +460,7 @@ def test_diffusers_layout_is_what_diffusers_gives_to_peft(method: pf.LoRA, tmp_p
     adapter = random_like(net.init())
     pf.save(tmp_path, net, adapter, format="kohya", layout="diffusers")
     tensors = {k.removeprefix("unet."): t for k, t in load_file(tmp_path / FILE).items()}
-    options = {"use_dora": isinstance(method, pf.DoRA), "lora_bias": method.lora_bias}
+    options = {"use_dora": isinstance(method, pf.DoRA), "lora_bias": getattr(method, "lora_bias", False)}
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["attn.to_q", "proj_in"], **options)
     theirs = peft.get_peft_model(Net(), config).eval()
     result = peft.set_peft_model_state_dict(theirs, {f"base_model.model.{k}": t for k, t in tensors.items()})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 import peftfn as pf
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Method, Weight, registry
 from peftfn.testing import LAWS, ONCE, LawBroken, check_law, check_method
 
 METHODS = [
@@ -77,7 +77,7 @@ class _FirstRow(pf.TinyLoRA):
         return {"down": p["A"], "up": p["B"] @ r} if "A" in p else {"down": p["B_rows"].mT, "up": (r @ p["A_rows"]).mT}
 
 
-class Dense(Method):
+class Dense(Weight):
     """W + A."""
 
     def init(self, rng, w):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import torch
 from models import by_name, noise, tokens
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from test_models import random
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import peftfn as pf
@@ -277,3 +277,14 @@ def test_errors() -> None:
             make()
     with pytest.raises(KeyError, match="lacks"):
         decay({"model.norm.weight": given["model.norm.weight"]}, 0.1, **how)
+
+
+def test_tied_rows_do_not_decay_either() -> None:
+    """TiedTokens' rows stand in the rule's bank, and are weights as TrainableTokens' are."""
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    net = pf.adapt(model, {"embed|head": pf.TiedTokens((3, 4))})
+    adapter = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in net.init().items()}
+    (rows,) = [t for leaf in adapter.values() for t in leaf.values()]
+    decays = {g["weight_decay"] for g in decay(adapter, 0.1, net=net) for t in g["params"] if t is rows}
+    assert decays == {0.0}

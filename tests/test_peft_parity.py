@@ -65,7 +65,7 @@ def crashes(method: Method, layer: str) -> bool:
 
 def gradients_differ(method: Method, layer: str) -> str | None:
     """Why PEFT's gradients are not those of its outputs."""
-    written = method.to_peft()
+    written = method.peft.written(method)
     if method.peft.type == "LOHA" and written.get("use_effective_conv2d") and layer.startswith("conv"):
         return "PEFT's backward of the Tucker form is wrong for both w_a (its forward's own gradient differs)"
     if written.get("coft"):
@@ -79,7 +79,7 @@ def gradients_differ(method: Method, layer: str) -> str | None:
 
 def file_differs(method: Method, layer: str) -> str | None:
     """Why PEFT's file is not what its configuration says. Loading it must be an error, never another adapter."""
-    written = method.to_peft()
+    written = method.peft.written(method)
     if written.get("boft_n_butterfly_factor", 1) > 1:
         return "without nvcc PEFT trains one butterfly factor, whatever the configuration says (PEERS.md 2.7, 14)"
     if written.get("use_qalora"):
@@ -140,7 +140,7 @@ def rows(method: Method, many: int) -> int:
 
 def config(method: Method, target: str, layer: str) -> peft.PeftConfig:
     """PEFT's configuration of a method, made by the method alone. target: names, with "|" between them."""
-    written, names = json.loads(json.dumps(method.to_peft())), target.split("|")
+    written, names = json.loads(json.dumps(method.peft.written(method))), target.split("|")
     if "feedforward_modules" in written:
         written["feedforward_modules"] = names[-1:] if written["feedforward_modules"] else []
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.type]
@@ -187,7 +187,7 @@ def round_trip(
             pf.load(folder / "theirs", model)
         return
     net, adapter = pf.load(folder / "theirs", model)
-    plain = layer == "embedding" and isinstance(method.to_peft().get("init_lora_weights"), str)
+    plain = layer == "embedding" and isinstance(method.peft.written(method).get("init_lora_weights"), str)
     assert {type(m) for m in net.plan.rules.values()} == {pf.LoRA if plain else type(method)}
     if crashes(method, layer):
         with pytest.raises(RuntimeError, match="view"):
@@ -280,7 +280,7 @@ def same_gradients(net: pf.Adapted, leaves: Any, trained: dict[str, Tensor]) -> 
 def expressible(method: Method) -> bool:
     """Whether PEFT has these hyper-parameters; test_layer sees that saving is an error otherwise."""
     try:
-        method.to_peft()
+        method.peft.written(method)
     except ValueError:
         return False
     return True

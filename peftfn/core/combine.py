@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.method import Leaf, Method, Product, Weight
 from peftfn.core.rng import Rng
 
 
@@ -74,7 +74,7 @@ def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str
     return [leaf]
 
 
-def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Method, Any]:
+def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Weight, Any]:
     """(method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
@@ -109,10 +109,10 @@ def own_name(k: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaled(Method):
+class _Scaled(Weight):
     """W + s·delta."""
 
-    method: Method
+    method: Weight
 
     def delta(self, p: Any, w: Tensor) -> Tensor:
         return p["scale"] * self.method.delta(_inside("of", p), w)
@@ -127,12 +127,12 @@ class _Scaled(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sum(Method):
+class _Sum(Weight):
     """W + Σ delta_i."""
 
-    methods: tuple[Method, ...]
+    methods: tuple[Weight, ...]
 
-    def _parts(self, p: Any) -> list[tuple[Method, Any]]:
+    def _parts(self, p: Any) -> list[tuple[Weight, Any]]:
         return [(m, _inside(f"add.{i}", p)) for i, m in enumerate(self.methods)]
 
     def delta(self, p: Any, w: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Sum(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain(Method):
+class Chain(Weight):
     """W₀ = w, W_{i+1} = W_i + delta_i(p_i, W_i): methods one after the other at the same site.
 
     Each method sees the weight the former ones left, so the order matters: `chain(LoRA(), OFT(…))` rotates the
@@ -156,13 +156,13 @@ class Chain(Method):
         methods: at least one method; none of them may have tensors its rule shares (`shared`, `bank`).
     """
 
-    methods: tuple[Method, ...] = ()
+    methods: tuple[Weight, ...] = ()
     cases: ClassVar = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
         for m in self.methods:
-            if not isinstance(m, Method):
+            if not isinstance(m, Weight):
                 raise TypeError(f"chain: {m!r} is no method; give methods, like peftfn.LoRA(rank=8)")
             if m.overrides("shared") or m.overrides("bank"):
                 raise ValueError(
@@ -174,7 +174,7 @@ class Chain(Method):
 
     @property
     def kinds(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset.intersection(*(m.kinds for m in self.methods)) if self.methods else Method.kinds
+        return frozenset.intersection(*(m.kinds for m in self.methods)) if self.methods else Weight.kinds
 
     @property
     def identity(self) -> bool:
@@ -233,7 +233,7 @@ class Chain(Method):
         return Chain(tuple(m.eval() for m in self.methods))
 
 
-def chain(*methods: Method) -> Method:
+def chain(*methods: Method) -> Weight:
     """The methods applied one after the other at one site; with one method, that method. See `Chain`."""
-    flat = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
-    return flat[0] if len(flat) == 1 and isinstance(flat[0], Method) else Chain(flat)
+    flat: tuple[Any, ...] = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
+    return flat[0] if len(flat) == 1 and isinstance(flat[0], Weight) else Chain(flat)

@@ -2,7 +2,7 @@
 
 A field of a method says by its type what values it may have; making the method checks them:
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     dropout: Probability = 0.0
     init_weights: Start = "default"
 
@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def whole(method: Any, **values: Any) -> None:
+def positive_int(method: Any, **values: Any) -> None:
     """Raise ValueError unless every value is an integer >= 1."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -31,7 +31,7 @@ def positive(method: Any, **values: Any) -> None:
     types = {f.name: f.type for f in dataclasses.fields(method)}
     for name, value in values.items():
         if types.get(name) in (int, "int"):
-            whole(method, **{name: value})
+            positive_int(method, **{name: value})
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(
@@ -89,7 +89,7 @@ def at_most(method: Any, name: str, **sizes: int) -> None:
         raise ValueError(f"{type(method).__name__}.{name} is {value}, above {size_name}={size}: give {name} <= {size}")
 
 
-Whole = Annotated[int, whole]
+PositiveInt = Annotated[int, positive_int]
 """Type of a field that is a positive integer: a rank, a size, a count."""
 Positive = Annotated[float, positive]
 """Type of a field that is a finite number above 0."""
@@ -99,7 +99,7 @@ Probability = Annotated[float, probability]
 
 @cache
 def checks_of(cls: Any) -> list[tuple[str, Callable[[Any], None]]]:
-    """What the types of a method's fields say about their values: `Whole` and its like, `Literal`s, and `PLAIN`."""
+    """The checks that the types of a method's fields ask for: `PositiveInt` and its like, `Literal`s, and `PLAIN`."""
     hints = get_type_hints(cls, include_extras=True)
 
     def checks(name: str) -> Iterator[Callable[[Any], None]]:

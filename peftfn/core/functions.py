@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.made import check_own
-from peftfn.core.method import Leaf, Method
+from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Adapter, Entry, Plan, draw
 from peftfn.core.rng import Rng
 from peftfn.tensors.precision import wide
@@ -107,7 +107,7 @@ class Canonical(Mapping[str, Tensor]):
 # What an adapter means. All of these are of eval mode: no dropout.
 
 
-def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Method, dict[str, Any], Tensor]:
+def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Weight, dict[str, Any], Tensor]:
     """(method, prepared tensors, the parameter) at one site."""
     w = current(entry, weights.get(entry.site.name))
     method, p = entry.tensors(adapter[entry.site.name], bank_of(entry, adapter), entry.site.canonical(w))
@@ -186,9 +186,9 @@ def bias_deltas(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dic
 
 def prepared(
     entries: Mapping[str, Entry], weights: Weights, adapter: Mapping[str, Any]
-) -> dict[str, tuple[Method, dict[str, Any]]]:
+) -> dict[str, tuple[Weight, dict[str, Any]]]:
     """`Entry.tensors` of all sites: those of one method and shape together, where the method has a way."""
-    out: dict[str, tuple[Method, dict[str, Any]]] = {}
+    out: dict[str, tuple[Weight, dict[str, Any]]] = {}
     alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
     for name, entry in entries.items():
         here, bank = adapter[name], bank_of(entry, adapter)

@@ -11,9 +11,9 @@ from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name, resolve, terms
 from peftfn.core.made import called, check_own, check_tensors
-from peftfn.core.method import Leaf, Method
+from peftfn.core.method import Leaf, Method, Weight
 from peftfn.core.rng import Rng
-from peftfn.core.rules import match
+from peftfn.core.rules import checked, match
 from peftfn.model.names import near
 from peftfn.model.site import Site, refuse_occupied, sites
 from peftfn.tensors.precision import wide
@@ -31,7 +31,7 @@ class Entry:
 
     site: Site
     rule: str  # the pattern that took the site
-    method: Method
+    method: Weight
     frozen: Leaf  # constants: the site's own and those its rule shares
     spec: dict[str, Size]  # what a leaf must look like
     prepared: dict[str, Size]  # what a prepared leaf looks like
@@ -66,7 +66,7 @@ class Entry:
         """`in_dims` of p over the experts of a stacked site."""
         return {k: None if (name := own_name(k)) in self.common or name == "scale" else 0 for k in p}
 
-    def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Method, dict[str, Any]]:
+    def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Weight, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
         if "of" in leaf or "add.0" in leaf:
             with exactly(w):
@@ -106,14 +106,14 @@ class Entry:
                 p[k] = t.to(dtype)
         return p
 
-    def delta(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
+    def delta(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
         """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
         with exactly(w):
             if self.site.stacked:
                 return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))
             return method.delta(p, wide(w))
 
-    def new_bias(self, method: Method, p: dict[str, Any], b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def new_bias(self, method: Weight, p: dict[str, Any], b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What the method makes of the layer's bias b, in b's dtype; `dtype` is the weight's, for a layer without one.
 
         None where the layer has no bias and gets none.
@@ -121,7 +121,7 @@ class Entry:
         new = method.bias(p, None if b is None else wide(b))
         return None if new is None else new.to(dtype if b is None else b.dtype)
 
-    def dense(self, method: Method, p: dict[str, Any], w: Tensor) -> Tensor:
+    def dense(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
         """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
         m = self.site.canonical(w)
         return self.site.original((wide(m) + self.delta(method, p, m)).to(w.dtype))
@@ -130,7 +130,7 @@ class Entry:
 class Plan(Mapping[str, Entry]):
     """site name → Entry, in the model's order. Static: nothing in it is ever trained."""
 
-    def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Method], banks: dict[str, Any]):
+    def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Weight], banks: dict[str, Any]):
         self.entries, self.rules, self.banks = entries, dict(rules), banks
         # what delta, merge and prepare are about, and eval mode: no dropout
         self.meant = {name: replace(e, method=e.method.eval()) for name, e in entries.items()}
@@ -212,13 +212,13 @@ def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
 @lasting()
 def make(
     model: nn.Module,
-    rules: Mapping[str, Method],
+    given: Mapping[str, Method],
     seed: int,
     *,
     taken: Mapping[str, str] | None = None,
     constants: bool = True,
 ) -> Plan:
-    """The plan of `rules` on `model`. Everything that can be wrong is found on meta tensors first.
+    """The plan of the rules `given` on `model`. Everything that can be wrong is found on meta tensors first.
 
     taken: site name → its rule, where that is known already: no pattern is matched then.
     constants: if False, the plan's frozen tensors are on the meta device, for the caller to replace.
@@ -232,9 +232,7 @@ def make(
                 "there are none to adapt. Adapt the model first and shard the module: m = peftfn.as_module(net, a); "
                 "fully_shard(m)"
             )
-    if not isinstance(rules, Mapping) or not rules:
-        what = repr(rules) if isinstance(rules, Mapping) else f"a {type(rules).__name__}"
-        raise ValueError(f"rules is {what}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
+    rules = checked(given)
     found = sites(model)
     if taken is None:
         taken = match(rules, found)
@@ -300,14 +298,14 @@ class _Shared:
     bank: Leaf
 
     @classmethod
-    def of(cls, method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
+    def of(cls, method: Weight, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
         if not method.overrides("shared") and not method.overrides("bank"):
             return cls({}, {})
         empty = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in weights.items()}
         return cls(method.shared(rng, empty), method.bank(rng, empty))
 
 
-def _shared(method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+def _shared(method: Weight, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
     """What the sites of a rule share, none of it memory of theirs."""
     made = method.shared(rng, weights)
     flat = {f"{name}: {k}": t for name, tensors in made.items() for k, t in tensors.items()}
@@ -315,7 +313,7 @@ def _shared(method: Method, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[
     return made
 
 
-def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
+def _bank_names(rules: Mapping[str, Weight]) -> dict[str, str]:
     """rule → name of its bank in the adapter: the method's class name, numbered from the second on."""
     out: dict[str, str] = {}
     for pattern, method in rules.items():
@@ -326,7 +324,7 @@ def _bank_names(rules: Mapping[str, Method]) -> dict[str, str]:
 
 
 def _probe(
-    site: Site, rule: str, method: Method, empty: Tensor, shared: _Shared, bank: str | None, biased: bool
+    site: Site, rule: str, method: Weight, empty: Tensor, shared: _Shared, bank: str | None, biased: bool
 ) -> Entry:
     """The entry of a site without its tensors, from a run of the method on meta tensors."""
     w = empty[0] if site.stacked else empty

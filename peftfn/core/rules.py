@@ -3,19 +3,28 @@
 import re
 from collections.abc import Mapping
 
-from peftfn.core.method import Method
+from peftfn.core.method import Method, Weight
 from peftfn.model.names import matches, near
 from peftfn.model.site import Site
 
 
-def match(rules: Mapping[str, Method], found: Mapping[str, Site]) -> dict[str, str]:
-    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
-    taken: dict[str, str] = {}
+def checked(rules: Mapping[str, Method]) -> Mapping[str, Weight]:
+    """The rules, if they are a dict of patterns and methods that a plan has a place for."""
+    if not isinstance(rules, Mapping) or not rules:
+        what = repr(rules) if isinstance(rules, Mapping) else f"a {type(rules).__name__}"
+        raise ValueError(f"rules is {what}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
     for pattern, method in rules.items():
         if not isinstance(pattern, str):
             raise TypeError(f"rule {pattern!r}: a pattern is a string; for several names write r'(q|v)_proj'")
-        if not isinstance(method, Method):
+        if not isinstance(method, Weight):
             raise TypeError(f"rule {pattern!r} gives {method!r}; it must give a method, like peftfn.LoRA(rank=8)")
+    return {pattern: method for pattern, method in rules.items() if isinstance(method, Weight)}
+
+
+def match(rules: Mapping[str, Weight], found: Mapping[str, Site]) -> dict[str, str]:
+    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
+    taken: dict[str, str] = {}
+    for pattern, method in rules.items():
         try:
             hits = [s for s in found.values() if any(matches(pattern, n) for n in (s.name, *s.aliases))]
         except re.error as e:

@@ -21,6 +21,7 @@ from peftfn.core.plan import Entry
 from peftfn.formats.files import Loaded, opened, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import Reader
+from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.dora import DoRA
 from peftfn.methods.weights.full import Full
@@ -147,8 +148,8 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
         return {"alpha": torch.tensor(alpha)} | {f"{k}.weight": t for k, t in p.items()}
     on_input = isinstance(method, InputDoRA)
     method = method.of if isinstance(method, InputDoRA) else method
-    assert isinstance(method, LoRA | LoHa | LoKr)
-    if isinstance(method, LoRA):
+    assert isinstance(method, Ranked | LoHa | LoKr)
+    if isinstance(method, Ranked):
         p |= {"a": p["a"].reshape(method.rank, *site.shape[1:]), "b": p["b"].reshape(*p["b"].shape, *ones)}
         ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
         if layout == "diffusers":

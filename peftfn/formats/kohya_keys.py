@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from peftfn.core.method import Method
+from peftfn.core.method import Weight
 from peftfn.formats.kohya_unet import older
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.full import Full
@@ -28,7 +28,7 @@ FLAT: dict[str, tuple[str, ...]] = {
 DOTTED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model")
 """diffusers' prefixes; where the model has no such part, they mean the model."""
 
-Key = tuple[type[Method] | None, str]
+Key = tuple[type[Weight] | None, str]
 ENDS: dict[str, Key] = {
     **dict.fromkeys(("lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight", "lora_B.weight"), (LoRA, "b")),
     **dict.fromkeys(

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Size, nn
 
-from peftfn.core.method import Method
+from peftfn.core.method import Weight
 from peftfn.core.plan import Adapter, Entry, Plan, make
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.kohya_keys import ENDS, Key, Names
 from peftfn.formats.peft_read import pattern
+from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.parts.lycoris import spread
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.dora import DoRA
@@ -48,7 +49,7 @@ class Reader:
 
     def load(self, strict: bool) -> Loaded:
         self.sort()
-        methods: dict[str, Method] = {}  # by site
+        methods: dict[str, Weight] = {}  # by site
         keys: dict[str, dict[str, str]] = {}  # site → {tensor: the file's key}
         for module in self.found:
             for site, method, mine in self.layer(module):
@@ -59,7 +60,7 @@ class Reader:
         if not methods:
             raise ValueError(f"{self.where}: there is no adapter in it that this model has a place for")
         known = list(sites(self.model))
-        groups: dict[Method, list[str]] = {}
+        groups: dict[Weight, list[str]] = {}
         for name in known:
             if name in methods:
                 groups.setdefault(methods[name], []).append(name)
@@ -102,7 +103,7 @@ class Reader:
                 raise ValueError(f"{self.where}: {have!r} and {key!r} are the same tensor")
             self.called[module] = name
 
-    def layer(self, module: str) -> Iterator[tuple[Site, Method, dict[str, str]]]:
+    def layer(self, module: str) -> Iterator[tuple[Site, Weight, dict[str, str]]]:
         """The sites of a module that the file adapts, with their methods and keys."""
         found = self.found[module]
         for attr in ("weight", "bias"):
@@ -128,7 +129,7 @@ class Reader:
                 method = self.method(cls, site, own | common)
                 yield site, method, {k: key for k, key in (own | common).items() if k not in ("alpha", "on_input")}
 
-    def method(self, cls: type[Method] | None, site: Site, keys: Mapping[str, str]) -> Method:
+    def method(self, cls: type[Weight] | None, site: Site, keys: Mapping[str, str]) -> Weight:
         shape = {k: self.file.meta[key].shape for k, key in keys.items()}
         if cls is IA3:
             return self.ia3(site, keys)
@@ -176,7 +177,7 @@ class Reader:
             decompose_both="1" in low,
         )
 
-    def ia3(self, site: Site, keys: Mapping[str, str]) -> Method:
+    def ia3(self, site: Site, keys: Mapping[str, str]) -> Weight:
         on_input = self.number(keys["on_input"], 0.0)
         if on_input not in (0, 1):
             raise ValueError(f"{self.where}: {keys['on_input']} is {on_input}; it is 0 or 1")
@@ -203,7 +204,7 @@ class Reader:
                 return None
             config = configs.checked({"peft_type": "LORA", **mine}, self.where)
             method = configs.method(config, path, site.kind, self.where)
-            if not isinstance(method, LoRA | LoHa | LoKr):
+            if not isinstance(method, Ranked | LoHa | LoKr):
                 raise ValueError(f"{self.where}: lora_adapter_metadata is of {method}, and the tensors are not")
             value = method.scale * rank
         else:
@@ -232,7 +233,7 @@ class Reader:
                 alike = _squeezed(have) == _squeezed(want)
             elif k in ("l", "s"):  # one number for each channel
                 alike = _squeezed(have) == _squeezed([site.shape[1] if before else want[0]])
-            elif k in ("a", "b", "a1", "a2", "b1", "b2") and isinstance(method, LoRA | GLoRALycoris):
+            elif k in ("a", "b", "a1", "a2", "b1", "b2") and isinstance(method, Ranked | GLoRALycoris):
                 # a convolution's kernel, or a linear layer that was one of 1 × 1
                 alike = have == (want[0], *site.shape[1:]) or have == (*want, *(1,) * (len(have) - len(want)))
             else:
@@ -261,7 +262,7 @@ class Reader:
         return Loaded(net, adapter, tuple(sorted(self.missing)), tuple(sorted(self.stray)))
 
 
-def _lacks(cls: type[Method] | None, have: Collection[str]) -> list[str]:
+def _lacks(cls: type[Weight] | None, have: Collection[str]) -> list[str]:
     """The ends of the keys without which a method's tensors are not whole."""
     if cls is LoRA:
         need = {"a": "lora_down.weight", "b": "lora_up.weight"}

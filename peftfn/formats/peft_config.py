@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Weight, registry
+from peftfn.core.peft import is_
 from peftfn.formats.files import MOST, read_json
 from peftfn.formats.peft_table import (
     COUNTS,
@@ -120,21 +121,21 @@ def at(config: dict[str, Any], module: str, kind: str, where: Path) -> Config:
     return here
 
 
-def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Method:
+def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Weight:
     """The method that the configuration describes at a module. ValueError for what no method of ours can mean."""
     here = at(config, module, kind, where)
     classes = candidates(config["peft_type"])
-    fits = [c for c in classes if c.peft and all(_is(dict.get(here, k), v) for k, v in c.peft.fixed.items())]
+    fits = [c for c in classes if c.peft and all(is_(dict.get(here, k), v) for k, v in c.peft.fixed.items())]
     if not fits:
         raise ValueError(f"{where}: no method here is PEFT's {config['peft_type']} with these options")
     cls = max(fits, key=lambda c: len(c.peft.fixed) if c.peft else 0)
     try:
-        found = cls.from_peft(here)
+        assert cls.peft is not None
+        found = cls(**cls.peft.read(here))
         hash(found)  # fields are plain values
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"{where}: at {module}: {cls.__name__} cannot be what the file says: {e}") from e
     defaults = DEFAULTS.get(config["peft_type"], {})
-    assert cls.peft is not None
     here.read |= {*cls.peft.fields.values(), *cls.peft.fixed}
     for key, value in ((k, v) for k, v in here.items() if k in config):
         if key in here.read or key in IGNORED or key.endswith("dropout") or value == defaults.get(key):
@@ -161,17 +162,16 @@ def family(targets: Any, module: str) -> str:
     return max((n for n in listed(targets) if module.endswith(n)), key=len, default=module.rpartition(".")[2])
 
 
-def _is(have: Any, want: Any) -> bool:
-    """`...` stands for anything that is set."""
-    return have not in (None, False) if want is ... else bool(have == want)
-
-
-def candidates(kind: str) -> list[type[Method]]:
+def candidates(kind: str) -> list[type[Weight]]:
     """The registered methods that PEFT writes under this type."""
-    return [c for c in registry.values() if declared(c) and c.peft is not None and c.peft.type == kind]
+    return [
+        c
+        for c in registry.values()
+        if issubclass(c, Weight) and declared(c) and c.peft is not None and c.peft.type == kind
+    ]
 
 
-def declared(cls: type[Method]) -> bool:
+def declared(cls: type[Weight]) -> bool:
     """Whether PEFT has this very method, and not only the one it is derived from."""
     return vars(cls).get("peft") is not None
 

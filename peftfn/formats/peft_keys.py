@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.method import Leaf, Method
+from peftfn.core.peft import Peft
 from peftfn.formats.peft_config import listed
 from peftfn.model.site import Site, sites
 from peftfn.tensors.quantised import parameters
@@ -171,9 +172,15 @@ def split(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
+def described(method: Method) -> Peft:
+    """How PEFT writes the method, which is one that PEFT has."""
+    assert method.peft is not None
+    return method.peft
+
+
 def tensors(place: Place, method: Method, p: Leaf) -> Leaf:
     """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
-    return {place.key(k): place.write(k, t) for k, t in method.to_peft_leaf(p).items()}
+    return {place.key(k): place.write(k, t) for k, t in described(method).tensors(method, p).items()}
 
 
 def heads(key: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.combine import chain
-from peftfn.core.method import Leaf, Method
+from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Adapter, Plan, make
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
@@ -40,7 +40,7 @@ class Reader:
         )
         self.missing, self.unexpected, self.token_keys = at.missing, at.unexpected, at.token_keys
         self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
-        self.made: dict[str, Leaf] = {}  # site → what its method's `from_peft_leaf` gives
+        self.made: dict[str, Leaf] = {}  # site → what its method's `leaf_from` gives
         self.fresh: Plan | None = None
 
     def load(self) -> Loaded:
@@ -50,9 +50,9 @@ class Reader:
         methods = {name: self.method(place, self.found[name]) for name, place in self.places.items()}
         self.tie(methods)
         both = {n: chain(Full(), m) for n, m in methods.items() if n in self.whole}  # saved whole, and adapted
-        chosen: dict[str, Method] = {**methods, **{n: Full() for n in self.whole}, **both}
+        chosen: dict[str, Weight] = {**methods, **{n: Full() for n in self.whole}, **both}
         order = [s.name for s in dict.fromkeys(self.model.sites.values()) if s.name in chosen]
-        groups: dict[tuple[Method, Any], list[str]] = {}
+        groups: dict[tuple[Weight, Any], list[str]] = {}
         for name in order:
             groups.setdefault((chosen[name], self.sharing(name, methods)), []).append(name)
         rules = {pattern(names, self.model.names): method for (method, _), names in groups.items()}
@@ -69,14 +69,14 @@ class Reader:
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
         return self.fill(plan, methods, zeros)
 
-    def sharing(self, name: str, methods: Mapping[str, Method]) -> Any:
+    def sharing(self, name: str, methods: Mapping[str, Weight]) -> Any:
         """Which sites have one rule, besides being of one method."""
         method, place = methods.get(name), self.places.get(name)
         if method is None or place is None or method.peft is None or not method.peft.per_target:
             return None
         return configs.family(self.config.get("target_modules"), place.module), place.site.shape
 
-    def method(self, place: Place, found: Mapping[str, str]) -> Method:
+    def method(self, place: Place, found: Mapping[str, str]) -> Weight:
         config, module = self.config, place.module
         if config["peft_type"] != "TRAINABLE_TOKENS" and not self.token_keys.isdisjoint(found):
             given = config.get("trainable_token_indices") or []
@@ -86,7 +86,7 @@ class Reader:
             return configs.method(tied, module, place.site.kind, self.where)
         return configs.method(config, module, place.site.kind, self.where)
 
-    def tie(self, methods: dict[str, Method]) -> None:
+    def tie(self, methods: dict[str, Weight]) -> None:
         """Where a transformers model ties its head to the embedding, PEFT replaces the rows of both, unless the head
         has other tokens of its own."""
         if not keys.ties(self.model.model):
@@ -102,14 +102,14 @@ class Reader:
                 self.places.setdefault(other, Place(self.model.sites[other], other.rpartition(".")[0], ""))
                 self.found.setdefault(other, {})
 
-    def fits(self, name: str, plan: Plan, method: Method) -> set[str]:
+    def fits(self, name: str, plan: Plan, method: Weight) -> set[str]:
         """Note what is missing and unexpected at a site; ValueError for other shapes. Returns our names of tensors of
         a part that PEFT leaves out at this layer, and marks with a tensor of zeros."""
-        if method.overrides("from_peft_leaf"):
-            self.meant(name, plan, method)
-            return set()
         entry, place, found, before = plan[name], self.places[name], self.found[name], self.inside(name)
         assert method.peft is not None
+        if method.peft.leaf_from is not None:
+            self.meant(name, plan, method)
+            return set()
         constants = {k.removeprefix(before): t for k, t in entry.frozen.items()}
         bank = {k: torch.empty(s, device="meta") for k, s in plan.banks[entry.bank].items()} if entry.bank else {}
         leaf = {k.removeprefix(before): torch.empty(s, device="meta") for k, s in entry.spec.items() if before in k}
@@ -139,11 +139,11 @@ class Reader:
                     self.missing.append(f"base_model.{r}")
         return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
 
-    def meant(self, name: str, plan: Plan, method: Method) -> None:
+    def meant(self, name: str, plan: Plan, method: Weight) -> None:
         """Let the method say what the file's tensors at a site mean, and check that it fits the plan."""
         entry, place, found, file = plan[name], self.places[name], self.found[name], self.file
         w, bias = self.model.weights[name], self.model.weights.get(entry.site.bias or "")
-        assert method.peft is not None
+        assert method.peft is not None and method.peft.leaf_from is not None
         if w.is_meta:
             raise ValueError(f"{file.where}: {name} has no values yet, and {method} reads its tensors by them")
         t = {k: file.tensor(key, w.device) for k, key in found.items()}
@@ -154,8 +154,8 @@ class Reader:
             elif self.seeded:
                 t[key] = self.drawn(plan)[name].frozen[k]
         try:
-            made = method.from_peft_leaf(t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
-            again = method.to_peft_leaf(made)
+            made = method.peft.leaf_from(method, t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
+            again = method.peft.tensors(method, made)
         except KeyError as e:
             (key,), group = e.args, method.peft.group(place.module)
             common = key in method.peft.shared.values()
@@ -202,7 +202,7 @@ class Reader:
         more = near(keys.clean(self.unexpected[0]), list(self.model.sites)) if self.unexpected else ""
         return mismatch(self.file.where, set(self.missing), self.unexpected, more)
 
-    def fill(self, plan: Plan, methods: Mapping[str, Method], zeros: Mapping[str, set[str]]) -> Loaded:
+    def fill(self, plan: Plan, methods: Mapping[str, Weight], zeros: Mapping[str, set[str]]) -> Loaded:
         """The net and adapter with the file's tensors, each moved once to its site's device."""
         file, model = self.file, self.model
         adapter: Adapter = {}

@@ -15,7 +15,7 @@ from peftfn.core.method import Leaf, Method
 from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, rows, tensors, ties
+from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, described, rows, tensors, ties
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens
@@ -105,7 +105,7 @@ def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], 
         place = model.written(entry.site, ())
         given = {f"{TOKENS}.{k}": t for k, t in tensors(place, entry.method, {**entry.frozen, **adapter[name]}).items()}
         out |= {f"{PREFIX}{place.path}.{k}": t for k, t in given.items()}
-        indices = entry.method.to_peft()["token_indices"]
+        indices = described(entry.method).written(entry.method)["token_indices"]
         config["trainable_token_indices"] = (config.get("trainable_token_indices") or {}) | {place.module: indices}
     _whole(full, adapter, model, config, out, {model.written(e.site, ()).module for e in main.values()})
     return config, out
@@ -113,7 +113,9 @@ def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
     """Configuration and tensors of the sites with a method of PEFT's."""
-    each = {n: {k: v for k, v in e.method.to_peft().items() if v is not ...} for n, e in main.items()}
+    each = {
+        n: {k: v for k, v in described(e.method).written(e.method).items() if v is not ...} for n, e in main.items()
+    }
     types: dict[str, list[str]] = {}
     for n, e in main.items():
         assert e.method.peft is not None

@@ -74,14 +74,14 @@ def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
     if is_expression(leaf) or leaf.keys() != b.spec.keys():
         raise ValueError(f"{name}: a prepared, summed or scaled leaf cannot be padded: conform it before that")
     out = {}
-    gain = b.method.padding.gain if b.method.padding else ()
+    scaled = b.method.padding.scaled if b.method.padding else ()
     for k, t in leaf.items():
         want = b.spec[k]
         if t.dim() != len(want) or any(n > m for n, m in zip(t.shape, want, strict=True)):
             raise ValueError(
                 f"{name}: {k} has shape {list(t.shape)}, and {b.method} holds {list(want)}: adapt with a larger rank"
             )
-        t = t * ratio if k in gain and ratio != 1 else t
+        t = t * ratio if k in scaled and ratio != 1 else t
         ends = [(0, m - n) for n, m in zip(t.shape, want, strict=True)]
         out[k] = F.pad(t, [n for end in reversed(ends) for n in end]) if t.shape != want else t
     return out

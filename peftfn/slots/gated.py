@@ -140,7 +140,7 @@ class Gates(Route):
         n, r = part.size, low.down.shape[-2]
         down = low.down.to(dtype).expand(n, r, -1)
         up = low.up.to(dtype).expand(n, -1, r)
-        c = None if low.rows is None else low.rows.to(dtype).expand(n, -1)
+        c = None if low.gain is None else low.gain.to(dtype).expand(n, -1)
         s = F.linear(x, down.reshape(n * r, -1)).unflatten(-1, (n, r))
         s = (s * (low.scale * g)[..., None]).flatten(-2)
         up = up if c is None else c[..., None] * up

@@ -1,7 +1,7 @@
 """Mixed batches: every row of a batch uses its own adapter, or the base.
 
 What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch, in `Part`s of one method each, and a
-`Route`, which says what each row gets. A low-rank change (`Method.low_rank`) of all adapters is two batched products;
+`Route`, which says what each row gets. A low-rank change (`Weight.low_rank`) of all adapters is two batched products;
 any other method runs under `vmap` over the adapters, or once for each adapter that occurs.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from peftfn.core.method import Method, Product
+from peftfn.core.method import Product, Weight
 from peftfn.slots.part import Part, take
 from peftfn.slots.route import Cut, Route, mapped, storages, tensors, visit
 from peftfn.slots.slot import Slot, plus
@@ -169,7 +169,7 @@ class MixedWeight(_Mixed):
         for part in self.parts:
             own = given[part.start : part.start + part.size] if mixed and given is not None else given
 
-            def one(p: Any, b: Tensor | None, method: Method = part.method) -> Tensor | None:
+            def one(p: Any, b: Tensor | None, method: Weight = part.method) -> Tensor | None:
                 return method.bias(p, None if b is None else wide(b))
 
             probe = None if base is None else wide(base)

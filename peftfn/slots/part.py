@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name
-from peftfn.core.method import LowRank, Method
+from peftfn.core.method import LowRank, Weight
 from peftfn.core.plan import Entry
 from peftfn.slots.route import Bucket, Cut, Run, Share, picked
 from peftfn.slots.weight import AdaptedWeight
@@ -78,7 +78,7 @@ class Part:
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def factors(self, bucket: Bucket, dtype: torch.dtype) -> LowRank:
-        """down [number, r, in], up [number, out, r] and rows [number, out] of a bucket, in `dtype`."""
+        """down [number, r, in], up [number, out, r] and gain [number, out] of a bucket, in `dtype`."""
         low: LowRank = self.low  # type: ignore[assignment]
         whole = bucket.number == self.size and bucket.adapters == slice(0, self.size)
         if whole and low.down.dtype == dtype and low.down.dim() == low.up.dim() == 3:
@@ -91,8 +91,8 @@ class Part:
             whole = t if t.dim() > dim else t.expand(self.size, *t.shape)
             return whole[bucket.adapters].to(dtype)
 
-        rows = None if low.rows is None else cut(low.rows, 1)
-        made = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, rows)
+        gain = None if low.gain is None else cut(low.gain, 1)
+        made = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, gain)
         # Kept for a layer's later uses in this call (the steps of `generate`) where no graph is recorded: what has none
         # would lose the gradient of a use that records one, and a rematerialisation must repeat each use as it was.
         if not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() == self.level:
@@ -109,11 +109,11 @@ class Part:
             shrunk = self._shrink(bucket, low, piece, kind)
             change.append(torch.bmm(shrunk, low.up.mT).view(bucket.rows, *middle, low.up.shape[-2]))
         added = (change[0] if len(change) == 1 else torch.cat(change)).to(y.dtype)
-        if lows[0].rows is None:
+        if lows[0].gain is None:
             if share.rows is None:
                 return y.add(added, alpha=scale)
             return y.index_add(0, share.rows, added, alpha=scale)
-        c = torch.cat([low.rows.repeat_interleave(b.each, 0) for b, low in zip(share.buckets, lows, strict=True)])  # type: ignore[union-attr]
+        c = torch.cat([low.gain.repeat_interleave(b.each, 0) for b, low in zip(share.buckets, lows, strict=True)])  # type: ignore[union-attr]
         c = c.view(-1, *[1] * len(middle), c.shape[-1]).to(y.dtype)
         if share.rows is None:
             return c * y.add(added, alpha=scale)
@@ -138,18 +138,18 @@ class Part:
         if not torch.is_grad_enabled() and eager(x) and w.dtype == dtype:  # the base's product onto the low-rank one:
             y = torch.bmm(s, low.up.mT)  # a pass less over the output
             y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), w.mT, beta=low.scale)
-            if low.rows is not None:
-                y.mul_(low.rows[:, None])
+            if low.gain is not None:
+                y.mul_(low.gain[:, None])
         else:
             y = base(x)
             y = torch.baddbmm(
                 y.reshape(bucket.number, -1, y.shape[-1]), s.to(y.dtype), low.up.mT.to(y.dtype), alpha=low.scale
             )
-            y = y if low.rows is None else y * low.rows[:, None].to(y.dtype)
+            y = y if low.gain is None else y * low.gain[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Method, dict[str, Any], dict[str, Any]]:
+def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Weight, dict[str, Any], dict[str, Any]]:
     """(method, prepared tensors, their `in_dims`) of a stack of leaves: what differs between adapters has an axis."""
     if not is_expression(leaf):
         ready = leaf.keys() == entry.prepared.keys() and leaf.keys() != entry.spec.keys()

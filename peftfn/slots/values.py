@@ -46,7 +46,7 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
         new = weight.entry.new_bias(weight.method, weight.p, out[bias] if bias in out else slot(bias), weight.dtype)
         if new is not None:
             out[bias] = new
-        if not weight.method.changes_weight:
+        if weight.method.only_bias():
             del out[name]
     return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import LowRank, Method, Product
+from peftfn.core.method import LowRank, Product, Weight
 from peftfn.core.plan import Entry
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import lora_linear
@@ -25,7 +25,7 @@ class AdaptedWeight(Slot):
 
     __slots__ = ("fast", "inside", "low", "method", "p")
 
-    def __init__(self, entry: Entry, method: Method, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
+    def __init__(self, entry: Entry, method: Weight, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
         self.entry, self.method, self.p, self.w = entry, method, p, w
         self.fast = entry.fast if method is entry.method else method.fast_linear()
         self.task, self.inside = now or moment()
@@ -45,7 +45,7 @@ class AdaptedWeight(Slot):
         if low is None or not alike or torch._C._is_any_autocast_enabled():
             return super().forward(x)
         m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
-        return lora_linear(x, m, low.down, low.up, low.scale, c=low.rows, bias=bias, dropout=low.dropout)
+        return lora_linear(x, m, low.down, low.up, low.scale, c=low.gain, bias=bias, dropout=low.dropout)
 
     def dense(self) -> Tensor:
         return self.entry.dense(self.method, self.p, self.w)

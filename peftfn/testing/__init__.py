@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from peftfn.core.method import Method
+from peftfn.core.method import Method, Weight
 from peftfn.model.site import sites
 from peftfn.testing.laws import LAWS, ONCE, SITE, Case, close, leaves, shaken
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
@@ -37,12 +37,12 @@ ADAPT = """`adapt` runs init, frozen, prepare, delta and bias on the meta device
 values: make tensors by `rng`, or from w and p, and read none of their values; init and frozen give dicts."""
 
 
-def models_for(method: Method) -> list[str]:
+def models_for(method: Weight) -> list[str]:
     """The tiny models whose sites the method accepts: with one site, and, where sites share tensors, with several.
 
     LawBroken if `adapt` fails on the first of them, or if the method refuses all those with several sites.
     """
-    if not isinstance(method, Method):
+    if not isinstance(method, Weight):
         raise TypeError(f"the laws are about a method with its hyper-parameters, like LoRA(rank=2), not {method!r}")
     names = [n for n, m in MODELS.items() if m.kind in method.kinds and (method.mergeable or n != "dense")]
     case = Case(method, names[0])
@@ -58,7 +58,7 @@ def models_for(method: Method) -> list[str]:
     return [n for n in names if not first.adds_bias or sites(Case(method, n).model)[SITE].bias is not None]
 
 
-def _several(method: Method, models: Mapping[str, Model]) -> list[str]:
+def _several(method: Weight, models: Mapping[str, Model]) -> list[str]:
     """The models of several sites that the method accepts: all of its kinds but those that its `shared` or `bank`
     refuses with a ValueError."""
     names = []
@@ -75,12 +75,12 @@ def _several(method: Method, models: Mapping[str, Model]) -> list[str]:
     return names
 
 
-def _functions(method: Method, e: BaseException) -> list[str]:
+def _functions(method: Weight, e: BaseException) -> list[str]:
     """The functions of the method that were running when e was raised, the innermost last."""
     codes = {
         f.__code__: n
         for c in type(method).__mro__
-        if c is not Method
+        if c not in (Method, Weight)
         for n, f in vars(c).items()
         if isinstance(f, FunctionType)
     }
@@ -88,7 +88,7 @@ def _functions(method: Method, e: BaseException) -> list[str]:
     return [codes[frame.f_code] for frame, _ in frames if frame.f_code in codes]
 
 
-def cases(method: Method) -> SearchStrategy[Case]:
+def cases(method: Weight) -> SearchStrategy[Case]:
     """Cases of one method: every kind of site it accepts, seeds, batch sizes; the simplest first."""
     return st.builds(
         Case,
@@ -99,7 +99,7 @@ def cases(method: Method) -> SearchStrategy[Case]:
     )
 
 
-def check_law(law: str, method: Method, examples: int | None = None) -> None:
+def check_law(law: str, method: Weight, examples: int | None = None) -> None:
     """Check one law of `LAWS` on one case for each kind of site, and on `examples` random cases.
 
     Args:
@@ -147,7 +147,7 @@ def _message(law: str, case: Case, meaning: str | None, e: Exception) -> str:
     return f"{law}: {case}\n  {' '.join((meaning or '').split())}\n  {type(e).__name__}: {e}"
 
 
-def check_method(method: Method, laws: Iterable[str] = tuple(LAWS)) -> None:
+def check_method(method: Weight, laws: Iterable[str] = tuple(LAWS)) -> None:
     """Check that a method obeys every law, at every kind of site it accepts. Takes a few seconds.
 
         check_method(MyMethod(rank=2))

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
-from peftfn.core.method import Method
+from peftfn.core.method import Weight
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
@@ -28,7 +28,7 @@ SITE = "layer.weight"
 class Case:
     """One method on one tiny model, with inputs and random leaves."""
 
-    method: Method
+    method: Weight
     model_name: str = "linear"
     seed: int = 0
     rows: int = 2
@@ -334,10 +334,10 @@ def several_nets(c: Case) -> None:
         _as_alone(c, theirs, mine)
 
 
-def _companions(c: Case) -> list[Method]:
+def _companions(c: Case) -> list[Weight]:
     """Methods for the same site: one that leaves its layer's bias as it is and, where there can be one, one that makes
     another."""
-    plain: Method = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
+    plain: Weight = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
     bias = pf.sites(c.model)[SITE].bias
     if bias is None:
         return [plain]
@@ -568,7 +568,7 @@ def values(c: Case) -> None:
     assert repr(m).startswith(f"{type(m).__name__}(")
     assert pickle.loads(pickle.dumps(m)) == m
     assert from_json(json.loads(json.dumps(to_json(m))), Path()) == m
-    assert {f.name for f in fields(m)}.isdisjoint(vars(Method)), "a field hides one of Method's functions"  # type: ignore[arg-type]
+    assert {f.name for f in fields(m)}.isdisjoint(vars(Weight)), "a field hides one of Weight's functions"  # type: ignore[arg-type]
 
 
 def algebra(c: Case) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import peftfn as pf
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Weight, registry
 from peftfn.testing.laws import Case, many_by_row, merge_is_apply
 from peftfn.testing.models import MODELS, OUT
 
@@ -52,12 +52,14 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "methods.json"
 """What `python -m benchmarks methods` found; not part of an installed package."""
 
 
-def methods() -> list[type[Method]]:
+def methods() -> list[type[Weight]]:
     """The library's methods, by name."""
-    return [c for _, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods")]
+    return [
+        c for _, c in sorted(registry.items()) if issubclass(c, Weight) and c.__module__.startswith("peftfn.methods")
+    ]
 
 
-def meaning(cls: type[Method]) -> tuple[str, str]:
+def meaning(cls: type[Weight]) -> tuple[str, str]:
     """(formula, paper) from the docstrings: the first line of the class, and its first arXiv number."""
     doc = inspect.getdoc(cls) or ""
     formula = doc.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -65,8 +67,8 @@ def meaning(cls: type[Method]) -> tuple[str, str]:
     return formula, f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
 
 
-def size(cls: type[Method]) -> str:
-    """Trainable numbers with default hyper-parameters at one linear layer of SIZE², and in its bank."""
+def size(cls: type[Weight]) -> str:
+    """Trainable parameters with default hyper-parameters at one linear layer of SIZE², and in its bank."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(SIZE, SIZE))
     try:
@@ -78,12 +80,12 @@ def size(cls: type[Method]) -> str:
     return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
 
 
-def use(cls: type[Method]) -> tuple[str, str]:
-    """(how many numbers a site trains, when to choose the method) from the docstring."""
+def use(cls: type[Weight]) -> tuple[str, str]:
+    """(trainable parameters per site, when to use the method) from the docstring."""
     doc = " ".join((inspect.getdoc(cls) or "").split())
-    found = re.search(r"Trains (.+?) numbers\. For: (.+?)\.(?: |$)", doc)
+    found = re.search(r"Trainable parameters per site: (.+?)\. Use it (.+?)\.(?: |$)", doc)
     if found is None:
-        raise ValueError(f'{cls.__name__}: its docstring has no "Trains … numbers. For: …."')
+        raise ValueError(f'{cls.__name__}: its docstring has no "Trainable parameters per site: …. Use it …."')
     return found[1], found[2]
 
 
@@ -133,7 +135,7 @@ def times(path: Path = MEASURED) -> list[str]:
     return rows
 
 
-def cell(method: Method, model: str) -> str:
+def cell(method: Weight, model: str) -> str:
     """What works at one kind of site, found by trying: "·" not accepted, else letters.
 
     a: apply equals merge, or, where there is nothing to merge, applies; m: merge; x: mixed batch; l: to_lora.
@@ -165,8 +167,8 @@ def cell(method: Method, model: str) -> str:
 def page() -> str:
     rows = ["## What they mean", "", "| method | meaning | paper |", "|---|---|---|"]
     rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in methods()]
-    rows += ["", "## What they train, and for what", ""]
-    rows += [f"| method | trained numbers a site | {SIZE}×{SIZE}, defaults | for |", "|---|---|---|---|"]
+    rows += ["", "## What they train, and when to use them", ""]
+    rows += [f"| method | trainable parameters per site | {SIZE}×{SIZE}, defaults | use it |", "|---|---|---|---|"]
     rows += [f"| `{c.__name__}` | {use(c)[0]} | {size(c)} | {use(c)[1]} |" for c in methods()]
     rows += [*times(), "", "## Where they work", ""]
     rows += ["a: applies. m: merges. x: in a mixed batch. l: converts to LoRA. ·: refused with an error."]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from peftfn.core.combine import Chain
 from peftfn.core.method import Method
 from peftfn.core.plan import Entry
-from peftfn.methods.weights.lora import LoRA
+from peftfn.methods.parts.lowrank import Ranked
+from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.net.net import Adapted
 from peftfn.view.module import parameters_of, plan_of
 
@@ -155,7 +156,7 @@ def _loras(plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, f
     found = {
         site: entry.method.scale
         for site, entry in plan.items()
-        if isinstance(entry.method, LoRA) and {"a", "b"} <= adapter[site].keys()
+        if isinstance(entry.method, Ranked) and {"a", "b"} <= adapter[site].keys()
     }
     if not found:
         raise ValueError("LoRA-FA: the adapter has no LoRA in it, so there is no A to freeze")
@@ -186,13 +187,15 @@ class _Leaf:
 
     @property
     def decays(self) -> bool:
-        return not self.is_vector and not (self.entry and self.key in _absolute(self.entry.method))
+        return not self.is_vector and not (self.entry and _is_weight(self.entry.method, self.key))
 
 
-def _absolute(method: Method) -> set[str]:
+def _is_weight(method: Method, key: str) -> bool:
+    """Whether a tensor of the method stands in the weight's own place, so that decay would pull the weight to zero."""
     if isinstance(method, Chain):
-        return {f"{i}.{k}" for i, m in enumerate(method.methods) for k in _absolute(m)}
-    return set(method.absolute)
+        i, _, key = key.partition(".")
+        return _is_weight(method.methods[int(i)], key)
+    return isinstance(method, TrainableTokens)
 
 
 def _leaves(adapter: Any, net: Adapted | None, name: str | None, where: str) -> Iterator[_Leaf]:
@@ -215,7 +218,7 @@ def _leaves(adapter: Any, net: Adapted | None, name: str | None, where: str) -> 
                 yield _Leaf(key, value, tree, entry)
 
     for at, leaf in tree.items():
-        yield from walk(leaf, plan.get(at))
+        yield from walk(leaf, plan.get(at) or next((e for e in plan.values() if e.bank == at), None))
     if not seen:
         raise ValueError(f"{where}: no tensor of the adapter requires a gradient; call requires_grad_() on its tensors")
 

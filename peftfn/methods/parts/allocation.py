@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
-from peftfn.methods.parts.variant import leaves_of
+from peftfn.methods.parts.sites import Planned, sites_of
 from peftfn.methods.weights.adalora import AdaLoRA
 
 
@@ -21,14 +21,23 @@ class Allocation:
     kept: dict[str, Tensor]  # site → bool [rank]
 
     @classmethod
-    def start(cls, method: AdaLoRA, adapter: Mapping[str, Leaf]) -> "Allocation":
-        """Before the first step. `method`: whose schedule it is; all AdaLoRA leaves of the adapter share one budget."""
+    def start(cls, net: Planned, adapter: Mapping[str, Leaf]) -> "Allocation":
+        """Before the first step. The net's AdaLoRA sites share one budget.
+
+        Raises:
+            ValueError: the net has no AdaLoRA; its method has no schedule, or two sites have different ones.
+        """
+        methods = sites_of(net, AdaLoRA)
+        (first, method), *_ = methods.items()
         if method.total_steps is None or method.target_rank > method.rank:
             raise ValueError(f"{method} has no schedule to follow: give total_steps, and target_rank <= rank")
-        zero = {
-            n: {k: torch.zeros_like(t) for k, t in p.items()}
-            for n, p in leaves_of("AdaLoRA", adapter, "a", "b", "e").items()
-        }
+        for site, other in methods.items():
+            if replace(other, rank=method.rank, alpha=None) != replace(method, alpha=None):
+                raise ValueError(
+                    f"{site}: {other} has another schedule than {method} at {first}, and all sites share one budget: "
+                    "give all AdaLoRA rules the same fields, but for rank and alpha"
+                )
+        zero = {n: {k: torch.zeros_like(t) for k, t in adapter[n].items()} for n in methods}
         return cls(method, zero, zero, {n: torch.ones_like(p["e"], dtype=torch.bool) for n, p in zero.items()})
 
     def budget(self, step: int) -> int:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Positive, Probability, Whole
-from peftfn.core.method import Leaf, Method
+from peftfn.core.fields import Positive, PositiveInt, Probability
+from peftfn.core.method import Leaf, Weight
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class _Lycoris(Method):
+class _Lycoris(Weight):
     """W + Δ, or m ⊙ (W + Δ) / ‖W + Δ‖, for a Δ that the method makes of its factors.
 
     A method gives `factors` (p → the factors of Δ, scaled) and `change` (factors → Δ [out, in]), and uses `joined` in
@@ -21,7 +21,7 @@ class _Lycoris(Method):
 
     in_eval = (("rank_dropout", 0.0), ("module_dropout", 0.0))
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     alpha: Positive | None = None
     rank_dropout: Probability = 0.0
     module_dropout: Probability = 0.0
@@ -71,19 +71,19 @@ class _Lycoris(Method):
         y = y + (dy * p["keep"] if "keep" in p else dy)
         return p["c"] * y if "c" in p else y
 
-    def to_peft(self) -> dict[str, Any]:
-        if self.weight_decompose:
-            raise ValueError(
-                f"{type(self).__name__}.weight_decompose is True, which PEFT does not have: save in our own format, or "
-                "merge the adapter"
-            )
-        return super().to_peft() | {"alpha": self.scale * self.rank}
 
-    def to_peft_leaf(self, p: Leaf) -> Leaf:  # PEFT gives the core of a 1-D convolution a second kernel axis
-        return {
-            k: t[..., None] if k[-2:] in ("t1", "t2") and t.dim() == 3 else t
-            for k, t in super().to_peft_leaf(p).items()
-        }
+def written(method: _Lycoris) -> dict[str, Any]:
+    if method.weight_decompose:
+        raise ValueError(
+            f"{type(method).__name__}.weight_decompose is True, which PEFT does not have: save in our own format, or "
+            "merge the adapter"
+        )
+    return {"alpha": method.scale * method.rank}
+
+
+def leaf_to(method: Any, p: Leaf) -> Leaf:
+    """PEFT gives the core of a 1-D convolution a second kernel axis."""
+    return {k: t[..., None] if k[-2:] in ("t1", "t2") and t.dim() == 3 else t for k, t in method.peft.named(p).items()}
 
 
 def kernel(rng: Rng) -> tuple[int, ...]:

@@ -2,24 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Whole, divides
-from peftfn.core.method import Method
+from peftfn.core.fields import PositiveInt, divides
+from peftfn.core.method import Weight
 
 
 @dataclass(frozen=True)
-class _Blocks(Method):
+class _Blocks(Weight):
     """One side of the weight cut into equal blocks: `block_size` or `blocks` says how."""
 
     default_size: ClassVar[int] = 4
     """Of a block if neither is given."""
 
-    block_size: Whole | None = None
-    blocks: Whole | None = None
+    block_size: PositiveInt | None = None
+    blocks: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,17 +35,16 @@ class _Blocks(Method):
         divides(self, name, n, **{side: size})
         return size // n if self.blocks else n
 
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        """PEFT writes 0 for the one that is not given."""
-        assert cls.peft is not None
-        keys = [cls.peft.fields[f] for f in ("block_size", "blocks")]
-        return super().from_peft({**config, **{k: None for k in keys if not config.get(k, True)}})
 
-    def to_peft(self) -> dict[str, Any]:
-        assert self.peft is not None
-        sizes = {"block_size": 0 if self.blocks else self.block_size or self.default_size, "blocks": self.blocks or 0}
-        return super().to_peft() | {self.peft.fields[f]: n for f, n in sizes.items()}
+def blocks_read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT writes 0 for the one of the two that is not given."""
+    return fields | {k: fields.get(k) or None for k in ("block_size", "blocks")}
+
+
+def blocks_written(method: _Blocks) -> dict[str, Any]:
+    assert method.peft is not None
+    size = 0 if method.blocks else method.block_size or method.default_size
+    return {method.peft.fields["block_size"]: size, method.peft.fields["blocks"]: method.blocks or 0}
 
 
 def turn(x: Tensor, r: Tensor) -> Tensor:

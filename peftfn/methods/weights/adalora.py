@@ -2,29 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Whole, choice
-from peftfn.core.method import Leaf, Padding, Peft, names
+from peftfn.core.fields import Positive, PositiveInt, Probability, Start
+from peftfn.core.method import Leaf, Padding
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _Variant, leaves_of
+from peftfn.methods.parts.lowrank import Factored, lora_alpha
+from peftfn.methods.parts.sites import Planned, sites_of
+
+
+def _written(m: "AdaLoRA") -> dict[str, Any]:
+    if m.total_steps is None:
+        raise ValueError("AdaLoRA.total_steps is None, and PEFT loads none without: give the number of steps")
+    return lora_alpha(m)
 
 
 @dataclass(frozen=True)
-class AdaLoRA(_Variant):
+class AdaLoRA(Factored):
     """W + s·B diag(E) A, with A [rank, in], E [rank], B [out, rank] and s = alpha/(rank + 1e-5) as in PEFT.
 
     Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, arXiv:2303.10512.
-    In training, add `orthogonal`·`orthogonality(adapter)` to the loss, and after each step call `allocate`, which sets
-    the entries of E to zero that matter least among all sites.
+    In training, add `orthogonal`·`orthogonality(net, adapter)` to the loss, and after each step call `allocate`, which
+    sets the entries of E to zero that matter least among all sites.
 
-    Trains rank·(in + out + 1) numbers. For: a rank budget that training itself shares out among the layers.
+    Trainable parameters per site: rank·(in + out + 1). Use it to let training share out a budget of ranks among the
+    layers.
 
     Args:
-        rank: triplets of a site before any is taken away; one above min(out, in) is legal.
+        rank: triplets of a site before any is taken away; values above min(out, in) are allowed.
         alpha: numerator of the scale; None means rank.
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (A and B normal with std 0.02, E zero) or "random" (all normal: not the identity).
@@ -38,27 +47,46 @@ class AdaLoRA(_Variant):
 
     Raises:
         ValueError: warmup and final leave no step between them.
+
+    Example:
+        from peftfn.methods.weights.adalora import orthogonality
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.AdaLoRA(rank=4, target_rank=2, total_steps=100)})
+        adapter = net.init(seed=0)
+        penalty = 0.5 * orthogonality(net, adapter)  # a term for the loss
     """
 
     cases = ({"rank": 3, "alpha": 2.0}, {"rank": 2, "init_weights": "random"})
 
     peft = Peft(
         "ADALORA",
-        names("a=lora_A b=lora_B e=lora_E"),
-        names(
-            "rank=init_r alpha=lora_alpha dropout=lora_dropout target_rank=target_r warmup=tinit final=tfinal "
-            "interval=deltaT total_steps=total_step beta1 beta2 orthogonal=orth_reg_weight"
-        ),
+        {"a": "lora_A", "b": "lora_B", "e": "lora_E"},
+        {
+            "rank": "init_r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "target_rank": "target_r",
+            "warmup": "tinit",
+            "final": "tfinal",
+            "interval": "deltaT",
+            "total_steps": "total_step",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orthogonal": "orth_reg_weight",
+        },
+        writes=_written,
+        leaf_to=lambda m, p: m.peft.named(p | {"e": p["e"][..., None]}),
     )
 
-    padding = Padding(gain=("b",))
+    padding = Padding(scaled=("b",))
 
-    rslora: ClassVar[bool] = False  # type: ignore[misc]
-    rank: Whole = 12
-    target_rank: Whole = 8
+    rank: PositiveInt = 12
+    alpha: Positive | None = None
+    dropout: Probability = 0.0
+    init_weights: Start = "default"
+    target_rank: PositiveInt = 8
     warmup: int = 0
     final: int = 0
-    interval: Whole = 1
+    interval: PositiveInt = 1
     total_steps: int | None = None
     beta1: float = 0.85
     beta2: float = 0.85
@@ -66,7 +94,6 @@ class AdaLoRA(_Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice(self, "init_weights", ("default", "random"))
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 < beta < 1:
                 raise ValueError(f"AdaLoRA.{name} is {beta}; it is the decay of an average: 0 < {name} < 1")
@@ -77,7 +104,7 @@ class AdaLoRA(_Variant):
             )
 
     @property
-    def scale(self) -> float:  # type: ignore[override]
+    def scale(self) -> float:
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
@@ -88,20 +115,10 @@ class AdaLoRA(_Variant):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         return {"down": p["a"], "up": p["b"] * p["e"]}
 
-    def to_peft(self) -> dict[str, Any]:
-        if self.total_steps is None:
-            raise ValueError("AdaLoRA.total_steps is None, and PEFT loads none without: give the number of steps")
-        return super().to_peft()
 
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return super().to_peft_leaf(p | {"e": p["e"][..., None]})
-
-
-def orthogonality(adapter: Mapping[str, Leaf]) -> Tensor:
-    """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F over all AdaLoRA leaves: a penalty for the loss, times `orthogonal`."""
-    return torch.cat(
-        [off_orthogonal(p).flatten() for p in leaves_of("AdaLoRA", adapter, "a", "b", "e").values()]
-    ).mean()
+def orthogonality(net: Planned, adapter: Mapping[str, Leaf]) -> Tensor:
+    """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F over the net's AdaLoRA sites: a penalty for the loss, times `orthogonal`."""
+    return torch.cat([off_orthogonal(adapter[site]).flatten() for site in sites_of(net, AdaLoRA)]).mean()
 
 
 def off_orthogonal(p: Leaf) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Start, Whole
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability, Start
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.rotation import _Blocks, cayley, turn
+from peftfn.methods.parts.rotation import _Blocks, blocks_read, blocks_written, cayley, turn
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class BOFT(_Blocks):
     Trained: r [factors, blocks, h, h], of which (R − Rᵀ)/2 goes through the Cayley transform, and s [out], which
     leaves the bias alone. PEFT without a CUDA compiler silently trains one factor; here any number is plain torch.
 
-    Trains factors·in·block_size + out numbers. For: keeping the angles between neurons while mixing all features.
+    Trainable parameters per site: factors·in·block_size + out. Use it to keep the angles between neurons and still mix
+    all features.
 
     Args:
         block_size: h, size of a block, or
@@ -29,6 +31,10 @@ class BOFT(_Blocks):
         factors: m, number of butterfly factors: h·2^(m−1) features are mixed, which must divide the input, h even.
         dropout: share of the blocks of one random factor that are left unrotated in train mode.
         init_weights: "default" (r zero, s one) or "random" (around these with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.BOFT(block_size=2, factors=3)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -39,11 +45,19 @@ class BOFT(_Blocks):
 
     peft = Peft(
         "BOFT",
-        names("r=boft_R s=boft_s"),
-        names("block_size=boft_block_size blocks=boft_block_num factors=boft_n_butterfly_factor dropout=boft_dropout"),
+        {"r": "boft_R", "s": "boft_s"},
+        {
+            "block_size": "boft_block_size",
+            "blocks": "boft_block_num",
+            "factors": "boft_n_butterfly_factor",
+            "dropout": "boft_dropout",
+        },
+        reads=blocks_read,
+        writes=blocks_written,
+        leaf_to=lambda m, p: {"boft_R": p["r"], "boft_s": p["s"][:, None]},
     )
 
-    factors: Whole = 1
+    factors: PositiveInt = 1
     dropout: Probability = 0.0
     init_weights: Start = "default"
 
@@ -85,9 +99,6 @@ class BOFT(_Blocks):
         blocks = torch.rand(d, device=q.device).argsort() < int(self.dropout * d)
         eye = torch.eye(h, dtype=q.dtype, device=q.device)
         return torch.where((factor[:, None] & blocks)[..., None, None], eye, q)
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"boft_R": p["r"], "boft_s": p["s"][:, None]}
 
 
 def _shuffle(x: Tensor, a: int, b: int, half: int) -> Tensor:

@@ -8,26 +8,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Whole, divides
-from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.fields import PositiveInt, divides
+from peftfn.core.method import Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 _RANDOM = ("xavier_uniform", "kaiming_uniform", "gaussian")
 
 
 @dataclass(frozen=True)
-class C3A(Method):
+class C3A(Weight):
     """W + C/in, block (m, n) of C being the circulant matrix C[a, t] = k[m, n, (t − a) mod b], k [out/b, in/b, b].
 
     Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024, arXiv:2407.19342. Runs as FFTs of
     length b; C is never made. The division by `in` is PEFT's.
 
-    Trains in·out/block_size numbers. For: a change of high rank from few numbers.
+    Trainable parameters per site: in·out/block_size. Use it for a change of high rank from few parameters.
 
     Args:
         block_size: b; it must divide in and out.
         init_weights: "zeros", or the starts that are not the identity: "xavier_uniform" (U(±√(6/(in + out))), PEFT's
             default), "kaiming_uniform" (U(±1/√in)) and "gaussian" (N(0, 1)).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.C3A(block_size=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("sk",)
@@ -35,12 +40,12 @@ class C3A(Method):
 
     peft = Peft(
         "C3A",
-        names("k=c3a_kernel"),
-        names("block_size init_weights"),
+        {"k": "c3a_kernel"},
+        {"block_size": "block_size", "init_weights": "init_weights"},
         {"init_weights": [("zeros", True), ("xavier_uniform", False), *((s, s) for s in _RANDOM)]},
     )
 
-    block_size: Whole = 256
+    block_size: PositiveInt = 256
     init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = "zeros"
 
     @property

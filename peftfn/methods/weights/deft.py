@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Start, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import Positive, PositiveInt, Probability, Start
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class DEFT(Method):
+class DEFT(Weight):
     """W + left (s·R − rightᵀ W), with R [rank, in], and left, right [out, rank] made of one P [out, rank].
 
     "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", NeurIPS 2025; without R it is PaRa, Chen
     et al., 2024, arXiv:2406.05641.
 
-    Trains rank·(in + out) numbers. For: removing a subspace and writing it anew, as in personalising image models.
+    Trainable parameters per site: rank·(in + out). Use it to remove a subspace and write it anew, as when an image
+    model is personalised.
 
     Args:
         rank: dimension of the subspace, which has `out` at most: a larger rank is out, in P, R and s, as in PEFT.
@@ -29,6 +31,10 @@ class DEFT(Method):
         dropout: probability of dropping an input feature of R in train mode.
         init_weights: "default" (P normal with std 0.02, R such that nothing changes) or "random" (R normal too).
         init_scale: R's std in units of 0.02 when random.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DEFT(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -40,11 +46,18 @@ class DEFT(Method):
 
     peft = Peft(
         "DEFT",
-        names("p=deft_P r=deft_R"),
-        names("rank=r decomposition=decomposition_method alpha para dropout=deft_dropout init_scale"),
+        {"p": "deft_P", "r": "deft_R"},
+        {
+            "rank": "r",
+            "decomposition": "decomposition_method",
+            "alpha": "alpha",
+            "para": "para",
+            "dropout": "deft_dropout",
+            "init_scale": "init_scale",
+        },
     )
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     decomposition: Literal["relu", "qr"] = "relu"
     alpha: Positive | None = None
     para: bool = False

@@ -4,30 +4,34 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.core.fields import Positive, Whole, divides
-from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.fields import Positive, PositiveInt, divides
+from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.rotation import bounded, cayley, turn
 
 
 @dataclass(frozen=True)
-class DiagOFT(Method):
+class DiagOFT(Weight):
     """s ⊙ Rᵀ W: block i of the product y becomes s_i ⊙ y_i R_i, R_i = (I + Q_i)(I − Q_i)⁻¹, Q_i = B_i − B_iᵀ.
 
     LyCORIS' diag-oft (Yeh et al., 2023, arXiv:2309.14859), after Qiu et al., 2023, arXiv:2306.07280. Trained: the
     whole blocks b [out/block_size, block_size, block_size], and s [out] with rescale. The bias stays as it is.
 
-    Trains out·block_size numbers. For: LyCORIS checkpoints; as OFT, on the outputs.
+    Trainable parameters per site: out·block_size. Use it to read LyCORIS' checkpoints, or as OFT on the outputs.
 
     Args:
         block_size: size of a block; it must divide out. (LyCORIS takes the smaller factor of out that its rank finds.)
         constraint: keep ‖Q‖_F over all blocks ≤ constraint·out, by scaling Q down; None or 0: no bound.
         rescale: train s as well.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DiagOFT(block_size=3, rescale=True)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
 
-    block_size: Whole = 4
+    block_size: PositiveInt = 4
     constraint: Positive | None = None
     rescale: bool = False
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from peftfn.core.method import Leaf, LowRank, Product
 from peftfn.core.rng import Rng
 from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.lora_linear import lora_linear
-from peftfn.methods.parts.variant import _Variant
-from peftfn.methods.weights.lora import LoRA
+from peftfn.methods.parts.lowrank import LORA
+from peftfn.methods.parts.variant import Variant
 
 
 @dataclass(frozen=True)
-class DoRA(LoRA):
+class DoRA(Variant):
     """m ⊙ (W + s·B A) / n, with n = ‖W + s·B A‖ row by row [out] and a trained magnitude m [out].
 
     Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, arXiv:2402.09353. The norm is a constant for the
@@ -25,11 +24,17 @@ class DoRA(LoRA):
 
     c = m/n depends on parameters alone: `net.prepare` computes it once for many calls.
 
-    Trains rank·(in + out) + out numbers. For: better results than LoRA at small ranks, for a norm a step.
+    Trainable parameters per site: rank·(in + out) + out. Use it for better results than LoRA at small ranks, at the
+    cost of a norm per step.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`.
         attached: let the gradient flow through the norm as well.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DoRA(rank=4, alpha=8)})
+        adapter = net.prepare(net.init(seed=0))  # computes the norms once, for many calls
+        y = net.apply(adapter, torch.ones(2, 8))
     """
 
     cases = (
@@ -38,10 +43,10 @@ class DoRA(LoRA):
     )
 
     peft = replace(
-        _Variant.peft, keys={**LoRA.peft.keys, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}
+        LORA, keys={**LORA.keys, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}
     )  # checkpoints name the magnitude without ".weight"
+    factors = ("a", "b")
 
-    lora_bias: ClassVar[bool] = False  # type: ignore[misc]
     attached: bool = False
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
@@ -78,7 +83,7 @@ class DoRA(LoRA):
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         low = super().low_rank(p)
-        return None if low is None else low._replace(rows=p["c"])
+        return None if low is None else low._replace(gain=p["c"])
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None

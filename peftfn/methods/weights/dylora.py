@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Whole, divides
+from peftfn.core.fields import PositiveInt, divides
 from peftfn.core.method import Leaf
-from peftfn.methods.parts.variant import _Variant
+from peftfn.methods.parts.variant import Drawn
 
 
 @dataclass(frozen=True)
-class DyLoRA(_Variant):
+class DyLoRA(Drawn):
     """W + s(r)·B[:, :r] A[:r], with A [rank, in], B [out, rank] and s(r) = alpha/r (alpha/√r with rslora). r is
     `active`; in train mode, any number of blocks up to that, drawn anew for every product.
 
@@ -19,13 +19,18 @@ class DyLoRA(_Variant):
     Adaptation", 2022, arXiv:2210.07558. Of the blocks drawn, the last is trained and the others are held constant.
     lycoris divides alpha by the number of blocks, draws also in eval mode, and saves what means alpha/rank.
 
-    Trains rank·(in + out) numbers. For: one training that serves every smaller rank too.
+    Trainable parameters per site: rank·(in + out). Use it where one training must serve every smaller rank too.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; None as alpha means rank.
         block: ranks that come and go together; it must divide rank.
         active: r; None means rank.
         random: draw r in train mode.
+
+    Example:
+        model = torch.nn.Linear(8, 6)
+        adapter = pf.adapt(model, {"weight": pf.DyLoRA(rank=4)}).init(seed=0)
+        y = pf.adapt(model, {"weight": pf.DyLoRA(rank=4, active=2)}).apply(adapter, torch.ones(2, 8))  # at rank 2
     """
 
     cases = (
@@ -34,11 +39,9 @@ class DyLoRA(_Variant):
     )
 
     in_eval = (("dropout", 0.0), ("random", False))
-    padding = None  # the scale depends on the active rank too
-    peft = None  # type: ignore[assignment]
 
-    block: Whole = 1
-    active: Whole | None = None
+    block: PositiveInt = 1
+    active: PositiveInt | None = None
     random: bool = True
 
     def __post_init__(self) -> None:

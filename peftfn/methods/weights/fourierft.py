@@ -8,25 +8,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import STARTS, Start, Whole
-from peftfn.core.method import Cases, Leaf, Method, Peft, names
+from peftfn.core.fields import STARTS, PositiveInt, Start
+from peftfn.core.method import Cases, Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class FourierFT(Method):
+class FourierFT(Weight):
     """W + s·Re ifft2(S), S [out, in] zero but for n entries c [n] at random places (weights of a shape share them).
 
     Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
     through one FFT, meets c at its n places, and comes back through another: the large matrix is never made.
 
-    Trains n_frequency numbers. For: tiny files with changes all over the weight; costs two transforms a call.
+    Trainable parameters per site: n_frequency. Use it for tiny files with changes all over the weight; it costs two
+    transforms a call.
 
     Args:
         n_frequency: n, trained entries; at most out·in.
         scaling: s.
         seed: of the places, drawn as PEFT draws them (random_loc_seed); they are not saved.
         init_weights: "default" (zero) or "random" (normal: not the identity; PEFT's default).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.FourierFT(n_frequency=10)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("sc",)
@@ -37,12 +43,12 @@ class FourierFT(Method):
 
     peft = Peft(
         "FOURIERFT",
-        names("c=fourierft_spectrum"),
-        names("n_frequency scaling seed=random_loc_seed init_weights"),
+        {"c": "fourierft_spectrum"},
+        {"n_frequency": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed", "init_weights": "init_weights"},
         {"init_weights": STARTS},
     )
 
-    n_frequency: Whole = 1000
+    n_frequency: PositiveInt = 1000
     scaling: float = 150.0
     seed: int = 777
     init_weights: Start = "default"

@@ -8,14 +8,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Positive, Probability
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts import hogsvd
 from peftfn.methods.parts.roles import number, role
 
 
+def _leaf_from(m: "FRoD", t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
+    v, places, size = (t[key] for key in ("frod_V.{}", "frod_s_indices.{}", "frod_s_size.{}"))
+    if not bool(((places >= 0) & (places < len(v))).all()) or size.tolist() != list(v.shape):
+        raise ValueError(f"frod_s_indices or frod_s_size goes beyond frod_V's {list(v.shape)}")
+    u, start = (part.to(v) for part in hogsvd.left(v.cpu(), w.detach().float().cpu()))
+    leaf = {"d": t["frod_lambda_l"].view_as(start) - start, "s": t["frod_lambda_s_values"]}
+    return leaf | m.common(v, places) | {"U": u, "start": start}
+
+
 @dataclass(frozen=True)
-class FRoD(Method):
+class FRoD(Weight):
     """W + U (diag(d) + S) Vᵀ, where W = U diag(λ) Vᵀ: U [out, in] with columns of length 1, λ [in] and V [in, in] are
     frozen; d [in] and the entries s [n] of the sparse S [in, in], off its diagonal, are trained and start at zero.
 
@@ -25,13 +35,18 @@ class FRoD(Method):
     λ + d in place of d, and puts U (diag(λ + d) + S) Vᵀ in W's place, which is the same up to rounding and to what a
     singular V cannot express; here W itself always stays.
 
-    Trains in + density·in² numbers. For: full-rank changes in a basis that layers of one kind share.
+    Trainable parameters per site: in + density·in². Use it for changes of full rank in a basis that layers of one kind
+    share.
 
     Args:
         density: share of S's in² entries that are trained, at least one (PEFT's sparse_rate).
         ridge: added to the Gram matrices that V comes from (PEFT's regularization_alpha).
         projection_seed: of the places of S (PEFT's projection_prng_key).
         dropout: probability of dropping an input feature of the change in train mode.
+
+    Example:
+        layers = torch.nn.ModuleList([torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)])
+        adapter = pf.adapt(layers, {"weight": pf.FRoD(density=0.1)}).init(seed=0)
     """
 
     kinds = frozenset({"linear", "linear_t", "conv", "conv_t"})
@@ -40,12 +55,17 @@ class FRoD(Method):
 
     peft = Peft(
         "FROD",
-        names("d=frod_lambda_l s=frod_lambda_s_values"),
-        names(
-            "density=sparse_rate ridge=regularization_alpha projection_seed=projection_prng_key dropout=frod_dropout"
-        ),
-        shared=names("V=frod_V.{} places=frod_s_indices.{} size=frod_s_size.{}"),
+        {"d": "frod_lambda_l", "s": "frod_lambda_s_values"},
+        {
+            "density": "sparse_rate",
+            "ridge": "regularization_alpha",
+            "projection_seed": "projection_prng_key",
+            "dropout": "frod_dropout",
+        },
+        shared={"V": "frod_V.{}", "places": "frod_s_indices.{}", "size": "frod_s_size.{}"},
         group=role,
+        leaf_to=lambda m, p: {"frod_lambda_l": p["start"] + p["d"], "frod_lambda_s_values": p["s"]},
+        leaf_from=_leaf_from,
     )
 
     density: Positive = 0.01
@@ -72,14 +92,14 @@ class FRoD(Method):
             ws = {s: weights[s] if meta else weights[s].detach().float().cpu() for s in sites}
             layers = {sites[s]: ws[s] for s in sites}
             v = rng.empty(in_, in_) if meta else hogsvd.right([layers[i] for i in sorted(layers)], self.ridge)
-            common = self._common(v.to(rng.device, rng.dtype), places)
+            common = self.common(v.to(rng.device, rng.dtype), places)
             for s in sites:
                 u, at = (rng.empty(*ws[s].shape), rng.empty(in_)) if meta else hogsvd.left(v, ws[s])
                 out[s] = {**common, "U": u.to(rng.device, rng.dtype), "start": at.to(rng.device, rng.dtype)}
         return out
 
     @staticmethod
-    def _common(v: Tensor, places: Tensor) -> Leaf:
+    def common(v: Tensor, places: Tensor) -> Leaf:
         """What the layers of a role share; `at` is where d and s stand in the flattened diag(d) + S."""
         in_, device = len(v), places.device
         at = torch.cat([torch.arange(in_, device=device) * (in_ + 1), places[0] * in_ + places[1]])
@@ -98,14 +118,3 @@ class FRoD(Method):
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         return dot(x, w) + F.linear(F.linear(dot(self.dropped(x), p["V"].mT), p["c"]), p["U"])
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"frod_lambda_l": p["start"] + p["d"], "frod_lambda_s_values": p["s"]}
-
-    def from_peft_leaf(self, t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
-        v, places, size = (t[key] for key in ("frod_V.{}", "frod_s_indices.{}", "frod_s_size.{}"))
-        if not bool(((places >= 0) & (places < len(v))).all()) or size.tolist() != list(v.shape):
-            raise ValueError(f"frod_s_indices or frod_s_size goes beyond frod_V's {list(v.shape)}")
-        u, start = (part.to(v) for part in hogsvd.left(v.cpu(), w.detach().float().cpu()))
-        leaf = {"d": t["frod_lambda_l"].view_as(start) - start, "s": t["frod_lambda_s_values"]}
-        return leaf | self._common(v, places) | {"U": u, "start": start}

@@ -7,21 +7,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product
+from peftfn.core.fields import PositiveInt, Start
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.kernels.lora_linear import lora_linear
 
 
+def _leaf_to(m: "GLoRA", p: Leaf) -> Leaf:
+    columns = ("a", "b", "c") if m.a_b == "vector" else ("c",)
+    return m.peft.named({k: t[:, None] if k in columns else t for k, t in p.items()})
+
+
 @dataclass(frozen=True)
-class GLoRA(Method):
+class GLoRA(Weight):
     """W + W ⊙ A + B, b + b ⊙ D + E + W C, where each of A to E is a matrix of low rank, a vector, a number or nothing.
 
     Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023, arXiv:2306.07967.
     A layer without a bias has no D and is given E + W C (PEFT leaves both out there: `c="none", d_e="none"`).
 
-    Trains 2·rank·(in + out) + rank·(in + 1) + 2 numbers. For: changing scale, weight and bias at once, merged for
-    free.
+    Trainable parameters per site: 2·rank·(in + out) + rank·(in + 1) + 2. Use it to change scale, weight and bias at
+    once; it merges without cost.
 
     Args:
         rank: of A, B [out, in] and C [in] where they are "lora", products of a "down" and an "up" matrix.
@@ -29,6 +35,10 @@ class GLoRA(Method):
         c: "lora", "vector" or "none".
         d_e: "vector", "constant" or "none".
         init_weights: "default" (all zero) or "random" (not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GLoRA(rank=2, d_e="vector")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False
@@ -43,9 +53,10 @@ class GLoRA(Method):
         "GLORA",
         keys={m + k: f"glora_{m.upper()}.{v}" for m in "abcde" for k, v in (("d", "Xd"), ("u", "Xu"), ("", "X"))},
         fields={"rank": "r", "a_b": "config_A_B", "c": "config_C", "d_e": "config_D_E"},
+        leaf_to=_leaf_to,
     )
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     a_b: Literal["lora", "vector", "constant", "none"] = "lora"
     c: Literal["lora", "vector", "none"] = "lora"
     d_e: Literal["vector", "constant", "none"] = "constant"
@@ -105,7 +116,3 @@ class GLoRA(Method):
         if self.a_b == "lora":
             return lora_linear(x, self._scaled(p, w), p["bu"], p["bd"])
         return self.product(p, w, x, F.linear)
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        columns = ("a", "b", "c") if self.a_b == "vector" else ("c",)
-        return super().to_peft_leaf({k: t[:, None] if k in columns else t for k, t in p.items()})

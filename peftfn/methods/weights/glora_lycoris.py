@@ -6,29 +6,33 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Whole
-from peftfn.core.method import Leaf, Method, Product
+from peftfn.core.fields import Positive, PositiveInt
+from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class GLoRALycoris(Method):
+class GLoRALycoris(Weight):
     """W + s·(W A₁ A₂ + B₁ B₂): a low-rank change before the layer's own weight and one beside it.
 
     The form that LyCORIS calls glora (Yeh et al., 2023, arXiv:2309.14859). A₁ [in, rank], A₂ [rank, in], B₁ [out,
     rank], B₂ [rank, in], s = alpha/rank. At a convolution A₁ A₂ mixes channels, not the window.
 
-    Trains 2·rank·in + rank·(in + out) numbers. For: LyCORIS checkpoints of this name.
+    Trainable parameters per site: 2·rank·in + rank·(in + out). Use it to read LyCORIS' checkpoints of this name.
 
     Args:
         rank: of both.
         alpha: numerator of s; None means rank.
         rslora: divide by √rank instead of rank.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GLoRALycoris(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
 
-    rank: Whole = 4
+    rank: PositiveInt = 4
     alpha: Positive | None = None
     rslora: bool = False
 

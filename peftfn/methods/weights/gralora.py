@@ -1,34 +1,39 @@
 """GraLoRA: W + s·Δ, Δ a k × k grid of low-rank blocks, beside an optional LoRA of the whole."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Whole, divides
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import Positive, PositiveInt, Probability, divides
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class GraLoRA(Method):
+class GraLoRA(Weight):
     """W + s·(Δ + B A): block (j, n) of Δ is B_j[n] A_n[j], of rank r/k; s = alpha/(rank + hybrid_rank).
 
     a [k, in/k, r] and b [k, r, out/k] hold all k² blocks; the hybrid A [hybrid_rank, in], B [out, hybrid_rank] is an
     ordinary LoRA. Jung et al., "GraLoRA: Granular Low-Rank Adaptation", 2025, arXiv:2505.20355.
 
-    Trains rank·(in + out) numbers. For: LoRA's cost with k times its rank; larger ranks that do not overfit.
+    Trainable parameters per site: rank·(in + out). Use it for k times LoRA's rank at LoRA's cost, and for larger ranks
+    that do not overfit.
 
     Args:
-        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward). One above
-            min(out, in) is legal.
+        rank: r, of the whole grid; k must divide it (where it does not, PEFT fails in its forward). Values
+            above min(out, in) are allowed.
         alpha: numerator of the scale; None means rank + hybrid_rank, so s = 1.
         k: blocks a side; it must divide in and out.
         hybrid_rank: of the LoRA beside the grid; 0 for none.
         dropout: probability of dropping an input feature of the change in train mode; embeddings have no
             features to drop.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.GraLoRA(rank=4, k=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     scales_with = ("sb", "shb")
@@ -36,13 +41,14 @@ class GraLoRA(Method):
 
     peft = Peft(
         "GRALORA",
-        names("a=gralora_A b=gralora_B ha=gralora_A_general.weight hb=gralora_B_general.weight"),
-        names("rank=r alpha k=gralora_k hybrid_rank=hybrid_r dropout=gralora_dropout"),
+        {"a": "gralora_A", "b": "gralora_B", "ha": "gralora_A_general.weight", "hb": "gralora_B_general.weight"},
+        {"rank": "r", "alpha": "alpha", "k": "gralora_k", "hybrid_rank": "hybrid_r", "dropout": "gralora_dropout"},
+        writes=lambda m: {"alpha": m.scale * (m.rank + m.hybrid_rank)},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     alpha: Positive | None = None
-    k: Whole = 2
+    k: PositiveInt = 2
     hybrid_rank: int = 0
     dropout: Probability = 0.0
 
@@ -91,6 +97,3 @@ class GraLoRA(Method):
         u = z.unflatten(-1, (self.k, -1)).permute(2, 0, 1, 3).flatten(2)  # [j, rows, n·c]
         blocks = y.unflatten(-1, (self.k, -1))
         return (blocks + (u @ p["sb"]).transpose(0, 1).reshape(blocks.shape)).flatten(-2)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"alpha": self.scale * (self.rank + self.hybrid_rank)}

@@ -6,25 +6,32 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Method, Padding, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf, Padding, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class HiRA(Method):
+class HiRA(Weight):
     """W ⊙ (1 + B A), with A [rank, in] and B [out, rank]: a change of high rank, since W has one.
 
     Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025.
     PEFT ignores a rank pattern on first use; here the rank is the rule's.
 
-    Trains rank·(in + out) numbers. For: changes of full rank; makes a dense weight each call, so for many tokens.
+    Trainable parameters per site: rank·(in + out). Use it for changes of full rank; it makes a dense weight each call,
+    so with many tokens.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal, and buys nothing.
+        rank: inner dimension of the product; values above min(out, in) are allowed but have no effect on
+            expressiveness.
         dropout: probability of dropping an input feature of the change in train mode; embeddings have none to drop.
         init_weights: "default" (A Kaiming-uniform, B zero; at embeddings A zero, B normal), "gaussian" (A normal with
             std 1/rank, B zero), or "random" (both normal: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.HiRA(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False
@@ -36,9 +43,9 @@ class HiRA(Method):
 
     padding = Padding()
 
-    peft = Peft("HIRA", names("a=hira_A b=hira_B"), names("rank=r dropout=hira_dropout"))
+    peft = Peft("HIRA", {"a": "hira_A", "b": "hira_B"}, {"rank": "r", "dropout": "hira_dropout"})
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     dropout: Probability = 0.0
     init_weights: Literal["default", "gaussian", "random"] = "default"
 

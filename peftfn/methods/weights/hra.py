@@ -6,28 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole, at_most
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Start, at_most
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class HRA(Method):
+class HRA(Weight):
     """W H, H = Π_i (I − 2 û_i û_iᵀ) with û_i the normalised columns of u [in, rank], leftmost first.
 
     Yuan et al., "Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
     2024, arXiv:2405.17484. Computed as H = I − Û T Ûᵀ with T⁻¹ = ½I + the upper triangle of ÛᵀÛ, so nothing of size
     [in, in] is made. The identity start has every column twice, which takes an even rank.
 
-    Trains rank·in numbers. For: rotations at LoRA's price.
+    Trainable parameters per site: rank·in. Use it for rotations at the price of a LoRA.
 
     Args:
-        rank: number of reflections. More than `in`, which make any rotation, are legal unless `orthogonal`.
+        rank: number of reflections. Values above `in` are allowed unless `orthogonal`.
         orthogonal: Gram-Schmidt first, so that H = I − 2ÛÛᵀ (PEFT's apply_GS). This is never the identity.
         init_weights: "default" (each Kaiming-uniform column twice, if that is the identity) or "random".
 
     Raises:
         ValueError: orthogonal, and a rank above in.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.HRA(rank=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -37,9 +42,9 @@ class HRA(Method):
         {"rank": 2, "init_weights": "random"},
     )
 
-    peft = Peft("HRA", names("u=hra_u"), names("rank=r orthogonal=apply_GS"))
+    peft = Peft("HRA", {"u": "hra_u"}, {"rank": "r", "orthogonal": "apply_GS"})
 
-    rank: Whole = 8
+    rank: PositiveInt = 8
     orthogonal: bool = False
     init_weights: Start = "default"
 

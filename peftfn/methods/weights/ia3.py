@@ -6,27 +6,45 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
+def _written(m: "IA3") -> dict[str, Any]:
+    if not m.scales_bias and not m.feedforward:
+        raise ValueError("IA3.scales_bias is False, and PEFT's IA3 always scales the bias: use the native format")
+    return {}
+
+
 @dataclass(frozen=True)
-class IA3(Method):
+class IA3(Weight):
     """l ⊙ (W x + b) with l [out]; with feedforward, W (l ⊙ x) + b with l [in].
 
     Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
     arXiv:2205.05638: outputs of keys and values, inputs of the second feed-forward layer.
 
-    Trains out, or in numbers. For: thousands of tenants, a few examples each.
+    Trainable parameters per site: out, or in. Use it for thousands of tenants with a few examples each.
 
     Args:
         feedforward: scale the layer's input features instead of its outputs (and bias).
         scales_bias: whether l, on the outputs, scales the bias too, as in the paper and PEFT; LyCORIS leaves it alone.
+
+    Example:
+        mlp = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(8, 8), "down_proj": torch.nn.Linear(16, 8)})
+        net = pf.adapt(mlp, {"v_proj.weight": pf.IA3(), "down_proj.weight": pf.IA3(feedforward=True)})
+        adapter = net.init(seed=0)
     """
 
     cases = ({}, {"feedforward": True}, {"scales_bias": False})
 
-    peft = Peft("IA3", names("l=ia3_l"), names("feedforward=feedforward_modules"))
+    peft = Peft(
+        "IA3",
+        {"l": "ia3_l"},
+        {"feedforward": "feedforward_modules"},
+        writes=_written,
+        leaf_to=lambda m, p: {"ia3_l": p["l"][None] if m.feedforward else p["l"][:, None]},
+    )
 
     feedforward: bool = False
     scales_bias: bool = True
@@ -45,11 +63,3 @@ class IA3(Method):
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return F.linear(x * p["l"], w) if self.feedforward else F.linear(x, w) * p["l"]
-
-    def to_peft(self) -> dict[str, Any]:
-        if not self.scales_bias and not self.feedforward:
-            raise ValueError("IA3.scales_bias is False, and PEFT's IA3 always scales the bias: use the native format")
-        return super().to_peft()
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"ia3_l": p["l"][None] if self.feedforward else p["l"][:, None]}

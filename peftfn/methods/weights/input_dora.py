@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from peftfn.core.method import Leaf, Method
+from peftfn.core.method import Leaf, Weight
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr
@@ -14,16 +14,21 @@ from peftfn.methods.weights.lora import LoRA
 
 
 @dataclass(frozen=True)
-class InputDoRA(Method):
+class InputDoRA(Weight):
     """(W + Δ) ⊙ m / n, with Δ the change of another method, n = ‖W + Δ‖ column by column and a trained m [in].
 
     LyCORIS' weight_decompose with wd_on_output=False (Yeh et al., 2023, arXiv:2309.14859), which was its only one at
     first; the gradient flows through the norm. At a convolution, m and n are of input channels: [in], over the window.
 
-    Trains the other method's, and in numbers. For: LyCORIS and kohya checkpoints whose dora_scale is [1, in].
+    Trainable parameters per site: those of the other method, and in. Use it to read LyCORIS' and kohya's checkpoints
+    whose dora_scale is [1, in].
 
     Args:
         of: a LoRA, LoHa or LoKr without a magnitude or bias of its own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.InputDoRA(pf.LoRA(rank=2))})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -32,7 +37,7 @@ class InputDoRA(Method):
         {"of": LoKr(2, init_weights="random")},
     )
 
-    of: Method = field(default_factory=LoRA)
+    of: Weight = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,28 +2,37 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.core.method import Leaf, names
+from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _Variant, leaves_of, read_off
+from peftfn.methods.parts.lowrank import LORA, lora_alpha
+from peftfn.methods.parts.sites import Planned, sites_of
+from peftfn.methods.parts.variant import Variant, read_off
 from peftfn.methods.weights.adalora import off_orthogonal
 from peftfn.tensors.precision import wide
 
 
+def _written(m: "KaSA") -> dict[str, Any]:
+    if not m.truncate:
+        raise ValueError("KaSA.truncate is False, and PEFT's KaSA always truncates the base: give truncate=True")
+    return lora_alpha(m)
+
+
 @dataclass(frozen=True)
-class KaSA(_Variant):
+class KaSA(Variant):
     """W + s·B diag(d) A, with A [rank, in], d [rank], B [out, rank] and s as for `LoRA`; with `truncate`, minus the
     U S Vᵀ of the rank smallest singular values of W, which the paper holds for noise.
 
     Wang et al., "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models", 2024, arXiv:2412.06071.
-    In training, add `penalty(adapter)` to the loss. The components taken out are constants, and dropout acts on the
-    whole change, them included.
+    In training, add `penalty(net, adapter)` to the loss. The components taken out are constants, and dropout acts on
+    the whole change, them included.
 
-    Trains rank·(in + out + 1) numbers. For: LoRA whose components are weighed, against noise in the weight.
+    Trainable parameters per site: rank·(in + out + 1). Use it for a LoRA whose components are weighed, against noise in
+    the weight.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; d starts normal.
@@ -33,6 +42,11 @@ class KaSA(_Variant):
 
     Raises:
         ValueError: truncate would leave nothing of the weight.
+
+    Example:
+        from peftfn.methods.weights.kasa import penalty
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.KaSA(rank=2, truncate=True)})
+        term = penalty(net, net.init(seed=0))  # for the loss
     """
 
     cases = (
@@ -41,10 +55,12 @@ class KaSA(_Variant):
     )
 
     peft = replace(
-        _Variant.peft,
-        keys={**_Variant.peft.keys, "d": "lora_diag"},
-        fields={**_Variant.peft.fields, **names("beta=kasa_config.beta gamma=kasa_config.gamma")},
+        LORA,
+        keys={**LORA.keys, "d": "lora_diag"},
+        fields={**LORA.fields, "beta": "kasa_config.beta", "gamma": "kasa_config.gamma"},
         fixed={"kasa_config": ...},
+        reads=lambda fields, config: fields | {"truncate": True},
+        writes=_written,
     )
 
     truncate: bool = False
@@ -75,17 +91,8 @@ class KaSA(_Variant):
             down, up = torch.cat([down, p["v"]], -2), torch.cat([up, p["minus"]], -1)
         return {"down": down, "up": up}
 
-    def penalty(self, adapter: Mapping[str, Leaf]) -> Tensor:
-        """beta·Σ d² + gamma·(‖BᵀB − I‖_F + ‖A Aᵀ − I‖_F), summed over all KaSA leaves: a term for the loss."""
-        mine = leaves_of("KaSA", adapter, "a", "b", "d").values()
-        terms = [self.beta * p["d"].square().sum() + self.gamma * off_orthogonal(p).sum() for p in mine]
-        return torch.stack(terms).sum()
 
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        return replace(super().from_peft(config), truncate=True)
-
-    def to_peft(self) -> dict[str, Any]:
-        if not self.truncate:
-            raise ValueError("KaSA.truncate is False, and PEFT's KaSA always truncates the base: give truncate=True")
-        return super().to_peft()
+def penalty(net: Planned, adapter: Mapping[str, Leaf]) -> Tensor:
+    """beta·Σ d² + gamma·(‖BᵀB − I‖_F + ‖A Aᵀ − I‖_F), summed over the net's KaSA sites: a term for the loss."""
+    leaves = [(m, adapter[site]) for site, m in sites_of(net, KaSA).items()]
+    return torch.stack([m.beta * p["d"].square().sum() + m.gamma * off_orthogonal(p).sum() for m, p in leaves]).sum()

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole
-from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.fields import PositiveInt, Start
+from peftfn.core.method import Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class Lily(Method):
+class Lily(Weight):
     """W x + s·(Σ_e π_e B_e) h with h = A x and π = softmax(R h), averaged over the tokens: the dimension before last.
 
     Zhong et al., "Low-Rank Interconnected Adaptation across Layers", 2024, arXiv:2407.09946. π depends on the input,
@@ -21,15 +22,20 @@ class Lily(Method):
     Each site has a router R [experts, rank]. A rule's sites, which must be of one shape, share B [experts, rank, out]
     and, in blocks of `stride` of them, A [rank, in].
 
-    Trains rank·in + experts·rank a site, and experts·rank·out shared numbers. For: experts that are shared by layers
-    of one shape.
+    Trainable parameters per site: rank·in + experts·rank, and experts·rank·out shared. Use it for experts that layers
+    of one shape share.
 
     Args:
-        rank: inner dimension; one above min(out, in) is legal, and buys nothing but a wider router.
+        rank: inner dimension; values above min(out, in) are allowed, and only make the router wider.
         experts: number of B_e, at least 2.
         stride: how many consecutive sites share one A; 1: each has its own.
         scale: s.
         init_weights: "default" (A and R Kaiming-uniform, B zero), or "random" (B too: not the identity).
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        net = pf.adapt(model, {"weight": pf.Lily(rank=4, experts=3)})  # one rule: its sites share the experts
+        y = net.apply(net.init(seed=0), torch.ones(2, 5, 8))
     """
 
     kinds = frozenset({"linear"})
@@ -41,15 +47,16 @@ class Lily(Method):
 
     peft = Peft(
         "LILY",
-        names("a=lily_A.weight as=lily_A.weight b=lily_B.weight r=lily_router.weight"),
-        names("rank=r experts=num_B stride=stride_A scale=scaling"),
+        {"a": "lily_A.weight", "as": "lily_A.weight", "b": "lily_B.weight", "r": "lily_router.weight"},
+        {"rank": "r", "experts": "num_B", "stride": "stride_A", "scale": "scaling"},
         per_target=True,
         rows={"as": "block"},
+        leaf_to=lambda m, p: m.peft.named({"a": m.down(p), "b": p["b"].flatten(0, 1), "r": p["r"]}),
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     experts: int = 2
-    stride: Whole = 1
+    stride: PositiveInt = 1
     scale: float = 1.0
     init_weights: Start = "default"
 
@@ -77,15 +84,12 @@ class Lily(Method):
         return own | {"r": rng.kaiming(self.experts, self.rank)}
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        h = F.linear(x, self._a(p))
+        h = F.linear(x, self.down(p))
         weights = torch.softmax(F.linear(h, p["r"]), -1)
         if x.dim() > 1:
             weights = weights.mean(-2)
         b = (weights @ p["b"].flatten(1)).reshape(*weights.shape[:-1], *p["b"].shape[1:])  # [..., rank, out]
         return F.linear(x, w) + self.scale * (h @ b)
 
-    def _a(self, p: Leaf) -> Tensor:
+    def down(self, p: Leaf) -> Tensor:
         return p["a"] if self.stride == 1 else p["as"].index_select(0, p["block"]).squeeze(0)
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return super().to_peft_leaf({"a": self._a(p), "b": p["b"].flatten(0, 1), "r": p["r"]})

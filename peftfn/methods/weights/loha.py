@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS
-from peftfn.core.method import Leaf, Padding, Peft, Product, names
+from peftfn.core.method import Leaf, Padding, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lycoris import _Lycoris, kernel, spread
+from peftfn.methods.parts.lycoris import _Lycoris, kernel, leaf_to, spread, written
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class LoHa(_Lycoris):
     The same matrix is a LoRA of rank², whose factors are all products of columns of A₁, A₂ and of rows of B₁, B₂:
     small ranks run in that form, on any layer. (With a core, PEFT's gradients of A₁ and A₂ are wrong; these are not.)
 
-    Trains 2·rank·(in + out) numbers. For: rank up to rank², as image models like it.
+    Trainable parameters per site: 2·rank·(in + out). Use it for a rank up to rank², which image models profit from.
 
     Args:
-        rank: inner dimension of each of the two products; beyond √min(out, in), more of it buys nothing.
+        rank: inner dimension of each of the two products; values above √min(out, in) have no effect on
+            expressiveness.
         alpha: numerator of the scale; None means rank, so s = 1.
         rank_dropout: probability of dropping an output's change in train mode.
         module_dropout: probability of dropping the whole change in train mode.
@@ -35,6 +37,10 @@ class LoHa(_Lycoris):
         weight_decompose: m ⊙ (W + Δ) / ‖W + Δ‖ with a trained m [out] and the row norms' own gradient, as in LyCORIS.
         init_weights: "default" (Kaiming-uniform, B₂ zero), "lycoris" (B_i normal, A₁ normal of std 0.1, A₂ zero), or
             "random" (all Kaiming-uniform: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Conv2d(3, 6, 3), {"weight": pf.LoHa(rank=2, tucker=True)})
+        y = net.apply(net.init(seed=0), torch.ones(1, 3, 5, 5))
     """
 
     cases = (
@@ -46,12 +52,21 @@ class LoHa(_Lycoris):
 
     peft = Peft(
         "LOHA",
-        names("a1=hada_w1_a b1=hada_w1_b a2=hada_w2_a b2=hada_w2_b t1=hada_t1 t2=hada_t2"),
-        names("rank=r alpha rank_dropout module_dropout tucker=use_effective_conv2d init_weights"),
+        {"a1": "hada_w1_a", "b1": "hada_w1_b", "a2": "hada_w2_a", "b2": "hada_w2_b", "t1": "hada_t1", "t2": "hada_t2"},
+        {
+            "rank": "r",
+            "alpha": "alpha",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "tucker": "use_effective_conv2d",
+            "init_weights": "init_weights",
+        },
         {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
+        writes=written,
+        leaf_to=leaf_to,
     )
 
-    padding = Padding(gain=("a1",))
+    padding = Padding(scaled=("a1",))
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r, window = w.shape, self.rank, kernel(rng)

@@ -8,9 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS, divides
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lycoris import _Lycoris, kernel, spread
+from peftfn.methods.parts.lycoris import _Lycoris, kernel, leaf_to, spread, written
+
+
+def _written(m: "LoKr") -> dict[str, Any]:
+    if isinstance(m.decompose_factor, tuple):
+        raise ValueError(f"PEFT's LoKr has one decompose_factor for out and in, and here it is {m.decompose_factor}")
+    return written(m)
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class LoKr(_Lycoris):
     alpha/rank also where both matrices are full (LyCORIS takes 1 there). At a Conv1d, PEFT puts the entries of a full
     W₂ into other places than the Kronecker product's, and fails with a core; here both are as at any convolution.
 
-    Trains √(in·out) + rank·(√in + √out), about numbers. For: the smallest files with changes of high rank.
+    Trainable parameters per site: about √(in·out) + rank·(√in + √out). Use it for the smallest files with changes of
+    high rank.
 
     Args:
         rank: inner dimension of the low-rank ones; a large one makes W₂ full.
@@ -40,6 +48,10 @@ class LoKr(_Lycoris):
         weight_decompose: m ⊙ (W + Δ) / ‖W + Δ‖ with a trained m [out] and the row norms' own gradient, as in LyCORIS.
         init_weights: "default" (W₁ or A₁ zero), "lycoris" (W₂ or B₂ zero), or "random" (not the identity); the others
             Kaiming-uniform.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.LoKr(rank=2, decompose_factor=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -51,12 +63,29 @@ class LoKr(_Lycoris):
 
     peft = Peft(
         "LOKR",
-        names("w1=lokr_w1 a1=lokr_w1_a b1=lokr_w1_b w2=lokr_w2 a2=lokr_w2_a b2=lokr_w2_b t2=lokr_t2"),
-        names(
-            "rank=r alpha decompose_factor decompose_both rank_dropout module_dropout rank_dropout_scale "
-            "tucker=use_effective_conv2d init_weights"
-        ),
+        {
+            "w1": "lokr_w1",
+            "a1": "lokr_w1_a",
+            "b1": "lokr_w1_b",
+            "w2": "lokr_w2",
+            "a2": "lokr_w2_a",
+            "b2": "lokr_w2_b",
+            "t2": "lokr_t2",
+        },
+        {
+            "rank": "r",
+            "alpha": "alpha",
+            "decompose_factor": "decompose_factor",
+            "decompose_both": "decompose_both",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "rank_dropout_scale": "rank_dropout_scale",
+            "tucker": "use_effective_conv2d",
+            "init_weights": "init_weights",
+        },
         {"init_weights": (*STARTS, ("lycoris", "lycoris"))},
+        writes=_written,
+        leaf_to=leaf_to,
     )
 
     rank_dropout_scale: bool = False
@@ -111,13 +140,6 @@ class LoKr(_Lycoris):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         z = p["sw1"] @ F.linear(x.unflatten(-1, (p["sw1"].shape[1], -1)), p["v"])  # [..., h, k or rank]
         return self.joined(p, F.linear(x, w), (F.linear(z, p["u"]) if "u" in p else z).flatten(-2))
-
-    def to_peft(self) -> dict[str, Any]:
-        if isinstance(self.decompose_factor, tuple):
-            raise ValueError(
-                f"PEFT's LoKr has one decompose_factor for out and in, and here it is {self.decompose_factor}"
-            )
-        return super().to_peft()
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
         return None if "c" in p else p | {"sw1": s * p["sw1"]}

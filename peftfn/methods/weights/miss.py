@@ -1,32 +1,47 @@
 """MiSS: W + [mᵀ mᵀ … mᵀ], one block repeated along the input: x is summed over its blocks, then meets m."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Start, Whole, at_most, divides
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability, Start, at_most, divides
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
+def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    given, columns = config.get("init_weights", True), config.get("mini_r", 1)
+    mini = columns if given == "mini" else None
+    return fields | {"mini": mini, "init_weights": "default" if given else "random"}
+
+
+def _written(m: "MiSS") -> dict[str, Any]:
+    return {"init_weights": m.identity} if m.mini is None else {"init_weights": "mini", "mini_r": m.mini}
+
+
 @dataclass(frozen=True)
-class MiSS(Method):
+class MiSS(Weight):
     """W + mᵀE, with m [rank, out] trained and E [rank, in] = [I I … I], its last block cut where rank ∤ in.
 
     With mini = c, m is [rank, c] and repeated out/c times. Kang & Yin, "MiSS: Revisiting the Trade-off in LoRA with an
     Efficient Shard-Sharing Structure", 2024, arXiv:2409.15371.
 
-    Trains rank·out numbers. For: quick starts: one product less than LoRA's.
+    Trainable parameters per site: rank·out. Use it for a quick start, with one product less than LoRA.
 
     Args:
         rank: features in a block of the input; at most in.
         mini: columns of m, which must divide out; None means out.
         dropout: probability of dropping an input feature of m in train mode; embeddings have no features to drop.
         init_weights: "default" (zero) or "random" (Kaiming-uniform: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MiSS(rank=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("m",)
@@ -36,10 +51,10 @@ class MiSS(Method):
         {"rank": 5, "mini": 3},
     )
 
-    peft = Peft("MISS", names("m=miss_block"), names("rank=r dropout=miss_dropout"))
+    peft = Peft("MISS", {"m": "miss_block"}, {"rank": "r", "dropout": "miss_dropout"}, reads=_read, writes=_written)
 
-    rank: Whole = 64
-    mini: Whole | None = None
+    rank: PositiveInt = 64
+    mini: PositiveInt | None = None
     dropout: Probability = 0.0
     init_weights: Start = "default"
 
@@ -66,13 +81,3 @@ class MiSS(Method):
         z, rest = self.dropped(x), -x.shape[-1] % self.rank
         z = F.pad(z, (0, rest)) if rest else z
         return F.linear(x, w) + self._repeated(z.unflatten(-1, (-1, self.rank)).sum(-2) @ p["m"], w.shape[0])
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        given, columns = config.get("init_weights", True), config.get("mini_r", 1)
-        mini = columns if given == "mini" else None
-        return replace(super().from_peft(config), mini=mini, init_weights="default" if given else "random")
-
-    def to_peft(self) -> dict[str, Any]:
-        kind = {"init_weights": self.identity} if self.mini is None else {"init_weights": "mini", "mini_r": self.mini}
-        return super().to_peft() | kind

@@ -4,29 +4,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.core.fields import Whole, divides
-from peftfn.core.method import Leaf, Method, Peft, names
+from peftfn.core.fields import PositiveInt, divides
+from peftfn.core.method import Leaf, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class MiSSBat(Method):
+class MiSSBat(Weight):
     """W_oi + W_oi m_o + m_o for every block (o, i) of W, of side rank; m [out/rank, rank, rank] trained, from zero.
 
     MiSS's "bat" form (Kang & Yin, 2024, arXiv:2409.15371), whose change depends on W: it runs
     as the dense weight, as PEFT's does.
 
-    Trains rank·out numbers. For: MiSS with a change that depends on the weight; makes it dense each call.
+    Trainable parameters per site: rank·out. Use it for MiSS with a change that depends on the weight; it makes a dense
+    weight each call.
 
     Args:
         rank: side of a block; it must divide in and out.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MiSSBat(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2},)
 
-    peft = Peft("MISS", names("m=miss_block"), names("rank=r"), fixed={"init_weights": "bat"})
+    peft = Peft("MISS", {"m": "miss_block"}, {"rank": "r"}, fixed={"init_weights": "bat"})
 
-    rank: Whole = 64
+    rank: PositiveInt = 64
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, in_ = w.shape

@@ -7,16 +7,23 @@ from math import lgamma
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Positive, Whole
-from peftfn.core.method import Leaf, names
+from peftfn.core.fields import Positive, PositiveInt
+from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _Variant, leaves_of
+from peftfn.methods.parts.lowrank import LORA
+from peftfn.methods.parts.sites import Planned, sites_of
+from peftfn.methods.parts.variant import Drawn
 
 _SAMPLER = "lora_monteclora_sampler"
 
 
+def _leaf_to(m: "MonteCLoRA", p: Leaf) -> Leaf:
+    last = {"gaussian_var_prior": torch.eye(m.rank), "expert_weights": torch.full_like(p["mix"], 1 / m.samples)}
+    return m.peft.named(p) | {f"{_SAMPLER}.{k}": t.to(p["a"]) for k, t in last.items()}
+
+
 @dataclass(frozen=True)
-class MonteCLoRA(_Variant):
+class MonteCLoRA(Drawn):
     """W + s·B A; in train mode, A becomes Σ_n π_n (A + noise·diag(σ) z_n) with z_n [rank, in] normal,
     σ² = exp(2·std)·χ²(rank) and π [samples] about Dirichlet(exp(mix)), and std [rank], mix [samples] are trained too.
 
@@ -25,7 +32,7 @@ class MonteCLoRA(_Variant):
     noise·diag(σ) z with one z, which has the same law. The penalty has the Dirichlet divergence with all signs as they
     should be, unlike PEFT's.
 
-    Trains rank·(in + out + 1) + samples numbers. For: robust training and calibrated outputs.
+    Trainable parameters per site: rank·(in + out + 1) + samples. Use it for robust training and calibrated outputs.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`; std and mix start uniform in [0, 1).
@@ -35,6 +42,11 @@ class MonteCLoRA(_Variant):
         kl: weight of the divergences in the penalty.
         entropy: add Σ π² to the penalty, so that no single sample takes over.
         random: draw in train mode.
+
+    Example:
+        from peftfn.methods.weights.monteclora import penalty
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.MonteCLoRA(rank=4)})
+        term = penalty(net, net.init(seed=0))  # for the loss
     """
 
     cases = (
@@ -43,22 +55,22 @@ class MonteCLoRA(_Variant):
     )
 
     in_eval = (("dropout", 0.0), ("random", False))
-    padding = None  # the noise depends on the rank
     peft = replace(
-        _Variant.peft,
-        keys={**_Variant.peft.keys, **names(f"std={_SAMPLER}.std_prior mix={_SAMPLER}.expert_weights_prior")},
+        LORA,
+        keys={**LORA.keys, **{"std": f"{_SAMPLER}.std_prior", "mix": f"{_SAMPLER}.expert_weights_prior"}},
         fields={
-            **_Variant.peft.fields,
-            **names(
-                "samples=monteclora_config.num_samples noise=monteclora_config.sample_scaler "
-                "prior=monteclora_config.dirichlet_prior kl=monteclora_config.kl_loss_weight "
-                "entropy=monteclora_config.use_entropy"
-            ),
+            **LORA.fields,
+            "samples": "monteclora_config.num_samples",
+            "noise": "monteclora_config.sample_scaler",
+            "prior": "monteclora_config.dirichlet_prior",
+            "kl": "monteclora_config.kl_loss_weight",
+            "entropy": "monteclora_config.use_entropy",
         },
         fixed={"monteclora_config": ...},
+        leaf_to=_leaf_to,
     )
 
-    samples: Whole = 8
+    samples: PositiveInt = 8
     noise: float = 1e-4
     prior: Positive = 0.1
     kl: float = 1e-5
@@ -94,12 +106,8 @@ class MonteCLoRA(_Variant):
         size = self.noise * torch.linalg.vector_norm(pi) * square.sqrt()
         return p | {"down": p["down"] + size[:, None] * torch.randn_like(p["down"])}
 
-    def penalty(self, adapter: Mapping[str, Leaf]) -> Tensor:
-        """The mean, over all MonteCLoRA leaves, of kl times what separates π, σ and z from their priors."""
-        mine = leaves_of("MonteCLoRA", adapter, "a", "b", "std", "mix").values()
-        return torch.stack([self._divergence(p) for p in mine]).mean()
-
-    def _divergence(self, p: Leaf) -> Tensor:
+    def divergence(self, p: Leaf) -> Tensor:
+        """kl times what separates π, σ and z of a leaf from their priors."""
         (square, pi), n, r, c = self._draw(p), self.samples, self.rank, self.prior
         alpha = torch.exp(p["mix"])
         total = alpha.sum()
@@ -109,9 +117,7 @@ class MonteCLoRA(_Variant):
         normal = n * (square.sum() - square.log().sum() - r) / 2
         return self.kl * (dirichlet + wishart + normal) + (pi.square().sum() if self.entropy else 0.0)
 
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        last = {
-            "gaussian_var_prior": torch.eye(self.rank),
-            "expert_weights": torch.full_like(p["mix"], 1 / self.samples),
-        }
-        return super().to_peft_leaf(p) | {f"{_SAMPLER}.{k}": t.to(p["a"]) for k, t in last.items()}
+
+def penalty(net: Planned, adapter: Mapping[str, Leaf]) -> Tensor:
+    """The mean of `divergence` over the net's MonteCLoRA sites: a term for the loss."""
+    return torch.stack([m.divergence(adapter[site]) for site, m in sites_of(net, MonteCLoRA).items()]).mean()

@@ -1,16 +1,34 @@
 """OFT: W Rᵀ with R block-diagonal and orthogonal, so that x is rotated before it meets W."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Positive, Start
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.rotation import _Blocks, bounded, cayley, enough, neumann, places, skew, turn
+from peftfn.methods.parts.rotation import (
+    _Blocks,
+    blocks_read,
+    blocks_written,
+    bounded,
+    cayley,
+    enough,
+    neumann,
+    places,
+    skew,
+    turn,
+)
+
+
+def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    eps = config.get("eps", 6e-5) if config.get("coft") else None
+    side = "output" if config.get("kind") == "embedding" else "input"
+    return blocks_read(fields, config) | {"eps": eps, "side": side, "nearest": True}
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,8 @@ class OFT(_Blocks):
     belongs to one of the two): R = I + 2Q + 2Q² + … with `terms` terms, the last one counted once. Convolutions
     rotate the flattened window as merging does; PEFT's own forward differs from its merge there.
 
-    Trains in·(block_size − 1)/2 numbers. For: keeping what the model knows: angles between neurons stay.
+    Trainable parameters per site: in·(block_size − 1)/2. Use it to keep what the model knows: the angles between
+    neurons stay.
 
     Args:
         block_size: h, size of a block, or
@@ -37,6 +56,10 @@ class OFT(_Blocks):
         nearest: where the block size, or the number, does not divide the rotated side, take the nearest that does, the
             smaller of two, as PEFT does without being asked.
         init_weights: "default" (q zero) or "random" (q normal with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.OFT(block_size=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -48,12 +71,18 @@ class OFT(_Blocks):
 
     peft = Peft(
         "OFT",
-        names("q=oft_R.weight"),
-        names(
-            "block_size=oft_block_size blocks=r share=block_share exact=use_cayley_neumann "
-            "terms=num_cayley_neumann_terms"
-        ),
+        {"q": "oft_R.weight"},
+        {
+            "block_size": "oft_block_size",
+            "blocks": "r",
+            "share": "block_share",
+            "exact": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
         {"exact": [(True, False), (False, True)]},
+        reads=_read,
+        writes=lambda m: blocks_written(m) | ({} if m.eps is None else {"coft": True, "eps": m.eps}),
+        leaf_to=lambda m, p: {"oft_R.weight" if m.side == "input" else "oft_embedding_R.weight": p["q"]},
     )
     default_size = 32
 
@@ -101,15 +130,3 @@ class OFT(_Blocks):
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return F.linear(turn(x, p["r"]), w) if self.side == "input" else turn(F.linear(x, w), p["r"])
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        eps = config.get("eps", 6e-5) if config.get("coft") else None
-        side: Any = "output" if config.get("kind") == "embedding" else "input"
-        return replace(super().from_peft(config), eps=eps, side=side, nearest=True)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | ({} if self.eps is None else {"coft": True, "eps": self.eps})
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"oft_R.weight" if self.side == "input" else "oft_embedding_R.weight": p["q"]}

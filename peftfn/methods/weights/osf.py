@@ -8,33 +8,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Start
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.kernels.lora_linear import lora_linear
 from peftfn.tensors.transform import eager
 
 
 @dataclass(frozen=True)
-class OSF(Method):
+class OSF(Weight):
     """W + U S V − U₀ S₀ V₀, with U [out, n], S [n], V [n, in] starting at the n least singular directions of W.
 
     Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning", 2025,
     arXiv:2504.07097. n = min(out, in) − rank. Gradients of U and V are projected off the `rank` kept directions.
 
-    Trains (min(in, out) − rank)·(in + out + 1) numbers. For: continual learning: what was learnt before is protected.
+    Trainable parameters per site: (min(in, out) − rank)·(in + out + 1). Use it for continual learning, since it
+    protects what was learnt before.
 
     Args:
         rank: directions kept as they are: a number, a share in (0, 1] of min(out, in), or None for half of them.
         project: False trains U and V with their plain gradients.
         init_weights: "default" (from W) or "random" (standard normal: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.OSF(rank=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({}, {"rank": 4, "project": False, "init_weights": "random"}, {"rank": 0.7})
 
     peft = Peft(
         "OSF",
-        names("u=osf_svd_params.U_low s=osf_svd_params.S_low v=osf_svd_params.V_low"),
-        names("rank=effective_rank"),
+        {"u": "osf_svd_params.U_low", "s": "osf_svd_params.S_low", "v": "osf_svd_params.V_low"},
+        {"rank": "effective_rank"},
     )
 
     rank: int | float | None = None

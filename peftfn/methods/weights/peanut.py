@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Start, Whole, choice
-from peftfn.core.method import Leaf, Peft
+from peftfn.core.fields import PositiveInt, Start, choice
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 _DEPTHS = 64
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class PEANuT(_LowRank):
+class PEANuT(Factored):
     """W + s·B f(W), where f's columns z [rank] are made of W's: z₀ = σ(A w), `depth` encoders z_i = σ(E_i z_{i−1}), as
     many decoders z ← σ(D_i z) + z_{depth−i}.
 
@@ -34,7 +35,8 @@ class PEANuT(_LowRank):
     A [rank, out], E_i and D_i [rank, rank], B [out, rank]. f(W) [rank, in] depends on parameters alone, so that what a
     call computes is a LoRA of this rank.
 
-    Trains 2·rank·out + 2·depth·rank² numbers. For: changes that depend on the weight without a linear bound.
+    Trainable parameters per site: 2·rank·out + 2·depth·rank². Use it for changes that depend on the weight in a way
+    that is not linear.
 
     Args:
         rank: width of the network.
@@ -42,6 +44,10 @@ class PEANuT(_LowRank):
         activation: σ; one of relu, gelu, silu, tanh, sigmoid, leaky_relu, mish, linear.
         scale: s.
         init_weights: "default" (Kaiming-uniform, B zero), or "random" (B too: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PEANuT(rank=4, depth=1, activation="tanh")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -57,7 +63,7 @@ class PEANuT(_LowRank):
         fields={"rank": "r", "depth": "depth", "activation": "act_fn", "scale": "scaling"},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     depth: int = 0
     activation: str = "relu"
     scale: float = 1.0

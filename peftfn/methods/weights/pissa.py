@@ -8,12 +8,19 @@ from torch import Tensor
 
 from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
+from peftfn.methods.parts.lowrank import LORA, lora_alpha
 from peftfn.methods.parts.sketch import sketched_svd
-from peftfn.methods.parts.variant import _FromWeight, _Variant
+from peftfn.methods.parts.variant import FromWeight
+
+
+def _written(m: "PiSSA") -> dict[str, Any]:
+    if m.niter is not None:
+        raise ValueError(f"PiSSA.niter is {m.niter}, and PEFT would start from other factors: save it as a LoRA")
+    return lora_alpha(m)
 
 
 @dataclass(frozen=True)
-class PiSSA(_FromWeight):
+class PiSSA(FromWeight):
     """W + s·(B A − B₀A₀), with A₀ = √(S/s) Vᵀ [rank, in] and B₀ = U √(S/s) [out, rank] of the rank largest singular
     components U S Vᵀ of W, and s as for `LoRA`.
 
@@ -21,7 +28,8 @@ class PiSSA(_FromWeight):
     2024, arXiv:2404.02948. The paper trains B A on a base from which B₀A₀ was taken; here B₀ and A₀ are constants, and
     dropout acts on the difference, so that the start is the identity also in train mode.
 
-    Trains rank·(in + out) numbers. For: LoRA that converges sooner; costs an SVD at the start.
+    Trainable parameters per site: rank·(in + out). Use it for a LoRA that converges sooner; it costs an SVD at the
+    start.
 
     Args:
         rank: components that are trained, at most min(out, in).
@@ -31,24 +39,23 @@ class PiSSA(_FromWeight):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PiSSA(rank=2, niter=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True, "niter": 3})
 
-    peft = replace(_Variant.peft, fixed={"init_lora_weights": "pissa"})
+    peft = replace(LORA, fixed={"init_lora_weights": "pissa"}, writes=_written)
 
     niter: int | None = None
 
-    def factors(self, rng: Rng, w: Tensor) -> Leaf:
+    def start(self, rng: Rng, w: Tensor) -> Leaf:
         if self.niter is None:
             u, s, vh = torch.linalg.svd(w, full_matrices=False)
         else:  # from a start that is always the same
-            start = rng.reseeded(0).normal(w.shape[1], min(self.rank + 8, *w.shape)).to(w.dtype)
-            u, s, vh = sketched_svd(w, start, self.niter)
+            first = rng.reseeded(0).normal(w.shape[1], min(self.rank + 8, *w.shape)).to(w.dtype)
+            u, s, vh = sketched_svd(w, first, self.niter)
         root = (s[: self.rank] / self.scale).sqrt()
         return {"a": root[:, None] * vh[: self.rank], "b": u[:, : self.rank] * root}
-
-    def to_peft(self) -> dict[str, Any]:
-        if self.niter is not None:
-            raise ValueError(f"PiSSA.niter is {self.niter}, and PEFT would start from other factors: save it as a LoRA")
-        return super().to_peft()

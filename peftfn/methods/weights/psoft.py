@@ -1,29 +1,30 @@
 """PSOFT: W + s·B (R − I) A, a rotation R of the weight's own principal subspace."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Start, Whole, at_most
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import Positive, PositiveInt, Probability, Start, at_most
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.rotation import bounded, cayley, enough, neumann, places, skew
 from peftfn.methods.parts.sketch import sketched_svd
 
 
 @dataclass(frozen=True)
-class PSOFT(Method):
+class PSOFT(Weight):
     """W + s·B (R − I) A, R = diag(b) Cayley(Q) diag(a), where s·B A [out, in] is the best rank-`rank` part of W.
 
     Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", ICLR 2026, arXiv:2505.11235.
     Trained: the upper triangle q [rank(rank−1)/2] of Q, b [rank], a [rank]. A and B are constants from the weight's
     SVD, so a checkpoint of PEFT, which recomputes them, depends on the signs its SVD chooses.
 
-    Trains rank·(rank − 1)/2 + 2·rank numbers. For: rotations from a few hundred numbers, in the weight's own
-    subspace.
+    Trainable parameters per site: rank·(rank − 1)/2 + 2·rank. Use it for rotations from a few hundred parameters, in
+    the weight's own subspace.
 
     Args:
         rank: dimension of the subspace, at most min(out, in).
@@ -36,6 +37,10 @@ class PSOFT(Method):
         exact: solve for the Cayley transform (I + Q)(I − Q)⁻¹; False: PEFT's series of it with `terms` >= 2 terms.
         eps: of the series: keep ‖Q‖_F ≤ eps by scaling Q down.
         init_weights: "default" (R = I) or "random" (q around that with std 0.1: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PSOFT(rank=3)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     linear_in = ("m",)
@@ -47,16 +52,27 @@ class PSOFT(Method):
 
     peft = Peft(
         "PSOFT",
-        names("q=psoft_R.weight b=psoft_R.vector_b a=psoft_R.vector_a"),
-        names(
-            "rank=r alpha=psoft_alpha dropout=psoft_dropout split=ab_svd_init svd=psoft_svd "
-            "niter=psoft_svd_lowrank_niter seed=random_seed orthogonal=psoft_orth magnitude_b=psoft_mag_b "
-            "magnitude_a=psoft_mag_a exact=use_cayley_neumann terms=num_cayley_neumann_terms eps=cayley_neumann_eps"
-        ),
+        {"q": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"},
+        {
+            "rank": "r",
+            "alpha": "psoft_alpha",
+            "dropout": "psoft_dropout",
+            "split": "ab_svd_init",
+            "svd": "psoft_svd",
+            "niter": "psoft_svd_lowrank_niter",
+            "seed": "random_seed",
+            "orthogonal": "psoft_orth",
+            "magnitude_b": "psoft_mag_b",
+            "magnitude_a": "psoft_mag_a",
+            "exact": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+            "eps": "cayley_neumann_eps",
+        },
         {"split": [(s, f"{s}_init") for s in ("psoft", "pissa")], "exact": [(True, False), (False, True)]},
+        writes=lambda m: {"psoft_alpha": m.rank if m.alpha is None else m.alpha},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     alpha: Positive | None = None
     dropout: Probability = 0.0
     split: Literal["psoft", "pissa"] = "psoft"
@@ -118,6 +134,3 @@ class PSOFT(Method):
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         return dot(x, w) + F.linear(F.linear(dot(self.dropped(x), p["A"]), p["m"]), p["B"])
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"psoft_alpha": self.rank if self.alpha is None else self.alpha}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Peft, Product, names
+from peftfn.core.method import Leaf, Product
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.vera import VeRA
 
@@ -23,11 +24,15 @@ class PVeRA(VeRA):
     λ_d [2·rank], λ_b [out]; frozen and shared by a rule's sites: A [2·rank, in_max], B [out_max, rank], drawn from
     `projection_seed` as PEFT draws them.
 
-    Trains 2·rank + out numbers. For: VeRA with uncertainty: samples differ from call to call.
+    Trainable parameters per site: 2·rank + out. Use it for a VeRA with uncertainty: samples differ from call to call.
 
     Args:
         rank, projection_seed, d_initial, dropout: as for `VeRA`.
         sample: "train" (in train mode), "always", or "never". The noise comes from torch's global generator.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.PVeRA(rank=4, sample="always")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -37,10 +42,16 @@ class PVeRA(VeRA):
 
     peft = Peft(
         "PVERA",
-        names("b=pvera_lambda_b d=pvera_lambda_d"),
-        names("rank=r projection_seed=projection_prng_key d_initial dropout=pvera_dropout sample=sample_at_inference"),
+        {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+        {
+            "rank": "r",
+            "projection_seed": "projection_prng_key",
+            "d_initial": "d_initial",
+            "dropout": "pvera_dropout",
+            "sample": "sample_at_inference",
+        },
         {"sample": [("train", False), ("always", True)]},
-        shared=names("A=pvera_A B=pvera_B"),
+        shared={"A": "pvera_A", "B": "pvera_B"},
     )
 
     sample: Literal["train", "always", "never"] = "train"

@@ -1,19 +1,25 @@
 """QA-LoRA: W + s·B A P, where P sums the features of each group, so that a group's weights all change alike."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from torch import Tensor
 
-from peftfn.core.fields import Whole, divides
+from peftfn.core.fields import PositiveInt, divides
 from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _Variant
+from peftfn.methods.parts.lowrank import LORA, lora_alpha
+from peftfn.methods.parts.variant import Variant
+
+
+def _written(m: "QALoRA") -> dict[str, Any]:
+    if m.pool != "groups":
+        raise ValueError(f'QALoRA.pool is {m.pool!r}, and PEFT has "groups" alone: give that, or scale the leaf')
+    return lora_alpha(m)
 
 
 @dataclass(frozen=True)
-class QALoRA(_Variant):
+class QALoRA(Variant):
     """W + s·B A P, with A [rank, in/group], B [out, rank], P [in/group, in] the pooling of each `group` of neighbouring
     features, and s as for `LoRA`.
 
@@ -21,8 +27,8 @@ class QALoRA(_Variant):
     change can be taken up by the zero points of a weight quantised in such groups. Here W may be any weight; PEFT has
     it for GPTQ layers alone, and multiplies the mean of a group by the number of groups, not by their size.
 
-    Trains rank·(in/group + out) numbers. For: weights that will be quantised in groups: the change merges into zero
-    points.
+    Trainable parameters per site: rank·(in/group + out). Use it for weights that will be quantised in groups: the
+    change merges into the zero points.
 
     Args:
         rank, alpha, rslora, dropout, init_weights: as for `LoRA`.
@@ -31,6 +37,10 @@ class QALoRA(_Variant):
 
     Raises:
         ValueError: group does not divide the input features.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.QALoRA(rank=2, group=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -40,12 +50,14 @@ class QALoRA(_Variant):
     )
 
     peft = replace(
-        _Variant.peft,
-        fields={**_Variant.peft.fields, "group": "qalora_group_size"},
+        LORA,
+        fields={**LORA.fields, "group": "qalora_group_size"},
         fixed={"use_qalora": True},
+        reads=lambda fields, config: fields | {"pool": "groups"},
+        writes=_written,
     )
 
-    group: Whole = 16
+    group: PositiveInt = 16
     pool: Literal["sum", "mean", "groups"] = "sum"
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
@@ -56,12 +68,3 @@ class QALoRA(_Variant):
         g = self.group
         factor = {"sum": 1.0, "mean": 1 / g, "groups": w.shape[1] / g**2}[self.pool]
         return {"down": p["a"].repeat_interleave(g, 1), "up": p["b"] if factor == 1 else factor * p["b"]}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        return replace(super().from_peft(config), pool="groups")
-
-    def to_peft(self) -> dict[str, Any]:
-        if self.pool != "groups":
-            raise ValueError(f'QALoRA.pool is {self.pool!r}, and PEFT has "groups" alone: give that, or scale the leaf')
-        return super().to_peft()

@@ -1,21 +1,27 @@
 """RandLoRA: W + s·Σ_j B_j diag(λ_j) A diag(γ_j), with random A and B_j frozen: a change of full rank."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
+
+
+def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    very, sparse = config.get("very_sparse"), config.get("sparse")
+    return fields | {"density": "very_sparse" if very else "sparse" if sparse else "dense"}
 
 
 @dataclass(frozen=True)
-class RandLoRA(_LowRank):
+class RandLoRA(Factored):
     """W + s·Σ_j B_j diag(λ_j) A diag(γ_j) for j < n = ⌈min(out, in)/rank⌉ and s = alpha/rank; transposed if out < in.
 
     Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", 2025, arXiv:2502.00987.
@@ -23,8 +29,8 @@ class RandLoRA(_LowRank):
     B [max_max, n_max, rank], drawn in bfloat16 as PEFT draws them. The columns of all B_j are paired with the rows of
     A in PEFT's order, a fixed permutation of the sum's (the B_j are random, so nothing else changes).
 
-    Trains rank·n + n·min(in, out) with n = min(in, out)/rank numbers. For: full rank from few numbers; dense work
-    each call.
+    Trainable parameters per site: rank·n + n·min(in, out) with n = min(in, out)/rank. Use it for full rank from few
+    parameters, at the cost of dense work each call.
 
     Args:
         rank: of each term; smaller means more terms, and more trained numbers; from min(out, in) on there is one.
@@ -33,6 +39,10 @@ class RandLoRA(_LowRank):
         density: "dense" (uniform entries), "sparse" (0, or ±1 with probability 1/6 each), "very_sparse" (±1 with
             probability 1/(2√min_max)); all divided by their standard deviation.
         dropout: probability of dropping an input feature in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.RandLoRA(rank=2, alpha=40)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -43,12 +53,19 @@ class RandLoRA(_LowRank):
 
     peft = Peft(
         "RANDLORA",
-        names("l=randlora_lambda g=randlora_gamma"),
-        names("rank=r alpha=randlora_alpha projection_seed=projection_prng_key dropout=randlora_dropout"),
-        shared=names("A=randlora_A B=randlora_B"),
+        {"l": "randlora_lambda", "g": "randlora_gamma"},
+        {
+            "rank": "r",
+            "alpha": "randlora_alpha",
+            "projection_seed": "projection_prng_key",
+            "dropout": "randlora_dropout",
+        },
+        shared={"A": "randlora_A", "B": "randlora_B"},
+        reads=_read,
+        writes=lambda m: {"sparse": m.density == "sparse", "very_sparse": m.density == "very_sparse"},
     )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     alpha: float = 640
     projection_seed: int = 0
     density: Literal["dense", "sparse", "very_sparse"] = "dense"
@@ -91,11 +108,3 @@ class RandLoRA(_LowRank):
         small = (scaled[:, :, None] * p["A"][:, :, :low] * p["g"]).flatten(0, 1)  # [rank·n, min]
         large = p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
         return {"down": small, "up": large} if low == w.shape[1] else {"down": large.mT, "up": small.mT}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        very, sparse = config.get("very_sparse"), config.get("sparse")
-        return replace(super().from_peft(config), density="very_sparse" if very else "sparse" if sparse else "dense")
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"sparse": self.density == "sparse", "very_sparse": self.density == "very_sparse"}

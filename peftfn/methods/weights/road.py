@@ -6,25 +6,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Start, Whole, divides
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Start, divides
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class RoAd(Method):
+class RoAd(Weight):
     """c₁ ⊙ h + c₂ ⊙ h', h = W x + b, c₁ = α cos θ, c₂ = α sin θ, where h' has [−h₂, h₁] for each group [h₁, h₂] of h.
 
     Liao et al., "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", 2024,
     arXiv:2409.00119. The bias is rotated too.
 
-    Trains out numbers. For: mixed batches of very many tenants; composes.
+    Trainable parameters per site: out. Use it in mixed batches of very many tenants, and for changes that compose.
 
     Args:
         variant: 1: one angle θ and scale α a pair of features, [out/2] each; 2: one a feature, [out]; 4: one for c₁
             and one for c₂ a feature, [2·out].
         group_size: features in a group, whose two halves make the pairs; even, and a divisor of out.
         init_weights: "default" (θ 0, α 1) or "random" (θ and α around these with std 0.5: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.RoAd(group_size=6)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -35,13 +40,13 @@ class RoAd(Method):
 
     peft = Peft(
         "ROAD",
-        names("theta=road_theta alpha=road_alpha"),
-        names("variant group_size"),
+        {"theta": "road_theta", "alpha": "road_alpha"},
+        {"variant": "variant", "group_size": "group_size"},
         {"variant": [(v, f"road_{v}") for v in (1, 2, 4)]},
     )
 
     variant: Literal[1, 2, 4] = 1
-    group_size: Whole = 64
+    group_size: PositiveInt = 64
     init_weights: Start = "default"
 
     def __post_init__(self) -> None:

@@ -2,36 +2,47 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class SHiRA(Method):
+class SHiRA(Weight):
     """W + S, S zero but for v [rank·(in + out)] at random places, as many as a LoRA of that rank has numbers.
 
     Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175. Weights of one shape share their places.
 
-    Trains rank·(in + out) numbers. For: switching adapters in place: few entries of the weight differ.
+    Trainable parameters per site: rank·(in + out). Use it to switch adapters in place, since few entries of the weight
+    differ.
 
     Args:
         rank: of the LoRA whose size the change has; rank·(in + out) is at most in·out.
         seed: of the places, drawn as PEFT draws them (random_seed); None means torch's default seed.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.SHiRA(rank=1)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False
     linear_in = ("v",)
     cases = ({"rank": 1}, {"rank": 2, "seed": 3})
 
-    peft = Peft("SHIRA", names("v=shira_weight index=shira_indices"), names("rank=r seed=random_seed"))
+    peft = Peft(
+        "SHIRA",
+        {"v": "shira_weight", "index": "shira_indices"},
+        {"rank": "r", "seed": "random_seed"},
+        writes=lambda m: {"mask_type": "random"},
+        leaf_to=lambda m, p: {"shira_weight": p["v"], "shira_indices": p["index"].int()},
+    )
 
-    rank: Whole = 32
+    rank: PositiveInt = 32
     seed: int | None = None
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
@@ -61,12 +72,6 @@ class SHiRA(Method):
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         row, col = p["index"]
         return dot(x, added(w, row * w.shape[1] + col, p["v"]))
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"mask_type": "random"}
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {"shira_weight": p["v"], "shira_indices": p["index"].int()}
 
 
 def added(w: Tensor, at: Tensor, v: Tensor) -> Tensor:

@@ -1,25 +1,25 @@
 """SuperTuning: W + v at the places of W's largest entries, beside an optional LoRA ("Supra")."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import Positive, PositiveInt, Probability
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.shira import added
 
 
 @dataclass(frozen=True)
-class SuperTuning(Method):
+class SuperTuning(Weight):
     """W + S + s·B A, S zero but for v [n] where |W| is largest, n = ⌊(1 − sparsity)·in·out⌋; s = alpha/rank.
 
     Super and Supra of PEFT 0.21. The places are a constant of the site, found once in the weight `adapt` was given.
 
-    Trains (1 − sparsity)·in·out, and rank·(in + out) numbers. For: sparse changes of the entries that weigh most.
+    Trainable parameters per site: (1 − sparsity)·in·out + rank·(in + out). Use it for sparse changes of the entries
+    that weigh most.
 
     Args:
         sparsity: share of the weight that stays, 0 ≤ sparsity < 1.
@@ -27,6 +27,10 @@ class SuperTuning(Method):
         rank: of the LoRA beside it, A [rank, in] and B [out, rank]; None for none.
         alpha: numerator of its scale; None means 2·rank, so s = 2.
         dropout: probability of dropping an input feature of the LoRA in train mode; embeddings have none to drop.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.SuperTuning(sparsity=0.8, rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     per_row = False
@@ -35,13 +39,27 @@ class SuperTuning(Method):
 
     peft = Peft(
         "SUPERTUNING",
-        names("v=supertuning_values at=supertuning_indices a=supertuning_lora_A.weight b=supertuning_lora_B.weight"),
-        names("sparsity select_top rank=r alpha=lora_alpha dropout=lora_dropout"),
+        {
+            "v": "supertuning_values",
+            "at": "supertuning_indices",
+            "a": "supertuning_lora_A.weight",
+            "b": "supertuning_lora_B.weight",
+        },
+        {
+            "sparsity": "sparsity",
+            "select_top": "select_top",
+            "rank": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+        },
+        reads=lambda fields, config: {k: v for k, v in fields.items() if v is not None},
+        writes=lambda m: {"lora_alpha": m.alpha if m.rank is None or m.alpha is not None else 2 * m.rank},
+        leaf_to=lambda m, p: m.peft.named({k: t if t.is_floating_point() else t.int() for k, t in p.items()}),
     )
 
     sparsity: Probability = 0.99
     select_top: bool = True
-    rank: Whole | None = None
+    rank: PositiveInt | None = None
     alpha: Positive | None = None
     dropout: Probability = 0.0
 
@@ -82,14 +100,3 @@ class SuperTuning(Method):
         if "sb" not in p:
             return y
         return y + F.linear(dot(self.dropped(x), p["a"]), p["sb"])
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        return super().from_peft({k: v for k, v in config.items() if v is not None})
-
-    def to_peft(self) -> dict[str, Any]:
-        alpha = self.alpha if self.rank is None or self.alpha is not None else 2 * self.rank
-        return super().to_peft() | {"lora_alpha": alpha}
-
-    def to_peft_leaf(self, p: Leaf) -> Leaf:
-        return {k: t if t.is_floating_point() else t.int() for k, t in super().to_peft_leaf(p).items()}

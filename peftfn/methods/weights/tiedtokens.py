@@ -18,13 +18,20 @@ class TiedTokens(TrainableTokens):
     For a language model whose head is the embedding (`tie_word_embeddings`): the rule "embed_tokens|lm_head" trains
     the rows of both as one, as PEFT does on such a model.
 
-    Trains tokens·dim numbers. For: new tokens in a model with tied embeddings.
+    Trainable parameters per site: tokens·dim for the whole rule. Use it for new tokens in a model whose head is its
+    embedding.
 
     Args:
         tokens: indices of the rows, each once.
 
     Raises:
         ValueError: the sites have different rows at these tokens, or rows of different sizes.
+
+    Example:
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(9, 8), "lm_head": torch.nn.Linear(8, 9)})
+        model["lm_head"].weight = model["embed"].weight
+        net = pf.adapt(model, {"embed|lm_head.weight": pf.TiedTokens(tokens=(7, 8))})
+        adapter = net.init(seed=0)
     """
 
     cases = ({"tokens": (4, 0)}, {"tokens": (5,)})

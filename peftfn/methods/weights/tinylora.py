@@ -7,21 +7,23 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Start, Whole
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability, Start
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class TinyLoRA(_LowRank):
+class TinyLoRA(Factored):
     """W + B (Σ_i v_i P_i) A with B = U√S [out, rank], A = √S Vᵀ [rank, in] of W's truncated SVD U S Vᵀ, random P
     [size, rank, rank] ~ N(0, 1/rank), all frozen; v [size] is all that is trained, one for a group of a rule's sites.
 
     Morris et al., "Learning to Reason in 13 Parameters", 2026, arXiv:2602.04118; LoRA-XS: arXiv:2405.17604.
     Site k of the rule draws P from projection_seed + k and uses row min(k // ⌊sites/groups⌋, groups − 1) of v.
 
-    Trains size, for a whole group of sites numbers. For: reinforcement learning with a handful of numbers.
+    Trainable parameters per site: size for a whole group of sites. Use it for reinforcement learning with a handful of
+    parameters.
 
     Args:
         rank: of the truncated SVD; min(out, in) where that is smaller.
@@ -31,6 +33,10 @@ class TinyLoRA(_LowRank):
         dropout: probability of dropping an input feature of A in train mode.
         init_weights: "default" (v is zero), or "random" (U(−v_bound, v_bound): not the identity).
         v_bound: of that.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.TinyLoRA(rank=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -40,13 +46,20 @@ class TinyLoRA(_LowRank):
 
     peft = Peft(
         "TINYLORA",
-        names("A=tinylora_A B=tinylora_B A_rows=tinylora_A B_rows=tinylora_B P=tinylora_P"),
-        names("rank=r size=u weight_tying projection_seed dropout=tinylora_dropout v_bound=init_v_bound"),
-        shared=names("v=tinylora_v.*"),
+        {"A": "tinylora_A", "B": "tinylora_B", "A_rows": "tinylora_A", "B_rows": "tinylora_B", "P": "tinylora_P"},
+        {
+            "rank": "r",
+            "size": "u",
+            "weight_tying": "weight_tying",
+            "projection_seed": "projection_seed",
+            "dropout": "tinylora_dropout",
+            "v_bound": "init_v_bound",
+        },
+        shared={"v": "tinylora_v.*"},
     )
 
-    rank: Whole = 2
-    size: Whole = 64
+    rank: PositiveInt = 2
+    size: PositiveInt = 64
     weight_tying: float = 0.0
     projection_seed: int = 42
     dropout: Probability = 0.0

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
-from peftfn.core.plan import Plan
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.variant import _FromWeight
+from peftfn.methods.parts.sites import Planned, sites_of
+from peftfn.methods.parts.variant import FromWeight
 
 
 @dataclass(frozen=True)
-class TLoRA(_FromWeight):
+class TLoRA(FromWeight):
     """W + s·(B diag(m⊙E) A − B₀ diag(m⊙E₀) A₀), with A [rank, in], E [rank], B [out, rank], started at the singular
     vectors and values A₀, E₀, B₀ of W or of a random matrix, a mask m of 0 and 1, and s as for `LoRA`.
 
     Soboleva et al., "T-LoRA: Single Image Diffusion Model Customization Without Overfitting", 2025, arXiv:2507.05964,
     as in lycoris (whose convolutions see 1×1 kernels; here the whole kernel counts). The mask of a call is
-    `masked(net.plan, adapter, rank_mask(t, …))`: an adapter like any other, so that a batch can mix timesteps.
+    `masked(net, adapter, rank_mask(t, …))`: an adapter like any other, so that a batch can mix timesteps.
 
-    Trains rank·(in + out + 1) numbers. For: diffusion models personalised from one image.
+    Trainable parameters per site: rank·(in + out + 1). Use it to personalise a diffusion model from one image.
 
     Args:
         rank: components, at most min(out, in).
@@ -33,6 +33,12 @@ class TLoRA(_FromWeight):
 
     Raises:
         ValueError: a rank above the weight's own.
+
+    Example:
+        from peftfn.methods.weights.tlora import masked, rank_mask
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.TLoRA(rank=4)})
+        noisy = masked(net, net.init(seed=0), rank_mask(900, steps=1000, rank=4))  # the adapter at timestep 900
+        y = net.apply(noisy, torch.ones(2, 8))
     """
 
     cases = (
@@ -50,7 +56,7 @@ class TLoRA(_FromWeight):
         if self.active is not None and not 0 < self.active <= self.rank:
             raise ValueError(f"TLoRA.active is {self.active}, of {self.rank} ranks: give 1 <= active <= rank, or None")
 
-    def factors(self, rng: Rng, w: Tensor) -> Leaf:
+    def start(self, rng: Rng, w: Tensor) -> Leaf:
         if self.source == "random":
             w = Rng(0, rng.site.name if rng.site else "", device=rng.device).normal(*w.shape, std=1 / self.rank)
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
@@ -72,9 +78,9 @@ def rank_mask(t: Any, steps: int, rank: int, minimum: int = 1, power: float = 1.
     return torch.arange(rank, device=t.device) < (share * (rank - minimum)).int()[..., None] + minimum
 
 
-def masked(plan: Plan, adapter: Mapping[str, Leaf], mask: Tensor) -> dict[str, Leaf]:
+def masked(net: Planned, adapter: Mapping[str, Leaf], mask: Tensor) -> dict[str, Leaf]:
     """The adapter with the ranks of its T-LoRA sites switched off where `mask` [rank] is false: set to their start."""
     shape = {"a": mask[:, None], "b": mask, "e": mask}
-    off = {n: e.frozen for n, e in plan.items() if isinstance(e.method, TLoRA)}
+    off = {site: net.plan[site].frozen for site in sites_of(net, TLoRA)}
     leaves = {n: {k: torch.where(shape[k], t, off[n][f"{k}0"]) for k, t in adapter[n].items()} for n in off}
     return {**adapter, **leaves}

@@ -7,28 +7,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class TrainableTokens(Method):
+class TrainableTokens(Weight):
     """W with row `tokens[i]` replaced by T[i], T [n, dim], which starts as the rows that are there.
 
     Hugging Face PEFT, 2025 (no paper). Rows are those of an embedding's own weight [vocab, dim], or the outputs of a
     linear layer (a language model's head [vocab, dim]). A head keeps its bias, which PEFT drops.
 
-    Trains tokens·dim numbers. For: new tokens, without training the whole embedding.
+    Trainable parameters per site: tokens·dim. Use it for new tokens, without training the whole embedding.
 
     Args:
         tokens: indices of the rows, each once; an index beyond the weight is an error.
+
+    Example:
+        net = pf.adapt(torch.nn.Embedding(9, 8), {"weight": pf.TrainableTokens(tokens=(7, 8))})
+        y = net.apply(net.init(seed=0), torch.tensor([[1, 7, 8]]))
     """
 
     kinds = frozenset({"linear", "linear_t", "embedding"})
     absolute = frozenset({"t"})
     cases = ({"tokens": (4, 0)}, {"tokens": (5,)})
 
-    peft = Peft("TRAINABLE_TOKENS", names("t=trainable_tokens_delta"), names("tokens=token_indices"))
+    peft = Peft("TRAINABLE_TOKENS", {"t": "trainable_tokens_delta"}, {"tokens": "token_indices"})
 
     tokens: tuple[int, ...] = ()
 

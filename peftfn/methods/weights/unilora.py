@@ -6,28 +6,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import MATRIX, Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import MATRIX, Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class UniLoRA(_LowRank):
+class UniLoRA(Factored):
     """W + B A with A = θ[i_A] ⊙ c[i_A] [rank, in], B = θ[i_B] ⊙ c[i_B] [out, rank], θ [length] and c = 1/√uses.
 
     Li et al., "Uni-LoRA: One Vector is All You Need", 2025, arXiv:2506.00799. The indices are a shuffled, balanced
     assignment of the entries of all A and B of a rule to those of θ (an isometry), the one PEFT draws; θ is all that is
     trained. A fresh adapter is small, not the identity: at θ = 0, the only start that would be, the gradient is zero.
 
-    Trains length, for the whole rule numbers. For: one vector a task, kilobytes for a whole model.
+    Trainable parameters per site: length for the whole rule. Use it for one vector per task: kilobytes for a whole
+    model.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal.
+        rank: inner dimension of the product; values above min(out, in) are allowed.
         length: of θ, the number of trained numbers of the whole rule.
         projection_seed: of the indices (PEFT's proj_seed).
         bound: θ starts as U(−bound, bound).
         dropout: probability of dropping an input feature of A in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.UniLoRA(rank=2, length=16)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     kinds = MATRIX - {"stack", "stack_t"}  # the experts of a stack would all get one and the same change
@@ -35,15 +41,19 @@ class UniLoRA(_LowRank):
 
     peft = Peft(
         "UNILORA",
-        names("ia=unilora_indices_A ib=unilora_indices_B ca=unilora_scales_A cb=unilora_scales_B"),
-        names(
-            "rank=r length=theta_d_length projection_seed=proj_seed bound=init_theta_d_bound dropout=unilora_dropout"
-        ),
-        shared=names("theta=unilora_theta_d"),
+        {"ia": "unilora_indices_A", "ib": "unilora_indices_B", "ca": "unilora_scales_A", "cb": "unilora_scales_B"},
+        {
+            "rank": "r",
+            "length": "theta_d_length",
+            "projection_seed": "proj_seed",
+            "bound": "init_theta_d_bound",
+            "dropout": "unilora_dropout",
+        },
+        shared={"theta": "unilora_theta_d"},
     )
 
-    rank: Whole = 4
-    length: Whole = 256
+    rank: PositiveInt = 4
+    length: PositiveInt = 256
     projection_seed: int = 42
     bound: float = 0.02
     dropout: Probability = 0.0

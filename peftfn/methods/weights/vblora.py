@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Whole, divides
-from peftfn.core.method import Leaf, Peft, names
+from peftfn.core.fields import PositiveInt, Probability, divides
+from peftfn.core.method import Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.lowrank import _LowRank
+from peftfn.methods.parts.lowrank import Factored
 
 
 @dataclass(frozen=True)
-class VBLoRA(_LowRank):
+class VBLoRA(Factored):
     """W + B A, where every piece of `length` numbers of A's rows and B's columns is Σ_k softmax(top-k logits)_k V[k].
 
     Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", 2024, arXiv:2405.15179.
@@ -22,17 +23,21 @@ class VBLoRA(_LowRank):
     and lb [out/length, rank, vectors] for B [out, rank]. A fresh adapter is not the identity but small: at V = 0, the
     only start that would be, every gradient is zero. V is drawn once (PEFT draws it anew for every layer).
 
-    Trains rank·vectors·(in + out)/length, and vectors·length shared numbers. For: small files: only the top logits
-    and the bank need be kept.
+    Trainable parameters per site: rank·vectors·(in + out)/length, and vectors·length shared. Use it for small files,
+    which need only the top logits and the bank.
 
     Args:
-        rank: inner dimension of the product; one above min(out, in) is legal.
+        rank: inner dimension of the product; values above min(out, in) are allowed.
         vectors: of the bank.
         length: of a vector of the bank; it must divide in and out.
         topk: vectors mixed for one piece.
         dropout: probability of dropping an input feature of A in train mode.
         bank_bound: V starts as U(−bank_bound, bank_bound).
         logits_std: logits start as N(0, logits_std²).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VBLoRA(rank=2, vectors=8, length=2)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -42,18 +47,23 @@ class VBLoRA(_LowRank):
 
     peft = Peft(
         "VBLORA",
-        names("la=vblora_logits_A lb=vblora_logits_B"),
-        names(
-            "rank=r vectors=num_vectors length=vector_length topk dropout=vblora_dropout "
-            "bank_bound=init_vector_bank_bound logits_std=init_logits_std"
-        ),
-        shared=names("bank=vblora_vector_bank"),
+        {"la": "vblora_logits_A", "lb": "vblora_logits_B"},
+        {
+            "rank": "r",
+            "vectors": "num_vectors",
+            "length": "vector_length",
+            "topk": "topk",
+            "dropout": "vblora_dropout",
+            "bank_bound": "init_vector_bank_bound",
+            "logits_std": "init_logits_std",
+        },
+        shared={"bank": "vblora_vector_bank"},
     )
 
-    rank: Whole = 4
-    vectors: Whole = 256
-    length: Whole = 256
-    topk: Whole = 2
+    rank: PositiveInt = 4
+    vectors: PositiveInt = 256
+    length: PositiveInt = 256
+    topk: PositiveInt = 2
     dropout: Probability = 0.0
     bank_bound: float = 0.02
     logits_std: float = 0.1

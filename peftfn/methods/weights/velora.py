@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Whole
-from peftfn.core.method import Leaf, LowRank, names
+from peftfn.core.fields import Positive, PositiveInt
+from peftfn.core.method import Leaf, LowRank
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.lora import LoRA
 from peftfn.tensors.transform import under_transform
@@ -24,7 +24,7 @@ class VeLoRA(LoRA):
     It saves memory in plain `.backward()` alone: torch.func's transforms, compilers and layers that are not linear take
     LoRA's exact gradient. The last group is filled up with zeros.
 
-    Trains rank·(in + out) numbers. For: training in little memory: activations are kept compressed.
+    Trainable parameters per site: rank·(in + out). Use it to train in little memory, with compressed activations.
 
     Args:
         rank, alpha, rslora, dropout, lora_bias, init_weights: as for `LoRA`.
@@ -32,6 +32,10 @@ class VeLoRA(LoRA):
         restore: factor on what comes back.
         projection: e is the direction of the "batch"'s mean group, or a "fixed" constant (random, or a checkpoint's).
         compress: do so in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VeLoRA(rank=4, groups=4)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases = (
@@ -45,13 +49,15 @@ class VeLoRA(LoRA):
         keys={**LoRA.peft.keys, "e": "lora_velora_embed"},
         fields={
             **LoRA.peft.fields,
-            **names("groups=velora_config.num_groups restore=velora_config.scale projection=velora_config.init_type"),
+            "groups": "velora_config.num_groups",
+            "restore": "velora_config.scale",
+            "projection": "velora_config.init_type",
         },
         values={"projection": [("batch", "batch_average"), ("fixed", "random"), ("fixed", "batch_average_once")]},
         fixed={"velora_config": ...},
     )
 
-    groups: Whole = 64
+    groups: PositiveInt = 64
     restore: Positive = 1.0
     projection: Literal["batch", "fixed"] = "batch"
     compress: bool = True
@@ -75,9 +81,6 @@ class VeLoRA(LoRA):
 
     def low_rank(self, p: Leaf) -> LowRank | None:
         return None if self.compress else super().low_rank(p)
-
-    def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
-        return {k: v if k in ("a", "e") else s * v for k, v in p.items()}
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -7,25 +7,31 @@ from math import sqrt
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Probability, Whole
-from peftfn.core.method import Leaf, Method, Peft, Product, names
+from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
 
 @dataclass(frozen=True)
-class VeRA(Method):
+class VeRA(Weight):
     """W + diag(λ_b) B[:out] diag(λ_d) A[:, :in], λ_d [rank] and λ_b [out]; A [rank, in_max], B [out_max, rank] frozen.
 
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023, arXiv:2310.11454. All sites of a rule share
     one A and one B, as large as the largest of them, drawn from `projection_seed` as PEFT draws them.
 
-    Trains rank + out numbers. For: small files at a large rank; costs as a LoRA of that rank.
+    Trainable parameters per site: rank + out. Use it for small files at a large rank; a call costs as much as a LoRA of
+    that rank.
 
     Args:
         rank: rows of A; cheap, since it costs rank + out trained numbers a site, so often above min(out, in).
         projection_seed: of A and B (PEFT's projection_prng_key).
         d_initial: value λ_d starts with; λ_b starts at zero.
         dropout: probability of dropping an input feature of A in train mode.
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.VeRA(rank=16)})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     scales_with = ("b",)
@@ -33,12 +39,12 @@ class VeRA(Method):
 
     peft = Peft(
         "VERA",
-        names("b=vera_lambda_b d=vera_lambda_d"),
-        names("rank=r projection_seed=projection_prng_key d_initial dropout=vera_dropout"),
-        shared=names("A=vera_A B=vera_B"),
+        {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        {"rank": "r", "projection_seed": "projection_prng_key", "d_initial": "d_initial", "dropout": "vera_dropout"},
+        shared={"A": "vera_A", "B": "vera_B"},
     )
 
-    rank: Whole = 256
+    rank: PositiveInt = 256
     projection_seed: int = 0
     d_initial: float = 0.1
     dropout: Probability = 0.0

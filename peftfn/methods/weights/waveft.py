@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import STARTS, Whole
-from peftfn.core.method import Cases, Leaf, Peft, names
+from peftfn.core.fields import STARTS, PositiveInt
+from peftfn.core.method import Cases, Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.wavelets import length, low_pass
 from peftfn.methods.weights.fourierft import FourierFT
@@ -23,7 +24,8 @@ class WaveFT(FourierFT):
     One level of the transform; with a filter of length L, S is [out, in] centred in a matrix larger by L − 2, as in
     PEFT. x goes through a filter bank, meets c at its n places, and comes back through another.
 
-    Trains n_frequency numbers. For: tiny files with local changes; costs two filter banks a call.
+    Trainable parameters per site: n_frequency. Use it for tiny files with local changes; it costs two filter banks a
+    call.
 
     Args:
         n_frequency: n, trained entries; at most out·in.
@@ -33,6 +35,10 @@ class WaveFT(FourierFT):
             coif5 (not orthogonal), and ends at db10.
         idwt: transform; otherwise S itself is the change.
         init_weights: "default" (zero) or "random" (normal of std 0.01: not the identity).
+
+    Example:
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.WaveFT(n_frequency=10, wavelet="db2")})
+        y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
     cases: ClassVar[Cases] = (
@@ -43,12 +49,19 @@ class WaveFT(FourierFT):
 
     peft = Peft(
         "WAVEFT",
-        names("c=waveft_spectrum"),
-        names("n_frequency scaling seed=random_loc_seed wavelet=wavelet_family idwt=use_idwt init_weights"),
+        {"c": "waveft_spectrum"},
+        {
+            "n_frequency": "n_frequency",
+            "scaling": "scaling",
+            "seed": "random_loc_seed",
+            "wavelet": "wavelet_family",
+            "idwt": "use_idwt",
+            "init_weights": "init_weights",
+        },
         {"init_weights": STARTS},
     )
 
-    n_frequency: Whole = 2592
+    n_frequency: PositiveInt = 2592
     scaling: float = 25.0
     wavelet: str = "db1"
     idwt: bool = True

@@ -1,0 +1,131 @@
+"""How Hugging Face PEFT writes a method: `Peft`, one record beside each method that PEFT has too."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Leaf = dict[str, Tensor]
+"""The trainable tensors of one method at one site."""
+Config = Mapping[str, Any]
+"""A configuration of PEFT's."""
+
+
+@dataclass(frozen=True)
+class Peft:
+    """How Hugging Face PEFT writes a method: what `formats/peft.py` needs to know of it.
+
+    Args:
+        type: `peft_type`.
+        keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
+        fields: our field → PEFT's configuration key; "outer.inner" is a key of the object under `outer`.
+        values: our field → pairs (our value, PEFT's), for fields whose values differ; the first pair that fits counts.
+        fixed: configuration that tells this class from others of its type; `...` is anything that is set.
+        shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
+        group: a module's name → what stands for "{}" in those keys, where only the sites of one group share.
+        per_target: the sites that one name in `target_modules` finds share the bank, if they are of one shape; each has
+            a copy of it in the file.
+        rows: a tensor of the bank → the constant that says which of its rows a site has in the file.
+        reads: (our fields by `fields`, PEFT's configuration) ↦ our fields, where reading is more than renaming.
+        writes: method ↦ what else its configuration has. It raises ValueError for what PEFT cannot express.
+        leaf_to: (method, leaf and constants) ↦ {PEFT's key: tensor in PEFT's shape}, where the shapes differ. (Reading
+            needs no such rule: a tensor from a file is reshaped to the shape our leaf has.)
+        leaf_from: (method, {PEFT's key: tensor}, w [out, in], bias [out] or None) ↦ leaf and constants, for methods
+            whose tensors follow from values of the file or the base. Shared tensors stand under the keys of `shared`.
+            A key that is not there may end in a KeyError. It raises ValueError for what does not fit.
+    """
+
+    type: str
+    keys: Mapping[str, str]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
+    fixed: Config = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    group: Callable[[str], str] = str
+    per_target: bool = False
+    rows: Mapping[str, str] = field(default_factory=dict)
+    reads: Callable[[dict[str, Any], Config], dict[str, Any]] | None = None
+    writes: Callable[[Any], Config] | None = None
+    leaf_to: Callable[[Any, Leaf], Leaf] | None = None
+    leaf_from: Callable[[Any, Leaf, Tensor, Tensor | None], Leaf] | None = None
+
+    def read(self, config: Config) -> dict[str, Any]:
+        """Our fields from a configuration: `cls(**cls.peft.read(config))` is the method."""
+
+        def ours(name: str, value: Any) -> Any:
+            pairs = self.values.get(name, ())
+            return next((ours for ours, theirs in pairs if theirs == value and type(theirs) is type(value)), value)
+
+        found = {}
+        for name, key in self.fields.items():
+            head, _, tail = key.partition(".")
+            inside = config.get(head, {}) if tail else config
+            if (tail or head) in inside:
+                found[name] = ours(name, inside[tail or head])
+        return found if self.reads is None else self.reads(found, config)
+
+    def written(self, method: Any) -> dict[str, Any]:
+        """PEFT's configuration of a method. ValueError for what PEFT cannot express."""
+        more = {} if self.writes is None else self.writes(method)
+        out: dict[str, Any] = dict(self.fixed)
+        for name, key in self.fields.items():
+            value, (head, _, tail) = getattr(method, name), key.partition(".")
+            if name in self.values:
+                value = self._translated(method, name, value)
+            out[head] = {**(out[head] if isinstance(out.get(head), dict) else {}), tail: value} if tail else value
+        return out | dict(more)
+
+    def tensors(self, method: Any, p: Leaf) -> Leaf:
+        """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
+        return self.named(p) if self.leaf_to is None else self.leaf_to(method, p)
+
+    def named(self, p: Leaf) -> Leaf:
+        """{PEFT's key: tensor}, the tensors as they are."""
+        return {key: p[k] for k, key in self.keys.items() if k in p}
+
+    def _translated(self, method: Any, name: str, value: Any) -> Any:
+        for ours, theirs in self.values[name]:
+            if ours == value:
+                return theirs
+        raise ValueError(
+            f"{type(method).__name__}.{name} is {value!r}, which PEFT does not have: it has "
+            f"{list(dict.fromkeys(ours for ours, _ in self.values[name]))}"
+        )
+
+
+ELSEWHERE = {
+    "target_modules": "the pattern of a rule says which layers: peftfn.adapt(model, {'q_proj|v_proj': peftfn.%s()}), "
+    "or peftfn.targets",
+    "modules_to_save": "a rule of its own trains a layer whole: peftfn.adapt(model, {…, 'lm_head': peftfn.Full()})",
+}
+"""PEFT's words that are no hyper-parameter here → what to write instead."""
+
+
+def refuse_words(cls: Any, given: Config, registry: Iterable[Any]) -> None:
+    """TypeError if one of the keyword arguments of `cls` is PEFT's word for something, with ours."""
+    own = inspect.signature(cls.__init__).parameters
+    others = [c for c in registry if c.peft]
+    for word, value in given.items():
+        if word in own:
+            continue
+        for c in (cls, *others):
+            ours = next((f for f, key in c.peft.fields.items() if key == word), None) if c.peft else None
+            if ours in own:
+                raise TypeError(f"{cls.__name__} has no argument {word!r}; PEFT's {word} is {ours} here: give {ours}=…")
+        fits = [c for c in others if cls.peft and c.peft.type == cls.peft.type and word in c.peft.fixed]
+        fits = [c for c in fits if is_(value, c.peft.fixed[word])]
+        if fits:
+            raise TypeError(
+                f"{cls.__name__} has no argument {word!r}; {word}={value!r} is a method of its own here: give "
+                f"peftfn.{fits[0].__name__}(…)"
+            )
+        if word in ELSEWHERE:
+            cure = ELSEWHERE[word].replace("%s", cls.__name__)
+            raise TypeError(f"{cls.__name__} has no argument {word!r}: {cure}")
+
+
+def is_(have: Any, want: Any) -> bool:
+    """Whether a configuration has a value of `Peft.fixed`: `...` stands for anything that is set."""
+    return have not in (None, False) if want is ... else bool(have == want)
