@@ -154,6 +154,8 @@ class Method:
     """Fields that have this value when the model is in eval mode."""
     mergeable: ClassVar[bool] = True
     """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
+    outside: ClassVar[frozenset[str]] = frozenset()
+    """Fields that no function here reads, because a schedule or a penalty in the training loop does."""
     cases: ClassVar[Cases] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 

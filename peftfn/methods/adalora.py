@@ -52,6 +52,7 @@ class AdaLoRA(_Variant):
     )
 
     padding = Padding(gain=("b",))
+    outside = frozenset(["target_rank", "warmup", "final", "interval", "total_steps", "beta1", "beta2", "orthogonal"])
 
     rslora: ClassVar[bool] = False  # type: ignore[misc]
     rank: Whole = 12

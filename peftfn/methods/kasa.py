@@ -47,6 +47,8 @@ class KaSA(_Variant):
         fixed={"kasa_config": ...},
     )
 
+    outside = frozenset({"beta", "gamma"})
+
     truncate: bool = False
     beta: float = 1e-4
     gamma: float = 1e-3

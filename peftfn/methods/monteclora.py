@@ -44,6 +44,7 @@ class MonteCLoRA(_Variant):
 
     in_eval = (("dropout", 0.0), ("random", False))
     padding = None  # the noise depends on the rank
+    outside = frozenset({"kl", "entropy"})
     peft = replace(
         _Variant.peft,
         keys={**_Variant.peft.keys, **names(f"std={_SAMPLER}.std_prior mix={_SAMPLER}.expert_weights_prior")},

@@ -18,6 +18,7 @@ import peftfn as pf
 from peftfn.formats.native import from_json, to_json
 from peftfn.method import Method
 from peftfn.plan import wide
+from peftfn.testing.contract import every_field, functions, keeps
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 
 SITE = "layer.weight"
@@ -127,13 +128,14 @@ def meaning_is_speed(c: Case) -> None:
     a, m = c.adapter(), entry.site.canonical(c.model.get_parameter(SITE).detach())
     method, p = entry.tensors(a[SITE], a.get(entry.bank or "", {}), m)
     method = method.eval()
-    dense = m + method.delta(p, m)
+    dense, name = m + method.delta(p, m), type(method).__name__
     x = torch.randn(c.rows, 3, m.shape[1], generator=torch.Generator().manual_seed(c.seed))
     if "linear" in c.method.kinds:
-        close(method.linear(p, m, x), F.linear(x, dense), "linear")
+        close(method.linear(p, m, x), F.linear(x, dense), f"{name}.linear against w + {name}.delta: linear")
     if method.overrides("product"):
         ids = torch.arange(m.shape[1])
-        close(method.product(p, m, ids, lambda i, m: F.embedding(i, m.mT)), dense.mT, "product")
+        got = method.product(p, m, ids, lambda i, m: F.embedding(i, m.mT))
+        close(got, dense.mT, f"{name}.product against w + {name}.delta: product")
 
 
 def merge_is_apply(c: Case) -> None:
@@ -513,10 +515,12 @@ def _runs_in(c: Case, dtype: torch.dtype) -> bool:
 LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
-        structure, values, purity, identity, effect, meaning_is_speed, merge_is_apply, no_rows, many_by_vmap,
-        many_by_row, gated, conformed, gradients, per_sample, round_trip, algebra, prepared, half_precision, bad_leaves,
-        compiled,
+        values, keeps, functions, every_field, structure, purity, identity, effect, meaning_is_speed, merge_is_apply,
+        no_rows, many_by_vmap, many_by_row, gated, conformed, gradients, per_sample, round_trip, algebra, prepared,
+        half_precision, bad_leaves, compiled,
     )
 }  # fmt: skip
-ONCE = frozenset({"compiled", "values"})
+ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
 """Laws that are checked once a method, not at every kind of site: they are slow, or do not depend on it."""
+FEW = frozenset({"functions"})
+"""Laws that are checked at few kinds of site and without random cases: they hardly depend on either."""
