@@ -106,7 +106,7 @@ class Transposed(Good):
         return super().delta(p, w).mT
 
 
-@planted(1, "delta", r"a \[2, 6\] of init")
+@planted(1, "delta", r"a \[2, 6\] of Swapped\.init")
 @dataclass(frozen=True)
 class Swapped(Good):
     def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
@@ -140,21 +140,21 @@ class ScaleNowhere(Good):
 @dataclass(frozen=True)
 class NoIdentity(Good):
     def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
-        return {"a": rng.kaiming(2, w.shape[1]), "b": rng.ones(w.shape[0], 2)}
+        return {"a": rng.kaiming(self.rank, w.shape[1]), "b": rng.ones(w.shape[0], self.rank)}
 
 
-@planted(3, "init", r"never train")
+@planted(3, "init", r"never trains")
 @dataclass(frozen=True)
 class BothZero(Good):
     def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
-        return {"a": rng.zeros(2, w.shape[1]), "b": rng.zeros(w.shape[0], 2)}
+        return {"a": rng.zeros(self.rank, w.shape[1]), "b": rng.zeros(w.shape[0], self.rank)}
 
 
 @planted(4, "linear", r"differs")
 @dataclass(frozen=True)
 class OtherLinear(Good):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, w) + 2 * self.scale * F.linear(F.linear(x, p["a"]), p["b"])
+        return F.linear(x, w) + 2 * self.scale * F.linear(F.linear(self.dropped(x), p["a"]), p["b"])
 
 
 @planted(5, "delta", r"writes (in)?to (w|p\[)")
@@ -314,7 +314,7 @@ class MaskOnTheClass(Good):
     def frozen(self, rng: pf.Rng, w: Tensor) -> Leaf:
         if type(self).mask is None or type(self).mask.is_meta:
             type(self).mask = rng.normal(*w.shape)
-        return {"m": type(self).mask.to(w.device)}
+        return {"m": type(self).mask.to(w.device).clone()}
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return p["b"] @ p["a"] * p["m"] * self.scale
@@ -392,7 +392,7 @@ class LowRankWithoutScale(Good):
         return LowRank(p["a"], p["b"], dropout=self.dropout)
 
 
-@planted(10, "low_rank", r"dropout=0\.0, and linear drops features")
+@planted(10, "low_rank", r"product drops features, and low_rank gives dropout=0\.0")
 @dataclass(frozen=True)
 class LowRankWithoutDropout(Good):
     def low_rank(self, p: Leaf) -> LowRank:
@@ -617,6 +617,38 @@ class OrderInTheBank(GoodShared):
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return (p["c"] * p["v"].sum() + p["d"])[:, None].expand(w.shape)
+
+
+@planted(0, "init", r"int64")
+@dataclass(frozen=True)
+class IntegerLeaf(Good):
+    def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
+        return super().init(rng, w) | {"a": rng.kaiming(self.rank, w.shape[1]).long()}
+
+
+@planted(0, "init", r"require gradients")
+@dataclass(frozen=True)
+class LeafWithGradients(Good):
+    def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
+        return {k: t.requires_grad_() for k, t in super().init(rng, w).items()}
+
+
+@planted(0, "init", r"must return a dict")
+@dataclass(frozen=True)
+class NoTensor(Good):
+    def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
+        return {**super().init(rng, w), "z": None}  # type: ignore[dict-item]
+
+
+@planted(0, "", r"is \['uu'\]; a prepared adapter has \['a', 'b'\]")
+@dataclass(frozen=True)
+class LinearInNothing(Good):
+    linear_in: ClassVar = ("uu",)
+
+
+@planted(0, "", r"lacks @dataclass")
+class FieldWithoutDataclass(Good):
+    more: float = 1.0
 
 
 @pytest.mark.parametrize(("cls", "fields", "function", "text"), MISTAKES)

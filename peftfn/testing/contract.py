@@ -53,6 +53,13 @@ class Place:
     def rng(self, seed: int) -> Rng:
         return Rng(seed, self.entry.site.name, site=self.entry.site, constants=self.entry.frozen, bias=self.b)
 
+    def features(self, method: Method, dtype: torch.dtype) -> tuple[str, Function] | None:
+        """(name, p ↦ its result) of what runs at a linear layer; None where that is the dense weight."""
+        if "linear" not in method.kinds or not method.fast_linear() or self.w.dim() != 2:
+            return None
+        x = torch.randn(2, 3, self.w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        return "linear" if method.overrides("linear") else "product", lambda p: method.linear(p, self.w, x)
+
     def drawn(self, name: str, seed: int) -> Leaf:
         """What `init` or `frozen` gives here."""
         made: Leaf = getattr(self.method, name)(self.rng(seed), self.w)
@@ -65,9 +72,8 @@ class Place:
             yield "delta", lambda p: m.delta(p, wide(w))
         if self.entry.adds_bias or (self.entry.changes_bias and self.b is not None):
             yield "bias", lambda p: m.bias(p, None if self.b is None else wide(self.b))
-        if "linear" in m.kinds and m.fast_linear() and w.dim() == 2:
-            x = torch.randn(2, 3, w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-            yield "linear", lambda p: m.linear(p, w, x)
+        if (features := self.features(m, dtype)) is not None:
+            yield features
         if m.overrides("product") and w.dim() == 2:
             ids = torch.arange(w.shape[1])
             yield "product", lambda p: m.product(p, w, ids, lambda i, m: F.embedding(i, m.mT))
@@ -84,7 +90,7 @@ def said(method: Method, name: str) -> str:
 def functions(c: "Case") -> None:
     """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; low_rank
     is what linear and delta are."""
-    for check in (own_draws, writes_nothing, new_names, own_dtypes, repeats, carries_gradients, low_rank_is_linear):
+    for check in (own_draws, writes_nothing, repeats, new_names, own_dtypes, carries_gradients, low_rank_is_linear):
         check(c)
 
 
@@ -113,6 +119,12 @@ def own_draws(c: "Case") -> None:
         for name in ("init", "frozen"):
             if at.method.overrides(name):
                 _drawn_alike(at.method, name, partial(at.drawn, name, c.seed))
+        leaf, what = at.drawn("init", c.seed), said(at.method, "init")
+        kinds = {k: t.dtype for k, t in leaf.items() if t.dtype != torch.float32}
+        assert not kinds, f"{what} gives {kinds}; leaves are floating-point, in rng.dtype: make them by rng"
+        assert not any(t.requires_grad for t in leaf.values()), (
+            f"{what} gives tensors that require gradients, which is the caller's to say"
+        )
     if not (c.method.overrides("shared") or c.method.overrides("bank")):
         return
     sites = {n: e.site for n, e in c.net.plan.items()}
@@ -222,14 +234,14 @@ def own_dtypes(c: "Case") -> None:
 
 
 def _under_autocast(at: Place, p: Leaf) -> None:
-    half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in p.items()}
-    for name, function in at.uses():
-        if name == "linear":
-            with torch.autocast("cpu", torch.bfloat16):
-                y, plain = function(half), F.linear(torch.zeros(1, at.w.shape[1]), at.w)
-            assert y.dtype == plain.dtype, (
-                f"{said(at.method, name)} gives {y.dtype} under autocast to {plain.dtype}, where F.linear gives that"
-            )
+    features = at.features(at.method, torch.float32)
+    if features is not None:
+        half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in p.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            y, plain = features[1](half), F.linear(torch.zeros(1, at.w.shape[1]), at.w)
+        assert y.dtype == plain.dtype, (
+            f"{said(at.method, features[0])} gives {y.dtype} under autocast to {plain.dtype}: return what F.linear does"
+        )
 
 
 def _of(p: Leaf) -> str:
@@ -313,16 +325,18 @@ def _drops(at: Place) -> None:
     """The same dropout in `low_rank` as in `linear`."""
     method = _dropping(at.method)
     low = method.low_rank(replace_method(at, method).prepared())
-    run = next((f for name, f in at.uses(method) if name == "linear"), None)
-    if low is None or run is None:
+    features = at.features(method, at.w.dtype)
+    if low is None or features is None:
         return
+    name, run = features
     with torch.random.fork_rng():
         torch.manual_seed(1)
         p = replace_method(at, method).prepared()
         drops = not torch.equal(run(p), run(p))
     assert drops == bool(low.dropout), (
-        f"{said(method, 'low_rank')} gives dropout={low.dropout}, and linear drops {'features' if drops else 'none'} "
-        f"in train mode, with {method}: give LowRank(…, dropout=self.dropout), and use self.dropped(x) in linear"
+        f"{said(method, 'low_rank' if drops else name)} has other dropout than {name if drops else 'low_rank'}: with "
+        f"{method} in train mode, {name} drops {'features' if drops else 'none'}, and low_rank gives "
+        f"dropout={low.dropout}. Give LowRank(…, dropout=self.dropout), and use self.dropped(x) in {name}"
     )
 
 
@@ -358,7 +372,7 @@ def every_field(c: "Case") -> None:
         if name in own:
             frame = sys._getframe(1)
             aside = frame.f_code.co_name in ("__post_init__", "__eq__", "__hash__", "__str__", "__repr__", "eval")
-            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", "peftfn.fields"):
+            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", "peftfn.fields", __name__):
                 read.add(name)
         return object.__getattribute__(self, name)
 
