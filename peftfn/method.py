@@ -1,18 +1,6 @@
 """What a method is made of: the names that a method of your own imports."""
 
-from peftfn.core.method import (
-    ALL,
-    LINEAR,
-    MATRIX,
-    Cases,
-    Leaf,
-    LowRank,
-    Method,
-    Padding,
-    Product,
-    Weight,
-    registry,
-)
+from peftfn.core.method import ALL, LINEAR, MATRIX, Cases, Leaf, LowRank, Method, Padding, Product, Weight, registry
 from peftfn.core.peft import Peft
 
 __all__ = [

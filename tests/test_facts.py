@@ -3,7 +3,6 @@
 import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA
-from peftfn.testing import LAWS, LawBroken, check_method
 from peftfn.testing.laws import held, unchanged
 
 ids = lambda n=3: tokens(n)  # noqa: E731
@@ -582,88 +580,3 @@ def test_a_checkpointed_block_without_sites_is_an_error_and_leaves_no_gradient_o
     with pytest.raises(RuntimeError, match=r"g\.weight: used after its call"):
         net.apply(a, noise(3, 8)).sum().backward()
     assert all(p.grad is None for p in model.parameters())
-
-
-# A method of one's own: what is wrong in it is caught, and told.
-
-
-@dataclass(frozen=True)
-class _Outer(pf.Weight):
-    """W + s·u vᵀ."""
-
-    s: float = 2.0
-
-    def init(self, rng: pf.Rng, w: Tensor) -> dict[str, Tensor]:
-        return {"u": rng.zeros(w.shape[0]), "v": rng.normal(w.shape[1])}
-
-    def delta(self, p: dict[str, Tensor], w: Tensor) -> Tensor:
-        return self.s * torch.outer(p["u"], p["v"])
-
-
-def started(**more: Callable[[Any, Tensor], Tensor]) -> dict[str, Any]:
-    """An init whose tensors are these functions of (rng, w), beside or in place of u and v."""
-    return {"init": lambda self, rng, w: _Outer.init(self, rng, w) | {k: make(rng, w) for k, make in more.items()}}
-
-
-def meant(delta: Callable[[Any, dict[str, Tensor]], Tensor]) -> dict[str, Any]:
-    return {"delta": lambda self, p, w: delta(self, p)}
-
-
-MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
-    "torch's own randomness": (
-        "structure: .*init repeated, which draws from rng alone/layer.weight/v",
-        started(v=lambda rng, w: torch.randn(w.shape[1], device=w.device)),
-    ),
-    "a leaf of integers": ("structure: .*layer.weight/i.*int64", started(i=lambda rng, w: rng.zeros(3).long())),
-    "a leaf that requires gradients": (
-        "structure: .*require gradients",
-        started(u=lambda rng, w: rng.zeros(w.shape[0]).requires_grad_()),
-    ),
-    "a leaf on a device of its own": (
-        "adapt: .*meta device first.*u",
-        started(u=lambda rng, w: torch.zeros(w.shape[0], device="cpu")),
-    ),
-    "no tensor": ("adapt: .*dict", started(i=lambda rng, w: None)),  # type: ignore[arg-type, return-value]
-    "a value asked for": ("adapt: .*no values", meant(lambda m, p: p["u"].sum().item() * torch.outer(p["u"], p["v"]))),
-    "randomness in the change": (
-        "purity: .*the same call gave another result",
-        meant(lambda m, p: torch.outer(p["u"], p["v"]) * torch.rand(())),
-    ),
-    "a write into the leaf": (
-        "purity: .*in-place|purity: .*adapter's own tensors",
-        meant(lambda m, p: torch.outer(p["u"].mul_(1.1), p["v"])),
-    ),
-    "a leaf that nothing uses": ("gradients: .*no gradient for layer.weight/z", started(z=lambda rng, w: rng.zeros(3))),
-    "a leaf cut off": (
-        "gradients: .*no gradient for layer.weight/u.*detached",
-        meant(lambda m, p: torch.outer(p["u"].detach(), p["v"])),
-    ),
-    "both factors zero": ("gradients: .*never train", started(v=lambda rng, w: rng.zeros(w.shape[1]))),
-    "a root at zero": (
-        "gradients: .*layer.weight/u is not finite at a fresh adapter",
-        meant(lambda m, p: torch.outer(p["u"], p["v"]) * p["u"].square().sum().sqrt()),
-    ),
-    "linear in two factors": ("algebra: .*all else is taken for constant", {"linear_in": ("u",)}),
-    "linear in what is not there": ("algebra: .*is .'uu'.; a prepared adapter has .'u', 'v'.", {"linear_in": ("uu",)}),
-    "fields without a dataclass": ("values: .*@dataclass", {"__annotations__": {"t": float}, "t": 1.0}),
-}
-
-
-UNREGISTERED = [law for law in LAWS if law not in ("values", "round_trip")]
-"""Laws for classes whose names begin with "_", which no file can name."""
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_an_own_method_is_told(mistake: str) -> None:
-    text, members = MISTAKES[mistake]
-    broken = type("_Broken", (_Outer,), members)()
-    with pytest.raises(LawBroken, match=f"(?s){text}"):
-        check_method(broken, ["values"] if "@dataclass" in text else UNREGISTERED)
-
-
-def test_a_method_without_mistakes_passes() -> None:
-    check_method(_Outer(), UNREGISTERED)
-    with pytest.raises(ValueError, match="no law 'identty'; choose from structure, "):
-        check_method(_Outer(), ["identty"])
-    with pytest.raises(TypeError, match=r"like LoRA\(rank=2\), not <class"):
-        check_method(_Outer)  # type: ignore[arg-type]

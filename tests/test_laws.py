@@ -89,3 +89,10 @@ class Dense(Weight):
 
 def test_the_unbroken_one_passes() -> None:
     check_method(Dense(), laws=[law for law in LAWS if law != "values"])
+
+
+def test_what_check_method_is_given() -> None:
+    with pytest.raises(ValueError, match="no law 'identty'; choose from values, "):
+        check_method(Dense(), ["identty"])
+    with pytest.raises(TypeError, match=r"like LoRA\(rank=2\), not <class"):
+        check_method(Dense)  # type: ignore[arg-type]

@@ -68,7 +68,11 @@ def called(method: Any, name: str, function: Callable[..., Any], *args: Any, p: 
     except ValueError:
         raise
     except Exception as e:
-        shown = [f"{k} {list(t.shape)} of {p[k]}" for k, t in args[0].items() if k in p] if p else []
+        shown = (
+            [f"{k} {list(t.shape)} of {type(method).__name__}.{p[k]}" for k, t in args[0].items() if k in p]
+            if p
+            else []
+        )
         seen = f"; p holds {', '.join(shown)}" if shown else ""
         e.add_note(f"in {what}, which runs on the meta device first, where tensors have shapes and no values{seen}")
         raise

@@ -68,6 +68,8 @@ class Method:
 
     kinds: ClassVar[frozenset[str]] = frozenset()
     """Kinds of site that the method has a meaning for."""
+    outside: ClassVar[frozenset[str]] = frozenset()
+    """Fields that no function here reads, because a schedule or a penalty in the training loop does."""
     cases: ClassVar[Cases] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 

@@ -78,6 +78,7 @@ class AdaLoRA(Factored):
     )
 
     padding = Padding(scaled=("b",))
+    outside = frozenset(["target_rank", "warmup", "final", "interval", "total_steps", "beta1", "beta2", "orthogonal"])
 
     rank: PositiveInt = 12
     alpha: Positive | None = None

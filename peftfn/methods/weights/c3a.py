@@ -74,5 +74,6 @@ class C3A(Weight):
             return F.linear(x, w)
         wide = torch.promote_types(x.dtype, torch.float32)
         f = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.block_size)))  # [..., in/b, b/2 + 1]
-        y = torch.einsum("...nf,mnf->...mf", f, torch.fft.rfft(p["sk"].to(wide)).conj())
-        return F.linear(x, w) + torch.fft.irfft(y, self.block_size).flatten(-2).to(x.dtype)
+        z = torch.einsum("...nf,mnf->...mf", f, torch.fft.rfft(p["sk"].to(wide)).conj())
+        y = F.linear(x, w)
+        return y + torch.fft.irfft(z, self.block_size).flatten(-2).to(y.dtype)

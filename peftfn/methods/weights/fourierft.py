@@ -110,4 +110,5 @@ class FourierFT(Weight):
         else:
             z = z[..., col] * c  # [..., n]
             z = z.new_zeros(*z.shape[:-1], rows).index_add(-1, row, z)
-        return F.linear(x, w) + self.synthesised(p, z, w.shape[0]).real.to(x.dtype)
+        y = F.linear(x, w)
+        return y + self.synthesised(p, z, w.shape[0]).real.to(y.dtype)

@@ -63,6 +63,8 @@ class KaSA(Variant):
         writes=_written,
     )
 
+    outside = frozenset({"beta", "gamma"})
+
     truncate: bool = False
     beta: float = 1e-4
     gamma: float = 1e-3

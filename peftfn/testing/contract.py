@@ -1,0 +1,401 @@
+"""Laws of a method's functions taken one by one, so that what is wrong is named: each is of one `Case`.
+
+The laws of laws.py compare what nets do. A method that breaks one of them breaks it somewhere in a model; those here
+come first and call `init`, `delta`, `linear`, … themselves, as the core does.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftfn.core.made import memory
+from peftfn.core.method import Leaf, Weight
+from peftfn.core.plan import Entry
+from peftfn.core.rng import Rng
+from peftfn.tensors.precision import wide
+
+if TYPE_CHECKING:
+    from peftfn.testing.laws import Case
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A method at one site of a case: what its functions get there. Of a stack of experts, the first expert."""
+
+    method: Weight
+    entry: Entry
+    w: Tensor  # canonical
+    b: Tensor | None
+    raw: Leaf  # leaf, bank and constants, in fp32 or better
+
+    @classmethod
+    def of(cls, c: "Case", name: str, seed: int = 0) -> "Place":
+        entry, tensors = c.net.plan[name], dict(c.model.named_parameters(remove_duplicate=False))
+        w, b = entry.site.canonical(tensors[name].detach()).clone(), tensors.get(entry.site.bias or "")
+        a = c.adapter(seed)
+        raw = entry._raw(a[name], a[entry.bank] if entry.bank else {}, w)
+        if entry.site.stacked:
+            raw, w = {k: t if k in entry.common else t[0] for k, t in raw.items()}, w[0]
+        raw = {k: t.detach().clone() for k, t in raw.items()}
+        return cls(entry.method, entry, w, None if b is None else b.detach().clone(), raw)
+
+    def prepared(self, raw: Leaf | None = None) -> Leaf:
+        return self.method.prepare(self.raw if raw is None else raw, self.w)
+
+    def rng(self, seed: int) -> Rng:
+        return Rng(seed, self.entry.site.name, site=self.entry.site, constants=self.entry.frozen, bias=self.b)
+
+    def features(self, method: Weight, dtype: torch.dtype) -> tuple[str, Function] | None:
+        """(name, p ↦ its result) of what runs at a linear layer; None where that is the dense weight."""
+        if "linear" not in method.kinds or not method.fast_linear() or self.w.dim() != 2:
+            return None
+        x = torch.randn(2, 3, self.w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        return "linear" if method.overrides("linear") else "product", lambda p: method.linear(p, self.w, x)
+
+    def drawn(self, name: str, seed: int) -> Leaf:
+        """What `init` or `frozen` gives here."""
+        made: Leaf = getattr(self.method, name)(self.rng(seed), self.w)
+        return made
+
+    def uses(self, method: Weight | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+        """(name, p ↦ its result) of the functions that take prepared tensors, those that the core would call."""
+        m, w, dtype = method or self.method, self.w, dtype or self.w.dtype
+        if m.mergeable and not m.only_bias():
+            yield "delta", lambda p: m.delta(p, wide(w))
+        if self.entry.adds_bias or (self.entry.changes_bias and self.b is not None):
+            yield "bias", lambda p: m.bias(p, None if self.b is None else wide(self.b))
+        if (features := self.features(m, dtype)) is not None:
+            yield features
+        if m.overrides("product") and w.dim() == 2:
+            ids = torch.arange(w.shape[1])
+            yield "product", lambda p: m.product(p, w, ids, lambda i, m: F.embedding(i, m.mT))
+
+
+def places(c: "Case", seed: int = 0) -> list[Place]:
+    return [Place.of(c, name, seed) for name in c.net.plan]
+
+
+def said(method: Weight, name: str) -> str:
+    return f"{type(method).__name__}.{name}"
+
+
+def functions(c: "Case") -> None:
+    """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; low_rank
+    is what linear and delta are."""
+    for check in (own_draws, writes_nothing, repeats, new_names, own_dtypes, carries_gradients, low_rank_is_linear):
+        check(c)
+
+
+def keeps(c: "Case") -> None:
+    """A method is a dataclass of its fields: it keeps no other value, and no tensor, on itself or on its class."""
+    m, cls = c.method, type(c.method)
+    named = {f.name for f in fields(m)}  # type: ignore[arg-type]
+    c.net.apply(c.net.init(c.seed), c.x)
+    if odd := sorted(vars(m).keys() - named):
+        raise AssertionError(
+            f"{cls.__name__} keeps {', '.join(odd)} beside its fields, so that methods with other values compare equal "
+            "and files lose it: decorate the class with @dataclass(frozen=True), declare its hyper-parameters as "
+            "fields, and keep nothing else"
+        )
+    for k, v in [(k, v) for owner in cls.__mro__[: cls.__mro__.index(Weight)] for k, v in vars(owner).items()]:
+        found = list(v.values()) if isinstance(v, Mapping) else list(v) if isinstance(v, list | tuple | set) else [v]
+        assert not any(isinstance(t, Tensor) for t in found), (
+            f"{cls.__name__} keeps a tensor in its class attribute {k}, which is then the same for every seed, site "
+            "and adapter: make it in frozen (a constant of the site) or shared, with rng"
+        )
+
+
+def own_draws(c: "Case") -> None:
+    """init, frozen, shared and bank return new tensors, which depend on the seed, the sites and their weights alone."""
+    for at in places(c):
+        for name in ("init", "frozen"):
+            if at.method.overrides(name):
+                _drawn_alike(at.method, name, partial(at.drawn, name, c.seed))
+        leaf, what = at.drawn("init", c.seed), said(at.method, "init")
+        kinds = {k: t.dtype for k, t in leaf.items() if t.dtype != torch.float32}
+        assert not kinds, f"{what} gives {kinds}; leaves are floating-point, in rng.dtype: make them by rng"
+        assert not any(t.requires_grad for t in leaf.values()), (
+            f"{what} gives tensors that require gradients, which is the caller's to say"
+        )
+    if not (c.method.overrides("shared") or c.method.overrides("bank")):
+        return
+    sites = {n: e.site for n, e in c.net.plan.items()}
+    weights = {n: s.canonical(c.model.get_parameter(n).detach()) for n, s in sites.items()}
+    rng = partial(Rng, c.seed, "rule", sites=sites)
+
+    def shared() -> Leaf:
+        made = c.method.shared(rng(), weights)
+        odd = sorted(made.keys() - weights.keys())
+        assert not odd, f"{said(c.method, 'shared')} gives tensors to {odd}; the rule's sites are {sorted(weights)}"
+        return {f"{site}: {k}": t for site, tensors in made.items() for k, t in tensors.items()}
+
+    _drawn_alike(c.method, "shared", shared)
+    _drawn_alike(c.method, "bank", lambda: c.method.bank(rng(), weights))
+    other = c.method.bank(rng(), dict(reversed(weights.items())))
+    for k, t in c.method.bank(rng(), weights).items():
+        assert k in other and t.shape == other[k].shape and torch.equal(t, other[k]), (
+            f"{said(c.method, 'bank')} gives another {k!r} where the sites come in another order: it belongs to all "
+            "sites alike, so it may depend on their number and shapes alone"
+        )
+
+
+def _drawn_alike(method: Weight, name: str, make: Callable[[], Leaf]) -> None:
+    """AssertionError unless two calls give the same values in different memory, and leave global generators alone."""
+    what, before = said(method, name), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = make()
+        touched = not torch.equal(state, torch.get_rng_state())
+        torch.manual_seed(2)
+        again = make()
+    drawn = random.getstate() != before
+    random.setstate(before)
+    assert not touched and not drawn, (
+        f"{what} draws from the global generator of {'torch' if touched else 'random'}, so that one seed gives many "
+        "values: draw from rng alone"
+    )
+    assert first.keys() == again.keys(), f"{what} gives {sorted(first)}, then {sorted(again)}"
+    for k, t in first.items():
+        assert t.shape == again[k].shape and torch.equal(t, again[k]), (
+            f"{what} gives other values of {k!r} when it is called again: it must draw from rng alone"
+        )
+        assert memory(t) is None or memory(t) != memory(again[k]), (
+            f"{what} returns the same memory for {k!r} when it is called again: it keeps a tensor of another call. "
+            "Return a new one"
+        )
+
+
+def writes_nothing(c: "Case") -> None:
+    """No function writes into w, p, b or x."""
+    for at in places(c):
+        p = at.prepared()
+        tensors = {"w": at.w, **({} if at.b is None else {"b": at.b}), **{f"p[{k!r}]": t for k, t in at.raw.items()}}
+        tensors |= {f"p[{k!r}]": t for k, t in p.items()}
+        calls: list[tuple[str, Function]] = [("prepare", partial(_prepared, at)), *at.uses()]
+        calls += [("low_rank", at.method.low_rank)]
+        for name, function in calls:
+            before = {k: (t._version, t.clone()) for k, t in tensors.items()}
+            try:
+                function(p)
+            finally:
+                for k, (version, value) in before.items():
+                    assert tensors[k]._version == version and torch.equal(tensors[k], value), (
+                        f"{said(at.method, name)} writes into {k}, which is not its own: return new tensors"
+                    )
+
+
+def _prepared(at: Place, p: Leaf) -> Leaf:
+    return at.prepared()
+
+
+def new_names(c: "Case") -> None:
+    """`prepare` gives what it changes another name."""
+    for at in places(c):
+        p = at.prepared()
+        kept = [k for k in p.keys() & at.entry.spec.keys() if not _same(p[k], at.raw[k])]
+        assert not kept or p.keys() & at.entry.spec.keys() != at.entry.spec.keys(), (
+            f"{said(at.method, 'prepare')} changes {', '.join(kept)} and keeps the name, so that a prepared adapter "
+            "cannot be told from a raw one and would be prepared twice: give it another name"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def own_dtypes(c: "Case") -> None:
+    """prepare, delta and bias compute in fp32 or better; linear and product in the dtype of x, or autocast's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for at in places(replace(c, dtype=dtype)):
+            p = at.prepared()
+            for k, t in p.items():
+                assert not t.is_floating_point() or t.dtype == torch.float32, (
+                    f"{said(at.method, 'prepare')} gives {k!r} in {t.dtype} for a {dtype} weight and {_of(at.raw)} "
+                    "tensors: it must compute in fp32 or better"
+                )
+            for name, function in at.uses():
+                fast = name in ("linear", "product")
+                y = function({k: t.to(dtype) if t.is_floating_point() else t for k, t in p.items()} if fast else p)
+                want = dtype if fast else torch.float32
+                assert y.dtype == want, (
+                    f"{said(at.method, name)} gives {y.dtype} where its tensors and x are {want}: return that dtype"
+                )
+            if dtype == torch.float32:
+                _under_autocast(at, p)
+
+
+def _under_autocast(at: Place, p: Leaf) -> None:
+    features = at.features(at.method, torch.float32)
+    if features is not None:
+        half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in p.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            y, plain = features[1](half), F.linear(torch.zeros(1, at.w.shape[1]), at.w)
+        assert y.dtype == plain.dtype, (
+            f"{said(at.method, features[0])} gives {y.dtype} under autocast to {plain.dtype}: return what F.linear does"
+        )
+
+
+def _of(p: Leaf) -> str:
+    return str(next((t.dtype for t in p.values() if t.is_floating_point()), torch.float32))
+
+
+def repeats(c: "Case") -> None:
+    """In eval mode a function gives the same for the same arguments, and another change for another adapter."""
+    for at, other in zip(places(c), places(c, 1), strict=True):
+        method = at.method.eval()
+        p, q = replace_method(at, method).prepared(), replace_method(other, method).prepared()
+        for name, function in at.uses(method):
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                first = function(p)
+                torch.manual_seed(2)
+                again = function(p)
+            assert torch.equal(first, again), (
+                f"{said(method, name)} gives another result for the same arguments in eval mode: it draws random "
+                "numbers. Only dropout may, in train mode; `in_eval` says which fields switch it off"
+            )
+            if name == "delta":
+                assert memory(first) != memory(again) or memory(first) in {memory(t) for t in p.values()}, (
+                    f"{said(method, name)} returns the memory of an earlier call: compute it anew"
+                )
+                assert not first.any() or not torch.equal(first, function(q)), (
+                    f"{said(method, name)} gives the same change for other tensors: it depends on none of them, or "
+                    "keeps a result of an earlier call"
+                )
+
+
+def replace_method(at: Place, method: Weight) -> Place:
+    return replace(at, method=method)
+
+
+def carries_gradients(c: "Case") -> None:
+    """Every trainable tensor reaches the output, and its gradient comes back."""
+    for at in places(c):
+        bank = c.net.plan.banks.get(at.entry.bank or "", {})
+        trained = [k for k in at.raw if k in at.entry.spec or k in bank]
+        raw = {k: t.requires_grad_() if k in trained else t for k, t in at.raw.items()}
+        used: set[str] = set()
+        for name, function in at.uses():
+            y = function(at.prepared(raw))
+            got = (
+                torch.autograd.grad(y.sum() + (y * y).sum(), [raw[k] for k in trained], allow_unused=True)
+                if y.requires_grad and trained
+                else [None] * len(trained)
+            )
+            for k, g in zip(trained, got, strict=True):
+                moved = not torch.equal(y, function(at.prepared(raw | {k: raw[k].detach() + 0.5})))
+                assert g is not None or not moved, (
+                    f"{said(at.method, name)} (or prepare) depends on {k!r} and gives no gradient for it: it was "
+                    "detached, or read by .data. Use it as it is"
+                )
+                used |= {k} if g is not None else set()
+        assert not at.entry.spec.keys() - used, (
+            f"{said(at.method, 'init')} gives {', '.join(sorted(at.entry.spec.keys() - used))}, on which no result of "
+            f"{', '.join(name for name, _ in at.uses())} depends: it would be stored and never trained"
+        )
+
+
+def low_rank_is_linear(c: "Case") -> None:
+    """`low_rank` means what delta and linear do, dropout too: kernels and mixed batches run it in their place."""
+    for at in places(c):
+        low = at.method.eval().low_rank(at.prepared()) if at.w.dim() == 2 else None
+        if low is not None and at.method.mergeable:
+            dense = at.w + low.scale * (low.up @ low.down)
+            dense = dense if low.rows is None else low.rows[:, None] * dense
+            want = at.w + at.method.eval().delta(at.prepared(), at.w)
+            error, size = (dense - want).abs().max().item(), max(want.abs().max().item(), 1.0)
+            assert error <= 1e-4 * size, (
+                f"{said(at.method, 'low_rank')} differs from delta by {error:.3g} where values reach {size:.3g}: "
+                "diag(rows) (w + scale·up down) is not w + delta (is the scale in it?)"
+            )
+        if "linear" in at.method.kinds and at.w.dim() == 2 and not at.entry.site.stacked:
+            _drops(at)
+
+
+def _drops(at: Place) -> None:
+    """The same dropout in `low_rank` as in `linear`."""
+    method = _dropping(at.method)
+    low = method.low_rank(replace_method(at, method).prepared())
+    features = at.features(method, at.w.dtype)
+    if low is None or features is None:
+        return
+    name, run = features
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        p = replace_method(at, method).prepared()
+        drops = not torch.equal(run(p), run(p))
+    assert drops == bool(low.dropout), (
+        f"{said(method, 'low_rank' if drops else name)} has other dropout than {name if drops else 'low_rank'}: with "
+        f"{method} in train mode, {name} drops {'features' if drops else 'none'}, and low_rank gives "
+        f"dropout={low.dropout}. Give LowRank(…, dropout=self.dropout), and use self.dropped(x) in {name}"
+    )
+
+
+def _dropping(method: Weight) -> Weight:
+    """The method with dropout, if it has that field and takes it."""
+    return _with(method, "dropout", 0.5) or method
+
+
+def _with(method: Weight, field: str, value: Any) -> Weight | None:
+    """The method with another value of a field; None where it has no such field, or refuses the value."""
+    if all(f.name != field for f in fields(method)):  # type: ignore[arg-type]
+        return None
+    try:
+        return replace(method, **{field: value})
+    except ValueError:
+        return None
+
+
+def _variants(method: Weight) -> list[Weight]:
+    """The method with dropout, and with each of its switches turned."""
+    switches = [f.name for f in fields(method) if isinstance(getattr(method, f.name), bool)]  # type: ignore[arg-type]
+    turned = [_with(method, name, not getattr(method, name)) for name in switches]
+    return [m for m in (_with(method, "dropout", 0.5), *turned) if m is not None]
+
+
+def every_field(c: "Case") -> None:
+    """Every field is read by one of the method's functions, in one of the class's `cases` at least."""
+    cls, m = type(c.method), c.method
+    own = {f.name for f in fields(m)} - cls.outside  # type: ignore[arg-type]
+    read: set[str] = set()
+
+    def get(self: Any, name: str) -> Any:
+        if name in own:
+            frame = sys._getframe(1)
+            aside = frame.f_code.co_name in ("__post_init__", "__eq__", "__hash__", "__str__", "__repr__", "eval")
+            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", "peftfn.fields", __name__):
+                read.add(name)
+        return object.__getattribute__(self, name)
+
+    spy = type(f"_{cls.__name__}", (cls,), {"__getattribute__": get})
+    given = {f.name: getattr(m, f.name) for f in fields(m)}  # type: ignore[arg-type]
+    bases = [spy(**case) for case in (given, *cls.cases)]
+    for method in [*bases, *(v for base in bases for v in _variants(base))]:
+        case = replace(c, method=method)
+        try:
+            case.net  # noqa: B018
+        except ValueError:
+            if method in bases:
+                raise
+            continue  # a size does not fit with a switch turned
+        case.net.apply(case.net.init(), case.x)
+        case.model.train()
+        case.net.apply(case.net.init(), case.x)
+        for at in places(case):
+            method.low_rank(at.prepared())
+            for _, function in at.uses():
+                function(at.prepared())
+    assert not own - read, (
+        f"{cls.__name__} has the field {', '.join(sorted(own - read))}, which none of init, frozen, shared, bank, "
+        "prepare, delta, linear, product, bias, low_rank reads: it changes nothing. Use it, or take it out"
+    )
