@@ -2,7 +2,7 @@
 
 from peftfn import optim
 from peftfn.apply import Adapted, adapt
-from peftfn.bank import Bank, bank
+from peftfn.bank import Bank, BankBusy, bank
 from peftfn.combine import Chain, add, chain, scale
 from peftfn.conform import conform
 from peftfn.convert import to_lora
@@ -30,6 +30,7 @@ __all__ = [
     "Adapted",
     "Adapter",
     "Bank",
+    "BankBusy",
     "Chain",
     "Described",
     "Description",
