@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfn.distributed import UNTIED, equal, misplaced, on_mesh
 from peftfn.gated import Gates
-from peftfn.many import stack_size
+from peftfn.many import stack_size, unstacked
 from peftfn.method import Method
 from peftfn.mixed import MixedWeight
 from peftfn.part import Part
@@ -116,9 +116,10 @@ class Adapted:
         Args:
             stacked: `stack` of adapters of this net, each leaf [k, …].
             index: [rows] integers in [−1, k); −1 is the base.
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
-                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
-                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
+                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
+                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
+                first dimension, and cannot be its rows, is an error.
             args, kwargs: as for the model; the first dimension of what reaches any other site must be the rows.
 
         Raises:
@@ -127,6 +128,8 @@ class Adapted:
         self.plan.check(stacked, lead=1)
         rows = Rows.of(index, stack_size(stacked), (args, kwargs), self._copies(method, args, kwargs))
         rows = rows.told(common, self.plan)
+        if rows.only is not None:  # it is `apply`, and costs as little
+            return self._run(unstacked(stacked, rows.only), None, args, kwargs, params, method)
         return self._run(stacked, rows, args, kwargs, params, method)
 
     def gated(

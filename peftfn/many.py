@@ -56,10 +56,12 @@ def _stacked(ts: list[Any], path: str) -> Tensor:
 def unstack(stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The adapters of a stack, as views."""
 
-    def view(i: int) -> Any:
-        return optree.tree_map(lambda t: t[i], stacked)  # type: ignore[arg-type]
+    return [unstacked(stacked, i) for i in range(stack_size(stacked))]
 
-    return [view(i) for i in range(stack_size(stacked))]
+
+def unstacked(stacked: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Adapter i of a stack, as views."""
+    return {k: unstacked(t, i) if isinstance(t, Mapping) else t.select(0, i) for k, t in stacked.items()}
 
 
 def stack_size(stacked: Mapping[str, Any]) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peftfn.apply import Adapted, current
 from peftfn.gated import Gates
-from peftfn.many import stack_size
+from peftfn.many import stack_size, unstacked
 from peftfn.mixed import MixedWeight
 from peftfn.part import Part
 from peftfn.plan import Entry, Plan
@@ -41,14 +41,18 @@ class Nets:
         """`Adapted.mixed` with one stack for each net; differentiable in all of them.
 
         Args:
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
-                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
-                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
+                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
+                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
+                first dimension, and cannot be its rows, is an error.
         """
         count = self._check(stacks)
         rows = Rows.of(index, count, (args, kwargs), self._union._copies(method, args, kwargs)).told(
             common, self._union.plan
         )
+        if rows.only is not None:
+            net, adapter = self._one(stacks, rows.only)
+            return net._run(adapter, None, args, kwargs, params, method)
         return self._union._run(_Stacks(stacks), rows, args, kwargs, params, method)
 
     def gated(
@@ -69,6 +73,14 @@ class Nets:
         route = Gates.of(gates, self._check(stacks), (args, kwargs), copies, stepwise=method is not None)
         route = route.told(common, self._union.plan)
         return self._union._run(_Stacks(stacks), route, args, kwargs, params, method)
+
+    def _one(self, stacks: Sequence[Mapping[str, Any]], k: int) -> tuple[Adapted, dict[str, Any]]:
+        """(the net of adapter k, the adapter)."""
+        for net, stacked in zip(self.nets, stacks, strict=True):
+            if k < (size := stack_size(stacked)):
+                return net, unstacked(stacked, k)
+            k -= size
+        raise IndexError(k)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> int:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):

@@ -151,6 +151,12 @@ class Rows(Route):
     def size(self) -> int:
         return self.index.shape[0]
 
+    @property
+    def only(self) -> int | None:
+        """The adapter that all rows use; None if there are several, or the base among them, or nobody knows."""
+        known = self.known
+        return known[0] if known and known[0] >= 0 and known.count(known[0]) == len(known) else None
+
     @cached_property
     def repeated(self) -> "Rows":
         known = None if self.known is None else [k for k in self.known for _ in range(self.copies)]
