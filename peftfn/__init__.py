@@ -8,7 +8,7 @@ from peftfn.formats import load, save
 from peftfn.formats.files import Loaded
 from peftfn.formats.several import load_all
 from peftfn.many.alora import alora_gates
-from peftfn.many.bank import Bank, bank
+from peftfn.many.bank import Bank, BankBusy, bank
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets
 from peftfn.many.stack import stack, unstack
@@ -31,6 +31,7 @@ __all__ = [
     "Adapted",
     "Adapter",
     "Bank",
+    "BankBusy",
     "Chain",
     "Described",
     "Description",

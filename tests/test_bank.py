@@ -1,6 +1,7 @@
 """Adapters of different methods, ranks and targets in one batch, by name, in bounded memory."""
 
 import gc
+import re
 import threading
 import tracemalloc
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from models import by_name, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_models import close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch.func import grad
 
 import peftfn as pf
-from peftfn import OFT, DoRA, Full, LoRA, PiSSA
+from peftfn import OFT, BankBusy, DoRA, Full, LoRA, PiSSA
 
 RULES: dict[str, dict[str, pf.Method]] = {
     "wide": {"q_proj|v_proj|up_proj": LoRA(4, alpha=6.0)},
@@ -253,7 +256,7 @@ def test_a_file_that_is_gone_or_cut_short_is_told_by_name_and_leaves_the_slots(t
         bank.apply(["on disk"] * 4, X)
     for cut in (whole[:50], b""):
         file.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"'on disk': .* is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"'on disk': .*no valid safetensors file"):
             bank.apply(["on disk"] * 4, X)
     assert bank.resident == ("b",)
     assert torch.equal(bank.apply(["b"] * 4, X), want)
@@ -359,6 +362,82 @@ def test_many_readers_while_one_puts() -> None:
     assert not wrong
     assert all(not slots.pins and not slots.retired for slots in bank._slots)
     assert all(len(slots.free) + len(slots.names) == slots.capacity for slots in bank._slots)
+
+
+def test_threads_that_wait_for_slots_all_get_them() -> None:
+    _, net, bank = tiny(4)
+    adapters = [random(net, i) for i in range(8)]
+    for i, a in enumerate(adapters):
+        bank.put(str(i), net, a)
+    wrong: list[Any] = []
+
+    def work(first: int) -> None:
+        mine = range(first, first + 4)
+        want = torch.stack([net.apply(adapters[i], x) for i, x in zip(mine, X, strict=True)])
+        try:
+            for _ in range(20):
+                close(bank.apply([str(i) for i in mine], X, timeout=60.0), want)
+        except Exception as e:
+            wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in (0, 4, 2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+    with bank.holding([str(i) for i in range(4)]):
+        for timeout in (0.0, 0.05):
+            with pytest.raises(BankBusy, match=r"'4': all 4 slots .*timeout=seconds"):
+                bank.apply(["4"] * 4, X, timeout=timeout)
+    assert not any(slots.pins for slots in bank._slots)
+
+
+def broken(folder: Path, what: str) -> None:
+    """A saved adapter with one thing wrong in it."""
+    file, config = folder / "adapter.safetensors", folder / "peftfn.json"
+    tensors, metadata = load_file(file), safe_open(file, framework="pt").metadata()
+    site = "adapter/one.weight/"
+    if what == "NaN":
+        tensors[site + "b"][0, 0] = float("nan")
+    elif what == "header":
+        file.write_bytes(b"xx")
+        return
+    elif what == "another save":
+        metadata["id"] = "0" * 16
+    elif what == "stray":
+        tensors["adapter/three.weight/a"] = torch.zeros(2)
+    elif what == "lacks":
+        del tensors[site + "b"]
+    elif what == "shape":
+        tensors[site + "b"] = torch.zeros(3, 3)
+    elif what == "integers":
+        tensors[site + "b"] = tensors[site + "b"].int()
+    elif what == "configuration":
+        config.write_text("{}")
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(
+    "what", ["NaN", "header", "another save", "stray", "lacks", "shape", "integers", "configuration"]
+)
+def test_a_bank_refuses_what_load_refuses(tmp_path: Path, what: str) -> None:
+    """And in the same words, whether the file is so when it is put or becomes so later."""
+    model, net, bank = tiny(1)
+    pf.save(tmp_path, net, random(net, 1))
+    bank.put("good", net, tmp_path)
+    broken(tmp_path, what)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors|peftfn\.json") as refused:
+        pf.load(tmp_path, model)
+
+    def put_and_use() -> None:
+        bank.put("bad", net, tmp_path)
+        bank.apply(["bad"] * 4, X)
+
+    with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+        put_and_use()
+    if what != "configuration":  # which nobody reads again for tensors of the plan that was checked
+        with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+            bank.apply(["good"] * 4, X)
+    assert bank.resident == ()
 
 
 def test_what_is_held_is_not_overwritten() -> None:

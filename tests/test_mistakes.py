@@ -66,8 +66,6 @@ class GoodShared(pf.Weight):
 class GoodBias(pf.Weight):
     """W, and b + d where there is a bias."""
 
-    changes_weight: ClassVar = False
-
     def init(self, rng: pf.Rng, w: Tensor) -> Leaf:
         return {"d": rng.zeros(w.shape[0])}
 

@@ -59,30 +59,119 @@ def load(
         raise ValueError(f"{folder}: key_mapping is for PEFT's files; sites in {CONFIG} have the model's own names")
     where = folder / CONFIG
     config = _read(where)
-    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    rules, taken = _rules(config, where)
     if REPLICATION in config:
         model = replicated(model, config[REPLICATION], where)
-    found, taken = sites(model), {}
+    found = sites(model)
     for name, site in config["sites"].items():
-        rule, have = site["rule"], found.get(name)
+        have = found.get(name)
         if have is None or list(have.shape) != site["shape"]:
             raise ValueError(
                 f"{where}: made for another model: {name} is {site['shape']} in the file, and "
                 + ("not in the model" if have is None else f"{list(have.shape)} in the model")
             )
-        if rule not in rules or have.kind not in rules[rule].kinds:
-            raise ValueError(f"{where}: {name} has the rule {str(rule)[:80]!r}, which gives no method for it")
-        taken[name] = rule
-    if rules.keys() != set(taken.values()):
-        raise ValueError(f"{where}: the rule {min(rules.keys() - set(taken.values()))[:80]!r} has no site")
+        if have.kind not in rules[taken[name]].kinds:
+            raise ValueError(f"{where}: {name} has the rule {taken[name][:80]!r}, which gives no method for it")
     try:
         plan = make(model, rules, 0, taken=taken, constants=False)
     except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
         raise ValueError(f"{where}: its methods do not fit the model: {e}") from e
     with opened(folder / TENSORS) as file:
-        if file.metadata.get("id") != config["id"]:
-            raise ValueError(f"{file.where} and {where} are of different saves: one was interrupted, or is a copy")
+        _one_save(file, config, where)
         return _filled(model, plan, config["constants"], file, strict)
+
+
+def check_saved(path: Path, net: Adapted) -> str:
+    """The id of the plan that a file of tensors was saved with.
+
+    Raises:
+        FileNotFoundError: it, or the configuration beside it, is missing.
+        ValueError: it is no adapter's, or its plan is not the net's: same sites, methods and constants.
+    """
+    where = path.with_name(CONFIG)
+    config = _read(where)
+    rules, taken = _rules(config, where)
+    theirs = {name: rules[rule] for name, rule in taken.items()}
+    for name in dict.fromkeys([*theirs, *net.plan]):
+        saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
+        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
+            raise ValueError(
+                f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
+                f"{mine or 'none'}: put it with the net it was saved with, which peftfn.load gives"
+            )
+        if (shape := config["sites"][name]["shape"]) != list(net.plan[name].site.shape):
+            raise ValueError(f"{path}: {name} is {shape} in the file, and {list(net.plan[name].site.shape)} in the net")
+    with opened(path) as file:
+        _one_save(file, config, where)
+        _places(net.plan, config["constants"], file, True)
+        _same_constants(net.plan, config["constants"], file)
+    return str(config["id"])
+
+
+def read_saved(path: Path, net: Adapted, plan: str) -> dict[str, Any]:
+    """The adapter in a file of tensors that fits the net, on the CPU. The file is mapped for as long as it takes.
+
+    plan: what `check_saved` gave; a file that was saved with another plan since then is checked again.
+    """
+    with opened(path) as file:
+        if file.metadata.get("id") != plan:
+            check_saved(path, net)
+        constants = {"": {key: key for key in file.meta if key.startswith("frozen/")}}  # compared by `check_saved`
+        places, _, _ = _places(net.plan, constants, file, True)
+        adapter: dict[str, Any] = {name: {} for name, e in net.plan.items() if not e.spec}
+        for key, place in places.items():
+            _put(adapter, place, file.tensor(key, exact=True), path)
+    return adapter
+
+
+def _rules(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Method], dict[str, str]]:
+    """(pattern → method, site → pattern). ValueError for a rule without a site, or a site without a rule."""
+    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
+    taken = {name: site["rule"] for name, site in config["sites"].items()}
+    for name, rule in taken.items():
+        if rule not in rules:
+            raise ValueError(f"{where}: {name} has the rule {rule[:80]!r}, which gives no method for it")
+    if rules.keys() != set(taken.values()):
+        raise ValueError(f"{where}: the rule {min(rules.keys() - set(taken.values()))[:80]!r} has no site")
+    return rules, taken
+
+
+def _one_save(file: Tensors, config: Mapping[str, Any], where: Path) -> None:
+    if file.metadata.get("id") != config["id"]:
+        raise ValueError(f"{file.where} and {where} are of different saves: one was interrupted, or is a copy")
+
+
+def _meaning(method: Method) -> tuple[Any, ...]:
+    """What tells whether two methods do the same with one leaf: all but how they train, and how they start."""
+    m, odd = method.eval(), ("dropout", "init_weights")
+    return type(m), *((f.name, getattr(m, f.name)) for f in dataclasses.fields(m) if f.name not in odd)
+
+
+def _same_constants(plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors) -> None:
+    """ValueError unless the file's constants are the plan's, bit for bit."""
+    for name, entry in plan.items():
+        keys = _constant_keys(name, entry, constants, file)
+        for k, key in keys.items():
+            mine = entry.frozen[k]
+            if not torch.equal(file.tensor(key, exact=True), mine.cpu()):
+                raise ValueError(
+                    f"{file.where}: {name}: its constant {k} is another than the net's: adapt with the same seed, or "
+                    "put it with the net it was saved with, which peftfn.load gives"
+                )
+
+
+def _constant_keys(
+    name: str, entry: Entry, constants: Mapping[str, Mapping[str, str]], file: Tensors
+) -> Mapping[str, str]:
+    """Where the file has the constants of a site. ValueError where it has others than the method."""
+    keys = constants.get(name, {})
+    if keys.keys() != entry.frozen.keys() or not file.meta.keys() >= set(keys.values()):
+        raise ValueError(
+            f"{file.where}: {name} has constants {sorted(keys)}, and {entry.method} has {sorted(entry.frozen)}"
+        )
+    for k, key in keys.items():
+        file.check(key, entry.frozen[k].shape, entry.frozen[k].is_floating_point())
+    return keys
 
 
 def _read(where: Path) -> dict[str, Any]:
@@ -110,15 +199,15 @@ def _read(where: Path) -> dict[str, Any]:
     return config
 
 
-def _filled(
-    model: nn.Module, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
-) -> Loaded:
-    """The net and adapter of a plan without constants, with the file's tensors."""
+def _places(
+    plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
+) -> tuple[dict[str, list[str]], set[str], set[str]]:
+    """(the file's key → the path to its place in the adapter, missing keys, keys without a place).
+
+    Raises ValueError for tensors that do not fit the plan, and, if strict, for missing and unexpected ones.
+    """
     specs = {**{n: e.spec for n, e in plan.items()}, **plan.banks}
-    places: dict[str, list[str]] = {}  # the file's key → the path to its place in the adapter
-    for key in file.meta:
-        if key.startswith("adapter/"):
-            places[key] = _path(key.removeprefix("adapter/"), specs)
+    places = {key: _path(key.removeprefix("adapter/"), specs) for key in file.meta if key.startswith("adapter/")}
     want = {f"adapter/{n}/{k}" for n, spec in specs.items() for k in spec}
     used = {key for keys in constants.values() for key in keys.values()}
     stray = {k for k in file.meta if k not in places and k not in used}
@@ -137,27 +226,28 @@ def _filled(
     for key in want & places.keys() if missing or unexpected - stray else ():
         name, k = places[key]
         file.check(key, specs[name][k])
+    return places, missing, unexpected
 
+
+def _filled(
+    model: nn.Module, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
+) -> Loaded:
+    """The net and adapter of a plan without constants, with the file's tensors."""
+    places, missing, unexpected = _places(plan, constants, file, strict)
     homes = parameters(model)
     devices = {n: p.device for n, p in homes.items()}
     devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
     once: dict[tuple[str, torch.device], Tensor] = {}
     entries: dict[str, Entry] = {}
     for name, e in plan.items():
-        keys = constants.get(name, {})
-        if keys.keys() != e.frozen.keys() or not file.meta.keys() >= set(keys.values()):
-            raise ValueError(
-                f"{file.where}: {name} has constants {sorted(keys)}, and {e.method} has {sorted(e.frozen)}"
-            )
         frozen = {}
-        for k, key in keys.items():
-            file.check(key, e.frozen[k].shape, e.frozen[k].is_floating_point())
+        for k, key in _constant_keys(name, e, constants, file).items():
             if (key, devices[name]) not in once:
                 once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), homes[name])
             frozen[k] = once[key, devices[name]]
         entries[name] = dataclasses.replace(e, frozen=frozen)
     net = Adapted(model, Plan(entries, plan.rules, plan.banks))
-    adapter: dict[str, Any] = net.init() if missing else {name: {} for name, spec in specs.items() if not spec}
+    adapter: dict[str, Any] = net.init() if missing else {name: {} for name, e in plan.items() if not e.spec}
     for key, path in places.items():
         if key not in unexpected:
             _put(adapter, path, file.tensor(key, devices[path[0]], exact=True), file.where)

@@ -3,19 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Condition
+from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peftfn.core.method import Method
 from peftfn.core.plan import Adapter
-from peftfn.formats.native import CONFIG, _read, from_json
+from peftfn.formats.native import check_saved, read_saved
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets, check_nets
 from peftfn.model.names import near
@@ -24,6 +23,10 @@ from peftfn.tensors.tree import mapped
 
 BASE = "__base__"
 """The name of a row without an adapter."""
+
+
+class BankBusy(ValueError):
+    """All slots that a batch needs are read by running calls: wait for one to end, with `timeout=`."""
 
 
 @dataclass
@@ -47,10 +50,10 @@ class _Waiting:
     net: Adapted
     kept: Adapter | Path
     home: int  # number of the slots it fits
-    plan: str | None = None  # of a file: the id of the plan it was saved with
+    plan: str = ""  # of a file: the id of the plan it was saved with
 
     def load(self) -> Mapping[str, Any]:
-        return read(self.kept, self.net, self.plan) if isinstance(self.kept, Path) else self.kept
+        return read_saved(self.kept, self.net, self.plan) if isinstance(self.kept, Path) else self.kept
 
 
 class Bank:
@@ -79,7 +82,7 @@ class Bank:
         if len(sizes) != len(nets) or any(not isinstance(n, int) or n < 1 for n in sizes):
             raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
         self.nets, self.prepared = Nets(nets), prepared
-        self._lock = Lock()
+        self._lock = Condition()
         self._waiting: dict[str, _Waiting] = {}
         self._homes: WeakKeyDictionary[Adapted, tuple[int, bool]] = WeakKeyDictionary()
         self._slots: list[_Slots] = []
@@ -122,7 +125,7 @@ class Bank:
         home, same = self._home(net)
         mine = self._slots[home].net
         kept: Any
-        plan = None
+        plan = ""
         if isinstance(adapter, str | Path):
             kept = Path(adapter)
             kept = kept / "adapter.safetensors" if kept.is_dir() else kept
@@ -131,7 +134,7 @@ class Bank:
                     f"{name}: there is no {kept}; give the folder of a native adapter, or "
                     "put(name, *peftfn.load(path, model)) for another format"
                 )
-            plan = plan_of(kept, net)
+            plan = check_saved(kept, net)
         else:
             net.plan.check(adapter)
             kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
@@ -164,40 +167,40 @@ class Bank:
             del self._waiting[name]
 
     @contextmanager
-    def holding(self, names: Sequence[str]) -> Iterator[tuple[list[Adapter], Tensor]]:
+    def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
         """(stacks, index) for `bank.nets.mixed`, with every named adapter resident until the block ends.
 
         For functions that are compiled once: the stacks and the index have the same shapes whatever the names.
 
+        Args:
+            timeout: seconds to wait for slots that other calls read; None: for as long as it takes. (A block inside
+                another one's, in one thread, would wait for itself.)
+
         Raises:
             KeyError: an unknown name, with its row.
-            ValueError: more adapters than slots, or all slots are read by other calls.
+            ValueError: more adapters than slots; or a file that does not fit its net.
+            BankBusy: all slots are read by other calls, and still are after `timeout` seconds.
         """
+        end = None if timeout is None else monotonic() + timeout
         with self._lock:
-            self._known(names, "row")
-            wanted = [n for n in dict.fromkeys(names) if n != BASE]
-            self._room_for(wanted)
-            held: list[tuple[_Slots, int]] = []
-            place: dict[str, int] = {BASE: -1}
-            try:
-                for absent in (False, True):  # pin what is there first, so that it is not what has to go
-                    for n in wanted:
-                        home = self._waiting[n].home
-                        slots = self._slots[home]
-                        if n not in place and (absent or n in slots.names):
-                            slot = self._fetch(n, slots) if absent else slots.names[n]
-                            slots.names.move_to_end(n)
-                            slots.pins[slot] = slots.pins.get(slot, 0) + 1
-                            held.append((slots, slot))
-                            place[n] = slots.start + slot
-            except BaseException:
-                self._release(held)
-                raise
+            while True:
+                self._known(names, "row")
+                wanted = [n for n in dict.fromkeys(names) if n != BASE]
+                self._room_for(wanted)
+                try:
+                    held, place = self._pinned(wanted)
+                    break
+                except BankBusy:
+                    left = None if end is None else end - monotonic()
+                    if left is not None and left <= 0:
+                        raise
+                    self._lock.wait(left)  # holding nothing, so that no two calls wait for each other
         try:
             yield [slots.stack for slots in self._slots], torch.tensor([place[n] for n in names], dtype=torch.long)
         finally:
             with self._lock:
                 self._release(held)
+                self._lock.notify_all()
 
     def apply(
         self,
@@ -206,17 +209,37 @@ class Bank:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        timeout: float | None = 0.0,
         **kwargs: Any,
     ) -> Any:
         """The model on a batch whose row i uses the adapter names[i]; "__base__" is the base. One pass for all.
 
         args, kwargs, params, method and common are as for `Nets.mixed`: the model's own `generate`, for one, where each
-        name holds for all beams of its row.
+        name holds for all beams of its row. timeout is as for `holding`: how long to wait for slots.
         """
-        with self.holding(names) as (stacks, index):
+        with self.holding(names, timeout=timeout) as (stacks, index):
             return self.nets.mixed(stacks, index, *args, params=params, method=method, common=common, **kwargs)
 
     # Under the lock.
+
+    def _pinned(self, wanted: list[str]) -> tuple[list[tuple[_Slots, int]], dict[str, int]]:
+        """(slots that are held now, the number of each adapter), with every adapter resident."""
+        held: list[tuple[_Slots, int]] = []
+        place: dict[str, int] = {BASE: -1}
+        try:
+            for absent in (False, True):  # pin what is there first, so that it is not what has to go
+                for n in wanted:
+                    slots = self._slots[self._waiting[n].home]
+                    if n not in place and (absent or n in slots.names):
+                        slot = self._fetch(n, slots) if absent else slots.names[n]
+                        slots.names.move_to_end(n)
+                        slots.pins[slot] = slots.pins.get(slot, 0) + 1
+                        held.append((slots, slot))
+                        place[n] = slots.start + slot
+        except BaseException:
+            self._release(held)
+            raise
+        return held, place
 
     def _known(self, names: Sequence[str], what: str) -> None:
         if isinstance(names, str):
@@ -242,9 +265,9 @@ class Bank:
         if not slots.free:
             victim = _idle(slots)
             if victim is None:
-                raise ValueError(
-                    f"{name!r}: all {slots.capacity} slots are read by running calls: wait for one to end, or make a "
-                    "bank of larger capacity"
+                raise BankBusy(
+                    f"{name!r}: all {slots.capacity} slots are read by running calls: wait for one to end by "
+                    "timeout=seconds, or make a bank of larger capacity"
                 )
         else:
             victim = None
@@ -254,8 +277,8 @@ class Bank:
             raise FileNotFoundError(
                 f"{name!r}: there is no {self._waiting[name].kept} any more; put it back, or bank.remove({name!r})"
             ) from e
-        except SafetensorError as e:
-            raise ValueError(f"{name!r}: {self._waiting[name].kept} is no whole safetensors file: {e}") from e
+        except ValueError as e:
+            raise ValueError(f"{name!r}: {e}") from e
         _same_structure(name, adapter, slots.stack)
         if victim is not None:
             self._drop(victim)
@@ -345,57 +368,6 @@ def size(net: Adapted) -> int:
     """Numbers in an adapter of the net."""
     specs = [e.spec for e in net.plan.values()] + list(net.plan.banks.values())
     return sum(shape.numel() for spec in specs for shape in spec.values())
-
-
-def plan_of(path: Path, net: Adapted) -> str:
-    """The id of the plan a file was saved with. ValueError unless it is the net's: same sites, methods, constants."""
-    where = path.with_name(CONFIG)
-    config = _read(where)
-    rules = {pattern: from_json(method, where) for pattern, method in config["rules"]}
-    theirs = {name: rules.get(site["rule"]) for name, site in config["sites"].items()}
-    for name in dict.fromkeys([*theirs, *net.plan]):
-        saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
-        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
-            raise ValueError(
-                f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
-                f"{mine or 'none'}: put it with the net it was saved with, which peftfn.load gives"
-            )
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        for name, keys in config["constants"].items():
-            for k, key in keys.items():
-                constant = net.plan[name].frozen.get(k)
-                if constant is None or not torch.equal(file.get_tensor(key), constant.cpu()):
-                    raise ValueError(
-                        f"{path}: {name}: its constant {k} is another than the net's: adapt with the same seed, or put "
-                        "it with the net it was saved with, which peftfn.load gives"
-                    )
-        return str(file.metadata()["id"])
-
-
-def _meaning(method: Method) -> tuple[Any, ...]:
-    """What tells whether two methods do the same with one leaf: all but how they train, and how they start."""
-    m = method.eval()
-    return type(m), *((f.name, getattr(m, f.name)) for f in fields(m) if f.name not in ("dropout", "init_weights"))
-
-
-def read(path: Path, net: Adapted, plan: str | None = None) -> Adapter:
-    """The adapter that `peftfn.save` wrote, for a net of the plan it was saved with. The file is mapped, not read.
-
-    plan: the id of that plan; a file that has another now is looked at again (`plan_of`).
-    """
-    out: Adapter = {name: {} for name in [*net.plan, *net.plan.banks]}
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        if plan is not None and (file.metadata() or {}).get("id") != plan:
-            plan_of(path, net)
-        for key in file.keys():  # noqa: SIM118
-            name, _, tensor = key.removeprefix("adapter/").rpartition("/")
-            if key.startswith("adapter/"):
-                out.setdefault(name, {})[tensor] = file.get_tensor(key)
-    try:
-        net.plan.check(out)
-    except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: {e.args[0]}") from e
-    return out
 
 
 def _holds(net: Adapted, other: Adapted) -> bool:

@@ -38,9 +38,10 @@ class Nets:
         """`Adapted.mixed` with one stack for each net; differentiable in all of them.
 
         Args:
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
-                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
-                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
+                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
+                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
+                first dimension, and cannot be its rows, is an error.
         """
         self._check(stacks)
         return self._runner.batch(Rows, stacks, index, args, kwargs, params, method, common)

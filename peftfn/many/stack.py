@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
-from peftfn.tensors.tree import stack_size
+from peftfn.tensors.tree import stack_size, unstacked
 
 
 def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -58,7 +57,4 @@ def _stacked(ts: list[Any], path: str) -> Tensor:
 def unstack(stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The adapters of a stack, as views."""
 
-    def view(i: int) -> Any:
-        return optree.tree_map(lambda t: t[i], stacked)  # type: ignore[arg-type]
-
-    return [view(i) for i in range(stack_size(stacked))]
+    return [unstacked(stacked, i) for i in range(stack_size(stacked))]

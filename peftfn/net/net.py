@@ -100,9 +100,10 @@ class Adapted:
         Args:
             stacked: `stack` of adapters of this net, each leaf [k, …].
             index: [rows] integers in [−1, k); −1 is the base.
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] rather than
-                [rows, tokens, …] (a table of positions, say); what the site gives has the rows then. None: an input
-                that has the batch's size in its first dimension, and cannot be its rows, is an error.
+            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
+                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
+                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
+                first dimension, and cannot be its rows, is an error.
             args, kwargs: as for the model; the first dimension of what reaches any other site must be the rows.
 
         Raises:

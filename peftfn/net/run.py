@@ -20,7 +20,7 @@ from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
 from peftfn.tensors.quantised import parameters
-from peftfn.tensors.tree import stack_size
+from peftfn.tensors.tree import stack_size, unstacked
 
 
 class Runner:
@@ -110,6 +110,11 @@ class Runner:
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
         made = route.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
+        if (k := made.only) is not None:  # it is `apply`, and costs as little
+            part = next(part for part in given if k < part.start + part.size)
+            return self.run(
+                [Given(part.plan, unstacked(part.adapter, k - part.start))], None, args, kwargs, params, method
+            )
         sites = dict.fromkeys(name for plan in self.plans for name in plan)
         return self.run(given, made.told(common, sites), args, kwargs, params, method)
 

@@ -57,6 +57,11 @@ class Route:
         raise NotImplementedError
 
     @property
+    def only(self) -> int | None:
+        """The adapter that all rows use, with weight 1; None if there are several, or the base, or nobody knows."""
+        return None
+
+    @property
     def size(self) -> int | None:
         """Rows of the batch; None where all rows are alike."""
         raise NotImplementedError
@@ -155,6 +160,12 @@ class Rows(Route):
     @property
     def size(self) -> int:
         return self.index.shape[0]
+
+    @property
+    def only(self) -> int | None:
+        """The adapter that all rows use; None if there are several, or the base among them, or nobody knows."""
+        known = self.known
+        return known[0] if known and known[0] >= 0 and known.count(known[0]) == len(known) else None
 
     @cached_property
     def repeated(self) -> "Rows":

@@ -29,3 +29,8 @@ def stack_size(stacked: Mapping[str, Any]) -> int:
             "Make one with peftfn.stack([…])"
         )
     return sizes.pop()
+
+
+def unstacked(stacked: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Adapter i of a stack, as views."""
+    return {k: unstacked(t, i) if isinstance(t, Mapping) else t.select(0, i) for k, t in stacked.items()}

@@ -42,7 +42,7 @@ class Place:
         entry, tensors = c.net.plan[name], dict(c.model.named_parameters(remove_duplicate=False))
         w, b = entry.site.canonical(tensors[name].detach()).clone(), tensors.get(entry.site.bias or "")
         a = c.adapter(seed)
-        raw = entry._raw(a[name], a[entry.bank] if entry.bank else {}, w)
+        raw = entry.raw(a[name], a[entry.bank] if entry.bank else {}, w)
         if entry.site.stacked:
             raw, w = {k: t if k in entry.common else t[0] for k, t in raw.items()}, w[0]
         raw = {k: t.detach().clone() for k, t in raw.items()}
@@ -311,7 +311,7 @@ def low_rank_is_linear(c: "Case") -> None:
         low = at.method.eval().low_rank(at.prepared()) if at.w.dim() == 2 else None
         if low is not None and at.method.mergeable:
             dense = at.w + low.scale * (low.up @ low.down)
-            dense = dense if low.rows is None else low.rows[:, None] * dense
+            dense = dense if low.gain is None else low.gain[:, None] * dense
             want = at.w + at.method.eval().delta(at.prepared(), at.w)
             error, size = (dense - want).abs().max().item(), max(want.abs().max().item(), 1.0)
             assert error <= 1e-4 * size, (

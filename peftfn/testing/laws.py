@@ -437,6 +437,8 @@ def modes(c: Case) -> None:
         net = pf.adapt(_Again(c.model.layer, first).eval(), {SITE: c.method}, seed=c.seed)  # type: ignore[arg-type]
         for way, run in _many_ways(c, net, x).items():
             for got, want in zip(slope(run), wanted[way], strict=True):
+                if want is None:  # which `gradients` is about
+                    continue
                 assert got is not None, f"{way}: the gradient is lost where the layer is used under {mode} first"
                 close(got, want, f"gradient of {way}, the layer used under {mode} first", 1e-3)
 
@@ -695,8 +697,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     for law in (
         values, functions, keeps, every_field, structure, meaning_is_speed, purity, identity, effect, merge_is_apply,
         no_rows, many_by_vmap, many_by_row, gated, several_nets, modes, conformed, gradients, per_sample, round_trip,
-        algebra, prepared,
-        half_precision, bad_leaves, compiled,
+        algebra, prepared, half_precision, bad_leaves, compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
