@@ -685,15 +685,34 @@ def test_adapt_refuses_occupied_layers_unless_a_rule_names_the_part() -> None:
     same(net.apply(net.init(), x), tuned(x))
 
 
-def test_accelerate_s_offload_is_refused() -> None:
+@pytest.mark.parametrize("layer", ["0", "2"], ids=["of another layer", "of the adapted one"])
+def test_accelerate_s_offload_is_refused(layer: str) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = by_name["mlp"].build()
     net = pf.adapt(model, {"2.weight": LoRA(2)})
-    a = net.init()
-    add_hook_to_module(model[2], AlignDevicesHook(execution_device="cpu", offload=True, offload_buffers=False))
-    with pytest.raises(ValueError, match=r"2\.weight: accelerate's offload.*remove_hook_from_submodules"):
-        pf.as_module(net, a)
+    a, hook = net.init(), AlignDevicesHook(execution_device="cpu", offload=True, offload_buffers=False)
+    add_hook_to_module(model.get_submodule(layer), hook)
+    uses = [lambda: pf.as_module(net, a), lambda: net.apply(a, noise(2, 8)), lambda: pf.adapt(model, {"0": LoRA(2)})]
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"^{layer}: accelerate's offload.*remove_hook_from_submodules"):
+            use()
+
+
+def test_a_model_that_accelerate_dispatched_over_devices() -> None:
+    """accelerate sets functions on the model that hold it: `forward`, and `to` and `cuda`, which warn."""
+    from accelerate import dispatch_model
+
+    plain, model, x = by_name["mlp"].build(), by_name["mlp"].build(), noise(3, 8)
+    dispatch_model(model, dict.fromkeys([n for n, _ in model.named_children()], "cpu"), "cpu", force_hooks=True)
+    assert "to" in vars(model) and "forward" in vars(model)
+    net = pf.adapt(model, {"weight": LoRA(2)})
+    a = random(net)
+    want, m = pf.adapt(plain, {"weight": LoRA(2)}).apply(a, x), pf.as_module(net, a)
+    same(net.apply(a, x), want)
+    same(m(x), want)
+    m.to(torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} != {p.dtype for p in m.parameters()}
 
 
 def test_a_write_to_an_adapted_weight_is_an_error_and_not_lost() -> None:

@@ -15,6 +15,9 @@ from peftfn.tensors.quantised import held, share
 
 STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}
 
+MOVES = frozenset(["to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron"])
+"""What accelerate sets on a model that it dispatched, to warn who moves it; a copy has the class's own."""
+
 
 def is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
@@ -57,8 +60,16 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
                 "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
                 "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
             )
+        hook = vars(module).get("_hf_hook")
+        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+            name = next((n for n, m in model.named_modules() if m is module), type(module).__name__)
+            raise ValueError(
+                f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
+                "share. Load the model without offload, or take it off with "
+                "accelerate.hooks.remove_hook_from_submodules"
+            )
         for key, value in vars(module).items():
-            if key not in STANDARD:
+            if key not in STANDARD and not (hook is not None and key in MOVES):
                 look(value, module, key)
 
     for module in list(modules):
@@ -123,6 +134,10 @@ def copy_structure(
     try:
         root = copy.deepcopy(model, memo)
         copies = [copy.deepcopy(m, memo) for m in modules]
+        for copied in copies:
+            if "_hf_hook" in vars(copied):
+                for key in MOVES & vars(copied).keys():
+                    del vars(copied)[key]
         for hooks in own.values():
             hooks.update({k: follow(hook, memo) for k, hook in hooks.items()})
         return root, copies

@@ -31,7 +31,8 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
 
     Raises:
         ValueError: a rule that finds nothing its method accepts, or sizes that do not fit; with the site, the value,
-            the constraint and the cure. Nothing of size has been allocated then.
+            the constraint and the cure. No large tensor has been allocated at that point. Or a layer whose weights
+            accelerate keeps elsewhere between calls (offload).
         TypeError: the model cannot be deep-copied.
     """
     return Adapted(model, make(model, rules, seed))

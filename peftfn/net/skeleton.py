@@ -124,7 +124,7 @@ class Skeleton:
 
     def _watch(self) -> None:
         """Note what the modules of base and skeleton hold, to see in one pass whether anything is not as it was."""
-        own = [_own(vars(b)) for b, _ in self.pairs]
+        own = [[k for k in _own(vars(b)) if k in vars(s)] for b, s in self.pairs]
         watched = [
             (operator.itemgetter(*keys), vars(m)) for pair, keys in zip(self.pairs, own, strict=True) for m in pair
         ]

@@ -55,7 +55,7 @@ def as_module(
     Raises:
         ValueError: no adapter, a name that cannot be one, a net of another model, of such a module, or of a model whose
             parameters have other shapes now, or a layer that cannot hold an adapter: parametrized already, or with
-            weights that a hook puts there.
+            weights that a hook puts there for each call (offload).
         TypeError: the model cannot be copied.
     """
     if (adapter is None) == (not named):
@@ -323,10 +323,4 @@ def _check_layer(model: nn.Module, site: str) -> None:
         raise ValueError(
             f"{site}: its layer is parametrized already ({', '.join(layer.parametrizations)}). Make that permanent "
             "with torch.nn.utils.parametrize.remove_parametrizations, or leave this site out of the rules"
-        )
-    hook = getattr(layer, "_hf_hook", None)
-    if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-        raise ValueError(
-            f"{site}: accelerate's offload puts this layer's weight in place for each call, so there is none to share. "
-            "Load the model without offload, or take it off with accelerate.hooks.remove_hook_from_submodules"
         )
