@@ -15,7 +15,8 @@ from torch import nn
 import peftfn as pf
 from peftfn.core.method import registry
 from peftfn.formats.regex import Pattern
-from peftfn.tools.targets import defaults, matched, targets
+from peftfn.model.choice import matched
+from peftfn.tools.targets import defaults, targets
 
 EXCLUDED = ["mlp.c_proj", "output.dense", "SelfAttention.q", "1.self_attn.k_proj", "attention.k_proj"]
 LISTS = ["layers", "h", "layer", "block"]

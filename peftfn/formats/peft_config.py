@@ -215,7 +215,7 @@ def expression(source: str, where: Path) -> Callable[..., bool]:
 
 
 def chosen(config: dict[str, Any], where: Path) -> tuple[Any, Any, tuple[Any, list[str]]]:
-    """(modules, exclude, (layers, layers_pattern)) as `targets.matched` takes them; modules None where no key says."""
+    """(modules, exclude, (layers, layers_pattern)) as `choice.matched` takes them; modules None where no key says."""
 
     def modules(key: str) -> Any:
         names = config.get(key) or None

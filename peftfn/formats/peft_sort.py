@@ -11,9 +11,9 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Tensors
 from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place
+from peftfn.model.choice import matched
 from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
-from peftfn.tools.targets import matched
 
 _INNER = re.compile(r"\.(modules_to_save|original_module)\.")
 HEADS = frozenset({"classifier", "score", "qa_outputs"})

@@ -1,20 +1,17 @@
 """PEFT's way to say which modules are adapted, as rules: names, a regular expression, "all-linear", layers."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from peftfn.core.method import Method
+from peftfn.model.choice import Modules, matched, matches
 from peftfn.model.names import near
 from peftfn.model.site import refuse_occupied
-from peftfn.tensors.quantised import quantised
 from peftfn.tools.target_table import OF_METHOD, USUAL
-
-Modules = str | Iterable[str] | Callable[[str], bool]
-"""Names of modules; a regular expression that matches whole names, or "all-linear"; or a function of the name."""
 
 
 def targets(
@@ -71,7 +68,7 @@ def targets(
             raise ValueError(
                 f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern gives at {name}"
             )
-        own = replace(method, **given, **({"feedforward": True} if inputs and _matches(inputs, name) else {}))
+        own = replace(method, **given, **({"feedforward": True} if inputs and matches(inputs, name) else {}))
         rules.setdefault(own, []).append(re.escape(name) + ("" if name in params else r"\.(weight|in_proj_weight)"))
     return {f"^({'|'.join(names)})$": m for m, names in rules.items()}
 
@@ -87,62 +84,6 @@ def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
     if found.startswith(".*"):
         return found, []
     return found.replace("*", "").split(), [n.removesuffix("*") for n in found.split() if n.endswith("*")]
-
-
-def matched(
-    model: nn.Module,
-    modules: Modules,
-    exclude: Modules | None = None,
-    layers: int | Iterable[int] | None = None,
-    layers_pattern: str | Iterable[str] | None = None,
-) -> list[str]:
-    """Names of the modules that PEFT adapts."""
-    names = [n for n, _ in model.named_modules() if n]
-    if isinstance(modules, str) and modules.lower() == "all-linear":
-        hits = linears(model)
-    else:
-        hits = [n for n in names if _matches(modules, n)]
-    if exclude:
-        hits = [n for n in hits if not _matches(exclude, n)]
-    if layers is None:
-        return hits
-    if callable(modules) or (isinstance(modules, str) and modules.lower() != "all-linear"):
-        raise ValueError("targets: layers goes with names; a regular expression says the layers itself")
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
-    return [n for n in hits if _layer(n, lists) in wanted]
-
-
-def linears(model: nn.Module) -> list[str]:
-    """PEFT's "all-linear": every nn.Linear and Conv1D except the output embedding of a transformers model.
-
-    A classification head is one of them: exclude it by name (PEFT does so where task_type is SEQ_CLS).
-    """
-    out = getattr(model, "get_output_embeddings", lambda: None)()
-    hits = []
-    for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
-        linear = linear or quantised(module) is not None
-        if linear and name and module is not out:
-            hits.append(name)
-    return hits
-
-
-def _matches(wanted: Modules, name: str) -> bool:
-    if callable(wanted):
-        return wanted(name)
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
-
-
-def _layer(name: str, lists: list[str]) -> int | None:
-    """The layer's number in a module's name."""
-    for pattern in lists:
-        if m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(m[1])
-    m = None if lists else re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return int(m[1]) if m else None
 
 
 def _first(pattern: Mapping[str, Any] | None, name: str) -> Any:
