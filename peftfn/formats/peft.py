@@ -20,7 +20,8 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra as beside
 from peftfn.formats.files import Loaded, Tensors, opened, unpickled, write
 from peftfn.formats.peft_keys import Model
-from peftfn.formats.peft_old import modernised, renaming
+from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
+from peftfn.formats.peft_old import modernised
 from peftfn.formats.peft_read import Reader
 from peftfn.formats.peft_write import documents
 from peftfn.net.net import Adapted
@@ -86,8 +87,14 @@ def build(
     if spans := extra.get(beside.REPLICATION):
         model = beside.replicated(model, spans, where)
     known = Model(model)
-    file = file.renamed(renaming(known, file, key_mapping))
+    ends = suffixes((*configs.candidates(config["peft_type"]), *configs.candidates("TRAINABLE_TOKENS")))
+    bare = nameless(map(unwrapped, file.meta), ends, file.where)
+    file = file.renamed(lambda key: bare(unwrapped(key)))
     modernised(config, file, where)
+    rename = renaming(known, key_mapping, ends)
+    pairs = {rename(key): key for key in file.meta}
+    file = file.renamed(rename)
+    known.called = called(known, pairs, rename, key_mapping is not None)
     loaded = Reader(where, config, file, known, strict).load()
     if beside.INVOCATION in extra:
         beside.check_gated(loaded.net.plan, where)
