@@ -84,14 +84,20 @@ def renaming(model: keys.Model, mapping: Mapping[str, str] | None, ends: Iterabl
     """
     old = table(model.model) if mapping is None else None
 
-    def deep(bare: str) -> bool:
-        return any(model.plain(h)[0] in model.modules for h in keys.heads(bare) if "." in h)
+    far = sys.maxsize
 
-    def known(bare: str) -> bool:
-        if deep(bare):
-            return True
-        layer = keys.split(bare, ends)  # a layer of the model itself, whose name has no dot
-        return model.whole(bare) is not None or bool(layer and layer[0] and model.plain(layer[0])[0] in model.modules)
+    def rest(bare: str, root: bool = True) -> int:
+        """How many parts of a key stand behind the longest module's name in it: the fewer, the better it fits.
+
+        root: whether the name may have no dot: a whole layer's, for any module has some part of another's name.
+        """
+        head = next((h for h in keys.heads(bare) if "." in h and model.plain(h)[0] in model.modules), None)
+        layer = keys.split(bare, ends) if root and head is None else None
+        if layer and layer[0] and model.plain(layer[0])[0] in model.modules:
+            head = layer[0]
+        elif head is None and root and model.whole(bare) is not None:
+            head = bare.rpartition(".")[0]
+        return far if head is None else bare.removeprefix(head).count(".")
 
     def rename(key: str) -> str:
         head = next((h for h in (keys.PREFIX, "base_model.") if key.startswith(h)), "")
@@ -100,15 +106,14 @@ def renaming(model: keys.Model, mapping: Mapping[str, str] | None, ends: Iterabl
             renamed, count = re.subn(expression, new, bare)
             if count:
                 return head + renamed
-        if known(bare):
-            return key
-        if old and (new := old(bare)) != bare and any(model.plain(h)[0] in model.modules for h in keys.heads(new)):
-            return head + new
         stem = getattr(model.model, "base_model_prefix", None) or "module"
-        for less in (bare.removeprefix(f"{s}.") for s in dict.fromkeys((*_STEMS, stem))):
-            if known(less):  # trained with a head that this model has not
-                return head + less
-        return f"{head}{stem}.{bare}" if deep(f"{stem}.{bare}") else key  # or without the one that it has
+        # trained with a head that this model has not, or without the one that it has
+        less = [bare.removeprefix(f"{s}.") for s in dict.fromkeys((*_STEMS, stem))]
+        tried = {bare: rest(bare)} if bare not in model.sites else {bare: 0}
+        if tried[bare] > 2:  # it is no layer's own tensor
+            tried |= {other: rest(other) for other in (*([old(bare)] if old else ()), *less) if other not in tried}
+            tried |= {f"{stem}.{bare}": rest(f"{stem}.{bare}", root=False)}
+        return head + min(tried, key=tried.__getitem__)
 
     return rename
 
@@ -155,19 +160,18 @@ def _moved(module: str, new: str, old: str) -> str:
 
 
 def cure(model: keys.Model, key: str) -> str:
-    """A hint for a key whose module stands elsewhere in this model: the key_mapping that leads there."""
-    bare = unwrapped(key).removeprefix(keys.PREFIX)
-    words = bare.split(".")
-    for i in range(len(words)):
+    """A hint for a key whose module stands elsewhere in this model: the key_mappings that lead there."""
+    words = unwrapped(key).removeprefix(keys.PREFIX).split(".")
+    for i in range(len(words)):  # the longest part of the name that this model has, layers' numbers and all
         for n in range(len(words), i + 2, -1):
             tail = ".".join(words[i:n])
             hits = [m for m in model.modules if m.endswith(f".{tail}") or m == tail]
-            if len(hits) == 1:
-                here, there = hits[0].removesuffix(tail), ".".join(words[:i]) + "." * bool(i)
-                return (
-                    f"; this model has {hits[0]}: is the file of another model around it, or of a part of it? Then "
-                    f"load it with key_mapping={{r'^{re.escape(there)}': {here!r}}}"
-                )
+            if i == 0 and tail in hits:
+                return ""
+            if hits:
+                there = re.escape(".".join(words[:i]) + "." * bool(i))
+                maps = " or ".join(f"key_mapping={{r'^{there}': {m.removesuffix(tail)!r}}}" for m in hits[:3])
+                return f"; this model has {' and '.join(hits[:3])}: for a file of its other half, give {maps}"
     return ""
 
 
