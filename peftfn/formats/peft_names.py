@@ -65,7 +65,8 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
         raise ValueError(
             f"{where}: {several} are of two adapters: {', '.join(map(repr, named))}. Save each in a file of its own"
         )
-    name = next(iter(named), "default")
+    copies = {k.rpartition(".ln_tuning_layers.")[2].partition(".")[0] for k in split if ".ln_tuning_layers." in k}
+    name = next(iter(named), next(iter(copies - _ENDS), "default") if len(copies) == 1 else "default")
     inside = re.compile(rf"\.(modules_to_save|ln_tuning_layers)\.{re.escape(name)}(?=\.)")
 
     def rename(key: str) -> str:

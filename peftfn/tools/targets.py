@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peftfn.core.method import Method
+from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.model.choice import Modules, matched, matches
 from peftfn.model.names import near
 from peftfn.model.site import refuse_occupied
@@ -39,8 +40,9 @@ def targets(
             end, from the start or from a dot on; the first that matches counts.
 
     Raises:
-        ValueError: nothing is found; or what is found belongs to an adapter that another library put into the model, or
-            to a parametrization, and is not named itself.
+        ValueError: nothing is found by `modules`, by a name in `exclude`, or by a key of a pattern; or what is found
+            belongs to an adapter that another library put into the model, or to a parametrization, and is not named
+            itself.
     """
     inputs: list[str] = []
     if modules is None and not parameters:
@@ -52,6 +54,7 @@ def targets(
         raise ValueError(
             f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
         )
+    _refuse_unused(model, exclude, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, [*chosen, *params])
     words = [modules] if isinstance(modules, str) else [] if modules is None or callable(modules) else modules
     named = " ".join([*words, *parameters])
     for name in chosen:
@@ -73,10 +76,35 @@ def targets(
     return {f"^({'|'.join(names)})$": m for m, names in rules.items()}
 
 
+def _refuse_unused(
+    model: nn.Module, exclude: Modules | None, patterns: Mapping[str, Mapping[str, Any] | None], chosen: list[str]
+) -> None:
+    """ValueError for a name in `exclude` that no module has, and for a key of a pattern that finds nothing chosen."""
+    names = [n for n, _ in model.named_modules() if n]
+    given = [exclude] if isinstance(exclude, str) else [] if exclude is None or callable(exclude) else list(exclude)
+    whole = isinstance(exclude, str)
+    for name in given:
+        if name.lower() != "all-linear" and not any(matches(name if whole else [name], n) for n in names):
+            raise ValueError(f"targets: exclude has {name!r}, which takes no module of the model{near(name, names)}")
+    for pattern, keys in patterns.items():
+        for key in keys or {}:
+            if not any(_first({key: True}, n) for n in chosen):
+                raise ValueError(
+                    f"targets: {pattern} has {key!r}, and none of the {len(chosen)} chosen modules is called so"
+                    f"{near(key, chosen)}"
+                )
+
+
 def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
     """(modules, those of them whose inputs IA3 scales) that PEFT adapts with this method if one names none."""
+    if isinstance(method, TrainableTokens):
+        inner = getattr(model, "get_input_embeddings", lambda: None)()
+        return [next((n for n, m in model.named_modules() if m is inner), "embed_tokens")], []
     kind, name = getattr(getattr(model, "config", None), "model_type", None), type(method).__name__
-    found = OF_METHOD.get(name, {}).get(str(kind)) or USUAL.get(str(kind))
+    found = OF_METHOD.get(name, {}).get(str(kind))
+    if found is None and name == "OSF":
+        return "all-linear", []
+    found = found or USUAL.get(str(kind))
     if found is None:
         raise ValueError(
             f"targets: no default modules for a model of type {kind!r}; name them, or say modules='all-linear'"
