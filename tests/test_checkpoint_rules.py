@@ -19,8 +19,9 @@ from test_peft_parity import compare, edit, randomised
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn.model.choice import matched
 from peftfn.testing import shaken
-from peftfn.tools.targets import matched, targets
+from peftfn.tools.targets import targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

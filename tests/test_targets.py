@@ -15,7 +15,8 @@ from torch import nn
 import peftfn as pf
 from peftfn.core.method import registry
 from peftfn.formats.regex import Pattern
-from peftfn.tools.targets import defaults, matched, targets
+from peftfn.model.choice import matched
+from peftfn.tools.targets import defaults, targets
 
 EXCLUDED = ["mlp.c_proj", "output.dense", "SelfAttention.q", "1.self_attn.k_proj", "attention.k_proj"]
 LISTS = ["layers", "h", "layer", "block"]
@@ -173,7 +174,7 @@ def nested() -> nn.Module:
         ({"foo": 5, "^foo": 6}, {"foo": 5, "module.foo": 5, "module.module.foo": 5}),
         ({"module.foo$": 5}, {"module.foo": 5, "module.module.foo": 5}),
         ({r"(bar)?foo": 5}, {"foo": 5, "module.foo": 5, "module.module.foo": 5, "module.module.barfoo": 5}),
-        ({"fo": 5, "foo": 7, "oo": 5}, {"foo": 7, "module.foo": 7, "module.module.foo": 7}),
+        ({"foo": 7}, {"foo": 7, "module.foo": 7, "module.module.foo": 7}),
     ],
     ids=str,
 )
@@ -192,6 +193,36 @@ def test_the_truth_table_of_patterns(pattern: dict[str, int], hits: dict[str, in
     assert {n: theirs.get_submodule(f"base_model.model.{n}").r["default"] for n in every} == {
         n: hits.get(n, 2) for n in every
     }
+
+
+@pytest.mark.parametrize("key", ["fo", "oo", "^module", "foo2"])
+def test_a_key_of_a_pattern_that_finds_nothing_is_an_error(key: str) -> None:
+    """Also one that finds part of a name, or a module that is not chosen."""
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ValueError, match=rf"{pattern} has '{re.escape(key)}'.*near"):
+            targets(nested(), pf.LoRA(2), ["foo"], **{pattern: {"foo": 3, key: 5}})
+    with pytest.raises(ValueError, match="rank_pattern has 'barfoo'"):
+        targets(nested(), pf.LoRA(2), ["foo"], rank_pattern={"barfoo": 5})
+
+
+@pytest.mark.parametrize("exclude", [["barfo"], ["foo", "fo"], "foo2", "module"[:3]])
+def test_a_name_to_exclude_that_finds_nothing_is_an_error(exclude: Any) -> None:
+    with pytest.raises(ValueError, match=r"exclude has .*near"):
+        targets(nested(), pf.LoRA(2), ["foo", "barfoo"], exclude=exclude)
+    assert len(pf.adapt(nested(), targets(nested(), pf.LoRA(2), ["foo"], exclude=["barfoo", "module.foo"])).plan) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_default_targets_of_types_with_rules_of_their_own(name: str) -> None:
+    """OSF takes all linear layers where its table lacks the model, TrainableTokens the input embedding."""
+    tokens = peft.TrainableTokensConfig(token_indices=[1, 3])
+    for method, config in ((pf.OSF(), peft.OSFConfig()), (pf.TrainableTokens((1, 3)), tokens)):
+        if name == "gpt2" and isinstance(method, pf.OSF):
+            continue  # PEFT's OSF takes no Conv1D
+        model = by_name[name].build()
+        theirs = peft.get_peft_model(by_name[name].build(), config).base_model.targeted_module_names
+        sites = pf.adapt(model, targets(model, method)).plan
+        assert sorted(s.rpartition(".")[0] for s in sites) == sorted(theirs)
 
 
 def test_layers_that_no_pattern_finds_are_an_error() -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peftfn.formats.files import read_json
-from peftfn.formats.peft_old import table
+from peftfn.formats.peft_names import table
 
 INDEX = ".safetensors.index.json"
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|word_embeddings|position_embeddings|token_type_embeddings|wte|wpe|shared)$")

@@ -3,7 +3,7 @@
 A format is a module with three functions:
 
     is_mine(path) -> bool                                  whether the file or folder `path` is of this format
-    load(path, model, *, strict, key_mapping, pickled) -> Loaded
+    load(path, model, options) -> Loaded                   options: `files.Options`
     save(path, net, adapter, **options)                    the adapter has been checked against the net's plan
 
 and what is common to reading and writing files is in `files.py`.
@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from peftfn.formats import hub, kohya, native, peft, swift
-from peftfn.formats.files import Loaded, refuse_sharded
+from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
 from peftfn.net.distributed import distribute
@@ -72,6 +72,7 @@ def load(
     key_mapping: Mapping[str, str] | None = None,
     pickled: bool = False,
     gated: bool = False,
+    experts: Literal["peft", "unsloth"] = "peft",
 ) -> Loaded:
     """`net, adapter` from a file or folder, or from a repository of the Hugging Face hub, bound to `model`.
 
@@ -90,6 +91,8 @@ def load(
         pickled: read adapter_model.bin (tensors alone, `weights_only=True`) where there is no safetensors file.
         gated: read PEFT's activated LoRAs too, which act from certain tokens on: with `alora_gates` in `net.gated`, as
             the result's `extra["alora_invocation_tokens"]` says, and not in `net.apply`.
+        experts: how a PEFT file has lora_B of experts that are one stacked parameter: "peft", rank by rank, or
+            "unsloth", expert by expert. Nothing in a file tells the two apart.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -102,14 +105,10 @@ def load(
         where = where.parent
     if format is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
-        if format is None:
-            below = [p.name for p in sorted(where.iterdir()) if p.is_dir()] if where.is_dir() else []
-            inside = [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]
-            more = f"; there are some in {', '.join(inside)}: give subfolder=, or use load_all" if inside else ""
-            raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){more}")
-    options = {"gated": True} if gated and format == "peft" else {}
-    read = _format(format).load
-    loaded: Loaded = read(where, model, strict=strict, key_mapping=key_mapping, pickled=pickled, **options)
+    if format is None:
+        raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
+    options = Options(strict, key_mapping, pickled, gated, experts)
+    loaded: Loaded = _format(format).load(where, model, options)
     if any(map(is_sharded, model.parameters())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded
@@ -119,3 +118,16 @@ def _format(name: str) -> Any:
     if name not in FORMATS:
         raise ValueError(f"there is no format {name!r}; choose one of {sorted(FORMATS)}")
     return FORMATS[name]
+
+
+def _instead(where: Path) -> str:
+    """What a path without an adapter holds instead, and what to do."""
+    if not where.is_dir():
+        return f": it is a {where.suffix or 'file'}, and adapters are in .safetensors files or in folders"
+    below = [p.name for p in sorted(where.iterdir()) if p.is_dir()]
+    if inside := [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]:
+        return f"; there are some in {', '.join(inside)}: give subfolder=, or use load_all"
+    for config, *tensors in ((peft.CONFIG, peft.TENSORS, peft.PICKLE), (native.CONFIG, native.TENSORS)):
+        if there := next((n for n in tensors if (where / n).is_file()), None):
+            return f": {there} is there, and {config}, which says what its tensors mean, is missing; put it beside it"
+    return ""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +58,27 @@ class Loaded:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.net, self.adapter))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a file is read: what `load` says of each of these. A format refuses what has no meaning for it."""
+
+    strict: bool = True
+    key_mapping: Mapping[str, str] | None = None
+    pickled: bool = False
+    gated: bool = False
+    experts: Literal["peft", "unsloth"] = "peft"
+
+    def __post_init__(self) -> None:
+        if self.experts not in ("peft", "unsloth"):
+            raise ValueError(f"load: experts is {self.experts!r}; it is 'peft' or 'unsloth'")
+
+    def refuse(self, where: Path, *names: str) -> None:
+        """ValueError for options that would have no effect on what is read at `where`."""
+        for name in names:
+            if getattr(self, name) != getattr(Options, name):
+                raise ValueError(f"load: {name} is for PEFT's files, and {where} is of another format: leave it out")
 
 
 def read_json(path: Path) -> Any:

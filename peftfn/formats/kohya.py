@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftfn.core.combine import is_expression
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry
-from peftfn.formats.files import Loaded, opened, write
+from peftfn.formats.files import Loaded, Options, opened, unpickled, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import Reader
 from peftfn.methods.parts.lowrank import Ranked
@@ -36,12 +36,13 @@ from peftfn.net.net import Adapted
 FILE = "pytorch_lora_weights.safetensors"
 """Its name in a folder, as diffusers has it."""
 _FORMS = (LoRA, DoRA, LoHa, LoKr, InputDoRA, GLoRALycoris, DiagOFT, IA3)
-_OTHERS = frozenset({"adapter_model.safetensors", "adapter.safetensors"})
+_OTHERS = frozenset({"adapter_model.safetensors", "adapter.safetensors", "adapter_model.bin"})
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def is_mine(path: Path) -> bool:
     if path.is_file():
-        return path.suffix == ".safetensors" and path.name not in _OTHERS
+        return path.suffix in (".safetensors", *_PICKLES) and path.name not in _OTHERS
     return (path / FILE).is_file()
 
 
@@ -79,16 +80,14 @@ def save(
     write(path if path.suffix == ".safetensors" else path / FILE, out)
 
 
-def load(
-    path: Path,
-    model: nn.Module,
-    *,
-    strict: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    pickled: bool = False,
-) -> Loaded:
+def load(path: Path, model: nn.Module, options: Options) -> Loaded:
+    options.refuse(path, "experts")
+    if path.suffix in _PICKLES and path.is_file():
+        if not options.pickled:
+            raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads its tensors, and nothing else")
+        return Reader(unpickled(path), model, options.key_mapping or {}).load(options.strict)
     with opened(path / FILE if path.is_dir() else path) as file:
-        return Reader(file, model, key_mapping or {}).load(strict)
+        return Reader(file, model, options.key_mapping or {}).load(options.strict)
 
 
 def _ia3(entry: Entry, scale: Tensor, ones: tuple[int, ...], biased: bool) -> Leaf:

@@ -1,5 +1,6 @@
 """The names that kohya's and diffusers' files give to a model's layers and to a method's tensors."""
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -52,6 +53,16 @@ ENDS: dict[str, Key] = {
     "lora_magnitude_vector": (None, "m"),
 }
 """The end of a key → the method it belongs to (None: any), and the tensor's name in that method's leaf."""
+
+_NAMED = re.compile(r"(.*\.(?:lora_[AB]|lora_magnitude_vector))\.([^.]+)(\.(?:weight|bias))?")
+
+
+def nameless(key: str) -> str:
+    """A key without the name of PEFT's adapter, which some files have in it: `lora_A.default.weight`."""
+    m = _NAMED.fullmatch(key)
+    if m is None or (m[2] in ("weight", "bias") and not m[1].endswith("vector")):
+        return key
+    return m[1] if m[1].endswith("vector") else f"{m[1]}{m[3] or ''}"
 
 
 class Names:

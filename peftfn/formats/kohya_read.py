@@ -12,7 +12,7 @@ from peftfn.core.method import Weight
 from peftfn.core.plan import Adapter, Entry, Plan, make
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Loaded, Tensors, mismatch
-from peftfn.formats.kohya_keys import ENDS, Key, Names
+from peftfn.formats.kohya_keys import ENDS, Key, Names, nameless
 from peftfn.formats.peft_read import pattern
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.parts.lycoris import spread
@@ -29,6 +29,12 @@ from peftfn.model.names import near
 from peftfn.model.site import Site, sites
 from peftfn.net.net import Adapted
 from peftfn.tensors.quantised import parameters
+
+FLAT_CONFIG = frozenset({"r", "lora_alpha", "peft_type"})
+"""Keys of diffusers' configuration where the file is of one model, so that no part's name stands before them."""
+ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
+RANKS = ("ss_network_dim", "lora_rank", "network_dim", "rank", "r", "dim")
+"""What tools call alpha and rank in a file's header."""
 
 
 class Reader:
@@ -54,6 +60,11 @@ class Reader:
         for module in self.found:
             for site, method, mine in self.layer(module):
                 methods[site.name], keys[site.name] = method, mine
+        if any(key.startswith("base_model.model.") for key in self.stray):
+            raise ValueError(
+                f"{self.where}: it has PEFT's keys, and adapter_config.json says what they mean (method, alpha). Load "
+                "the folder of that file, with this one in it as adapter_model.safetensors"
+            )
         if strict and (self.missing or self.stray):
             hint = near(self.stray[0].partition(".lora")[0], [m for m, _ in self.names.sites]) if self.stray else ""
             raise mismatch(self.where, self.missing, self.stray, hint)
@@ -88,8 +99,9 @@ class Reader:
     def sort(self) -> None:
         ends = sorted(ENDS, key=len, reverse=True)
         for key in self.file.meta:
-            end = next((e for e in ends if key.endswith(f".{e}")), None)
-            name = key.removesuffix(f".{end}")
+            bare = nameless(key)
+            end = next((e for e in ends if bare.endswith(f".{e}")), None)
+            name = bare.removesuffix(f".{end}")
             for regex, new in self.mapping.items():
                 if regex.search(name):
                     name = regex.sub(new, name)
@@ -200,6 +212,8 @@ class Reader:
         elif self.configs:
             part, _, path = self.called[site.module].partition(".")
             mine = {k.removeprefix(f"{part}."): v for k, v in self.configs.items() if k.startswith(f"{part}.")}
+            if not mine and FLAT_CONFIG & self.configs.keys():  # of one model alone
+                mine, path = self.configs, self.called[site.module]
             if not mine:
                 return None
             config = configs.checked({"peft_type": "LORA", **mine}, self.where)
@@ -207,9 +221,26 @@ class Reader:
             if not isinstance(method, Ranked | LoHa | LoKr):
                 raise ValueError(f"{self.where}: lora_adapter_metadata is of {method}, and the tensors are not")
             value = method.scale * rank
+        elif (header := self.header()) is not None:
+            value = header * rank
         else:
             return None
         return None if value == rank else value
+
+    def header(self) -> float | None:
+        """The scale that the file's header gives to all layers: alpha over the rank."""
+        said = {k: self.file.metadata[k] for k in (*ALPHAS, *RANKS) if k in self.file.metadata}
+        try:
+            numbers = {k: float(v) for k, v in said.items()}
+        except ValueError as e:
+            raise ValueError(f"{self.where}: the header's {said} must be numbers") from e
+        alpha = next((numbers[k] for k in ALPHAS if k in numbers), None)
+        rank = next((numbers[k] for k in RANKS if k in numbers), None)
+        if alpha is None:
+            return None
+        if rank is None or not (0 < alpha < math.inf and 0 < rank < math.inf):
+            raise ValueError(f"{self.where}: the header's {said} must be an alpha and a rank above 0")
+        return alpha / rank
 
     def check(self, entry: Entry, keys: Mapping[str, str]) -> None:
         """ValueError unless the file has what the method has, in shapes that mean the same."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfn.core.method import Method, registry
 from peftfn.core.plan import Entry, Plan, make
-from peftfn.formats.files import MOST, Loaded, Tensors, mismatch, opened, read_json, write
+from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
 from peftfn.model.site import sites
 from peftfn.net.net import Adapted
@@ -47,16 +47,8 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
     write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def load(
-    folder: Path,
-    model: nn.Module,
-    *,
-    strict: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    pickled: bool = False,
-) -> Loaded:
-    if key_mapping:
-        raise ValueError(f"{folder}: key_mapping is for PEFT's files; sites in {CONFIG} have the model's own names")
+def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
+    options.refuse(folder, "key_mapping", "experts")
     where = folder / CONFIG
     config = _read(where)
     rules, taken = _rules(config, where)
@@ -78,7 +70,7 @@ def load(
         raise ValueError(f"{where}: its methods do not fit the model: {e}") from e
     with opened(folder / TENSORS) as file:
         _one_save(file, config, where)
-        return _filled(model, plan, config["constants"], file, strict)
+        return _filled(model, plan, config["constants"], file, options.strict)
 
 
 def check_saved(path: Path, net: Adapted) -> str:

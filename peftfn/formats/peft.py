@@ -18,9 +18,11 @@ from torch import nn
 
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra as beside
-from peftfn.formats.files import Loaded, Tensors, opened, unpickled, write
+from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
+from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import Model
-from peftfn.formats.peft_old import modernised, renaming
+from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
+from peftfn.formats.peft_old import modernised
 from peftfn.formats.peft_read import Reader
 from peftfn.formats.peft_write import documents
 from peftfn.net.net import Adapted
@@ -52,24 +54,16 @@ def save(
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def load(
-    folder: Path,
-    model: nn.Module,
-    *,
-    strict: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    pickled: bool = False,
-    gated: bool = False,
-) -> Loaded:
+def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
     config, where = configs.read(folder / CONFIG), folder / TENSORS
     if not where.is_file() and (folder / PICKLE).is_file():
-        if not pickled:
+        if not options.pickled:
             raise FileNotFoundError(
                 f"{where} is missing; {PICKLE} is a pickle: load(…, pickled=True) reads its tensors, and nothing else"
             )
-        return build(model, config, unpickled(folder / PICKLE), folder / CONFIG, strict, key_mapping, gated)
+        return build(model, config, unpickled(folder / PICKLE), folder / CONFIG, options)
     with opened(where) as file:
-        return build(model, config, file, folder / CONFIG, strict, key_mapping, gated)
+        return build(model, config, file, folder / CONFIG, options)
 
 
 def build(
@@ -77,18 +71,25 @@ def build(
     config: dict[str, Any],
     file: Tensors,
     where: Path,
-    strict: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    gated: bool = False,
+    options: Options,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
-    extra = beside.taken(config, where, gated)
+    extra = beside.taken(config, where, options.gated)
     if spans := extra.get(beside.REPLICATION):
         model = beside.replicated(model, spans, where)
     known = Model(model)
-    file = file.renamed(renaming(known, file, key_mapping))
+    ends = suffixes((*configs.candidates(config["peft_type"]), *configs.candidates("TRAINABLE_TOKENS")))
+    bare = nameless(map(unwrapped, file.meta), ends, file.where)
+    file = file.renamed(lambda key: bare(unwrapped(key)))
     modernised(config, file, where)
-    loaded = Reader(where, config, file, known, strict).load()
+    rename = renaming(known, options.key_mapping, ends)
+    pairs = {rename(key): key for key in file.meta}
+    file = file.renamed(rename)
+    known.called = called(known, pairs, rename, options.key_mapping is not None)
+    if options.experts == "unsloth":
+        ranked(config, file, known)
+    stacked(config, file, known, where)
+    loaded = Reader(where, config, file, known, options.strict).load()
     if beside.INVOCATION in extra:
         beside.check_gated(loaded.net.plan, where)
     return replace(loaded, extra=extra)

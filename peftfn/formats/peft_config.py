@@ -98,17 +98,12 @@ def listed(value: Any) -> list[Any]:
 def at(config: dict[str, Any], module: str, kind: str, where: Path) -> Config:
     """The configuration as it holds for one module: patterns resolved, `feedforward_modules` a truth value; with
     the last part of the `module`'s name and the `kind` of its site."""
-    here, legacy = Config({**config, "module": module.rpartition(".")[2], "kind": kind}), config["peft_type"] in LEGACY
-    searched = config["peft_type"] in SEARCHED
+    here = Config({**config, "module": module.rpartition(".")[2], "kind": kind})
     for pattern, keys in PATTERNS.items():
         rules: dict[str, Any] = {} if config["peft_type"] in UNPATTERNED else config.get(pattern) or {}
         for key in keys:
             if key in config and rules:
-                found = (
-                    v
-                    for k, v in rules.items()
-                    if (searcher(k, where) if searched else matcher(k, where, legacy))(module)
-                )
+                found = (v for k, v in rules.items() if finder(k, config["peft_type"], where)(module))
                 here[key] = next(found, config[key])
     if kind == "embedding" and isinstance(config.get("init_lora_weights"), str):
         here["init_lora_weights"] = True  # at embeddings PEFT knows no other start, and subtracts nothing
@@ -176,6 +171,11 @@ def declared(cls: type[Weight]) -> bool:
     return vars(cls).get("peft") is not None
 
 
+def finder(key: Any, kind: str, where: Path) -> Callable[[str], bool]:
+    """Whether a module's name matches a key of a pattern, by the rule of PEFT's type."""
+    return searcher(key, where) if kind in SEARCHED else matcher(key, where, kind in LEGACY)
+
+
 def matcher(key: Any, where: Path, legacy: bool = False) -> Callable[[str], bool]:
     """Whether a module's name matches a key of a pattern, by PEFT's rule: the whole name, or its end after a dot.
 
@@ -215,7 +215,7 @@ def expression(source: str, where: Path) -> Callable[..., bool]:
 
 
 def chosen(config: dict[str, Any], where: Path) -> tuple[Any, Any, tuple[Any, list[str]]]:
-    """(modules, exclude, (layers, layers_pattern)) as `targets.matched` takes them; modules None where no key says."""
+    """(modules, exclude, (layers, layers_pattern)) as `choice.matched` takes them; modules None where no key says."""
 
     def modules(key: str) -> Any:
         names = config.get(key) or None

@@ -15,8 +15,6 @@ from peftfn.model.site import Site, sites
 from peftfn.tensors.quantised import parameters
 
 PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-_DEFAULT = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.default(?=\.|$)")
 _EMBEDDING = re.compile(r"^(lora|hira)_([AB])(\.weight)?$|^(oft)_(R\.weight)$")
 _KERNEL = frozenset({"lora_A.weight", "hira_A"})  # [r, in, *kernel] at a convolution
 _POINT = frozenset({"lora_B.weight", "hira_B"})  # [out, r, 1, …] at a convolution
@@ -29,7 +27,8 @@ class Place:
 
     site: Site
     path: str  # with `base_layer` where PEFT wraps a layer twice
-    module: str  # the name its patterns are matched with
+    module: str  # the model's name of it
+    called: str  # the file's, which the configuration's patterns and names are about
     twice: bool = False  # an attention's out-projection: PEFT 0.21.2 adds its B A twice, so B is there half of ours
 
     def key(self, key: str) -> str:
@@ -86,11 +85,13 @@ class Model:
     buffers: dict[str, Tensor] = field(init=False)
     weights: dict[str, Tensor] = field(init=False)  # by every name
     names: list[str] = field(init=False)  # of the sites, the first of each
+    called: dict[str, str] = field(init=False)  # module → its name in the file, where the file's model had it
 
     def __post_init__(self) -> None:
         found = sites(self.model)
         self.sites, self.names = {n: s for s in found.values() for n in (s.name, *s.aliases)}, list(found)
         self.modules = dict(self.model.named_modules())
+        self.called = {m: m for m in self.modules if m}
         self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
         self.weights = parameters(self.model)
 
@@ -104,16 +105,20 @@ class Model:
         return module.rpartition(".")[0] if self.in_attention(module) else module
 
     def plain(self, path: str) -> tuple[str, int]:
-        """(the path without the `base_layer`s of PEFT's wrappers, how many there were)."""
+        """(the path without the layers that PEFT wraps around one, how many `base_layer`s there were)."""
         if path in self.modules:
             return path, 0
-        parts = [p for p in path.split(".") if p != BASE]
-        return ".".join(parts), path.count(BASE)
+        return without_wrappers(path), path.split(".").count(BASE)
+
+    def own(self, module: str) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of a module itself."""
+        return list(self.modules[module].named_parameters(recurse=False))
 
     def direct(self, module: str, targets: Iterable[str]) -> list[str]:
         """The parameters of a module that `target_parameters` names, in the order PEFT wraps them."""
-        names = [f"{module}.{n}" for n, _ in self.modules[module].named_parameters(recurse=False)]
-        return [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
+        if (name := self.called.get(module)) is None:
+            return []
+        return [f"{module}.{n}" for n, _ in self.own(module) if any(f".{name}.{n}".endswith(f".{t}") for t in targets)]
 
     def place(self, path: str, config: Mapping[str, Any], method: Iterable[type[Method]]) -> Place | None:
         """Where PEFT's tensors under `path` belong."""
@@ -123,11 +128,12 @@ class Model:
         params = self.direct(module, listed(config.get("target_parameters")))
         if params:
             name = params[len(params) - 1 - depth] if depth < len(params) else ""
-            return Place(self.sites[name], path, name) if name in self.sites else None
+            called = f"{self.called[module]}.{name.rpartition('.')[2]}"
+            return Place(self.sites[name], path, name, called) if name in self.sites else None
         for attr in ("weight", "in_proj_weight", "bias"):
             site = self.sites.get(f"{module}.{attr}" if module else attr)
             if site and any(site.kind in m.kinds for m in method):
-                return Place(site, path, module, self.in_attention(module))
+                return Place(site, path, module, self.called.get(module, module), self.in_attention(module))
         return None
 
     def in_attention(self, module: str) -> bool:
@@ -139,11 +145,11 @@ class Model:
         module, _, attr = site.name.rpartition(".")
         mine = [n for n, _ in self.modules[module].named_parameters(recurse=False) if f"{module}.{n}" in parameters]
         if mine:
-            return Place(site, f"{module}{f'.{BASE}' * (len(mine) - 1 - mine.index(attr))}", site.name)
+            return Place(site, f"{module}{f'.{BASE}' * (len(mine) - 1 - mine.index(attr))}", site.name, site.name)
         parent, _, last = module.rpartition(".")
         if self.in_attention(module):
-            return Place(site, ".".join(p for p in (parent, BASE, last) if p), module, twice=True)
-        return Place(site, module, module)
+            return Place(site, ".".join(p for p in (parent, BASE, last) if p), module, module, twice=True)
+        return Place(site, module, module, module)
 
 
 def ties(model: nn.Module) -> bool:
@@ -151,11 +157,9 @@ def ties(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
-def unwrapped(key: str) -> str:
-    """A file's key without what wrappers of the model, and a state that was saved by hand, put into it."""
-    key = _WRAPPERS.sub("", key).removeprefix(".")
-    key = key.removeprefix("module.") if key.startswith("module.base_model.") else key
-    return _DEFAULT.sub(r"\1", key)
+def without_wrappers(path: str) -> str:
+    """The path without what PEFT puts around a layer."""
+    return ".".join(p for p in path.split(".") if p not in (BASE, TOKENS))
 
 
 def clean(key: str, parameter: str = "") -> str:

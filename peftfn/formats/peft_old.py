@@ -1,87 +1,17 @@
-"""PEFT files in another layout than the one that is written now: other module names, tensors in a shorter form, and
-configurations that leave a number to be counted."""
+"""PEFT files in another layout than the one that is written now: tensors in a shorter form, and configurations that
+leave a number to be counted."""
 
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Tensors
-
-_STEMS = ("module", "text_model", "vision_model")
-"""What DDP puts before a name, and what CLIP's and SigLIP's models had there in transformers 4."""
-
-
-def renaming(model: keys.Model, file: Tensors, mapping: Mapping[str, str] | None) -> Callable[[str], str]:
-    """The file's key → the key in this model.
-
-    With a mapping, as PEFT has it: the first regular expression that is found in a key (behind `base_model.model.`) is
-    replaced. Without, a key whose module the model does not have goes through the model's own table of old names. What
-    wrappers left in a key (torch.compile, DDP, FSDP, checkpointing, an adapter named "default") is taken out.
-    """
-    old = table(model.model) if mapping is None else None
-
-    def known(bare: str) -> bool:
-        return any(model.plain(h)[0] in model.modules for h in keys.heads(bare) if "." in h)
-
-    def rename(key: str) -> str:
-        key = keys.unwrapped(key)
-        head = next((h for h in (keys.PREFIX, "base_model.") if key.startswith(h)), "")
-        bare = key.removeprefix(head)
-        for expression, new in (mapping or {}).items():
-            renamed, count = re.subn(expression, new, bare)
-            if count:
-                return head + renamed
-        if known(bare):
-            return key
-        if old and (new := old(bare)) != bare and any(model.plain(h)[0] in model.modules for h in keys.heads(new)):
-            return head + new
-        stem = getattr(model.model, "base_model_prefix", None) or "module"
-        less = (bare.removeprefix(f"{s}.") for s in dict.fromkeys((*_STEMS, stem)))
-        for other in (*less, f"{stem}.{bare}"):
-            if known(other):  # trained with a head that this model has not, or without the one that it has
-                return head + other
-        return key
-
-    return rename
-
-
-def table(model: nn.Module) -> Callable[[str], str] | None:
-    """Old name → new name of a tensor of the model, where the model has such a table."""
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    if isinstance(mapping, dict) and mapping:
-        pairs = list(mapping.items())
-
-        def first(key: str) -> str:
-            for expression, new in pairs:
-                renamed, count = re.subn(expression, new, key)
-                if count:
-                    return renamed
-            return key
-
-        return first
-    transformers: Any = sys.modules.get("transformers")  # a model of its classes means that it is there
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # an older release, which has no such table
-        return None
-    steps = [s for s in get_model_conversion_mapping(model) if type(s) is WeightRenaming]
-
-    def all_of(key: str) -> str:
-        for step in steps:
-            key = step.rename_source_key(key)[0]
-        return key
-
-    return all_of if steps else None
 
 
 def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:

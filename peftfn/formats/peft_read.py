@@ -16,6 +16,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.peft_keys import PREFIX, Model, Place
+from peftfn.formats.peft_names import cure
 from peftfn.formats.peft_sort import Sorted
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
@@ -39,6 +40,7 @@ class Reader:
             at.copies,
         )
         self.missing, self.unexpected, self.token_keys = at.missing, at.unexpected, at.token_keys
+        self.unused = at.unused
         self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
         self.made: dict[str, Leaf] = {}  # site → what its method's `leaf_from` gives
         self.fresh: Plan | None = None
@@ -64,6 +66,8 @@ class Reader:
         zeros = {name: self.fits(name, plan, methods[name]) for name in order if name in self.places}
         if self.strict and (self.missing or self.unexpected):
             raise self.error()
+        if self.strict and self.unused:
+            raise ValueError(f"{self.where}: {self.unused[0]}. load(…, strict=False) reads the file without it")
         for key, mine in self.copies:
             if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
@@ -74,10 +78,10 @@ class Reader:
         method, place = methods.get(name), self.places.get(name)
         if method is None or place is None or method.peft is None or not method.peft.per_target:
             return None
-        return configs.family(self.config.get("target_modules"), place.module), place.site.shape
+        return configs.family(self.config.get("target_modules"), place.called), place.site.shape
 
     def method(self, place: Place, found: Mapping[str, str]) -> Weight:
-        config, module = self.config, place.module
+        config, module = self.config, place.called
         if config["peft_type"] != "TRAINABLE_TOKENS" and not self.token_keys.isdisjoint(found):
             given = config.get("trainable_token_indices") or []
             if isinstance(given, dict):
@@ -97,10 +101,11 @@ class Reader:
                 continue
             if any(type(own := methods.get(other)) is TrainableTokens and own != method for other in site.tied):
                 continue
+            apart = any(n in self.whole for n in (name, *site.tied))  # a chain has no tensors that sites share
             for other in (name, *site.tied):
-                methods[other] = TiedTokens(method.tokens)
-                self.places.setdefault(other, Place(self.model.sites[other], other.rpartition(".")[0], ""))
-                self.found.setdefault(other, {})
+                methods[other] = method if apart else TiedTokens(method.tokens)
+                self.places.setdefault(other, Place(self.model.sites[other], other.rpartition(".")[0], "", ""))
+                self.found.setdefault(other, dict(self.found[name]) if apart else {})
 
     def fits(self, name: str, plan: Plan, method: Weight) -> set[str]:
         """Note what is missing and unexpected at a site; ValueError for other shapes. Returns our names of tensors of
@@ -148,7 +153,7 @@ class Reader:
             raise ValueError(f"{file.where}: {name} has no values yet, and {method} reads its tensors by them")
         t = {k: file.tensor(key, w.device) for k, key in found.items()}
         for k, key in method.peft.shared.items():
-            named = keys.rows(key, torch.Size(), method.peft.group(place.module))
+            named = keys.rows(key, torch.Size(), method.peft.group(place.called))
             if self.shared.keys() >= {*named}:
                 t[key] = self.common(key, named, w.device)
             elif self.seeded:
@@ -157,7 +162,7 @@ class Reader:
             made = method.peft.leaf_from(method, t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
             again = method.peft.tensors(method, made)
         except KeyError as e:
-            (key,), group = e.args, method.peft.group(place.module)
+            (key,), group = e.args, method.peft.group(place.called)
             common = key in method.peft.shared.values()
             self.missing += keys.rows(f"base_model.{key}" if common else place.full(key), torch.Size(), group)
             return
@@ -199,7 +204,8 @@ class Reader:
         return "1." if name in self.whole and name in self.places else ""
 
     def error(self) -> ValueError:
-        more = near(keys.clean(self.unexpected[0]), list(self.model.sites)) if self.unexpected else ""
+        odd = next(iter(self.unexpected), None)
+        more = "" if odd is None else cure(self.model, odd) or near(keys.clean(odd), list(self.model.sites))
         return mismatch(self.file.where, set(self.missing), self.unexpected, more)
 
     def fill(self, plan: Plan, methods: Mapping[str, Weight], zeros: Mapping[str, set[str]]) -> Loaded:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
+from peftfn.formats import peft_table as table
 from peftfn.formats.files import Tensors
 from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place
+from peftfn.model.choice import matched
+from peftfn.model.names import near
 from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
-from peftfn.tools.targets import matched
 
 _INNER = re.compile(r"\.(modules_to_save|original_module)\.")
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
@@ -39,6 +41,7 @@ class Sorted:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.sort()
+        self.unused = self.idle_patterns()
         if self.places or self.whole or self.shared:
             self.expect()
             self.bounds()
@@ -80,6 +83,9 @@ class Sorted:
                 self.same(key, model.buffers[bare])
             else:
                 strays.append(key)
+        for name, key in list(self.whole.items()):  # what is read into a parameter, its tied ones have too
+            if not self.copied(name):
+                self.whole |= {n: key for n in model.sites[name].tied if n not in self.whole}
         for idle_keys in idle.values():  # as PEFT leaves them: B has no gradient, and is zero
             if any(k.endswith("lora_B.weight") and self.file.tensor(k).any() for k in idle_keys):
                 self.unexpected += idle_keys
@@ -126,12 +132,12 @@ class Sorted:
         config, model = self.config, self.model
         saved = configs.listed(config.get("modules_to_save"))
         whole = {model.sites[n].module for n in self.whole}
-        for m in (m for m in model.modules if any(m == s or m.endswith(f".{s}") for s in saved)):
+        for m in (m for m, name in model.called.items() if any(f".{name}".endswith(f".{s}") for s in saved)):
             if not any(f"{w}.".startswith(f"{m}.") for w in whole) and any(
                 n.startswith(f"{m}.") for n in model.weights
             ):
                 self.missing.append(f"{PREFIX}{m}")
-        if not whole and not any(m == s or m.endswith(f".{s}") for m in model.modules for s in saved):
+        if not whole and not any(f".{name}".endswith(f".{s}") for name in model.called.values() for s in saved):
             self.missing += [f"{PREFIX}{s}" for s in saved if s not in HEADS]
         self.missing += self.lacking_tokens()
         wanted, exclude, layers = configs.chosen(config, self.where)
@@ -140,7 +146,7 @@ class Sorted:
                 raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
             return
         adapted = {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
-        named = matched(model.model, wanted, exclude, *layers)
+        named = matched(model.model, wanted, exclude, *layers, called=model.called)
         if config.get("ensure_weight_tying"):  # PEFT adapts what is tied to a layer along with it
             tied = (n for s in model.sites.values() if s.module in {*named} for n in s.tied)
             named = [*dict.fromkeys([*named, *(n.rpartition(".")[0] for n in tied)])]
@@ -151,26 +157,38 @@ class Sorted:
                 self.unexpected += self.found.pop(site).values()
                 del self.places[site]
         for name in named:
-            inside = model.in_attention(name) or any(
-                name == s or name.endswith(f".{s}") or f".{s}." in f".{name}" for s in saved
-            )
+            inside = model.in_attention(name) or any(f".{s}." in f".{model.called.get(name, name)}." for s in saved)
             new = None if name in adapted or inside else model.place(name, config, self.classes)
             if new and new.site.name not in self.whole:
                 self.places[new.site.name], self.found[new.site.name] = new, {}
 
     def lacking_tokens(self) -> list[str]:
         """Keys of trained tokens that the configuration names beside another method, and the file does not have."""
-        given = self.config.get("trainable_token_indices")
+        given, model = self.config.get("trainable_token_indices"), self.model
         if not given or self.config["peft_type"] == "TRAINABLE_TOKENS":
             return []
         found = [self.places[n] for n, k in self.found.items() if not self.token_keys.isdisjoint(k)]
-        there = [p.module for p in found]
-        if isinstance(given, dict) and len({str(v) for v in given.values()}) == 1 and keys.ties(self.model.model):
-            there += [n.rpartition(".")[0] for p in found for n in p.site.tied]  # PEFT writes the embedding's alone
+        there = [p.called for p in found]
+        if isinstance(given, dict) and len({str(v) for v in given.values()}) == 1 and keys.ties(model.model):
+            tied = (n.rpartition(".")[0] for p in found for n in p.site.tied)  # PEFT writes the embedding's alone
+            there += [model.called.get(m, m) for m in tied]
         names = [n for n in given if not any(f".{m}".endswith(f".{n}") for m in there)]
         if isinstance(given, list):  # of the embedding's tokens
             names = [] if there else ["embed_tokens"]
         return [f"{PREFIX}{n}.{TOKENS}.{key}" for n in names for key in sorted(self.token_keys)]
+
+    def idle_patterns(self) -> list[str]:
+        """Sentences about keys of patterns that are no module's name: what they say would be lost."""
+        kind, out = self.config["peft_type"], list[str]()
+        if kind in table.UNPATTERNED:
+            return out
+        names = [*self.model.called.values()]
+        names += [f"{name}.{n}" for m, name in self.model.called.items() for n, _ in self.model.own(m)]
+        for pattern in table.PATTERNS:
+            for key in self.config.get(pattern) or {}:
+                if not any(map(configs.finder(key, kind, self.where), names)):
+                    out.append(f"{pattern} has {key!r}, and no module of this model is called so{near(key, names)}")
+        return out
 
     def bounds(self) -> None:
         """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
@@ -180,13 +198,17 @@ class Sorted:
 
     def trained(self, name: str, key: str) -> bool:
         """Whether a tensor saved whole is part of the adapter, or only a copy of the base's (an embedding's)."""
-        saved = configs.listed(self.config.get("modules_to_save"))
-        module = name.rpartition(".")[0]
-        if self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved):
+        if self.copied(name):
             return True
         if name.endswith("bias") and self.config.get("bias", "none") != "none":
             return True
         return not torch.equal(wide(self.model.weights[name]).cpu(), self.file.tensor(key))
+
+    def copied(self, name: str) -> bool:
+        """Whether PEFT trains a copy of a site's module, so that what is tied to it stays as it is."""
+        saved = configs.listed(self.config.get("modules_to_save"))
+        module = self.model.called.get(name.rpartition(".")[0], "")
+        return self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved)
 
     def same(self, key: str, buffer: Tensor) -> None:
         """modules_to_save holds buffers too; an adapter has none."""

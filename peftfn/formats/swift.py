@@ -17,7 +17,7 @@ from torch import nn
 from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.files import Loaded, Tensors, opened, read_json, write
+from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.peft_keys import PREFIX
 from peftfn.formats.peft_write import document
@@ -73,18 +73,11 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], *, name: str = 
     write(folder / name / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def load(
-    folder: Path,
-    model: nn.Module,
-    *,
-    strict: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    pickled: bool = False,
-) -> Loaded:
+def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
     """The adapter in the folder, or the only one below it (`subfolder=` names one of several)."""
     where = only(folder)
     with as_peft(where) as (config, file):
-        return peft.build(model, configs.checked(config, where / CONFIG), file, where / CONFIG, strict, key_mapping)
+        return peft.build(model, configs.checked(config, where / CONFIG), file, where / CONFIG, options)
 
 
 def to_peft(folder: Path, out: Path) -> None:

@@ -1,20 +1,18 @@
 """PEFT's way to say which modules are adapted, as rules: names, a regular expression, "all-linear", layers."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from peftfn.core.method import Method
+from peftfn.methods.weights.trainabletokens import TrainableTokens
+from peftfn.model.choice import Modules, matched, matches
 from peftfn.model.names import near
 from peftfn.model.site import refuse_occupied
-from peftfn.tensors.quantised import quantised
 from peftfn.tools.target_table import OF_METHOD, USUAL
-
-Modules = str | Iterable[str] | Callable[[str], bool]
-"""Names of modules; a regular expression that matches whole names, or "all-linear"; or a function of the name."""
 
 
 def targets(
@@ -42,8 +40,9 @@ def targets(
             end, from the start or from a dot on; the first that matches counts.
 
     Raises:
-        ValueError: nothing is found; or what is found belongs to an adapter that another library put into the model, or
-            to a parametrization, and is not named itself.
+        ValueError: nothing is found by `modules`, by a name in `exclude`, or by a key of a pattern; or what is found
+            belongs to an adapter that another library put into the model, or to a parametrization, and is not named
+            itself.
     """
     inputs: list[str] = []
     if modules is None and not parameters:
@@ -55,6 +54,7 @@ def targets(
         raise ValueError(
             f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
         )
+    _refuse_unused(model, exclude, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, [*chosen, *params])
     words = [modules] if isinstance(modules, str) else [] if modules is None or callable(modules) else modules
     named = " ".join([*words, *parameters])
     for name in chosen:
@@ -71,15 +71,40 @@ def targets(
             raise ValueError(
                 f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern gives at {name}"
             )
-        own = replace(method, **given, **({"feedforward": True} if inputs and _matches(inputs, name) else {}))
+        own = replace(method, **given, **({"feedforward": True} if inputs and matches(inputs, name) else {}))
         rules.setdefault(own, []).append(re.escape(name) + ("" if name in params else r"\.(weight|in_proj_weight)"))
     return {f"^({'|'.join(names)})$": m for m, names in rules.items()}
 
 
+def _refuse_unused(
+    model: nn.Module, exclude: Modules | None, patterns: Mapping[str, Mapping[str, Any] | None], chosen: list[str]
+) -> None:
+    """ValueError for a name in `exclude` that no module has, and for a key of a pattern that finds nothing chosen."""
+    names = [n for n, _ in model.named_modules() if n]
+    given = [exclude] if isinstance(exclude, str) else [] if exclude is None or callable(exclude) else list(exclude)
+    whole = isinstance(exclude, str)
+    for name in given:
+        if name.lower() != "all-linear" and not any(matches(name if whole else [name], n) for n in names):
+            raise ValueError(f"targets: exclude has {name!r}, which takes no module of the model{near(name, names)}")
+    for pattern, keys in patterns.items():
+        for key in keys or {}:
+            if not any(_first({key: True}, n) for n in chosen):
+                raise ValueError(
+                    f"targets: {pattern} has {key!r}, and none of the {len(chosen)} chosen modules is called so"
+                    f"{near(key, chosen)}"
+                )
+
+
 def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
     """(modules, those of them whose inputs IA3 scales) that PEFT adapts with this method if one names none."""
+    if isinstance(method, TrainableTokens):
+        inner = getattr(model, "get_input_embeddings", lambda: None)()
+        return [next((n for n, m in model.named_modules() if m is inner), "embed_tokens")], []
     kind, name = getattr(getattr(model, "config", None), "model_type", None), type(method).__name__
-    found = OF_METHOD.get(name, {}).get(str(kind)) or USUAL.get(str(kind))
+    found = OF_METHOD.get(name, {}).get(str(kind))
+    if found is None and name == "OSF":
+        return "all-linear", []
+    found = found or USUAL.get(str(kind))
     if found is None:
         raise ValueError(
             f"targets: no default modules for a model of type {kind!r}; name them, or say modules='all-linear'"
@@ -87,62 +112,6 @@ def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
     if found.startswith(".*"):
         return found, []
     return found.replace("*", "").split(), [n.removesuffix("*") for n in found.split() if n.endswith("*")]
-
-
-def matched(
-    model: nn.Module,
-    modules: Modules,
-    exclude: Modules | None = None,
-    layers: int | Iterable[int] | None = None,
-    layers_pattern: str | Iterable[str] | None = None,
-) -> list[str]:
-    """Names of the modules that PEFT adapts."""
-    names = [n for n, _ in model.named_modules() if n]
-    if isinstance(modules, str) and modules.lower() == "all-linear":
-        hits = linears(model)
-    else:
-        hits = [n for n in names if _matches(modules, n)]
-    if exclude:
-        hits = [n for n in hits if not _matches(exclude, n)]
-    if layers is None:
-        return hits
-    if callable(modules) or (isinstance(modules, str) and modules.lower() != "all-linear"):
-        raise ValueError("targets: layers goes with names; a regular expression says the layers itself")
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or ())
-    return [n for n in hits if _layer(n, lists) in wanted]
-
-
-def linears(model: nn.Module) -> list[str]:
-    """PEFT's "all-linear": every nn.Linear and Conv1D except the output embedding of a transformers model.
-
-    A classification head is one of them: exclude it by name (PEFT does so where task_type is SEQ_CLS).
-    """
-    out = getattr(model, "get_output_embeddings", lambda: None)()
-    hits = []
-    for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
-        linear = linear or quantised(module) is not None
-        if linear and name and module is not out:
-            hits.append(name)
-    return hits
-
-
-def _matches(wanted: Modules, name: str) -> bool:
-    if callable(wanted):
-        return wanted(name)
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
-
-
-def _layer(name: str, lists: list[str]) -> int | None:
-    """The layer's number in a module's name."""
-    for pattern in lists:
-        if m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(m[1])
-    m = None if lists else re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return int(m[1]) if m else None
 
 
 def _first(pattern: Mapping[str, Any] | None, name: str) -> Any:
