@@ -311,7 +311,7 @@ def test_dropout_under_vmap_says_how() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gives(pf.Method):
+class _Gives(pf.Weight):
     """A method whose tensors are what `made` says: {function: tensors from (w, bias)}."""
 
     made: Any = dataclasses.field(default=None, compare=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import peftfn as pf
-from peftfn.core.fields import Probability, Whole
+from peftfn.core.fields import PositiveInt, Probability
 from peftfn.core.method import Leaf, LowRank, Padding, Product
 from peftfn.testing import LawBroken, check_method
 
@@ -28,7 +28,7 @@ class Good(pf.Weight):
 
     cases: ClassVar = ({"rank": 2},)
 
-    rank: Whole = 2
+    rank: PositiveInt = 2
     scale: float = 0.5
     dropout: Probability = 0.0
 

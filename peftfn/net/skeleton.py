@@ -175,8 +175,6 @@ class Skeleton:
             slots.clear()
             slots.update(kept)
 
-    # While compiling it runs as it is: the compiler does not guard hooks either.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _take_hooks(self) -> None:
         copies = {id(b): s for b, s in self.pairs}
         for b, s in self.pairs:
@@ -185,6 +183,10 @@ class Skeleton:
                 if ours != now:
                     ours.clear()
                     ours.update(now)
+
+    # While compiling it runs as it is: the compiler does not guard hooks either. The mark is what
+    # torch.compiler.assume_constant_result makes, which would import the compiler.
+    _take_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def refresh(self) -> None:
         """Take over modes, hooks and plain attributes of the base; copy a base of changed structure anew."""

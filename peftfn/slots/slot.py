@@ -71,7 +71,7 @@ class Slot(Operand):
 
     @property
     def data(self) -> Any:
-        return self.attribute("data")
+        return self.__getattr__("data")
 
     @data.setter
     def data(self, value: Any) -> None:
