@@ -49,7 +49,7 @@ def save(
         extra: for the configuration, beside what the method gives: `task_type`, `alora_invocation_tokens`, …
     """
     more = beside.given(extra, net)
-    for name, (config, tensors) in documents(net, adapter, split=split).items():
+    for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
 

@@ -22,6 +22,8 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
         counts = {keys.clean(k): t.numel() for k, t in file.meta.items() if k.endswith(".waveft_spectrum")}
         config["n_frequency_pattern"] = {f"^{re.escape(k.rpartition('.')[0])}": n for k, n in counts.items()}
         config["proportional_parameters"] = False
+    if kind == "BOFT" and {len(file.meta[k]) for k in file.meta if k.endswith(".boft_R")} == {1}:
+        config["boft_n_butterfly_factor"] = 1  # PEFT without its CUDA extension has one, whatever it was asked for
     if kind == "VBLORA" and config.get("save_only_topk_weights"):
         _logits(config, file)
     if kind == "ADALORA" and isinstance(masks := config.get("rank_pattern"), dict):
