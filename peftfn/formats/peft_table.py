@@ -44,7 +44,7 @@ _NAMES = (
 IGNORED = frozenset([*_NAMES.split(), *PATTERNS])
 """Keys without an effect on the outputs of a loaded adapter, or read elsewhere in this package."""
 STARTS = frozenset(
-    {"gaussian", "eva", "orthogonal", "lycoris", "kaiming_uniform", "xavier_uniform", "normal", "uniform"}
+    ["gaussian", "eva", "orthogonal", "lycoris", "kaiming_uniform", "xavier_uniform", "normal", "uniform"]
 )
 """Initialisations that leave the base weight as it is (PiSSA, OLoRA, CorDA, LoftQ … subtract from it)."""
 # fmt: off
@@ -133,11 +133,8 @@ RENAMED = {
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
 """Kinds of conversion in transformers → last names in target_modules that PEFT takes for parts of stacked experts."""
-CLASSIFIERS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+_CLASSIFIER = ("classifier", "score")
+CLASSIFIERS = {"SEQ_CLS": _CLASSIFIER, "TOKEN_CLS": _CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
 """task_type → the modules that PEFT saves whole along with any method, if the model has them."""
 _BUT = "embedding conv1 conv2 conv3 attention stack stack_t parameter"
 LESS = {  # and those of them that it has no such option for

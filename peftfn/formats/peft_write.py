@@ -113,10 +113,8 @@ def document(
         out |= {f"{PREFIX}{place.path}.{k}": t for k, t in given.items()}
         indices = entry.method.to_peft()["token_indices"]
         config["trainable_token_indices"] = (config.get("trainable_token_indices") or {}) | {place.module: indices}
-    written = (model.written(e.site, ()) for e in main.values())
-    _whole(
-        full, adapter, model, config, out, {p.module: p.path for p in written}, table.CLASSIFIERS.get(task or "", ())
-    )
+    paths = {p.module: p.path for p in (model.written(e.site, ()) for e in main.values())}
+    _whole(full, adapter, model, config, out, paths, table.CLASSIFIERS.get(task or "", ()))
     return config, out
 
 
@@ -183,11 +181,16 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
 
 def _not_experts(kind: str, modules: Iterable[str], model: Model) -> None:
     """ValueError for layers beside stacked experts that PEFT takes for these, by their last names."""
-    transformers: Any = sys.modules.get("transformers.conversion_mapping")
-    known = getattr(transformers, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
-    base = known.get(getattr(getattr(model.model, "config", None), "model_type", None))
-    odd = [m for m in modules if m.rpartition(".")[2] in table.RENAMED.get(base, ())] if kind == "LORA" else []
-    if odd:
+    model_type = getattr(getattr(model.model, "config", None), "model_type", None)
+    if kind != "LORA" or not isinstance(model_type, str) or "transformers" not in sys.modules:
+        return
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # an older release, whose experts are layers
+        return
+    known = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    base = known.get(model_type, "")
+    if odd := [m for m in modules if m.rpartition(".")[2] in table.RENAMED.get(base, ())]:
         raise ValueError(
             f"{_some(odd)}: PEFT takes this name, in a {base} model, for experts in the layout of transformers 4, and "
             "would adapt the stacked experts: use the native format"
@@ -358,7 +361,7 @@ def _whole(
             module, _, attr = n.rpartition(".")
             path = f"{adapted[module]}.{BASE}" if module in adapted else module
             out[f"{PREFIX}{path}.{attr}"] = values[n]
-    modules = _saved([e.site.module for n, e in full.items() if n not in biases], full, model, heads)
+    modules = _saved([e.site.module for n, e in full.items() if n not in biases], full, model, adapted, heads)
     if not modules:
         return
     _nameable(modules)
@@ -374,12 +377,14 @@ def _whole(
         out |= {f"{PREFIX}{k}": state.get(k, saved[k]) for k in saved if k.startswith(f"{m}.")}
 
 
-def _saved(modules: Iterable[str], full: Mapping[str, Entry], model: Model, heads: Iterable[str]) -> list[str]:
+def _saved(
+    modules: Iterable[str], full: Mapping[str, Entry], model: Model, adapted: Iterable[str], heads: Iterable[str]
+) -> list[str]:
     """The modules to name as trained whole: for parts of one that is trained as a whole (a head of two layers), and
     for parts of the head that PEFT names itself, that one."""
-    every = [
-        m for names in table.CLASSIFIERS.values() for n in names for m in model.modules if f".{m}".endswith(f".{n}")
-    ]
+    names = {n for names in table.CLASSIFIERS.values() for n in names}
+    every = [m for m in model.modules if m.rpartition(".")[2] in names]
+    every = [m for m in every if not any(f"{a}.".startswith(f"{m}.") for a in adapted)]
 
     def outer(module: str) -> str:
         if (head := next((m for m in every if f"{module}.".startswith(f"{m}.")), None)) is not None:
@@ -388,7 +393,7 @@ def _saved(modules: Iterable[str], full: Mapping[str, Entry], model: Model, head
         inside = {n for n in model.weights if n.startswith(f"{above}.")}
         return outer(above) if above and inside <= full.keys() else module
 
-    wanted = [m for m in every if any(f".{m}".endswith(f".{n}") for n in heads)]
+    wanted = [m for m in every if m.rpartition(".")[2] in heads]
     return list(dict.fromkeys([*map(outer, modules), *wanted]))
 
 
