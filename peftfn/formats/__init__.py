@@ -28,6 +28,7 @@ from peftfn.tensors.sharded import is_sharded
 FORMATS: dict[str, Any] = {"native": native, "swift": swift, "peft": peft, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
 
+PEFTS = (peft.CONFIG, peft.TENSORS, peft.PICKLE)
 FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, peft.PICKLE})
 
 
@@ -36,7 +37,8 @@ def save(
 ) -> None:
     """Write an adapter, and the plan it belongs to, to `path`.
 
-    Each file is written beside its place and renamed: an interrupted save leaves the old one.
+    Each file is written beside its place and renamed: an interrupted save leaves the old one. A folder has one adapter:
+    the files of a former one there are replaced, also if it was of another format.
 
     Args:
         format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), "peft" (what Hugging Face PEFT
@@ -59,6 +61,7 @@ def save(
             f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot say"
         )
     module.save(Path(path), net, adapter, **options)
+    _replace_others(Path(path), format)
 
 
 def load(
@@ -118,6 +121,19 @@ def _format(name: str) -> Any:
     if name not in FORMATS:
         raise ValueError(f"there is no format {name!r}; choose one of {sorted(FORMATS)}")
     return FORMATS[name]
+
+
+OWN = {"native": (native.CONFIG, native.TENSORS), "peft": PEFTS, "swift": PEFTS, "kohya": (kohya.FILE,)}
+"""Format → the files of an adapter of it in a folder; the one that makes it an adapter first."""
+
+
+def _replace_others(path: Path, format: str) -> None:
+    """A folder has one adapter: when another one has been saved, the files of a former one, of another format, go."""
+    if path.is_file():
+        return
+    keep = () if format == "swift" else OWN[format]  # ms-swift's is in a folder below
+    for name in dict.fromkeys(file for files in OWN.values() for file in files if file not in keep):
+        (path / name).unlink(missing_ok=True)
 
 
 def _instead(where: Path) -> str:

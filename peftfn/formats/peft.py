@@ -22,7 +22,7 @@ from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, wr
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import Model
 from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
-from peftfn.formats.peft_old import modernised
+from peftfn.formats.peft_old import flattened, modernised
 from peftfn.formats.peft_read import Reader
 from peftfn.formats.peft_write import documents
 from peftfn.net.net import Adapted
@@ -49,7 +49,7 @@ def save(
         extra: for the configuration, beside what the method gives: `task_type`, `alora_invocation_tokens`, …
     """
     more = beside.given(extra, net)
-    for name, (config, tensors) in documents(net, adapter, split=split).items():
+    for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
 
@@ -89,6 +89,7 @@ def build(
     if options.experts == "unsloth":
         ranked(config, file, known)
     stacked(config, file, known, where)
+    flattened(config, file, known, where)
     loaded = Reader(where, config, file, known, options.strict).load()
     if beside.INVOCATION in extra:
         beside.check_gated(loaded.net.plan, where)

@@ -85,6 +85,8 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} is {str(config[key])[:80]}; it must be a list of names")
     if not all(type(n) is int for n in listed(config.get("layers_to_transform"))):
         raise ValueError(f"{path}: layers_to_transform is {str(config['layers_to_transform'])[:80]}; give integers")
+    starts = {k: v.lower() for k, v in config.items() if k.startswith("init_") and isinstance(v, str)}
+    config = config | {k: v for k, v in starts.items() if v in STARTS}  # PEFT takes them in capitals too
     if kind == "OFT" and "oft_block_size" not in config:
         raise ValueError(f"{path}: no oft_block_size: a file of PEFT 0.13 or older, whose OFT was another method")
     return {**defaults, **config}
@@ -221,7 +223,7 @@ def chosen(config: dict[str, Any], where: Path) -> tuple[Any, Any, tuple[Any, li
         names = config.get(key) or None
         return expression(names, where) if isinstance(names, str) and names.lower() != "all-linear" else names
 
-    lists = listed(config.get("layers_pattern"))
+    lists = [n for n in listed(config.get("layers_pattern")) if n]
     if not all(re.fullmatch(r"[\w.]+", n) for n in lists):
         raise ValueError(f"{where}: layers_pattern is {str(lists)[:80]}; it must be names of lists of layers")
     wanted, layers = modules("target_modules"), config.get("layers_to_transform")

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Tensors
+from peftfn.tensors.precision import wide
 
 
 def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
@@ -22,6 +24,8 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
         counts = {keys.clean(k): t.numel() for k, t in file.meta.items() if k.endswith(".waveft_spectrum")}
         config["n_frequency_pattern"] = {f"^{re.escape(k.rpartition('.')[0])}": n for k, n in counts.items()}
         config["proportional_parameters"] = False
+    if kind == "BOFT" and {len(file.meta[k]) for k in file.meta if k.endswith(".boft_R")} == {1}:
+        config["boft_n_butterfly_factor"] = 1  # PEFT without its CUDA extension has one, whatever it was asked for
     if kind == "VBLORA" and config.get("save_only_topk_weights"):
         _logits(config, file)
     if kind == "ADALORA" and isinstance(masks := config.get("rank_pattern"), dict):
@@ -29,6 +33,34 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
             if not (isinstance(mask, list) and mask and all(isinstance(m, bool) for m in mask)):
                 raise ValueError(f"{where}: rank_pattern: {name} is {str(mask)[:80]}; it must be truth values")
             _unpruned(name.removesuffix(".lora_E"), mask, config.get("init_r"), file, where)
+
+
+def flattened(config: dict[str, Any], file: Tensors, model: keys.Model, where: Path) -> None:
+    """LoKr at nn.Conv1d with a whole second factor, as whole weights: PEFT pairs the first factor's two axes with the
+    last two of the second one's three, and reshapes: a change of the weight that no two factors have."""
+    for key in [k for k in file.meta if k.endswith(".lokr_w2") and len(file.meta[k].shape) == 3]:
+        head = key.removesuffix(".lokr_w2")
+        site = model.sites.get(f"{keys.clean(head)}.weight")
+        if config["peft_type"] != "LOKR" or site is None or len(site.shape) != 3:
+            continue
+        names = [k for k in (f"{head}.lokr_{n}" for n in ("w1", "w1_a", "w1_b")) if k in file.meta]
+        if len(names) != (1 if names and names[0].endswith("w1") else 2):
+            continue  # missing, and reported with all others
+        method = configs.method(config, model.called.get(site.module, site.module), "conv", where)
+        first, second = [file.sources[k] for k in names], file.sources[key]
+        scale: float = method.scale  # type: ignore[attr-defined]
+        value = partial(_pefts_kron, first, second, model.weights[site.name], scale, f"{file.where}: {key}")
+        file.replaced([*names, key], f"{head}.weight", value, site.shape)
+
+
+def _pefts_kron(
+    first: list[Callable[[], Tensor]], second: Callable[[], Tensor], w: Tensor, s: float, key: str
+) -> Tensor:
+    w1 = first[0]() if len(first) == 1 else first[0]() @ first[1]()
+    change = s * torch.kron(wide(w1), wide(second()))
+    if change.numel() != w.numel():
+        raise ValueError(f"{key}: its factors make {list(change.shape)}, and the model wants {list(w.shape)}")
+    return wide(w).cpu() + change.reshape(w.shape)
 
 
 def _logits(config: dict[str, Any], file: Tensors) -> None:

@@ -18,8 +18,10 @@ from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
 
 _INNER = re.compile(r"\.(modules_to_save|original_module)\.")
-HEADS = frozenset({"classifier", "score", "qa_outputs"})
+HEADS = frozenset(name for names in table.CLASSIFIERS.values() for name in names)
 """What PEFT adds to modules_to_save where task_type asks for a head, whether the model has them or not."""
+LEAST = 4096
+"""A rank that is read whatever the sizes of the layers: PEFT's defaults are up to 256, also at small ones."""
 
 
 class Sorted:
@@ -193,7 +195,7 @@ class Sorted:
     def bounds(self) -> None:
         """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
         largest = max((max(p.site.shape, default=1) for p in self.places.values()), default=1)
-        if isinstance(r := self.config.get("r"), int) and r > 8 * largest:
+        if isinstance(r := self.config.get("r"), int) and r > max(8 * largest, LEAST):
             raise ValueError(f"{self.where}: r is {r}, and the largest side of an adapted weight is {largest}")
 
     def trained(self, name: str, key: str) -> bool:

@@ -43,7 +43,9 @@ _NAMES = (
 )
 IGNORED = frozenset([*_NAMES.split(), *PATTERNS])
 """Keys without an effect on the outputs of a loaded adapter, or read elsewhere in this package."""
-STARTS = frozenset({"gaussian", "eva", "orthogonal", "lycoris", "kaiming_uniform", "xavier_uniform", "normal"})
+STARTS = frozenset(
+    ["gaussian", "eva", "orthogonal", "lycoris", "kaiming_uniform", "xavier_uniform", "normal", "uniform"]
+)
 """Initialisations that leave the base weight as it is (PiSSA, OLoRA, CorDA, LoftQ … subtract from it)."""
 # fmt: off
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -122,7 +124,18 @@ MORE = {  # layers besides nn.Linear that PEFT 0.21.2 has a method for
     "UNILORA": "linear_t",
     "VBLORA": "linear_t",
     "VERA": "linear_t",
+    "WAVEFT": "linear_t",
 }
+WINDOWS = frozenset({"HIRA", "IA3", "LOHA", "LOKR"})
+"""Types that keep a convolution's groups and dilation; of the others, PEFT's forward leaves them out, or fails."""
+RENAMED = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+"""Kinds of conversion in transformers → last names in target_modules that PEFT takes for parts of stacked experts."""
+_CLASSIFIER = ("classifier", "score")
+CLASSIFIERS = {"SEQ_CLS": _CLASSIFIER, "TOKEN_CLS": _CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
+"""task_type → the modules that PEFT saves whole along with any method, if the model has them."""
 _BUT = "embedding conv1 conv2 conv3 attention stack stack_t parameter"
 LESS = {  # and those of them that it has no such option for
     "use_dora": "attention stack stack_t parameter",

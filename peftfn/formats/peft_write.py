@@ -1,6 +1,7 @@
 """A plan as one PEFT configuration and its tensors. ValueError, naming the sites, for what PEFT cannot express."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from peftfn.core.method import Leaf, Method
 from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place, described, rows, tensors, ties
+from peftfn.formats.peft_keys import BASE, PREFIX, TOKENS, Model, Place, described, rows, tensors, ties
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens
@@ -24,23 +25,26 @@ from peftfn.tensors.precision import wide
 
 
 def documents(
-    net: Adapted, adapter: Mapping[str, Any], *, split: bool = False
+    net: Adapted, adapter: Mapping[str, Any], *, split: bool = False, task: str | None = None
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """{folder below: (configuration, tensors)}: one, or with `split` one for each of PEFT's types in the plan."""
+    """{folder below: (configuration, tensors)}: one, or with `split` one for each of PEFT's types in the plan.
+
+    task: PEFT's task_type, with some of which it looks for the model's head in the file.
+    """
     net, adapter = _untied(net, adapter)
     types: dict[str, dict[str, Entry]] = {}
     for name, entry in net.plan.items():
         kind = entry.method.peft.type if entry.method.peft and not isinstance(entry.method, Full) else ""
         types.setdefault(kind, {})[name] = entry
     if not split or len(types.keys() - {""}) < 2:
-        return {"": document(net, adapter)}
+        return {"": document(net, adapter, task)}
     first = next(kind for kind in types if kind)
     types[first] |= types.pop("", {})
     out = {}
     for kind, entries in types.items():
         banks = {b: spec for b, spec in net.plan.banks.items() if b in {e.bank for e in entries.values()}}
         part = Adapted(net.model, Plan(entries, net.plan.rules, banks))
-        out[kind.lower()] = document(part, {n: adapter[n] for n in (*entries, *banks)})
+        out[kind.lower()] = document(part, {n: adapter[n] for n in (*entries, *banks)}, task)
     return out
 
 
@@ -78,7 +82,9 @@ def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[
     return Adapted(net.model, Plan(entries, net.plan.rules, banks)), {n: t for n, t in out.items() if n not in names}
 
 
-def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def document(
+    net: Adapted, adapter: Mapping[str, Any], task: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of an adapter."""
     model = Model(net.model)
     for name, entry in net.plan.items():
@@ -107,7 +113,8 @@ def document(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], 
         out |= {f"{PREFIX}{place.path}.{k}": t for k, t in given.items()}
         indices = described(entry.method).written(entry.method)["token_indices"]
         config["trainable_token_indices"] = (config.get("trainable_token_indices") or {}) | {place.module: indices}
-    _whole(full, adapter, model, config, out, {model.written(e.site, ()).module for e in main.values()})
+    paths = {p.module: p.path for p in (model.written(e.site, ()) for e in main.values())}
+    _whole(full, adapter, model, config, out, paths, table.CLASSIFIERS.get(task or "", ()))
     return config, out
 
 
@@ -158,6 +165,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
         raise ValueError(f"PEFT's {kind} shares its tensors among all layers, and here several rules have their own")
     config |= _common(kind, each, {n: p.module for n, p in places.items()}, model)
     modules = list(dict.fromkeys(model.owner(places[n].module) for n in main if n not in parameters))
+    _not_experts(kind, modules, model)
     ahead = {places[n].module for n in main if each[n].get("feedforward_modules")}
     if "feedforward_modules" in config:
         config["target_modules"], config["feedforward_modules"] = _two(modules, ahead, model)
@@ -171,6 +179,24 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
         config["fan_in_fan_out"] = True
     _same(config, main, places, adapter, model)
     return config, out
+
+
+def _not_experts(kind: str, modules: Iterable[str], model: Model) -> None:
+    """ValueError for layers beside stacked experts that PEFT takes for these, by their last names."""
+    model_type = getattr(getattr(model.model, "config", None), "model_type", None)
+    if kind != "LORA" or not isinstance(model_type, str) or "transformers" not in sys.modules:
+        return
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # an older release, whose experts are layers
+        return
+    known = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    base = known.get(model_type, "")
+    if odd := [m for m in modules if m.rpartition(".")[2] in table.RENAMED.get(base, ())]:
+        raise ValueError(
+            f"{_some(odd)}: PEFT takes this name, in a {base} model, for experts in the layout of transformers 4, and "
+            "would adapt the stacked experts: use the native format"
+        )
 
 
 def _targets(
@@ -216,10 +242,15 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
         less = None if less == "init_lora_weights" and not isinstance(each[n][less], str) else less
         if layer not in f"linear {table.MORE.get(kind, '')}".split() or less:
             raise ValueError(f"{n}: PEFT's {kind} {f'with {less} ' if less else ''}does not take this layer ({layer})")
-        if layer.startswith("conv") and kind != "HIRA":
-            d, g, m = module.dilation, module.groups, module.padding_mode
-            if g != 1 or m != "zeros" or any(x != 1 for x in d):  # type: ignore[union-attr]
-                raise ValueError(f"{n}: PEFT leaves out groups={g}, dilation={d} and padding_mode={m!r} in its {kind}")
+        if layer.startswith("conv"):
+            d, g, ahead = module.dilation, module.groups, each[n].get("feedforward_modules")
+            if (g != 1 and ahead) or (kind not in table.WINDOWS and (g != 1 or any(x != 1 for x in d))):  # type: ignore[union-attr]
+                raise ValueError(f"{n}: PEFT leaves out groups={g} and dilation={d} in its {kind}")
+        if kind == "LOKR" and layer == "conv1" and "w2" in e.spec:
+            raise ValueError(
+                f"{n}: PEFT pairs the wrong axes of LoKr's factors at nn.Conv1d where the second one is whole; give a "
+                "rank below half of its smaller side, or use the native format"
+            )
         if layer == "attention":
             pair = [k for k in main if model.owner(main[k].site.module) == model.owner(e.site.module)]
             if len(pair) != 2 or any(each[k] != each[n] for k in pair):
@@ -256,7 +287,10 @@ def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str,
 
 def _sides(values: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any] | None:
     """BD-LoRA on both sides, which PEFT tells apart by parts of the layers' last names; None where it cannot."""
+    values = {n: v if v and v["nblocks"] > 1 else None for n, v in values.items()}  # one block is a plain LoRA
     blocks = {v["nblocks"] for v in values.values() if v}
+    if len(blocks) != 1:
+        return None
     out: dict[str, Any] = {"nblocks": min(blocks), "match_strict": None not in values.values()}
     last = {n: m.rpartition(".")[2] for n, m in modules.items()}
     for side in ("target_modules_bd_a", "target_modules_bd_b"):
@@ -264,7 +298,7 @@ def _sides(values: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, A
         out[side] = sorted({last[n] for n in mine})
         if any(any(part in name for part in out[side]) != (n in mine) for n, name in last.items()):
             return None
-    return out if len(blocks) == 1 else None
+    return out
 
 
 def _same(
@@ -304,14 +338,18 @@ def _whole(
     model: Model,
     config: dict[str, Any],
     out: Leaf,
-    adapted: set[str],
+    adapted: Mapping[str, str],
+    heads: Iterable[str],
 ) -> None:
-    """Trained copies: biases of adapted layers under `bias`, all others as modules_to_save."""
+    """Trained copies: biases of adapted layers under `bias`, all others as modules_to_save.
+
+    adapted: module → PEFT's path of it. heads: names of modules that PEFT saves in any case.
+    """
     values = {n: wide(model.weights[n]) + wide(e.site.original(adapter[n]["diff"])) for n, e in full.items()}
-    biases = {n for n in full if n.endswith(".bias") and n.rpartition(".")[0] in adapted}
+    biases = {n for n in full if n.endswith("bias") and n.rpartition(".")[0] in adapted}
     if biases:
-        every = {s.name for s in model.sites.values() if s.name.endswith(".bias")}
-        own = {n for n in every if n.rpartition(".")[0] in adapted}
+        every = {s.name for s in model.sites.values() if s.name.endswith("bias")}
+        own = {n for n in every if n.endswith(".bias") and n.rpartition(".")[0] in adapted}
         only = table.BIAS.get(config["peft_type"])
         if only is None:
             raise ValueError(f"PEFT's {config['peft_type']} cannot train biases; here are {_some(sorted(biases))}")
@@ -323,8 +361,9 @@ def _whole(
             raise ValueError(f"PEFT trains all adapted layers' biases or none; {_some(sorted(own - biases))} is not")
         for n in biases:
             module, _, attr = n.rpartition(".")
-            out[f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{attr}"] = values[n]
-    modules = list(dict.fromkeys(e.site.module for n, e in full.items() if n not in biases))
+            path = f"{adapted[module]}.{BASE}" if module in adapted else module
+            out[f"{PREFIX}{path}.{attr}"] = values[n]
+    modules = _saved([e.site.module for n, e in full.items() if n not in biases], full, model, adapted, heads)
     if not modules:
         return
     _nameable(modules)
@@ -338,6 +377,26 @@ def _whole(
     saved = model.model.state_dict()
     for m in caught:
         out |= {f"{PREFIX}{k}": state.get(k, saved[k]) for k in saved if k.startswith(f"{m}.")}
+
+
+def _saved(
+    modules: Iterable[str], full: Mapping[str, Entry], model: Model, adapted: Iterable[str], heads: Iterable[str]
+) -> list[str]:
+    """The modules to name as trained whole: for parts of one that is trained as a whole (a head of two layers), and
+    for parts of the head that PEFT names itself, that one."""
+    names = {n for names in table.CLASSIFIERS.values() for n in names}
+    every = [m for m in model.modules if m.rpartition(".")[2] in names]
+    every = [m for m in every if not any(f"{a}.".startswith(f"{m}.") for a in adapted)]
+
+    def outer(module: str) -> str:
+        if (head := next((m for m in every if f"{module}.".startswith(f"{m}.")), None)) is not None:
+            return head
+        above = module.rpartition(".")[0]
+        inside = {n for n in model.weights if n.startswith(f"{above}.")}
+        return outer(above) if above and inside <= full.keys() else module
+
+    wanted = [m for m in every if m.rpartition(".")[2] in heads]
+    return list(dict.fromkeys([*map(outer, modules), *wanted]))
 
 
 def _copies(net: Adapted, adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
