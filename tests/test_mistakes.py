@@ -436,7 +436,7 @@ class LinearInWrong(Good):
 @planted(13, "", r"padding")
 @dataclass(frozen=True)
 class PaddingWrong(Good):
-    padding: ClassVar = Padding(gain=("b",), fields=frozenset({"rank", "scale"}))
+    padding: ClassVar = Padding(scaled=("b",), fields=frozenset({"rank", "scale"}))
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return self.scale * self.rank * (p["b"] @ p["a"])
