@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VBLoRA
-from peftfn.slots.route import Rows
+from peftfn.slots.gates import Index
 
 INDICES = {
     "distinct": [0, 1, 2, 3, 4, 5],
@@ -48,7 +48,7 @@ def test_every_spread_of_rows(method: pf.Method, length: int, spread: str) -> No
 
 
 def test_rows_of_one_part_of_the_adapters() -> None:
-    rows = Rows.of([4, 1, 4, -1, 2], 6)
+    rows = Index.of([4, 1, 4, -1, 2], 6)
     assert rows.uses(1, 1)
     assert not rows.uses(3, 1)
     assert not rows.uses(5, 1)

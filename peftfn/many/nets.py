@@ -7,8 +7,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.net.run import Runner
-from peftfn.slots.gated import Gates
-from peftfn.slots.route import Rows
+from peftfn.slots.gates import Index, Weights
 
 
 class Nets:
@@ -44,7 +43,7 @@ class Nets:
                 first dimension, and cannot be its rows, is an error.
         """
         self._check(stacks)
-        return self._runner.batch(Rows, stacks, index, args, kwargs, params, method, common)
+        return self._runner.batch(Index, stacks, index, args, kwargs, params, method, common)
 
     def gated(
         self,
@@ -61,7 +60,7 @@ class Nets:
         common: as for `mixed`.
         """
         self._check(stacks)
-        return self._runner.batch(Gates, stacks, gates, args, kwargs, params, method, common)
+        return self._runner.batch(Weights, stacks, gates, args, kwargs, params, method, common)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):

@@ -11,8 +11,7 @@ from peftfn.core import functions
 from peftfn.core.method import Method
 from peftfn.core.plan import Adapter, Plan, make
 from peftfn.net.run import Runner
-from peftfn.slots.gated import Gates
-from peftfn.slots.route import Rows
+from peftfn.slots.gates import Index, Weights
 from peftfn.slots.values import Given
 from peftfn.tensors.quantised import QuantisedWeight, parameters
 from peftfn.tensors.transform import under_transform
@@ -110,7 +109,7 @@ class Adapted:
         Raises:
             ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
         """
-        return self._runner.batch(Rows, [stacked], index, args, kwargs, params, method, common)
+        return self._runner.batch(Index, [stacked], index, args, kwargs, params, method, common)
 
     def gated(
         self,
@@ -138,7 +137,7 @@ class Adapted:
             ValueError: gates that fit neither the stack nor the inputs, or a site whose output does not have the rows
                 (and tokens) in its first dimensions.
         """
-        return self._runner.batch(Gates, [stacked], gates, args, kwargs, params, method, common)
+        return self._runner.batch(Weights, [stacked], gates, args, kwargs, params, method, common)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """{site: change of the parameter, in its own shape}, in fp32 or wider."""

@@ -15,7 +15,7 @@ from torch import nn
 from peftfn.core.plan import Plan
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
-from peftfn.slots.route import Route
+from peftfn.slots.gates import Gates
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
@@ -41,7 +41,7 @@ class Runner:
     def run(
         self,
         given: Sequence[Given],
-        gates: Route | None,
+        gates: Gates | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         params: Mapping[str, Any] | None,
@@ -94,7 +94,7 @@ class Runner:
 
     def batch(
         self,
-        route: type[Route],
+        kind: type[Gates],
         stacks: Sequence[Mapping[str, Any]],
         gates: Any,
         args: Sequence[Any],
@@ -103,20 +103,20 @@ class Runner:
         method: str | None,
         common: Sequence[str] | None,
     ) -> Any:
-        """`run` with a stack of adapters of each plan, and gates of the kind `route` over all of them."""
+        """`run` with a stack of adapters of each plan, and gates of this kind over all of them."""
         given, count = [], 0
         for plan, stacked in zip(self.plans, stacks, strict=True):
             plan.check(stacked, lead=1)
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
-        made = route.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
+        made = kind.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
         if (k := made.only) is not None:  # it is `apply`, and costs as little
             part = next(part for part in given if k < part.start + part.size)
             return self.run(
                 [Given(part.plan, unstacked(part.adapter, k - part.start))], None, args, kwargs, params, method
             )
         sites = dict.fromkeys(name for plan in self.plans for name in plan)
-        return self.run(given, made.told(common, sites), args, kwargs, params, method)
+        return self.run(given, made.with_common(common, sites), args, kwargs, params, method)
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

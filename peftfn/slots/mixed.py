@@ -1,8 +1,7 @@
 """Mixed batches: every row of a batch uses its own adapter, or the base.
 
-What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch, in `Part`s of one method each, and a
-`Route`, which says what each row gets. A low-rank change (`Weight.low_rank`) of all adapters is two batched products;
-any other method runs under `vmap` over the adapters, or once for each adapter that occurs.
+What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch, in `Part`s of one method each, and
+`Gates`, which say which of them act on which rows. It finds the rows in a layer's input; batch.py computes.
 """
 
 from typing import Any
@@ -13,11 +12,13 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from peftfn.core.method import Product, Weight
-from peftfn.slots.part import Part, take
-from peftfn.slots.route import Cut, Route, mapped, storages, tensors, visit
+from peftfn.slots import batch
+from peftfn.slots.gates import Gates
+from peftfn.slots.part import Cut, Part, take
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
 from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.arguments import mapped, storages, tensors, visit
 from peftfn.tensors.precision import operand_dtype, wide
 from peftfn.tensors.transform import backward_task
 
@@ -26,7 +27,7 @@ class _Mixed(Slot):
     """A slot whose value depends on the row. `value(k)` is adapter k's, value(-1) the base's."""
 
     __slots__ = ("rows",)
-    rows: Route
+    rows: Gates
 
     def value(self, k: int) -> Any:
         raise NotImplementedError
@@ -74,7 +75,7 @@ class _Mixed(Slot):
             out: Tensor = func(*mapped(args, swap), **mapped(kwargs, swap))
             return cut(out) if together else out
 
-        return (rows.at(n) or rows).each(run)
+        return batch.each(rows.at(n) or rows, run)
 
     def attribute(self, name: str) -> Any:
         raise self.lost(f"the model uses weight.{name}")
@@ -99,7 +100,7 @@ class MixedWeight(_Mixed):
 
     __slots__ = ("parts",)
 
-    def __init__(self, parts: list[Part], w: Tensor, rows: Route):
+    def __init__(self, parts: list[Part], w: Tensor, rows: Gates):
         self.parts, self.entry, self.w, self.rows = parts, parts[0].entry, w, rows
         self.task = -1 if torch.compiler.is_compiling() else backward_task()
 
@@ -133,20 +134,21 @@ class MixedWeight(_Mixed):
         return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None and not known(x)
 
     def _by_row(self, x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
-        site, rows = self.entry.site, self.rows
+        site, gates = self.entry.site, self.rows
+        layer = batch.Layer(self.name, kind, self.canonical(), self.parts, adapted, base)
         one = 1 if kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0  # dimensions of one row
-        if rows.size is not None and not site.stacked and x.dim() >= one and self._in_common(x, one):
+        if gates.size is not None and not site.stacked and x.dim() >= one and self._in_common(x, one):
             if torch.compiler.is_compiling():  # then what it gives has the rows at once
-                x = x.expand(rows.size, *(x.shape[1:] if x.dim() > one + 1 and x.shape[0] == 1 else x.shape))
-                return rows.product(self, x, kind, adapted, base)
-            return on_each(x, rows, self.name, lambda x: rows.product(self, x, kind, adapted, base))
+                x = x.expand(gates.size, *(x.shape[1:] if x.dim() > one + 1 and x.shape[0] == 1 else x.shape))
+                return batch.product(gates, layer, x)
+            return on_each(x, gates, self.name, lambda x: batch.product(gates, layer, x))
         x = plain(x)
         if site.stacked or x.dim() <= one:
             raise self.lost(f"its input has shape {list(x.shape)}")
-        found = rows.at(x.shape[0])
+        found = gates.at(x.shape[0])
         if found is None:
             raise self.lost(f"its input has shape {list(x.shape)}", _COMMON if x.shape[0] == 1 else "")
-        return found.product(self, x, kind, adapted, base)
+        return batch.product(found, layer, x)
 
     def _in_common(self, x: Tensor, one: int) -> bool:
         """Whether all rows have the input x in common: it is said so, or x is made of the model's own tensors alone."""
@@ -194,7 +196,7 @@ class MixedBias(_Mixed):
     __slots__ = ("label", "values")
     multiplies = False
 
-    def __init__(self, label: str, values: Tensor, w: Tensor, rows: Route):
+    def __init__(self, label: str, values: Tensor, w: Tensor, rows: Gates):
         self.label, self.values, self.w, self.rows = label, values, w, rows
         self.task = -1 if torch.compiler.is_compiling() else backward_task()
 
@@ -207,8 +209,8 @@ class MixedBias(_Mixed):
 
     def added_to(self, y: Tensor) -> Tensor:
         if isinstance(y, Unrowed):
-            return on_each(y, self.rows, self.name, lambda y: self.rows.bias(self.values, self.w, y))
+            return on_each(y, self.rows, self.name, lambda y: batch.bias(self.rows, self.values, self.w, y))
         rows = self.rows.at(y.shape[0])
         if rows is None:
             raise self.lost(f"the layer's output has shape {list(y.shape)}")
-        return rows.bias(self.values, self.w, y)
+        return batch.bias(rows, self.values, self.w, y)

@@ -1,7 +1,7 @@
 """Adapters of one method and shape at one site, and their outputs on the rows that use them."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +10,16 @@ from torch.func import vmap
 from peftfn.core.combine import is_expression, own_name
 from peftfn.core.method import LowRank, Weight
 from peftfn.core.plan import Entry
-from peftfn.slots.route import Bucket, Cut, Run, Share, picked
+from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.weight import AdaptedWeight
+from peftfn.tensors.arguments import picked
 from peftfn.tensors.precision import cast, operand_dtype
 from peftfn.tensors.transform import eager
 
-if TYPE_CHECKING:
-    from peftfn.slots.mixed import MixedWeight
+Cut = Callable[[Tensor], Tensor]
+"""x [rows, …] ↦ [some rows, …]"""
+Run = Callable[[int, Cut], Tensor]
+"""(adapter, −1 the base; cut) ↦ the output of the rows that cut takes"""
 
 
 class Part:
@@ -130,11 +133,12 @@ class Part:
         picked = low.down.mT[owner.view(-1, *[1] * (x.dim() - 1)), x]
         return picked.reshape(bucket.number, -1, picked.shape[-1])
 
-    def linear(self, bucket: Bucket, x: Tensor, weight: "MixedWeight", base: Cut) -> Tensor:
-        """A linear layer whose rows are this bucket as they stand: no row is moved."""
+    def linear(self, bucket: Bucket, x: Tensor, w: Any, base: Cut) -> Tensor:
+        """A linear layer whose rows are this bucket as they stand: no row is moved. w: the base's weight [out, in]."""
         dtype = operand_dtype(x)
         low = self.factors(bucket, dtype)
-        s, w = self._shrink(bucket, low, x, "linear"), weight.matrix(dtype)
+        w = w if isinstance(w, Tensor) else w.to(dtype)  # a quantised weight: its values in this dtype
+        s = self._shrink(bucket, low, x, "linear")
         if not torch.is_grad_enabled() and eager(x) and w.dtype == dtype:  # the base's product onto the low-rank one:
             y = torch.bmm(s, low.up.mT)  # a pass less over the output
             y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), w.mT, beta=low.scale)

@@ -6,17 +6,16 @@ them, functions of tables alone run on each, and where a table meets rows each r
 """
 
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from peftfn.slots.route import mapped, tensors, visit
+from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
-
-if TYPE_CHECKING:
-    from peftfn.slots.route import Route
+from peftfn.tensors.arguments import mapped, tensors, visit
+from peftfn.tensors.lent import Lent
 
 _MEET = frozenset(
     [
@@ -39,12 +38,12 @@ class Unrowed(Tensor):
     """
 
     each: Tensor | None
-    rows: "Route"
+    rows: Gates
     site: str
     version: int | None
 
     @classmethod
-    def of(cls, t: Tensor, rows: "Route", each: Tensor | None = None, site: str = "") -> "Unrowed":
+    def of(cls, t: Tensor, rows: Gates, each: Tensor | None = None, site: str = "") -> "Unrowed":
         out = t.as_subclass(cls)
         out.each, out.rows, out.site = each, rows, site
         with torch._C.DisableTorchFunctionSubclass():
@@ -67,7 +66,7 @@ def known(t: Tensor) -> bool:
         return t.version is None or t.version == t._version
 
 
-def owned(t: Tensor, rows: "Route") -> bool:
+def owned(t: Tensor, rows: Gates) -> bool:
     """Whether t is certain to be the same for all rows."""
     return rows.owned(t) or (isinstance(t, Unrowed) and t.each is None and known(t))
 
@@ -77,7 +76,7 @@ def plain(t: Tensor) -> Tensor:
     return t.as_subclass(Tensor) if isinstance(t, Unrowed) else t
 
 
-def on_each(x: Tensor, rows: "Route", site: str, run: Callable[[Tensor], Tensor]) -> Unrowed:
+def on_each(x: Tensor, rows: Gates, site: str, run: Callable[[Tensor], Tensor]) -> Unrowed:
     """`run`, which takes and gives rows, on an input that has none: each row has its own output."""
     each = x.each if isinstance(x, Unrowed) else None
     y = run(plain(x).expand(rows.size or 1, *x.shape) if each is None else each)
@@ -103,10 +102,10 @@ def tables(module: nn.Module) -> list[str]:
     return [k for k, p in module._parameters.items() if p is not None and p.dim() > 1 and (k != "weight" or not own)]
 
 
-def mark(slots: Iterable[tuple[MutableMapping[str, Any], str]], rows: "Route") -> None:
+def mark(slots: Iterable[tuple[MutableMapping[str, Any], str]], rows: Gates) -> None:
     """Let the tables in these slots be known."""
     for held, k in slots:
-        if type(held[k]) is Tensor:
+        if type(held[k]) in (Tensor, Lent):
             held[k] = Unrowed.of(held[k], rows)
 
 
@@ -159,7 +158,7 @@ def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
 
 
-def _wrapped(out: Any, rows: "Route", each: Any, site: str) -> Any:
+def _wrapped(out: Any, rows: Gates, each: Any, site: str) -> Any:
     if isinstance(out, list | tuple):
         return type(out)(
             _wrapped(o, rows, None if each is None else e, site)
@@ -169,7 +168,7 @@ def _wrapped(out: Any, rows: "Route", each: Any, site: str) -> Any:
     return Unrowed.of(plain(out), rows, each, site) if new else out
 
 
-def _repeated(table: Unrowed, sizes: Any, rows: "Route") -> Tensor | None:
+def _repeated(table: Unrowed, sizes: Any, rows: Gates) -> Tensor | None:
     """The rows' own tables one after the other, where the model repeats the one it sees for every row."""
     sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     n, each = sizes[0], table.each
@@ -179,7 +178,7 @@ def _repeated(table: Unrowed, sizes: Any, rows: "Route") -> Tensor | None:
     return each.repeat(1, 1, *sizes[1:]).flatten(0, 1)
 
 
-def _met(func: Any, args: Any, kwargs: Any, rows: "Route", rowed: list[Tensor], site: str) -> Any:
+def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], site: str) -> Any:
     """A function in which tables meet rows: each row meets its own."""
     dims = max(v.dim() for v in rowed)
     count = max((v.shape[0] for v in rowed if v.dim() == dims), default=0)

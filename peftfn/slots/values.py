@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from peftfn.core.functions import bank_of, current
 from peftfn.core.plan import Plan
+from peftfn.slots.gates import Gates
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
-from peftfn.slots.route import Route
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.transform import moment
 
@@ -23,7 +23,7 @@ class Given(NamedTuple):
     size: int = 1
 
 
-def values(given: Sequence[Given], gates: Route | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+def values(given: Sequence[Given], gates: Gates | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
     """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter."""
     return _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
 
@@ -51,7 +51,7 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
     return out
 
 
-def _mixed(given: Sequence[Given], gates: Route, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+def _mixed(given: Sequence[Given], gates: Gates, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
     parts: dict[str, list[Part]] = {}
     owners: dict[str, str] = {}
     for plan, stacked, start, size in given:
