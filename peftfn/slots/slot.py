@@ -126,7 +126,12 @@ def check(args: Any, kwargs: Any) -> None:
 
 
 def plus(y: Tensor, bias: Any) -> Tensor:
-    return y if bias is None else bias.added_to(y) if isinstance(bias, Slot) else y + bias.to(y.dtype)
+    """y and what stands in the slot of a bias."""
+    if bias is None:
+        return y
+    if isinstance(bias, Slot):
+        return bias.added_to(y)
+    return y + (bias if bias.dtype is y.dtype else bias.to(y.dtype))
 
 
 def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
