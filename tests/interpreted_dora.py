@@ -42,14 +42,18 @@ def test_norm(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 def test_many_sites_in_one_launch(monkeypatch: Any) -> None:
     from peftfn.kernels import dora_triton
 
-    launches = []
+    launches: list[str] = []
     real = dora_triton.launch
-    monkeypatch.setattr(dora_triton, "launch", lambda *args, **meta: (launches.append(args), real(*args, **meta)))
+    monkeypatch.setattr(
+        dora_triton,
+        "launch",
+        lambda kernel, *args, **meta: (launches.append(kernel.fn.__name__), real(kernel, *args, **meta)),
+    )
     sites = [operands(45, 70, 17, torch.float16, seed) for seed in range(3)]
     ws, downs, ups = zip(*sites, strict=True)
     with use("triton"):
         got = dora_norms(ws, downs, ups, [0.5, 1.0, 2.0])
-    assert len(launches) == 1
+    assert launches == ["_norms", "_root"]
     want = torch.stack([exact(*site, s) for site, s in zip(sites, (0.5, 1.0, 2.0), strict=True)])
     close(torch.stack(list(got)).double(), want, "norms", 1e-5)
 
@@ -74,7 +78,7 @@ def test_sites_of_one_shape_are_prepared_in_one_launch(monkeypatch: Any) -> None
     assert not launches
     with use("triton"):
         got = {n: p for n, (_, p) in prepared(net.plan, a, weights).items()}
-    assert sorted(launches) == ["_norm", "_norms", "_norms"]
+    assert sorted(launches) == ["_norm", "_norms", "_norms", *["_root"] * 3]
     assert list(got) == list(net.plan)
     for name, p in want.items():
         assert p.keys() == got[name].keys()
@@ -84,12 +88,12 @@ def test_sites_of_one_shape_are_prepared_in_one_launch(monkeypatch: Any) -> None
     weights["1.weight"] = weights["1.weight"].detach().mT.contiguous().mT
     with use("triton"):
         again = prepared(net.plan, {**a, "0.weight": got["0.weight"]}, weights)
-    assert sorted(launches) == ["_norm", "_norm", "_norm", "_norms"]
+    assert sorted(launches) == ["_norm", "_norm", "_norm", "_norms", *["_root"] * 4]
     for name, p in want.items():
         close(again[name][1]["c"], p["c"], name, 1e-5)
 
 
-def test_net_prepare_is_two_launches_for_two_shapes(monkeypatch: Any) -> None:
+def test_net_prepare_is_two_pairs_of_launches_for_two_shapes(monkeypatch: Any) -> None:
     from peftfn.kernels import dora_triton
 
     model = nn.Sequential(*[nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.Tanh()] * 3).requires_grad_(False)
@@ -99,9 +103,9 @@ def test_net_prepare_is_two_launches_for_two_shapes(monkeypatch: Any) -> None:
     monkeypatch.setattr(dora_triton, "launch", lambda *args, **meta: (launches.append(args), real(*args, **meta)))
     with use("triton"):
         ready = net.prepare(a)
-        assert len(launches) == 2
+        assert len(launches) == 4
         y = net.apply(ready, x)
-        assert len(launches) == 2
+        assert len(launches) == 4
     with use("torch"):
         close(y, net.apply(a, x), "prepared", 1e-5)
 
