@@ -155,7 +155,7 @@ def mixed(run: Run) -> None:
     """Few rows an adapter, odd sizes, one group and several, embeddings."""
     on = Numbers(run)
     for dtype in on.dtypes(FP32, FP16, BF16):
-        for rows in (21,) if run.args.dry else (5, 64):
+        for rows in (5, 21) if run.args.dry else (5, 64):
             for ranks in ((3,),) if run.args.dry else ((16,), (3, 512), (1,)):
                 for what in ("mixed", "all the base", "one"):
                     with run.trying(f"gate of a mixed batch, {what}, {rows} rows, r {ranks}, {dtype}"):
@@ -182,6 +182,8 @@ def long(run: Run) -> None:
         for ranks in ((17,), (16, 64)):
             with run.trying(f"gate of a mixed batch, 1023 rows, r {ranks}, {dtype}"):
                 batch(on, "mixed", 1023, dtype, ranks, (1023, 1281))
+        with run.trying(f"gate of a mixed batch, 64 rows of 64 adapters, {dtype}"):
+            batch(on, "mixed", 64, dtype, (64,), (2048, 1024), slots=64)
         for r in (16, 64, 256):
             with run.trying(f"gate of a mixed batch, 8192 rows, r {r}, {dtype}"):
                 batch(on, "mixed", 8192, dtype, (r,), (2048, 1024), slots=8)

@@ -86,11 +86,11 @@ def device(run: Run) -> Target:
 class Stacks:
     """A mixed batch, with as many stacks of adapters as no cache holds."""
 
-    def __init__(self, run: Run, t: int, slots: int, r: int):
+    def __init__(self, run: Run, t: int, slots: int, r: int, block: int | None):
         d, on, dtype = 70 if run.args.dry else 4096, run.clock.device, half(run)
         self.t, self.slots, self.r, self.d, self.size = t, slots, r, d, 2 * slots * r * d
-        self.case = f"{t} rows, {slots} adapters, r={r}"
-        self.rows = segments(torch.arange(t, device=on) % slots, slots)
+        self.rows = segments(torch.arange(t, device=on) % slots, slots, block=block)
+        self.case = f"{t} rows in blocks of {self.rows.block}, {slots} adapters, r={r}"
         self.x = torch.randn(t, d, device=on).to(dtype)
         self.y = torch.zeros(t, d, device=on, dtype=dtype)
         a = of(run, self.size, lambda: torch.randn(slots, r, d, device=on).to(dtype))
@@ -100,10 +100,12 @@ class Stacks:
 
 
 def stacks(run: Run) -> Iterator[Stacks]:
-    for t, slots, r in [(5, 3, 3)] if run.args.dry else [
-        (1, 1, 16), (8, 8, 16), (64, 64, 16), (64, 64, 64), (256, 8, 16), (2048, 8, 16), (8192, 8, 16), (8192, 8, 64),
+    for t, slots, r, block in [(5, 3, 3, None), (9, 3, 3, 16)] if run.args.dry else [
+        (1, 1, 16, 1), (8, 8, 16, 1), (64, 64, 16, 1), (64, 64, 64, 1), (64, 4, 16, 1), (64, 4, 16, 16),
+        (256, 8, 16, 1), (256, 8, 16, None), (256, 64, 16, 1), (256, 64, 16, 16), (2048, 8, 16, None),
+        (8192, 8, 16, None), (8192, 8, 64, None),
     ]:  # fmt: skip
-        yield Stacks(run, t, slots, r)
+        yield Stacks(run, t, slots, r, block)
 
 
 @torch.no_grad()
@@ -111,13 +113,15 @@ def thin(run: Run) -> None:
     there = device(run)
     for on in stacks(run):
         br = 16 if on.r <= 16 else 64
-        steps = [(128, 4, 3), (256, 4, 3), (128, 2, 3), (128, 8, 3), (256, 8, 2), (128, 4, 5)]
-        if on.rows.block > 16:
-            steps = [(64, 4, 3), (128, 4, 3), (128, 8, 3), (64, 4, 4)]
-        splits = (1, 2, 4, 8) if on.t > 512 else (4, 8, 16, 32)
+        if on.rows.block == 1:
+            steps = [(min(br, 32), 256, 4, 3), (16, 256, 4, 3), (16, 512, 4, 3), (16, 256, 2, 3), (16, 128, 2, 3)]
+            splits: tuple[int, ...] = (4, 8, 16)
+        else:
+            steps = [(br, 128, 4, 3), (br, 128, 2, 3), (br, 128, 8, 3), (br, 64, 4, 4)]
+            splits = (1, 2, 4) if on.t > 512 else (2, 4, 8, 16)
         tiles = [mixed_triton.thin_tiles(there, len(on.rows.slot), on.rows.block, on.d, on.r, 2)]
         if not run.args.dry:
-            tiles += [mixed_triton.Thin(br, bk, s, w, g) for bk, w, g in steps for s in splits]
+            tiles += [mixed_triton.Thin(r, bk, s, w, g) for r, bk, w, g in steps for s in splits]
 
         def call(i: int, v: Any, on: Stacks = on) -> Tensor:
             with cut(mixed_triton, "thin_tiles", v):
@@ -129,14 +133,21 @@ def thin(run: Run) -> None:
 
 @torch.no_grad()
 def wide(run: Run) -> None:
-    """All tiles for 8 planes (2 where rows are many), and two of them for other numbers of planes."""
     there, W = device(run), mixed_triton.Wide
     for on in stacks(run):
         br = 16 if on.r <= 16 else 64
-        few = [mixed_triton.wide_tiles(there, on.rows.block, on.r), W(128, br, 4)]
-        most = [*few, W(64, 16, 4), W(64, br, 4), W(64, br, 2), W(32, br, 2), W(64, br, 8), W(128, br, 8)]
-        usual = 2 if on.t > 512 or run.args.dry else 8
-        for split in [usual] if run.args.dry else [1, 2, 4] if on.t > 512 else [4, 8, 16, 32]:
+        tiles = [mixed_triton.wide_tiles(there, on.rows.block, on.r, True)]
+        if not run.args.dry:
+            few = [
+                W(64, min(br, 32), 4),
+                W(64, 16, 2),
+                W(128, 16, 4),
+                W(32, 16, 1),
+                W(64, min(br, 32), 2),
+                W(256, 16, 4),
+            ]
+            tiles += few if on.rows.block == 1 else [W(128, br, 4), W(256, br, 8), W(256, br, 4)]
+        for split in [2] if run.args.dry else [1, 2, 4] if on.t > 512 else [4, 8, 16]:
             planes = torch.randn(split, on.t, on.r, device=run.clock.device)
 
             def call(i: int, v: Any, on: Stacks = on, planes: Tensor = planes) -> Tensor:
@@ -146,7 +157,6 @@ def wide(run: Run) -> None:
                     mixed_triton.wide(there, planes, on.up[i], on.rows, on.y)
                 return on.y
 
-            tiles = few[:1] if run.args.dry else most if split == usual else few
             ways = {str(tuple(v)): partial(call, v=v) for v in tiles}
             candidates(run, "wide", f"{on.case}, {split} planes", ways, on.size)
 
@@ -165,16 +175,19 @@ def norm(run: Run) -> None:
     for n, k, r in [(40, 70, 5)] if dry else [(4096, 4096, 16), (8192, 8192, 16), (4096, 4096, 64), (4096, 4096, 384)]:
         w = of(run, n * k * 2, lambda n=n, k=k: torch.randn(n, k, device=on).to(dtype))  # type: ignore[misc]
         a, b = torch.randn(r, k, device=on), torch.randn(n, r, device=on)
-        shapes = [(32, 128, 4, 2), (32, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3),
-                  (128, 64, 8, 3), (32, 64, 4, 4)]  # fmt: skip
-        tiles = [dora_triton.tiles(there, a.dtype, 1, n, k, r)]
-        tiles += [] if dry else [N(bn, bk, s, ws, g) for bn, bk, ws, g in shapes for s in (1, 2, 4, 8)]
+        shapes = [(32, 128, 4, 2), (32, 128, 4, 3), (64, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)]
+        tiles = [dora_triton.tiles(there, dtype, a.dtype, 1, n, k, r)]
+        if not dry:
+            each = [(*shape, s, p) for shape in shapes for s in (2, 4, 8) for p in ("tf32x3", "tf32")]
+            tiles += [N(bn, bk, s, ws, g, p) for bn, bk, ws, g, s, p in each]
 
         def ours(i: int, v: Any, a: Any = a, b: Any = b, w: Any = w) -> Tensor:
             with cut(dora_triton, "tiles", v):
                 return dora_triton.norm(there, w[i], a, b, 2.0)
 
+        low, up = a.to(dtype), b.to(dtype)
         ways: dict[str, Each] = {str(tuple(v)): partial(ours, v=v) for v in tiles}
+        ways |= {f"half {tuple(v)}": partial(ours, v=v, a=low, b=up) for v in tiles if v.precision == "tf32"}
         candidates(run, "norm", f"{n}×{k}, r={r}", ways, n * k * 2)
 
 
@@ -184,14 +197,15 @@ def shrink(run: Run) -> None:
     for m, k, r in [(16, 70, 5)] if dry else [(4096, 4096, 16), (4096, 4096, 64), (8192, 4096, 16), (512, 4096, 16)]:
         x = of(run, m * k * 2, lambda m=m, k=k: torch.randn(m, k, device=on).to(dtype))
         a, br = torch.randn(r, k, device=on).to(dtype), 16 if r <= 16 else 64
+        seed = torch.tensor([12345], device=on)
         shapes = [(16, 128, 4, 3), (32, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3),
                   (128, 64, 4, 3), (128, 64, 8, 4)]  # fmt: skip
         tiles = [lora_triton.shrink_tiles(there, dtype, m, k, r)]
         tiles += [] if dry else [S(bm, br, bk, s, w, g) for bm, bk, w, g in shapes for s in (1, 2, 4, 8)]
 
-        def ours(i: int, v: Any, a: Any = a, x: Any = x) -> Tensor:
+        def ours(i: int, v: Any, a: Any = a, x: Any = x, seed: Tensor = seed) -> Tensor:
             with cut(lora_triton, "shrink_tiles", v):
-                return lora_triton.shrink(there, x[i], a)
+                return lora_triton.shrink(there, x[i], a, 0.1, seed)
 
         ways: dict[str, Each] = {str(tuple(v)): partial(ours, v=v) for v in tiles}
         ways["torch.mm"] = lambda i, x=x, a=a: torch.mm(x[i], a.mT)  # type: ignore[misc]
@@ -209,7 +223,7 @@ def sweep(run: Run) -> None:
         shapes = [(32, 128, 8), (64, 128, 8), (64, 128, 4), (32, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8),
                   (64, 256, 8), (32, 64, 4)]  # fmt: skip
         for what, more in (("down", {}), ("down and across", {"b": b}), ("both, with c", {"b": b, "c": c, "v": v})):
-            tiles = [lora_triton.sweep_tiles(there, dtype, r, "c" in more)]
+            tiles = [lora_triton.sweep_tiles(there, dtype, r, "c" in more, bool(more))]
             tiles += [] if dry else [W(bm, bn, br, waves, w, 2) for bm, bn, w in shapes for waves in (1, 2, 4)]
 
             def ours(i: int, z: Any, more: Any = more, t: Any = t, s: Any = s, down: Any = down) -> Tensor:

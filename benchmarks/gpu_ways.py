@@ -288,7 +288,6 @@ class Batch:
             del made["gathered bmm"]
         if base:
             made["base"] = lambda: lambda: torch.mm(self.x, self.w.mT)
-            made["all adapters at once"] = lambda: lambda: op.all_slots(self.x, self.w, self.stack, self.index)
         return made
 
 

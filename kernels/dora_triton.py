@@ -100,22 +100,29 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 class Tiles(NamedTuple):
-    """How the norm is cut: rows, columns of a step, programs that share a row, warps, stages."""
+    """How the norm is cut: rows, columns of a step, programs that share a row, warps, stages; and how B A is made."""
 
     bn: int
     bk: int
     split: int
     warps: int
     stages: int
+    precision: str
 
 
-def tiles(there: Target, dtype: torch.dtype, sites: int, n: int, k: int, r: int) -> Tiles:
-    """dtype: of the factors. NOT MEASURED."""
+def tiles(there: Target, w: torch.dtype, a: torch.dtype, sites: int, n: int, k: int, r: int) -> Tiles:
+    """w, a: dtypes of the weight and of the factors. Measured on sm_90.
+
+    fp32 factors multiply in three TF32 products, which lose nothing that fp32 keeps; beside a half-precision weight
+    and above rank 16, where the products and not the weight's bytes take the time, in one.
+    """
+    exact = a is torch.float32 and (r <= 16 or w is torch.float32)
+    precision = "ieee" if there.kind != "cuda" else "tf32x3" if exact else "tf32"
     if there.kind == "interpreter":
-        return Tiles(16, 32, 2 if k > 64 else 1, 4, 1)
-    bn, bk = 64, 64 if dtype is torch.float32 and r > 16 else 128
-    split = max(1, min(8, cdiv(8 * there.processors, cdiv(n, bn) * sites), cdiv(k, 2 * bk)))
-    return Tiles(bn, bk, split, 4, 2 if there.kind == "hip" else 3)
+        return Tiles(16, 32, 2 if k > 64 else 1, 4, 1, precision)
+    bn, bk, warps, stages = 32, 128, 4, 3 if r <= 16 else 2
+    split = max(1, min(8, cdiv(4 * there.processors, cdiv(n, bn) * sites), cdiv(k, 2 * bk)))
+    return Tiles(bn, bk, split, warps, 2 if there.kind == "hip" else stages, precision)
 
 
 def _squared(
@@ -124,11 +131,9 @@ def _squared(
 ) -> Tensor:  # fmt: skip
     """Launch `kernel` for so many sites like (w, a, b): the norms [sites, n]."""
     (n, k), r = w.shape, a.shape[0]
-    bn, bk, split, warps, stages = tiles(there, a.dtype, sites, n, k, r)
+    bn, bk, split, warps, stages, precision = tiles(there, w.dtype, a.dtype, sites, n, k, r)
     br = 16 if there.kind == "interpreter" else min(power(r), 64)
     parts = torch.empty(split, sites, n, dtype=torch.float32, device=w.device)
-    # fp32 factors multiply in three TF32 products, which lose nothing that fp32 keeps
-    precision = "tf32x3" if there.kind == "cuda" and a.dtype is torch.float32 else "ieee"
     launch(
         kernel, (cdiv(n, bn), split, sites), *first, parts, k, n, r, *w.stride(), *a.stride(), *b.stride(),
         cdiv(cdiv(k, bk), split) * bk, *last, **meta, PRECISION=precision, ONE=r <= br, BN=bn, BK=bk, BR=br,

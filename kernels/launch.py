@@ -11,8 +11,61 @@ Grid = tuple[int, ...]
 def run(kernel: Any, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """args: a tensor first, on whose device the kernel runs, whichever is current. meta: constexpr arguments by name,
     and num_warps and num_stages."""
-    with torch.cuda.device_of(args[0]):
+    device = args[0].get_device()
+    if device < 0:  # the interpreter, on a CPU
         kernel[grid](*args, **meta)
+    elif device == torch.cuda.current_device():
+        _on_device(kernel, device, grid, args, meta)
+    else:
+        with torch.cuda.device(device):
+            _on_device(kernel, device, grid, args, meta)
+
+
+class Known:
+    """What is compiled of one kernel, by what it was compiled for.
+
+    Triton's own launcher binds and specialises some 30 arguments by name in each call, which costs several times what
+    the launch itself does. This key has the same meaning: equal for two calls exactly if Triton compiles nothing anew.
+    """
+
+    def __init__(self, kernel: Any):
+        self.names = tuple(p.name for p in kernel.params if p.is_constexpr)
+        self.special = tuple(not p.do_not_specialize for p in kernel.params if not p.is_constexpr)
+        self.compiled: dict[Any, Any] = {}
+
+    def key(self, device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
+        key: list[Any] = [device, *meta.values()]
+        for v, special in zip(args, self.special, strict=True):
+            kind = type(v)
+            if kind is int:
+                if special and (v == 1 or v % 16 == 0):
+                    key.append(1 if v == 1 else 16 if v < 2**31 else 64)
+                else:
+                    key.append(0 if v < 2**31 else 32)
+            elif kind is float:
+                continue
+            elif v is None:
+                key.append(None)
+            else:
+                key.append(v.dtype)
+                key.append(v.data_ptr() % 16 == 0)
+        return tuple(key)
+
+
+_known: dict[int, Known] = {}
+"""By the kernel's id: kernels are functions of modules, launched from one place each, and live as long as these."""
+
+
+def _on_device(kernel: Any, device: int, grid: Grid, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    known = _known.get(id(kernel))
+    if known is None:
+        known = _known[id(kernel)] = Known(kernel)
+    key = known.key(device, args, meta)
+    compiled = known.compiled.get(key)
+    if compiled is None:
+        known.compiled[key] = kernel[grid](*args, **meta)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*args, *[meta[name] for name in known.names])
 
 
 _run: Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None] = run

@@ -38,7 +38,7 @@ class _Fused(Function):
 
         needs_v = graded and c is not None and ctx.needs_input_grad[4]
         down, up = a.to(x.dtype), b.to(x.dtype)  # masters are cast once, for backward too
-        s = ops.shrink(there, x, down, 1.0, p, seed) if by.thin else torch.mm(x, down.mT)
+        s = ops.shrink(there, x, down, p, seed) if p else torch.mm(x, down.mT)
         if by.large:
             y, v = ops.gemm(there, x, w, s, up, scale, c=c, bias=bias, keep_v=needs_v)
         else:
@@ -108,7 +108,7 @@ def _by_kernels(
         ds, dv = swept.across, dy if swept.scaled is None else swept.scaled
         dc = None if c is None or swept.sums is None else swept.sums.to(c.dtype)
     if ds is None and (need_a or need_x):
-        ds = ops.shrink(there, dv, b.mT, scale)
+        ds = torch.mm(dv, b).mul_(scale)
     if need_a:
         da = torch.empty(a.shape, dtype=masters[0], device=a.device)
         ops.sweep(there, x, ds, None, p=p, seed=seed, down=da.mT)
@@ -148,13 +148,13 @@ def gradients(
     s = dropped @ down.mT if s is None else s
     dv = dy if c is None else dy * c.to(dy.dtype)
     ds = scale * (dv @ up)
-    dx = torch.addmm(drop(ds @ down), dv, w) if need[0] else None
+    dx = drop(ds @ down).addmm_(dv, w) if need[0] else None  # in place: addmm copies what it adds to
     dw = dv.mT @ x if need[1] else None
     da = (ds.mT @ dropped).to(a.dtype) if need[2] else None
     db = (scale * (dv.mT @ s)).to(b.dtype) if need[3] else None
     dc = None
     if c is not None and need[4]:
-        v = torch.addmm(scale * (s @ up.mT), x, w.mT) if v is None else v
+        v = (scale * (s @ up.mT)).addmm_(x, w.mT) if v is None else v
         dc = (dy * v).sum(0).to(c.dtype)
     return dx, dw, da, db, dc
 
@@ -180,7 +180,7 @@ def fused_linear(
     if there is None or x.dtype != w.dtype:
         return None
     n, k = w.shape
-    by = products(there, x.numel() // max(k, 1), n, k, len(a), x.dtype)
+    by = products(there, x.numel() // max(k, 1), n, k, len(a), x.dtype, plain=c is None and not dropout)
     if by is None or (dropout and not by.thin):
         return None
     if dropout and seed is None:

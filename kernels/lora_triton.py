@@ -40,10 +40,10 @@ def keep(seed, rows, first, p, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _shrink(
-    x, a, out, seed, m, k, r, x_row, a_r, a_k, each, scale, p,
+    x, a, out, seed, m, k, r, x_row, a_r, a_k, each, p,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [plane, m, r] = scale·drop(x [m, k]) aᵀ, summed over the plane's `each` columns of x."""
+    """out [plane, m, r] = drop(x [m, k]) aᵀ, summed over the plane's `each` columns of x."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     plane = tl.program_id(2)
@@ -60,7 +60,6 @@ def _shrink(
         acc = tl.dot(xt, at, acc, input_precision=PRECISION)
     if DROP:
         acc = acc / (1 - p)
-    acc = acc * scale
     to = (plane.to(tl.int64) * m + rows)[:, None] * r + ranks[None, :]
     tl.store(out + to, acc.to(out.dtype.element_ty), ok & real)
 
@@ -165,10 +164,10 @@ def _sweep(
             tl.store(sums + chunk.to(tl.int64) * n + cols, total, real)
 
 
-@triton.jit(do_not_specialize=("planes", "size"))
-def _fold(parts, out, size, r, out_row, out_r, planes, scale, BLOCK: tl.constexpr, STEP: tl.constexpr):
+@triton.jit
+def _sum(block, parts, out, size, r, out_row, out_r, planes, scale, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """out[i // r, i % r] = scale·Σ parts[plane, i], the planes in order, STEP of them in flight."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     acc = tl.zeros((BLOCK,), tl.float32)
     at = parts + i
@@ -177,6 +176,27 @@ def _fold(parts, out, size, r, out_row, out_r, planes, scale, BLOCK: tl.constexp
             acc += tl.load(at, i < tl.where(first + j < planes, size, 0), other=0.0)
             at += size
     tl.store(out + i // r * out_row + i % r * out_r, (acc * scale).to(out.dtype.element_ty), ok)
+
+
+@triton.jit(do_not_specialize=("size0", "planes0", "size1", "planes1", "size2", "planes2"))
+def _fold(
+    parts0, out0, size0, r0, row0, col0, planes0, scale0, parts1, out1, size1, r1, row1, col1, planes1, scale1,
+    parts2, out2, size2, r2, row2, col2, planes2, scale2, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Up to three sums of planes, one by the first blocks, one by the next ones …"""
+    block = tl.program_id(0)
+    blocks0 = tl.cdiv(size0, BLOCK)
+    if block < blocks0:
+        _sum(block, parts0, out0, size0, r0, row0, col0, planes0, scale0, BLOCK, STEP)
+    if parts1 is not None:
+        block -= blocks0
+        blocks1 = tl.cdiv(size1, BLOCK)
+        if (block >= 0) & (block < blocks1):
+            _sum(block, parts1, out1, size1, r1, row1, col1, planes1, scale1, BLOCK, STEP)
+        if parts2 is not None:
+            block -= blocks1
+            if block >= 0:
+                _sum(block, parts2, out2, size2, r2, row2, col2, planes2, scale2, BLOCK, STEP)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -203,7 +223,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(there: Target, dtype: torch.dtype, m: int, busy: bool = False) -> Blocks:
-    """NOT MEASURED: the usual shapes for each architecture. busy: an epilogue or a mask that needs registers too."""
+    """The usual shapes for each architecture. busy: an epilogue or a mask that needs registers too."""
     if there.kind == "interpreter":
         return Blocks(32, 32, 32, 4, 1)
     if dtype is torch.float32:  # exact fp32 products have no tensor cores
@@ -236,7 +256,7 @@ class Shrink(NamedTuple):
 
 
 def shrink_tiles(there: Target, dtype: torch.dtype, m: int, k: int, r: int) -> Shrink:
-    """NOT MEASURED: enough programs to ask for all of the bandwidth, and A is read by every 64 rows."""
+    """Enough programs to ask for all of the bandwidth; A is read by every 64 rows. Measured on sm_90."""
     if there.kind == "interpreter":
         return Shrink(16, 16, 32, 2 if k > 64 else 1, 4, 1)
     bm, br, bk = 64, min(power(r), 64), 64 if dtype is torch.float32 else 128
@@ -244,10 +264,8 @@ def shrink_tiles(there: Target, dtype: torch.dtype, m: int, k: int, r: int) -> S
     return Shrink(bm, br, bk, split, 4, 2 if there.kind == "hip" else 3)
 
 
-def shrink(
-    there: Target, x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
-    """scale·drop(x) aᵀ: x [m, k], a [r, k] of any strides → [m, r] in x's dtype."""
+def shrink(there: Target, x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(x) aᵀ: x [m, k], a [r, k] of any strides → [m, r] in x's dtype."""
     (m, k), r = x.shape, a.shape[0]
     x = rowed(x)
     bm, br, bk, split, warps, stages = shrink_tiles(there, x.dtype, m, k, r)
@@ -256,11 +274,10 @@ def shrink(
     launch(
         _shrink, (cdiv(m, bm), cdiv(r, br), split),
         x, a, planes, seed, m, k, r, x.stride(0), a.stride(0), a.stride(1), cdiv(cdiv(k, bk), split) * bk,
-        float(scale), float(p),
-        DROP=p > 0, **precision(x.dtype), BM=bm, BR=br, BK=bk, num_warps=warps, num_stages=stages,
+        float(p), DROP=p > 0, **precision(x.dtype), BM=bm, BR=br, BK=bk, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split > 1:
-        fold(planes, out, 1.0)
+        fold((planes, out, 1.0))
     return out
 
 
@@ -322,12 +339,18 @@ class Sweep(NamedTuple):
     stages: int
 
 
-def sweep_tiles(there: Target, dtype: torch.dtype, r: int, scaled: bool) -> Sweep:
-    """NOT MEASURED. scaled: c scales the tile, and its sums are wanted."""
+def sweep_tiles(there: Target, dtype: torch.dtype, r: int, scaled: bool, both: bool) -> Sweep:
+    """scaled: c scales the tile, and its sums are wanted. both: two products of the tile. Measured on sm_90."""
     if there.kind == "interpreter":
         return Sweep(16, 32, 16, 2, 4, 1)
-    bm = 64 if not scaled and dtype is not torch.float32 else 32
-    return Sweep(bm, 128, min(power(r), 64), 2, 4 if there.kind == "hip" else 8, 2)
+    br = min(power(r), 64)
+    if dtype is torch.float32:
+        return Sweep(32, 128, br, 2, 4 if there.kind == "hip" else 8, 2)
+    if scaled or there.kind == "hip":
+        return Sweep(64, 128, br, 2, 4, 2)
+    if both:
+        return Sweep(64, 256, br, 2 if br == 16 else 1, 8, 2)
+    return Sweep(128, 128, br, 2, 8, 2)
 
 
 class Swept(NamedTuple):
@@ -360,7 +383,7 @@ def sweep(
     t = rowed(t)
     (m, n), of = t.shape, thin if thin is not None else b
     r = 1 if of is None else of.shape[1]
-    bm, bn, br, waves, warps, stages = sweep_tiles(there, t.dtype, r, c is not None)
+    bm, bn, br, waves, warps, stages = sweep_tiles(there, t.dtype, r, c is not None, thin is not None and b is not None)
     columns = cdiv(n, bn)
     chunks = max(1, min(cdiv(m, bm), waves * there.processors // columns))
     rows_each = cdiv(cdiv(m, chunks), bm) * bm
@@ -381,25 +404,25 @@ def sweep(
         ACROSS=b is not None, DOWN=thin is not None, C=c is not None, DROP=p > 0, **precision(t.dtype),
         BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    kept = 1 / (1 - p)
-    across = None
+    kept, across, total, todo = 1 / (1 - p), None, None, []
     if acrosses is not None:
         across = torch.empty(m, r, dtype=dtype or t.dtype, device=t.device)
-        fold(acrosses, across, scale * kept)
+        todo.append((acrosses, across, scale * kept))
     if downs is not None and down is not None:
-        fold(downs, down, scale * kept)
-    total = None
+        todo.append((downs, down, scale * kept))
     if sums is not None:
-        total = torch.empty(n, 1, dtype=torch.float32, device=t.device)
-        fold(sums[..., None], total, 1.0)
-        total = total[:, 0]
+        total = torch.empty(n, dtype=torch.float32, device=t.device)
+        todo.append((sums[..., None], total[:, None], 1.0))
+    fold(*todo)
     return Swept(down, across, total, scaled)
 
 
-def fold(parts: Tensor, out: Tensor, scale: float) -> None:
-    """out [rows, r] = scale·Σ parts [planes, rows, r], in order."""
-    planes, rows, r = parts.shape
-    launch(
-        _fold, (cdiv(rows * r, 512),),
-        parts, out, rows * r, r, out.stride(0), out.stride(1), planes, float(scale), BLOCK=512, STEP=8, num_warps=4,
-    )  # fmt: skip
+def fold(*sums: tuple[Tensor, Tensor, float]) -> None:
+    """For each (parts [planes, rows, r], out [rows, r], scale), of at most three: out = scale·Σ parts, in order."""
+    args: list[object] = []
+    for parts, out, scale in sums:
+        planes, rows, r = parts.shape
+        args += [parts, out, rows * r, r, out.stride(0), out.stride(1), planes, float(scale)]
+    args += [None, None, 0, 0, 0, 0, 0, 0.0] * (3 - len(sums))
+    blocks = sum(cdiv(parts[0].numel(), 512) for parts, _, _ in sums)
+    launch(_fold, (blocks,), *args, BLOCK=512, STEP=8, num_warps=4)

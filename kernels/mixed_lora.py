@@ -1,7 +1,7 @@
 """y[i] = c_k ⊙ (x[i] Wᵀ + s_k·(x[i] A_kᵀ) B_kᵀ), k the adapter of row i: a batch whose rows have adapters of their own.
 
-The base product runs once on all rows; the low-rank parts run in two launches for all adapters, or in two products
-over all of them where their ranks sum to little. Rows of index −1 are the base's, and cost nothing more.
+The base product runs once on all rows; the low-rank parts run in two launches for all adapters. Rows of index −1 are
+the base's, and cost nothing more.
 
 `Stack` is adapters of one rank, as `peftfn.stack` gives them. Adapters of other ranks, or of other nets, are further
 groups: the base product is theirs too.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peftfn.kernels.choose import Target, all_at_once, kernels_for
+from peftfn.kernels.choose import Target, kernels_for
 from peftfn.kernels.segments import Segments, segments
 from torch import Tensor
 from torch.autograd import Function
@@ -50,6 +50,24 @@ Group = tuple[Stack, Segments]
 """Adapters, and which rows of the batch are whose; to them, the rows of other groups are the base's."""
 
 
+def _run(
+    x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, tensors: Sequence[Any], keep_v: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """(y; v, what c multiplies, if it is to be kept; the planes of S of each group)."""
+    from peftfn.kernels import mixed_triton as ops
+
+    y = torch.mm(x, w.mT)
+    v, planes = y.clone() if keep_v else None, []
+    for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
+        down, up = adapters.sides(a, b)
+        planes.append(ops.thin(there, x, down, rows))
+        if c is None or v is None:
+            ops.wide(there, planes[-1], up, rows, y, c=c)
+        else:
+            ops.wide(there, planes[-1], up, rows, v, c=c, out=y)
+    return y, v, planes
+
+
 class _Mixed(Function):
     """tensors: a, b and c of each group. No row is in two groups, so they may write one output in turn."""
 
@@ -57,18 +75,7 @@ class _Mixed(Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, graded: bool, *tensors: Tensor | None
     ) -> Tensor:
-        from peftfn.kernels import mixed_triton as ops
-
-        y = torch.mm(x, w.mT)
-        v = y.clone() if graded and any(ctx.needs_input_grad[7::3]) else None
-        planes = []
-        for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
-            down, up = adapters.sides(a, b)
-            planes.append(ops.thin(there, x, down, rows))
-            if c is None or v is None:
-                ops.wide(there, planes[-1], up, rows, y, c=c)
-            else:
-                ops.wide(there, planes[-1], up, rows, v, c=c, out=y)
+        y, v, planes = _run(x, w, groups, there, tensors, graded and any(ctx.needs_input_grad[7::3]))
         ctx.save_for_backward(x, w, v, *planes, *tensors)
         ctx.groups, ctx.there = groups, there
         return y
@@ -126,23 +133,12 @@ def mixed_lora(x: Tensor, w: Tensor, *groups: Group) -> Tensor:
     there = kernels_for(x, w, *tensors)
     if there is None or x.dtype != w.dtype or not x.numel():
         return _reference(x, w, groups, tensors)
-    adapters, rows = groups[0]
-    if len(groups) == 1 and all_at_once(len(x), adapters.slots, adapters.down.shape[1]):
-        return all_slots(x, w, adapters, rows.of)
     x = x if x.stride(1) == 1 else x.contiguous()
     tensors[2::3] = [c if c is None else c.contiguous() for c in tensors[2::3]]
-    y: Tensor = _Mixed.apply(x, w, groups, there, torch.is_grad_enabled(), *tensors)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        return _run(x, w, groups, there, tensors, False)[0]
+    y: Tensor = _Mixed.apply(x, w, groups, there, True, *tensors)  # type: ignore[no-untyped-call]
     return y
-
-
-def all_slots(x: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
-    """`mixed_lora` where ranks sum to little: every row meets all adapters, and what is not its own becomes zero."""
-    k, r, in_ = adapters.down.shape
-    own = (index[:, None] == torch.arange(k, device=index.device)).to(x.dtype) * adapters.scale
-    s = torch.mm(x, adapters.down.to(x.dtype).view(k * r, in_).mT).view(-1, k, r) * own[:, :, None]
-    up = adapters.up.to(x.dtype).mT.reshape(k * r, -1)
-    y = torch.addmm(torch.mm(x, w.mT), s.view(-1, k * r), up)
-    return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
 
 
 def mixed_rows(

@@ -1,6 +1,7 @@
 """The kernels of `mixed_lora`: low-rank products of a batch in which every row has its own adapter.
 
-Rows of one adapter are cut into blocks, `Segments.rows`; an adapter's factors lie in one stack, each at its slot:
+Rows of one adapter are cut into blocks, `Segments.rows`, or each is taken alone where they are few; an adapter's
+factors lie in one stack, each at its slot:
 
     thin     planes[part, row, j] = scale·Σₖ x[row, k] · A[j, k]        k in the part
     lookup   the same where x is one-hot: a column of A
@@ -62,6 +63,62 @@ def _thin(
         acc = tl.dot(xt, at.to(xt.dtype), acc, input_precision=PRECISION)
     to = (plane.to(tl.int64) * t + rows)[:, None] * r + ranks[None, :]
     tl.store(planes + to, acc * scale, ok & used)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _thin_row(
+    x, a, planes, slot_of, t, n, r, x_row, a_slot, a_r, a_n, each, scale, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`_thin` of one row a program: no tile of 16 rows to fill."""
+    row, part, plane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(slot_of + row)
+    if slot < 0:
+        return
+    ranks = part * BR + tl.arange(0, BR)
+    used = (ranks < r)[:, None]
+    a_ranks = a + slot.to(tl.int64) * a_slot + ranks.to(tl.int64)[:, None] * a_r
+    acc = tl.zeros((BR, BK), tl.float32)
+    for k in range(plane * each, tl.minimum(plane * each + each, n), BK):
+        cols = k + tl.arange(0, BK)
+        xt = tl.load(x + row.to(tl.int64) * x_row + cols, cols < n, other=0.0).to(tl.float32)
+        at = tl.load(a_ranks + cols.to(tl.int64)[None, :] * a_n, used & (cols < n)[None, :], other=0.0)
+        acc += at.to(tl.float32) * xt[None, :]
+    to = (plane.to(tl.int64) * t + row) * r + ranks
+    tl.store(planes + to, tl.sum(acc, 1) * scale, ranks < r)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _wide_row(
+    planes, b, y, c, out, slot_of, t, n, r, y_row, c_row, b_slot, b_r, b_n, scale,
+    C: tl.constexpr, KEEP_V: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`_wide` of one row a program."""
+    row = tl.program_id(0)
+    slot = tl.load(slot_of + row)
+    if slot < 0:
+        return
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    real = cols < n
+    to = row.to(tl.int64) * y_row + cols
+    before = tl.load(y + to, real, other=0.0).to(tl.float32)
+    b_cols = b + slot.to(tl.int64) * b_slot + cols.to(tl.int64)[:, None] * b_n
+    plane = (tl.arange(0, SPLIT).to(tl.int64) * t + row)[:, None] * r
+    acc = tl.zeros((BN,), tl.float32)
+    for r0 in range(0, r, BR):
+        ranks = r0 + tl.arange(0, BR)
+        used = (ranks < r)[None, :]
+        bt = tl.load(b_cols + ranks.to(tl.int64)[None, :] * b_r, real[:, None] & used, other=0.0)
+        s = tl.sum(tl.load(planes + plane + ranks[None, :], used, other=0.0), 0)
+        acc += tl.sum(bt.to(tl.float32) * s[None, :], 1)
+    v = before + acc * scale
+    if KEEP_V:
+        tl.store(y + to, v.to(y.dtype.element_ty), real)
+    if C:
+        v = v * tl.load(c + slot.to(tl.int64) * c_row + cols, real, other=1.0).to(tl.float32)
+    if KEEP_V:
+        tl.store(out + to, v.to(out.dtype.element_ty), real)
+    else:
+        tl.store(y + to, v.to(y.dtype.element_ty), real)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -182,18 +239,22 @@ class Thin(NamedTuple):
     stages: int
 
 
-SPLITS = (1, 2, 4, 8, 16, 32)
+SPLITS = (1, 2, 4, 8, 16)
 """So many planes: `wide` reads them all at once, and is compiled for their number."""
 
 
 def thin_tiles(there: Target, blocks: int, block: int, n: int, r: int, width: int) -> Thin:
-    """For so many blocks of rows, each of `block`; width: bytes of an element of x. NOT MEASURED."""
+    """For so many blocks of rows, each of `block`; width: bytes of an element of x. Measured on sm_90: more planes make
+    `thin` faster where blocks are few, and `wide`, which adds them up for every tile of columns, slower."""
     if there.kind == "interpreter":
         return Thin(16, 32, 2 if n > 64 else 1, 4, 1)
     br = min(power(r), 64)
-    bk = 128 if width == 2 and block * br <= 1024 else 64
-    wanted = max(1, min(cdiv(4 * there.processors, blocks * cdiv(r, br)), cdiv(n, bk)))
-    split = next((s for s in SPLITS if s >= wanted), SPLITS[-1])
+    if block == 1:
+        br, bk, most = min(br, 32), 256, 16
+    else:
+        bk, most = 128 if width == 2 and block * br <= 4096 else 64, 4
+    wanted = max(1, min(cdiv(2 * there.processors, blocks * cdiv(r, br)), cdiv(n, bk), most))
+    split = next(s for s in SPLITS if s >= wanted)
     return Thin(br, bk, split, 4, 2 if there.kind == "hip" else 3)
 
 
@@ -202,10 +263,18 @@ def thin(there: Target, x: Tensor, side: Side, rows: Segments) -> Tensor:
     t, blocks = x.shape[0], len(rows.slot)
     br, bk, split, warps, stages = thin_tiles(there, blocks, rows.block, side.n, side.r, x.element_size())
     planes = torch.empty(split, t, side.r, dtype=torch.float32, device=x.device)
+    each, grid = cdiv(cdiv(side.n, bk), split) * bk, (blocks, cdiv(side.r, br), split)
+    if rows.block == 1:
+        launch(
+            _thin_row, grid,
+            x, side.data, planes, rows.slot, t, side.n, side.r, x.stride(0), side.s_slot, side.s_r, side.s_n, each,
+            float(side.scale), BR=br, BK=bk, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return planes
     launch(
-        _thin, (blocks, cdiv(side.r, br), split),
+        _thin, grid,
         x, side.data, planes, rows.rows, rows.slot, t, side.n, side.r, x.stride(0), side.s_slot, side.s_r, side.s_n,
-        cdiv(cdiv(side.n, bk), split) * bk, float(side.scale),
+        each, float(side.scale),
         PRECISION=_precision(x), BT=rows.block, BR=br, BK=bk, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return planes
@@ -231,11 +300,14 @@ class Wide(NamedTuple):
     warps: int
 
 
-def wide_tiles(there: Target, block: int, r: int) -> Wide:
-    """NOT MEASURED."""
+def wide_tiles(there: Target, block: int, r: int, half: bool) -> Wide:
+    """Measured on sm_90."""
     if there.kind == "interpreter":
         return Wide(32, 16, 4)
-    return Wide(64, min(power(r), 64 if block < 64 else 32), 4)  # a width of 128 gave NaN on sm_90 elsewhere
+    br = min(power(r), 64)
+    if there.kind == "hip" or half is False:
+        return Wide(64, min(br, 32), 4)
+    return Wide(64, min(br, 32), 4) if block == 1 else Wide(128, br, 4)
 
 
 def wide(
@@ -243,7 +315,17 @@ def wide(
     out: Tensor | None = None,
 ) -> None:  # fmt: skip
     """y [t, n] += scale·S B, then times c: written over y, or to `out` while y keeps what c multiplies."""
-    bn, br, warps = wide_tiles(there, rows.block, side.r)
+    bn, br, warps = wide_tiles(there, rows.block, side.r, y.dtype is not torch.float32)
+    if rows.block == 1:
+        launch(
+            _wide_row, (len(rows.slot), cdiv(side.n, bn)),
+            planes, side.data, y, c, y if out is None else out, rows.slot,
+            planes.shape[1], side.n, side.r, y.stride(0), 0 if c is None else c.stride(0),
+            side.s_slot, side.s_r, side.s_n, float(side.scale),
+            C=c is not None, KEEP_V=out is not None, SPLIT=planes.shape[0], BN=bn, BR=br, num_warps=warps,
+            num_stages=1,
+        )  # fmt: skip
+        return
     launch(
         _wide, (len(rows.slot), cdiv(side.n, bn)),
         planes, side.data, y, c, y if out is None else out, rows.rows, rows.slot,
@@ -264,7 +346,7 @@ def outer(there: Target, planes: Tensor, x: Tensor, side: Side, rows: Segments) 
         planes, x, grad, rows.order, rows.starts, rows.stops,
         planes.shape[1], side.n, side.r, x.stride(0), side.s_slot, side.s_r, side.s_n, float(side.scale),
         PRECISION=_precision(x), SPLIT=planes.shape[0], BT=16 if small else 32, BN=bn, BR=br,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2 if planes.shape[0] <= 4 else 1,  # what is in flight lies in shared memory
     )  # fmt: skip
     return grad
 

@@ -26,8 +26,8 @@ class Segments(NamedTuple):
 def segments(index: Tensor, slots: int, *, block: int | None = None) -> Segments:
     """Segments of the rows whose adapters are index [t], integers in [−1, slots). Nothing waits for the device.
 
-    block: rows in a block, a power of two from 16; by default as many as an adapter has on average, at most 64.
-    Up to 8 rows, each is a block of its own.
+    block: rows in a block: 1, or a power of two from 16; by default by the rows that an adapter has on average. Where
+    these are few, each row is a block of its own: a tile of 16 would be read for each of them.
     """
     t, device = index.shape[0], index.device
     index = index.to(torch.int64)
@@ -35,13 +35,11 @@ def segments(index: Tensor, slots: int, *, block: int | None = None) -> Segments
     stops = counts.scatter_add_(0, index + 1, torch.ones_like(index)).cumsum(0)
     starts, stops = stops[:-1], stops[1:]  # of each adapter; rows of the base are first
     order = index.argsort(stable=True)
-    if t <= 8:
-        block = 16
-        rows = torch.arange(t, device=device)[:, None]
-        rows, slot = rows.where(torch.arange(block, device=device) == 0, -1), index
+    if block is None:
+        block = 1 if t <= 8 or t < 4 * slots else 16 if t < 32 * slots else 32 if t < 64 * slots else 64
+    if block == 1:
+        rows, slot = torch.arange(t, device=device)[:, None], index
     else:
-        if block is None:
-            block = 16 if t < 32 * slots else 32 if t < 64 * slots else 64
         blocks = (stops - starts + block - 1) // block
         ends = blocks.cumsum(0)
         at = torch.arange(cdiv(t, block) + min(slots, t), device=device)

@@ -66,7 +66,7 @@ def same(got: Any, want: Any, tolerance: float) -> None:
     ("kind", "large"), [("plain", True), ("dora", True), ("dropout", False), ("all", True), ("all", False)]
 )
 def test_forward_and_backward(dtype: torch.dtype, shape: Any, kind: str, large: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lora_fused, "products", lambda *_: choose.Products(large, True))
+    monkeypatch.setattr(lora_fused, "products", lambda *_, **__: choose.Products(large, True))
     options = dict(KINDS[kind])
     p = options.pop("dropout", 0.0)
     ts = operands(shape, dtype, **options)
@@ -209,7 +209,7 @@ def test_masters_and_the_bias_reach_the_kernel_as_they_are(
 ) -> None:
     """fp32 leaves beside a half-precision x are not cast before, their gradients are of their dtype, and the layer's
     bias, in its slot or as its method makes it, is added once."""
-    monkeypatch.setattr(lora_fused, "products", lambda *_: choose.Products(large, True))
+    monkeypatch.setattr(lora_fused, "products", lambda *_, **__: choose.Products(large, True))
     monkeypatch.setattr(lora_fused, "fresh_seed", lambda device: SEED)
     model, x = models()
     model = (conv1d(model) if layer == "Conv1D" else model).half()

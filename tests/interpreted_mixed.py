@@ -6,7 +6,7 @@ import pytest
 import torch
 from peftfn.kernels import choose, use
 from peftfn.kernels import mixed_lora as module
-from peftfn.kernels.mixed_lora import Stack, all_slots, mixed_embedding, mixed_lora, reference
+from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora, reference
 from peftfn.kernels.segments import segments
 from torch import Tensor, nn
 
@@ -138,14 +138,6 @@ def test_rows_of_the_base_are_the_base_bitwise() -> None:
     base = x @ w.mT
     assert torch.equal(y[index < 0], base[index < 0])
     assert not torch.equal(y, base)
-
-
-@pytest.mark.parametrize("c", [True, False])
-def test_all_slots(c: bool) -> None:
-    g = torch.Generator().manual_seed(11)
-    x, w, index = rand(g, 20, 21), rand(g, 18, 21), index_of("mixed", 20, 3)
-    adapters = stacked(3, 5, 21, 18, c=c)
-    close(all_slots(x, w, adapters, index), reference(x, w, adapters, index), "all slots", 1e-5)
 
 
 @pytest.mark.parametrize("t", [6, 30])
