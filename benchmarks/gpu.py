@@ -33,9 +33,11 @@ MARKS = "<!-- figures: begin -->", "<!-- figures: end -->"
 REPEATS = 31
 SECTIONS = {  # in their order; what starts with "check" is gates, and times nothing
     "check-linears": "gpu_gates:linears",
+    "check-sizes": "gpu_gates:linears_of_other_sizes",
     "check-fp32": "gpu_gates:linears_fp32",
     "check-norms": "gpu_gates:norms",
     "check-mixed": "gpu_gates:mixed",
+    "check-mixed-fp32": "gpu_gates:mixed_fp32",
     "check-long": "gpu_gates:long",
     "check-graphs": "gpu_gates:graphs",
     "tune-thin": "gpu_tune:thin",
@@ -47,6 +49,7 @@ SECTIONS = {  # in their order; what starts with "check" is gates, and times not
     "linears": "gpu_rows:linears",
     "curve": "gpu_rows:curve",
     "tenants": "gpu_rows:tenants",
+    "methods": "gpu_methods:methods",
 }
 Json = dict[str, Any]
 Call = Callable[[], Any]

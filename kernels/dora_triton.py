@@ -111,17 +111,21 @@ class Tiles(NamedTuple):
 
 
 def tiles(there: Target, w: torch.dtype, a: torch.dtype, sites: int, n: int, k: int, r: int) -> Tiles:
-    """w, a: dtypes of the weight and of the factors. Measured on sm_90.
-
-    fp32 factors multiply in three TF32 products, which lose nothing that fp32 keeps; beside a half-precision weight
-    and above rank 16, where the products and not the weight's bytes take the time, in one.
-    """
-    exact = a is torch.float32 and (r <= 16 or w is torch.float32)
-    precision = "ieee" if there.kind != "cuda" else "tf32x3" if exact else "tf32"
+    """w, a: dtypes of the weight and of the factors. Measured on sm_90."""
+    # fp32 factors multiply in three TF32 products, which lose nothing that fp32 keeps
+    precision = "tf32x3" if there.kind == "cuda" and a is torch.float32 else "ieee"
     if there.kind == "interpreter":
         return Tiles(16, 32, 2 if k > 64 else 1, 4, 1, precision)
-    bn, bk, warps, stages = 32, 128, 4, 3 if r <= 16 else 2
-    split = max(1, min(8, cdiv(4 * there.processors, cdiv(n, bn) * sites), cdiv(k, 2 * bk)))
+    if r <= 16:
+        bn, bk, warps, stages = 32, 128, 4, 3
+    elif a is torch.float32:
+        bn, bk, warps, stages = 32, 128, 4, 2
+    elif r <= 64:
+        bn, bk, warps, stages = 64, 64, 4, 3
+    else:
+        bn, bk, warps, stages = 128, 64, 8, 3
+    most = max(1, min(8, 4 * there.processors // (cdiv(n, bn) * sites), cdiv(k, 2 * bk)))
+    split = 1 << (most.bit_length() - 1)
     return Tiles(bn, bk, split, warps, 2 if there.kind == "hip" else stages, precision)
 
 

@@ -248,14 +248,15 @@ def thin_tiles(there: Target, blocks: int, block: int, n: int, r: int, width: in
     `thin` faster where blocks are few, and `wide`, which adds them up for every tile of columns, slower."""
     if there.kind == "interpreter":
         return Thin(16, 32, 2 if n > 64 else 1, 4, 1)
-    br = min(power(r), 64)
+    stages = 2 if there.kind == "hip" else 3
     if block == 1:
-        br, bk, most = min(br, 32), 256, 16
+        br, bk, warps, wanted, most = 16, 256, 2, 8 * there.processors, 16
     else:
-        bk, most = 128 if width == 2 and block * br <= 4096 else 64, 4
-    wanted = max(1, min(cdiv(2 * there.processors, blocks * cdiv(r, br)), cdiv(n, bk), most))
-    split = next(s for s in SPLITS if s >= wanted)
-    return Thin(br, bk, split, 4, 2 if there.kind == "hip" else 3)
+        br = min(power(r), 64)
+        bk = 128 if width == 2 and block * br <= 4096 else 64
+        warps, wanted, most = 2 if block == 16 else 4, there.processors, 8
+    wanted = max(1, min(cdiv(wanted, blocks * cdiv(r, br)), cdiv(n, bk), most))
+    return Thin(br, bk, next(s for s in SPLITS if s >= wanted), warps, stages)
 
 
 def thin(there: Target, x: Tensor, side: Side, rows: Segments) -> Tensor:
@@ -307,7 +308,7 @@ def wide_tiles(there: Target, block: int, r: int, half: bool) -> Wide:
     br = min(power(r), 64)
     if there.kind == "hip" or half is False:
         return Wide(64, min(br, 32), 4)
-    return Wide(64, min(br, 32), 4) if block == 1 else Wide(128, br, 4)
+    return Wide(64, min(br, 32), 2) if block == 1 else Wide(128, br, 4)
 
 
 def wide(

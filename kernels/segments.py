@@ -36,7 +36,7 @@ def segments(index: Tensor, slots: int, *, block: int | None = None) -> Segments
     starts, stops = stops[:-1], stops[1:]  # of each adapter; rows of the base are first
     order = index.argsort(stable=True)
     if block is None:
-        block = 1 if t <= 8 or t < 4 * slots else 16 if t < 32 * slots else 32 if t < 64 * slots else 64
+        block = 1 if t <= 8 or t < 2 * slots else 16 if t < 32 * slots else 32 if t < 64 * slots else 64
     if block == 1:
         rows, slot = torch.arange(t, device=device)[:, None], index
     else:
