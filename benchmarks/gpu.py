@@ -1,18 +1,25 @@
 """python -m benchmarks.gpu: the kernels on a GPU. First that they are right, then how fast, next to the references.
 
-Writes benchmarks/results/gpu/<device>-<date>.json after every row, and the tables of docs/kernels.md from it. A row
+Writes benchmarks/results/gpu/<device>-<date>.json after every section, and the tables of docs/kernels.md from it. A row
 has microseconds (median and quartiles of paired samples, the ways taking turns), what comes on top of the base product,
-the share of the bound, peak memory, the error against fp64 and whether two runs agree bitwise. It stops starting rows
-in time (--seconds) and lists what it left out. What fails, a gate or a way, is told and ends nothing else; a reference
-whose package is missing is told as such. --dry: the same code on a CPU with Triton's interpreter and tiny sizes.
+the share of the bound (by the bandwidth and the rate that this device was measured to have), peak memory, the error
+against fp64 and whether two runs agree bitwise. It stops starting rows in time (--seconds) and lists what it left out.
+
+Each section runs in a process of its own, so that a CUDA error, which no later call of a process survives, ends one
+section. All start at once to compile what they need (the gates then run in full), and the rest is timed one by one.
+What fails, a gate or a way, is told and ends nothing else; a reference whose package is missing is told as such.
+--dry: the same code on a CPU with Triton's interpreter and tiny sizes.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,7 +31,26 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
 MARKS = "<!-- figures: begin -->", "<!-- figures: end -->"
 REPEATS = 31
-BANDWIDTH, FLOPS = 4.2e12, 700e12  # what an H200 sustains: bytes and bf16 operations a second
+SECTIONS = {  # in their order; what starts with "check" is gates, and times nothing
+    "check-linears": "gpu_gates:linears",
+    "check-sizes": "gpu_gates:linears_of_other_sizes",
+    "check-fp32": "gpu_gates:linears_fp32",
+    "check-norms": "gpu_gates:norms",
+    "check-mixed": "gpu_gates:mixed",
+    "check-mixed-fp32": "gpu_gates:mixed_fp32",
+    "check-long": "gpu_gates:long",
+    "check-graphs": "gpu_gates:graphs",
+    "tune-thin": "gpu_tune:thin",
+    "tune-wide": "gpu_tune:wide",
+    "tune-norm": "gpu_tune:norm",
+    "tune-lora": "gpu_tune:lora",
+    "norms": "gpu_rows:norms",
+    "mixed": "gpu_rows:mixed",
+    "linears": "gpu_rows:linears",
+    "curve": "gpu_rows:curve",
+    "tenants": "gpu_rows:tenants",
+    "methods": "gpu_methods:methods",
+}
 Json = dict[str, Any]
 Call = Callable[[], Any]
 
@@ -38,6 +64,19 @@ class Clock:
         self.dry, self.torch = dry, torch
         self.device = "cpu" if dry else "cuda"
         self.cache = None if dry else torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def rates(self) -> tuple[float, float]:
+        """Bytes a second that a copy moves, read and written, and bf16 operations a second of a large product."""
+        if self.dry:
+            return 1e10, 1e11
+        a = self.torch.empty(2 << 30, dtype=self.torch.int8, device="cuda")
+        b = self.torch.empty_like(a)
+        x = self.torch.randn(8192, 8192, device="cuda", dtype=self.torch.bfloat16)
+
+        def best(call: Call) -> float:
+            return statistics.median(self.sample(call, False) for _ in range(10)) / 1e6
+
+        return 2 * a.numel() / best(lambda: b.copy_(a)), 2 * 8192**3 / best(lambda: x @ x)
 
     def flush(self) -> None:
         if self.cache is not None:
@@ -124,15 +163,12 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.clock, self.start = args, Clock(args.dry), perf_counter()
-        self.record: Json = {
-            "environment": environment(args.dry),
-            "gates": [],
-            "rows": [],
-            "left_out": [],
-            "raised": [],
-        }
-        name = re.sub(r"[^a-z0-9]+", "-", self.record["environment"]["device"].lower()).strip("-")
-        self.path = args.out or RESULTS / f"{name}-{self.record['environment']['date']}.json"
+        self.record = empty(environment(args.dry))
+        self.path = args.out or results_path(self.record)
+        self.bandwidth, self.flops = 1.0, 1.0
+        if not args.warm and not all(name.startswith("check") for name in args.only or SECTIONS):
+            self.bandwidth, self.flops = self.clock.rates()
+            self.record["environment"] |= {"bandwidth": self.bandwidth, "flops": self.flops}
 
     def write(self) -> None:
         self.record["seconds"] = round(perf_counter() - self.start)
@@ -154,6 +190,7 @@ class Run:
         self.record["gates"].append({"gate": name, "value": value, "limit": limit, "ok": ok})
         if not ok:
             print(f"  FAILED {name}: {value:.2g} > {limit:g}", flush=True)
+        self.write()
 
     def row(
         self,
@@ -165,17 +202,20 @@ class Run:
         bound: float | None = None,
         base: str | None = "base",
         modes: tuple[str, ...] = ("graph", "eager"),
+        other: tuple[str, ...] = ("base",),
     ) -> None:
-        """Time the ways of one case. want: the exact result, of all but the base; bound: seconds that any way needs."""
-        if perf_counter() - self.start > self.args.seconds:
-            self.record["left_out"].append(f"{section}: {case}")
+        """Time the ways of one case.
+
+        want: the exact result, of all but `other`, which do another job. bound: seconds that any way needs.
+        """
+        if self.late(f"{section}: {case}"):
             return
         calls, row = {}, {"section": section, "case": case, "failed": {}, "error": {}, "repeatable": {}, "peak_mib": {}}
         for name, make in ways.items():
             try:
                 call = make()
                 got = call()
-                if want is not None and name != "base":
+                if want is not None and name not in other:
                     got = got if isinstance(got, tuple) else (got,)
                     row["error"][name] = error(got, want)
                     again = call()
@@ -185,6 +225,8 @@ class Run:
                 calls[name] = call
             except Exception as e:  # mostly another's code: told in the table, and our own fails the run
                 row["failed"][name] = why(e)
+        if self.args.warm:
+            return
         row["us"] = {}
         for mode in modes[-1:] if self.args.dry else modes:
             for cold in (True, False):
@@ -200,6 +242,13 @@ class Run:
         first = next(iter(row["us"].values()))
         print(f"  {section}: {case}: " + ", ".join(f"{n} {v['median']:.0f}" for n, v in first.items()), flush=True)
 
+    def late(self, what: str) -> bool:
+        """Whether there is no time left to start this."""
+        late = perf_counter() - self.start > self.args.seconds
+        if late:
+            self.record["left_out"].append(what)
+        return late
+
     def timed(self, call: Call, mode: str, cold: bool) -> tuple[Call, int]:
         """(what to time, how many calls that is). Many in one graph only where L2 may be hot."""
         if mode != "graph":
@@ -211,6 +260,8 @@ class Run:
     def times(self, calls: dict[str, tuple[Call, int]], cold: bool, base: str | None, bound: float | None) -> Json:
         repeats = 2 if self.args.dry else REPEATS
         names, samples = list(calls), {name: [] for name in calls}
+        if not names:
+            return {}
         for name in () if self.args.dry else names:
             self.clock.sample(calls[name][0], cold)
         for i in range(repeats):
@@ -245,276 +296,28 @@ def environment(dry: bool) -> Json:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         **{name: installed(name) for name in ("peftfn", "torch", "triton", "peft", "lycoris-lora")},
-        "bandwidth": BANDWIDTH,
-        "flops": FLOPS,
     }
 
 
-def gates(run: Run) -> None:
-    """Everything that must hold before a time means anything."""
-    import torch
-
-    from peftfn.kernels import use
-    from peftfn.kernels.dora_norm import dora_norm, dora_norms
-    from peftfn.kernels.dora_norm import reference as norm_reference
-    from peftfn.kernels.lora_fused import fused_linear, reference
-    from peftfn.kernels.mixed_lora import Low, Stack, mixed_embedding, mixed_lora, pack
-    from peftfn.kernels.mixed_lora import reference as mixed_reference
-    from peftfn.kernels.segments import segments
-
-    dry, device = run.args.dry, run.clock.device
-    g = torch.Generator(device).manual_seed(0)
-
-    def t(*size: int, dtype: torch.dtype = torch.float32) -> Any:
-        return torch.randn(size, generator=g, device=device).div_(max(1, size[-1]) ** 0.5).to(dtype)
-
-    def wide(ts: list[Any]) -> list[Any]:
-        return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in ts]
-
-    limits = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-    if dry:  # the interpreter's product of bf16 is no number; the tests have the rest
-        limits = {torch.float16: 2e-3}
-    odd = [(7, 13, 5, 3)] if dry else [(1023, 1023, 1021, 17)]
-    more = [] if dry else [(512, 768, 1024, 64), (257, 1536, 1531, 256), (1, 64, 64, 16)]
-    seed = torch.tensor([2**61 + 12345], device=device)
-
-    def linear(size: tuple[int, ...], dtype: torch.dtype, c: bool, bias: bool, p: float) -> None:
-        m, n, k, r = size
-        x = t(k, m, dtype=dtype).mT if m in (7, 257) else t(m, k, dtype=dtype)  # once not contiguous
-        ts = [x, t(n, k, dtype=dtype), t(r, k), t(n, r), t(n) if c else None, t(n, dtype=dtype) if bias else None]
-        ts = [None if v is None else v.requires_grad_() for v in ts]
-        dy = t(m, n, dtype=dtype)
-
-        def once(f: Any, us: list[Any], dy: Any) -> list[Any] | None:
-            x, w, a, b, rows, bias = us
-            y = f(x, w, a, b, 0.7, c=rows, bias=bias, dropout=p, seed=seed)
-            return None if y is None else [y, *torch.autograd.grad(y, [u for u in us if u is not None], dy)]
-
-        want = once(reference, wide(ts), dy.double())
-        for mode in ("triton", "auto"):
-            with use(mode):  # type: ignore[arg-type]
-                got, again = once(fused_linear, ts, dy), once(fused_linear, ts, dy)
-            if got is None and mode == "auto":  # the rules leave it to plain torch
-                continue
-            name = f"linear {size} {dtype} c={c} dropout={p}, {mode}"
-            run.gate(name, error(got, want), limits[dtype])
-            run.gate(f"{name}, twice", float(sum((u != v).sum().item() for u, v in zip(got, again, strict=True))), 0)
-
-    def norm(n: int, k: int, r: int, dtype: torch.dtype) -> None:
-        w, a, b = t(n, k, dtype=dtype), t(r, k).requires_grad_(), t(n, r).requires_grad_()
-        with use("triton"):
-            v = dora_norm(w, a, b, 0.7)
-            got = [v, *torch.autograd.grad(v.sum(), [a, b])]
-            many = dora_norms([w, w], [a, a], [b, b], [0.7, 0.7])
-        _, ad, bd = us = wide([w, a, b])
-        v = norm_reference(*us, 0.7)
-        want = [v, *torch.autograd.grad(v.sum(), [ad, bd])]
-        limit = 1e-3 if dtype != torch.float32 else 2e-5
-        run.gate(f"norm {(n, k, r)} {dtype}", error([*got, *many], [*want, v, v]), limit)
-
-    def batch(kind: str, what: str, rows: int, dtype: torch.dtype) -> None:
-        k, outs, ranks = (37, (65, 40), (3, 17, 1)) if dry else (1023, (1024, 257), (3, 512, 16, 1, 64))
-        if kind == "packed":
-            each = [
-                [Low(t(r, k), t(n, r), 0.5 + i, t(n) if i % 2 else None) for i, r in enumerate(ranks)] for n in outs
-            ]
-            groups: list[Any] = [pack(each)]
-        else:
-            groups = [Stack(t(3, r, k), t(3, sum(outs), r), 0.7, t(3, sum(outs))) for r in ranks[:2]]
-            groups = groups if kind == "groups" else groups[:1]
-        groups = [a._replace(**{f: getattr(a, f).requires_grad_() for f in ("down", "up", "rows")}) for a in groups]
-        index = torch.randint(-1, sum(a.slots for a in groups), (rows,), generator=g, device=device)
-        index = index if what == "mixed" else torch.full_like(index, -1 if what == "all the base" else 1)
-        x, w = t(rows, k, dtype=dtype).requires_grad_(), t(sum(outs), k, dtype=dtype)
-        leaves, dy = [x, *(v for a in groups for v in (a.down, a.up, a.rows))], t(rows, sum(outs), dtype=dtype)
-        own, start = [], 0
-        for a in groups:
-            own.append(torch.where((index >= start) & (index < start + a.slots), index - start, -1))
-            start += a.slots
-        with use("triton"):
-            y = mixed_lora(x, w, *[(a, segments(i, a.slots)) for a, i in zip(groups, own, strict=True)])
-            got = [y, *torch.autograd.grad(y, leaves, dy)]
-        exact = wide(leaves)
-        y = exact[0] @ w.double().mT
-        for j, (a, i) in enumerate(zip(groups, own, strict=True)):
-            alone = a._replace(**dict(zip(("down", "up", "rows"), exact[1 + 3 * j :], strict=False)))
-            y = torch.where((i < 0)[:, None], y, mixed_reference(exact[0], w.double(), alone, i))
-        want = [y, *torch.autograd.grad(y, exact, dy.double(), materialize_grads=True)]
-        run.gate(f"{kind} {what} {rows} rows {dtype}", error(got, want), limits[dtype])
-
-    def embedding(dtype: torch.dtype) -> None:
-        ids, index = torch.randint(0, 50, (20,), generator=g, device=device), torch.arange(20, device=device) % 4 - 1
-        look, w = Stack(t(3, 5, 50), t(3, 18, 5), 0.7), t(18, 50, dtype=dtype)
-        with use("triton"), torch.no_grad():
-            got = [mixed_embedding(ids, w, (look, segments(index, 3)))]
-        hot = torch.nn.functional.one_hot(ids, 50).double()
-        want = [mixed_reference(hot, w.double(), look._replace(down=look.down.double(), up=look.up.double()), index)]
-        run.gate(f"embedding {dtype}", error(got, want), limits[dtype])
-
-    def offsets() -> None:
-        far = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 64), (2**30, 1))
-        far.copy_(t(3, 64))
-        w, a, b = t(48, 64, dtype=torch.float16), t(4, 64), t(48, 4)
-        with use("triton"), torch.no_grad():
-            got = [fused_linear(far, w, a, b, 0.7)]
-        want = [reference(far.double(), w.double(), a.double(), b.double(), 0.7)]
-        run.gate("offsets beyond 2³¹", error(got, want), 2e-3)
-
-    for dtype in limits:
-        half = dtype is torch.bfloat16
-        for size in odd + (more if half else []):
-            for c, bias, p in [(False, True, 0.0), (True, False, 0.0), (True, True, 0.3)]:
-                with run.trying(f"gate of linear {size} {dtype} c={c} dropout={p}"):
-                    linear(size, dtype, c, bias, p)
-            with run.trying(f"gate of norm {size} {dtype}"):
-                norm(*size[1:], dtype)
-        for rows in (21,) if dry else (5, 64, 1023) if half else (64,):
-            for kind in ("packed", "stacked", "groups"):
-                for what in ("mixed", "all the base", "one"):
-                    with run.trying(f"gate of {kind} {what} {rows} rows {dtype}"):
-                        batch(kind, what, rows, dtype)
-        with run.trying(f"gate of embedding {dtype}"):
-            embedding(dtype)
-    with run.trying("gate of offsets beyond 2³¹"):
-        offsets()
-    if not dry:
-        graph_gates(run, t)
+def empty(environment: Json) -> Json:
+    return {"environment": environment, "gates": [], "rows": [], "tune": [], "left_out": [], "raised": [], "done": [],
+            "seconds": 0}  # fmt: skip
 
 
-def graph_gates(run: Run, t: Any) -> None:
-    """What only a captured graph and autograd's own thread can show."""
-    import torch
-
-    from peftfn.kernels import use
-    from peftfn.kernels.lora_fused import fused_linear
-    from peftfn.kernels.mixed_lora import Stack, mixed_lora
-    from peftfn.kernels.mixed_lora import reference as mixed_reference
-    from peftfn.kernels.segments import segments
-
-    bf16 = torch.bfloat16
-    index = torch.zeros(64, dtype=torch.int64, device="cuda")
-    x, w, stack = t(64, 512, dtype=bf16), t(768, 512, dtype=bf16), Stack(t(8, 16, 512), t(8, 768, 16), 0.7)
-
-    def mixed() -> Any:
-        with use("triton"), torch.no_grad():
-            return mixed_lora(x, w, (stack, segments(index, 8)))
-
-    with run.trying("gate of a replayed mixed batch"):
-        replay = run.clock.graph(mixed)
-        index.copy_(torch.arange(64, device="cuda") % 9 - 1)
-        replay()
-        exact = stack._replace(down=stack.down.double(), up=stack.up.double())
-        want = [mixed_reference(x.double(), w.double(), exact, index)]
-        run.gate("a graph replayed with other segments", error([run.clock.kept], want), 1.5e-2)
-    a, b = t(16, 512).requires_grad_(), t(768, 16).requires_grad_()
-
-    def dropped() -> Any:
-        with use("triton"), torch.no_grad():
-            return fused_linear(x, torch.zeros_like(w), a, b, dropout=0.5)
-
-    with run.trying("gate of replayed dropout"):
-        replay = run.clock.graph(dropped)
-        replay()
-        first = run.clock.kept.clone()
-        replay()
-        run.gate("a replayed graph draws a new mask", float(torch.equal(first, run.clock.kept)), 0)
-    with run.trying("gate of backward in autograd's thread"):
-        with use("triton"):
-            y = fused_linear(x, w, a, b)
-        assert y is not None, "no kernel was taken"
-        y.float().square().sum().backward()
-        plain = (x @ w.mT + (x @ a.to(bf16).mT) @ b.to(bf16).mT).float()
-        want = [v.double() for v in torch.autograd.grad(plain.square().sum(), [a, b])]
-        run.gate("backward in autograd's thread", error([a.grad, b.grad], want), 2e-2)
+def results_path(record: Json) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", record["environment"]["device"].lower()).strip("-")
+    return RESULTS / f"{name}-{record['environment']['date']}.json"
 
 
-def linears(run: Run) -> None:
-    import torch
-
-    from benchmarks.gpu_ways import Job, dora_ways, lora_ways
-
-    dry = run.args.dry
-    dtype = torch.float16 if dry else torch.bfloat16
-    cases = [(16, 24, 3, 0.0), (16, 24, 3, 0.05)] if dry else [
-        (4096, 4096, 16, 0.0), (8192, 4096, 16, 0.0), (4096, 4096, 16, 0.05), (4096, 4096, 64, 0.0),
-        (8192, 4096, 64, 0.0), (8192, 4096, 16, 0.05), (4096, 4096, 256, 0.0), (4096, 8192, 16, 0.0),
-        (4096, 14336, 16, 0.0), (8192, 8192, 16, 0.0), (4096, 8192, 64, 0.05),
-    ]  # fmt: skip
-    for i, (m, d, r, p) in enumerate(cases):
-        with run.trying(f"d={d}, M={m}, r={r}, dropout={p:g}"):
-            job = Job(m, d, d, r, p, dtype, run.clock.device)
-            size = m * d * job.x.element_size()
-            flops = 4 * m * d * d / FLOPS
-            modes = ("graph", "eager") if d <= 4096 else ("graph",)
-            want = None if p or m * d * d > 2**38 else job.exact(False)
-            run.row(
-                "LoRA, forward and backward", f"d={d}, M={m}, r={r}, dropout={p:g}",
-                lora_ways(job, compiled=i == 0 and not dry), want=want, bound=flops + 3 * size / BANDWIDTH, modes=modes,
-            )  # fmt: skip
-            if not p:
-                want = None if m * d * d > 2**38 else job.exact(True)
-                run.row(
-                    "DoRA, forward and backward", f"d={d}, M={m}, r={r}", dora_ways(job), want=want,
-                    bound=flops + 6 * size / BANDWIDTH + d * d * job.x.element_size() / BANDWIDTH, modes=modes,
-                )  # fmt: skip
-
-
-def norms(run: Run) -> None:
-    import torch
-
-    from peftfn.kernels import use
-    from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
-
-    device, dtype = run.clock.device, torch.float16 if run.args.dry else torch.bfloat16
-    for d, r in [(40, 5)] if run.args.dry else [(4096, 16), (8192, 16), (4096, 64)]:
-        w = torch.randn(d, d, device=device).div_(d**0.5).to(dtype)
-        a, b = torch.randn(r, d, device=device).div_(d**0.5), torch.randn(d, r, device=device)
-
-        def forced(f: Callable[[], Any]) -> Callable[[], Call]:
-            def call() -> Any:
-                with use("triton"), torch.no_grad():
-                    return f()
-
-            return lambda: call
-
-        def factored(w: Any = w, a: Any = a, b: Any = b) -> Any:
-            u = w @ a.to(w.dtype).mT
-            return ((w * w).sum(1).float() + 4 * (u * b).sum(1) + 4 * ((b @ (a @ a.mT)) * b).sum(1)).sqrt()
-
-        want = [reference(w.double(), a.double(), b.double(), 2.0)]
-        bound = d * d * w.element_size() / BANDWIDTH
-        ways = {
-            "peftfn": forced(lambda w=w, a=a, b=b: dora_norm(w, a, b, 2.0)),  # type: ignore[misc]
-            "dense B A": lambda w=w, a=a, b=b: lambda: reference(w, a, b, 2.0),
-            "factored": lambda f=factored: f,
-        }
-        run.row("DoRA's norm", f"{d}×{d}, r={r}", ways, want=want, bound=bound, base=None)
-        many = {"peftfn": forced(lambda w=w, a=a, b=b: dora_norms([w] * 8, [a] * 8, [b] * 8, [2.0] * 8))}  # type: ignore[misc]
-        run.row("DoRA's norm", f"8 sites of {d}×{d} at once, r={r}", many, base=None, modes=("eager",))
-
-
-def mixed(run: Run) -> None:
-    import torch
-
-    from benchmarks.gpu_ways import Batch
-
-    dry = run.args.dry
-    dtype = torch.float16 if dry else torch.bfloat16
-    cases = [(5, 3, 3, 24)] if dry else [
-        (1, 1, 16, 4096), (8, 8, 16, 4096), (32, 32, 16, 4096), (64, 64, 16, 4096), (256, 256, 16, 4096),
-        (256, 8, 16, 4096), (64, 64, 64, 4096), (64, 64, 256, 4096), (64, 32, 16, 8192), (8192, 8, 16, 4096),
-        (8192, 8, 256, 4096),
-    ]  # fmt: skip
-    for rows, slots, r, d in cases:
-        name = f"{rows} rows, {slots} adapters, r={r}, d={d}"
-        with run.trying(name), torch.no_grad():
-            batch = Batch(rows, slots, r, d, dtype, run.clock.device)
-            size = batch.x.element_size()
-            pair = (slots * 2 * r * d + 3 * rows * d) * size / BANDWIDTH
-            run.row("Mixed batch, shrink and expand", name, batch.ways(False), bound=pair, base=None)
-            whole = pair + max(d * d * size / BANDWIDTH, 2 * rows * d * d / FLOPS)
-            exact = [batch.exact()] if rows * r * d <= 2**26 else None
-            run.row("Mixed batch, with the base product", name, batch.ways(True), want=exact, bound=whole)
+def merged(parts: list[Json]) -> Json:
+    """One record of what several processes did."""
+    record = empty({})
+    for part in parts:
+        record["environment"] |= part["environment"]
+        for key in ("gates", "rows", "tune", "left_out", "raised", "done"):
+            record[key] += part[key]
+        record["seconds"] += part["seconds"]
+    return record
 
 
 def complaints(record: Json) -> list[str]:
@@ -571,18 +374,83 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dry", action="store_true", help="on a CPU, in Triton's interpreter, at tiny sizes")
     parser.add_argument("--seconds", type=float, default=450, help="start no row after so many seconds")
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="this section, in this process; may be given "
+                        "several times")  # fmt: skip
+    parser.add_argument("--skip", action="append", choices=SECTIONS, default=[], help="all sections but this")
+    parser.add_argument("--warm", action="store_true", help="run each way once and time nothing: it compiles")
     parser.add_argument("--out", type=Path, help="where the results go")
     parser.add_argument("--docs", type=Path, help=f"the page whose figures are replaced; {DOCS.name} unless dry")
     args = parser.parse_args(argv)
     if args.dry and args.out is None:
         parser.error("--dry needs --out: its figures are none")
-    if args.docs is None and not args.dry:
+    if args.docs is None and not args.dry and not args.only:
         args.docs = DOCS
     return args
 
 
-def sections() -> Iterator[Callable[[Run], None]]:
-    yield from (gates, norms, linears, mixed)
+def sections(run: Run, names: list[str]) -> None:
+    """Run these sections in this process."""
+    for name in names:
+        module, function = SECTIONS[name].split(":")
+        with run.trying(name):
+            getattr(importlib.import_module(f"benchmarks.{module}"), function)(run)
+        run.record["done"].append(name)
+        run.write()
+        print(f"{name}: {run.record['seconds']} s", flush=True)
+
+
+class Processes:
+    """Sections in processes of their own, and the record of what all of them did."""
+
+    def __init__(self, args: argparse.Namespace, folder: str):
+        self.args, self.folder, self.start = args, Path(folder), perf_counter()
+        self.parts: list[Json] = []
+
+    def command(self, *names: str, warm: bool = False) -> list[str]:
+        left = max(1.0, self.args.seconds - (perf_counter() - self.start))
+        only = [word for name in names for word in ("--only", name)]
+        flags = ["--warm"] * warm + ["--dry"] * self.args.dry
+        return [sys.executable, "-m", "benchmarks.gpu", *only, *flags, "--out", str(self.path(names[0], warm)),
+                "--seconds", f"{left:.0f}"]  # fmt: skip
+
+    def path(self, name: str, warm: bool = False) -> Path:
+        return self.folder / f"{name}{'-warm' if warm else ''}.json"
+
+    def take(self, path: Path, names: list[str], code: int) -> list[str]:
+        """Add what a process wrote to the record; the sections that it did not finish."""
+        part = json.loads(path.read_text()) if path.exists() else empty(environment(self.args.dry))
+        left = [name for name in names if name not in part["done"]]
+        if left:
+            part["raised"].append({"what": left[0], "why": f"its process ended with {code}"})
+        self.parts.append(part)
+        path = self.args.out or results_path(self.record())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        return left
+
+    def record(self) -> Json:
+        return merged(self.parts) | {"seconds": round(perf_counter() - self.start)}
+
+
+def each_alone(args: argparse.Namespace, names: list[str]) -> Json:
+    """All sections at once, each in its own process, to compile; then those that time, one after another."""
+    with tempfile.TemporaryDirectory() as folder:
+        all_of = Processes(args, folder)
+        warm = {name: subprocess.Popen(all_of.command(name, warm=True)) for name in names}
+        for name, process in warm.items():
+            try:
+                code = process.wait(max(1.0, args.seconds / 2 - (perf_counter() - all_of.start)))
+            except subprocess.TimeoutExpired:  # half of the time is for timing
+                process.kill()
+                code = process.wait()
+            if name.startswith("check"):
+                all_of.take(all_of.path(name, warm=True), [name], code)
+        print(f"gates and compilation: {perf_counter() - all_of.start:.0f} s", flush=True)
+        timed = [name for name in names if not name.startswith("check")]
+        while timed:  # what follows a process that died starts afresh
+            code = subprocess.run(all_of.command(*timed), check=False).returncode
+            timed = all_of.take(all_of.path(timed[0]), timed, code)[1:]
+        return all_of.record()
 
 
 def main(argv: list[str]) -> int:
@@ -597,17 +465,20 @@ def main(argv: list[str]) -> int:
     if not has_triton():
         print('Triton is not installed, and there is nothing to measure: pip install "peftfn[triton]"', file=sys.stderr)
         return 2
-    torch.backends.cuda.matmul.allow_tf32 = False
-    run = Run(args)
-    print(f"gates on {run.record['environment']['device']}", flush=True)
-    for section in sections():
-        with run.trying(section.__name__):
-            section(run)
-        run.write()
+    names = args.only or [name for name in SECTIONS if name not in args.skip]
+    if args.only:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        run = Run(args)
+        sections(run, names)
+        record = run.record
+    else:
+        record = each_alone(args, names)
     if args.docs:
-        args.docs.write_text(into(args.docs.read_text(), tables(run.record)))
-    print(f"written: {run.path.name}, {run.record['seconds']} s")
-    return int(bool(complaints(run.record)))
+        args.docs.write_text(into(args.docs.read_text(), tables(record)))
+    print(f"{', '.join(names)}: {record['seconds']} s, {len(record['gates'])} gates, {len(record['rows'])} rows")
+    told = complaints(record)
+    print("\n".join(told), flush=True)
+    return int(bool(told))
 
 
 if __name__ == "__main__":

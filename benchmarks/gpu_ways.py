@@ -17,7 +17,7 @@ from peftfn.kernels import use
 from peftfn.kernels.dora_norm import dora_norm
 from peftfn.kernels.dora_norm import reference as dense_norm
 from peftfn.kernels.lora_fused import fused_linear
-from peftfn.kernels.lora_linear import lora_first
+from peftfn.kernels.lora_linear import lora_first, lora_linear
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -288,5 +288,93 @@ class Batch:
             del made["gathered bmm"]
         if base:
             made["base"] = lambda: lambda: torch.mm(self.x, self.w.mT)
-            made["all adapters at once"] = lambda: lambda: op.all_slots(self.x, self.w, self.stack, self.index)
         return made
+
+
+LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+"""Llama-8B: q, k, v, o, gate, up, down, as [out, in]."""
+
+
+class Layer:
+    """A mixed batch of `rows` tokens through one layer's products, each on an input of its width."""
+
+    def __init__(self, rows: int, slots: int, r: int, dtype: torch.dtype, device: str, *, small: bool):
+        from peftfn.kernels.mixed_lora import Stack
+        from peftfn.kernels.segments import segments
+
+        g = torch.Generator(device).manual_seed(0)
+        shapes = tuple((n // 256, k // 256) for n, k in LAYER) if small else LAYER
+
+        def t(*size: int, std: float = 1.0) -> Tensor:
+            return torch.randn(size, generator=g, device=device, dtype=torch.float32).mul_(std).to(dtype)
+
+        self.xs = {k: t(rows, k) for _, k in shapes}
+        self.ws = [t(n, k, std=k**-0.5) for n, k in shapes]
+        self.stacks = [Stack(t(slots, r, k, std=k**-0.5), t(slots, n, r), 2.0) for n, k in shapes]
+        self.rows = segments(torch.arange(rows, device=device) % slots, slots)
+
+    def ways(self) -> dict[str, Callable[[], Callable[[], tuple[Tensor, ...]]]]:
+        from peftfn.kernels.mixed_lora import mixed_lora
+
+        def base() -> tuple[Tensor, ...]:
+            return tuple(torch.mm(self.xs[w.shape[1]], w.mT) for w in self.ws)
+
+        def adapted(mode: str) -> Callable[[], tuple[Tensor, ...]]:
+            def call() -> tuple[Tensor, ...]:
+                with use(mode), torch.no_grad():  # type: ignore[arg-type]
+                    each = zip(self.ws, self.stacks, strict=True)
+                    return tuple(mixed_lora(self.xs[w.shape[1]], w, (stack, self.rows)) for w, stack in each)
+
+            return call
+
+        made: dict[str, Callable[[], Callable[[], tuple[Tensor, ...]]]] = {
+            "base": lambda: base,
+            "peftfn": lambda: adapted("auto"),
+            "peftfn, all Triton": lambda: adapted("triton"),
+        }
+        return made
+
+
+class Tenants:
+    """k tenants with so many tokens each: one batch, or one call after another."""
+
+    def __init__(self, k: int, tokens: int, r: int, d: int, dtype: torch.dtype, device: str):
+        self.batch, self.k, self.tokens = Batch(k * tokens, k, r, d, dtype, device), k, tokens
+        self.index = torch.arange(k, device=device).repeat_interleave(tokens)
+
+    def ways(self) -> dict[str, Callable[[], Callable[[], Tensor | tuple[Tensor, ...]]]]:
+        from peftfn.kernels.mixed_lora import mixed_lora
+        from peftfn.kernels.segments import segments
+
+        b = self.batch
+        rows = segments(self.index, self.k)
+
+        def together() -> Tensor:
+            with torch.no_grad():
+                return mixed_lora(b.x, b.w, (b.stack, rows))
+
+        def one_by_one() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                each = zip(b.x.split(self.tokens), b.a, b.b, strict=True)
+                return tuple(lora_linear(x, b.w, down, up, 2.0) for x, down, up in each)
+
+        return {
+            "base": lambda: lambda: torch.mm(b.x, b.w.mT),
+            "peftfn": lambda: together,
+            "peftfn, one tenant after another": lambda: one_by_one,
+        }
+
+
+def composed(m: int, n: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """c ⊙ v, where v is base + s·change already; PEFT makes it of the two, in eager operations."""
+    from peftfn.kernels.choose import target
+    from peftfn.kernels.lora_triton import rowwise
+
+    v, change = torch.randn(m, n, device=device).to(dtype), torch.randn(m, n, device=device).to(dtype)
+    c, there = torch.rand(n, device=device) + 0.5, target(torch.device(device))
+    assert there is not None, "no kernels on this device"
+    return {
+        "peftfn": lambda: lambda: rowwise(there, v, c),
+        "torch.mul": lambda: lambda: torch.mul(v, c, out=torch.empty_like(v)),
+        "PEFT's operations": lambda: lambda: v + ((c - 1).to(dtype) * v + c.to(dtype) * change * 2.0),
+    }

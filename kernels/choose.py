@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from peftfn.tensors.lent import Lent
 from peftfn.tensors.transform import eager
 
 Mode = Literal["auto", "torch", "triton"]
@@ -90,7 +91,7 @@ def _gpu(index: int | None) -> Target | None:
 
 def plain(t: Tensor) -> bool:
     """Whether t is an ordinary dense tensor of a dtype that the kernels read."""
-    return type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS and t.layout is torch.strided
+    return type(t) in (Tensor, nn.Parameter, Lent) and t.dtype in FLOATS and t.layout is torch.strided
 
 
 def kernels_for(x: Tensor, *others: Tensor | None) -> Target | None:
@@ -118,33 +119,36 @@ class Products:
 
 @dataclass(frozen=True)
 class Rule:
-    """For half precision from so many rows and so wide a matrix, up to a rank, on one architecture or on all."""
+    """For half precision from so many rows and so wide a matrix, up to a rank: `plain` without c and dropout, else
+    `rank`; on one architecture or on all."""
 
     rows: int
     width: int
+    plain: int
     rank: int
     products: Products
     arch: str | None = None
 
-    def fits(self, there: Target, m: int, n: int, k: int, r: int) -> bool:
-        return m >= self.rows and min(n, k) >= self.width and r <= self.rank and self.arch in (None, there.arch)
+    def fits(self, there: Target, m: int, n: int, k: int, r: int, plain: bool) -> bool:
+        rank = self.plain if plain else self.rank
+        return m >= self.rows and min(n, k) >= self.width and r <= rank and self.arch in (None, there.arch)
 
 
-RULES = (Rule(rows=512, width=512, rank=64, products=Products(large=False, thin=True)),)
-"""The first that fits counts; where none does, nothing is a kernel. NOT MEASURED: until there are figures from a GPU,
-the large products stay with the vendor's library (a Triton GEMM must come within 5 to 7 % of it to win), and the thin
-ones are kernels where memory traffic decides."""
+RULES = (Rule(rows=512, width=512, plain=32, rank=64, products=Products(large=False, thin=True)),)
+"""The first that fits counts; where none does, nothing is a kernel. From figures of one H100 (docs/kernels.md): the
+large products stay with the vendor's library, whose lead over the fused Triton GEMM is more than the passes that this
+saves; what dropout or c adds is worth kernels, and two thin products of one operand are up to a rank of 32."""
 
 
-def products(there: Target, m: int, n: int, k: int, r: int, dtype: torch.dtype) -> Products | None:
-    """What runs as a kernel for x [m, k], W [n, k] and rank r; None: nothing does."""
+def products(there: Target, m: int, n: int, k: int, r: int, dtype: torch.dtype, *, plain: bool) -> Products | None:
+    """What runs as a kernel for x [m, k], W [n, k] and rank r; None: nothing does. plain: without c and dropout."""
     if not m * n * k * r:
         return None
     if _mode.get() == "triton":
         return Products(True, True)
     if dtype is torch.float32:  # exact products have no tensor cores in Triton
         return None
-    return next((rule.products for rule in RULES if rule.fits(there, m, n, k, r)), None)
+    return next((rule.products for rule in RULES if rule.fits(there, m, n, k, r, plain)), None)
 
 
 def memory_bound(n: int, k: int) -> bool:
@@ -152,15 +156,10 @@ def memory_bound(n: int, k: int) -> bool:
     return _mode.get() == "triton" or min(n, k) >= 512
 
 
-def all_at_once(t: int, slots: int, r: int) -> bool:
-    """Whether t rows of a mixed batch should meet all adapters in two plain products. NOT MEASURED: from 64 rows, up
-    to 256 ranks in all."""
-    return _mode.get() == "auto" and t >= 64 and slots * r <= 256
-
-
 def by_segment(x: Tensor, rows: float, n: int, k: int, r: int) -> bool:
     """Whether adapters of rank r with so many rows each, of a mixed batch x, should have products of their own, by the
-    vendor's library. NOT MEASURED: from 512 rows, what RULES say of one adapter alone."""
-    if rows < 512 or _mode.get() != "auto" or (there := kernels_for(x)) is None:
+    vendor's library: in fp32, whose exact products have no tensor cores in Triton, from 512 rows. In half precision
+    kernels were faster for 1024 rows each at every rank from 16 to 256."""
+    if rows < 512 or x.dtype is not torch.float32 or _mode.get() != "auto":
         return False
-    return products(there, int(rows), n, k, r, x.dtype) is None
+    return kernels_for(x) is not None

@@ -1,7 +1,8 @@
 """n = ‖W + s·B A‖, row by row: the norm that DoRA divides by.
 
-On a GPU a kernel makes it without the sum (dora_triton.py); its gradient, for an attached norm, is exact in thin
-products, with e = dn/n:
+On a GPU a kernel makes it without the sum (dora_triton.py). Up to rank 16, or beside an fp32 weight, its B A is exact
+in fp32; above, the factors are rounded to the weight's dtype before, as they are for the layer's own products. Its
+gradient, for an attached norm, is exact in thin products, with e = dn/n:
 
     dB = s·e ⊙ (W Aᵀ + s·B (A Aᵀ))      dA = s·(e ⊙ B)ᵀ W + s²·(Bᵀ (e ⊙ B)) A      dW = e ⊙ (W + s·B A)
 """
@@ -21,7 +22,7 @@ class _Norm(Function):
     def forward(ctx: Any, w: Tensor, a: Tensor, b: Tensor, scale: float, there: Target) -> Tensor:  # type: ignore[override]
         from peftfn.kernels.dora_triton import norm
 
-        n = norm(there, w, a, b, scale)
+        n = norm(there, w, *rounded(w, a, b), scale)
         ctx.save_for_backward(w, a, b, n)
         ctx.scale = scale
         return n
@@ -63,7 +64,17 @@ def dora_norms(
             return [dora_norm(*site) for site in sites]
         from peftfn.kernels.dora_triton import norms
 
-        return norms(there, ws, downs, ups, scales).to(ups[0].dtype).unbind()
+        factors = [rounded(w, a, b) for w, a, b in zip(ws, downs, ups, strict=True)]
+        return norms(there, ws, [a for a, _ in factors], [b for _, b in factors], scales).to(ups[0].dtype).unbind()
+
+
+EXACT = 16
+"""Up to this rank, exact products take no longer than reading a half-precision weight does."""
+
+
+def rounded(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors as the kernel multiplies them."""
+    return (a, b) if len(a) <= EXACT or w.dtype is torch.float32 else (a.to(w.dtype), b.to(w.dtype))
 
 
 def reference(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

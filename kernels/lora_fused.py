@@ -38,24 +38,25 @@ class _Fused(Function):
         from peftfn.kernels import lora_triton as ops
 
         needs_v = graded and c is not None and ctx.needs_input_grad[4]
-        s = ops.shrink(there, x, a, 1.0, p, seed) if by.thin else torch.mm(x, a.to(x.dtype).mT)
+        down, up = a.to(x.dtype), b.to(x.dtype)  # masters are cast once, for backward too
+        s = ops.shrink(there, x, down, p, seed) if p else torch.mm(x, down.mT)
         if by.large:
-            y, v = ops.gemm(there, x, w, s, b, scale, c=c, bias=bias, keep_v=needs_v)
+            y, v = ops.gemm(there, x, w, s, up, scale, c=c, bias=bias, keep_v=needs_v)
         else:
-            y, v = _by_library(x, w, s, b.to(x.dtype), c, bias, scale)
+            y, v = _by_library(there, x, w, s, up, c, bias, scale)
             v = v if needs_v else None
-        ctx.save_for_backward(x, w, a, b, c, s, v, seed)
+        ctx.save_for_backward(x, w, a, b, c, s, v, seed, down, up)
         ctx.scale, ctx.p, ctx.there, ctx.by = scale, p, there, by
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w, a, b, c, s, v, seed = ctx.saved_tensors
+        x, w, a, b, c, s, v, seed, down, up = ctx.saved_tensors
         need = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again: plain operations, from the inputs alone
             grads = gradients(dy, x, w, a, b, c, ctx.scale, ctx.p, seed)
         elif ctx.by.thin:
-            grads = _by_kernels(ctx, dy, x, w, a, b, c, s, v, seed)
+            grads = _by_kernels(ctx, dy, x, w, down, up, c, s, v, seed, (a.dtype, b.dtype))
         else:
             grads = gradients(dy, x, w, a, b, c, ctx.scale, ctx.p, seed, s=s, v=v, need=need)
         dbias = dy.sum(0) if need[5] else None
@@ -63,7 +64,7 @@ class _Fused(Function):
 
 
 def _by_library(
-    x: Tensor, w: Tensor, s: Tensor, b: Tensor, c: Tensor | None, bias: Tensor | None, scale: float
+    there: Target, x: Tensor, w: Tensor, s: Tensor, b: Tensor, c: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(y, v) as `gemm` gives them, in the fewest passes: what is added to the large product is there before it."""
     if c is None and bias is not None:
@@ -72,12 +73,9 @@ def _by_library(
     v = torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
     if c is None:
         return v, v
-    return _rowwise(v, c) if bias is None else torch.addcmul(bias, v, c, out=torch.empty_like(v)), v
+    from peftfn.kernels import lora_triton as ops
 
-
-def _rowwise(t: Tensor, c: Tensor) -> Tensor:
-    """c ⊙ t in t's dtype, whatever c's: one pass, and no copy of c."""
-    return torch.mul(t, c, out=torch.empty_like(t))
+    return ops.rowwise(there, v, c, bias), v
 
 
 def _by_kernels(
@@ -91,16 +89,18 @@ def _by_kernels(
     s: Tensor,
     v: Tensor | None,
     seed: Tensor | None,
+    masters: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, ...]:
+    """a and b in x's dtype; `masters` are the dtypes of their gradients."""
     from peftfn.kernels import lora_triton as ops
 
     there, scale, p, need = ctx.there, ctx.scale, ctx.p, ctx.needs_input_grad
     need_x, need_w, need_a, need_b = need[:4]
     dx = dw = da = db = dc = ds = None
     if c is not None and v is None:  # c takes no gradient: only c ⊙ dy is wanted
-        dy, c = _rowwise(dy, c), None
+        dy, c = ops.rowwise(there, dy, c), None
     if need_b:
-        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        db = torch.empty(b.shape, dtype=masters[1], device=b.device)
     one_pass = b.shape[1] <= 32 and (need_a or need_x)  # above, the planes of dS cost more than a second pass
     dv = dy
     if need_b or one_pass or c is not None:
@@ -109,15 +109,15 @@ def _by_kernels(
         ds, dv = swept.across, dy if swept.scaled is None else swept.scaled
         dc = None if c is None or swept.sums is None else swept.sums.to(c.dtype)
     if ds is None and (need_a or need_x):
-        ds = ops.shrink(there, dv, b.mT, scale)
+        ds = torch.mm(dv, b).mul_(scale)
     if need_a:
-        da = torch.empty_like(a, memory_format=torch.contiguous_format)
+        da = torch.empty(a.shape, dtype=masters[0], device=a.device)
         ops.sweep(there, x, ds, None, p=p, seed=seed, down=da.mT)
     if need_x and ds is not None:
         if ctx.by.large:
             dx = ops.gemm(there, dv, w.mT, ds, a.mT, 1.0, p=p, seed=seed)[0]
         else:
-            dx = ops.expand(there, ds, a.mT, p, seed) if p else torch.mm(ds, a.to(x.dtype))
+            dx = ops.expand(there, ds, a.mT, p, seed) if p else torch.mm(ds, a)
             dx.addmm_(dv, w)
     if need_w:
         dw = torch.mm(dv.mT, x)
@@ -149,13 +149,13 @@ def gradients(
     s = dropped @ down.mT if s is None else s
     dv = dy if c is None else dy * c.to(dy.dtype)
     ds = scale * (dv @ up)
-    dx = torch.addmm(drop(ds @ down), dv, w) if need[0] else None
+    dx = drop(ds @ down).addmm_(dv, w) if need[0] else None  # in place: addmm copies what it adds to
     dw = dv.mT @ x if need[1] else None
     da = (ds.mT @ dropped).to(a.dtype) if need[2] else None
     db = (scale * (dv.mT @ s)).to(b.dtype) if need[3] else None
     dc = None
     if c is not None and need[4]:
-        v = torch.addmm(scale * (s @ up.mT), x, w.mT) if v is None else v
+        v = (scale * (s @ up.mT)).addmm_(x, w.mT) if v is None else v
         dc = (dy * v).sum(0).to(c.dtype)
     return dx, dw, da, db, dc
 
@@ -181,7 +181,7 @@ def fused_linear(
     if there is None or x.dtype != w.dtype:
         return None
     n, k = w.shape
-    by = products(there, x.numel() // max(k, 1), n, k, len(a), x.dtype)
+    by = products(there, x.numel() // max(k, 1), n, k, len(a), x.dtype, plain=c is None and not dropout)
     if by is None or (dropout and not by.thin):
         return None
     if dropout and seed is None:

@@ -46,7 +46,7 @@ class _LoRALinear(Function):
             s = torch.mm(x, a.mT)
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
         ds = ctx.scale * torch.mm(dy, b)
-        dx = torch.addmm(torch.mm(ds, a), dy, w) if need_x else None
+        dx = torch.mm(ds, a).addmm_(dy, w) if need_x else None  # in place: addmm copies what it adds to
         dw = torch.mm(dy.mT, x) if need_w else None
         da = torch.mm(ds.mT, x) if need_a else None
         db = torch.mm(dy.mT, ctx.scale * s) if need_b else None

@@ -9,7 +9,7 @@
 
 A sweep gives partial sums in fp32 planes, which `fold` adds up in a fixed order: no atomics, bitwise the same twice.
 The dropout mask is a function of a seed (philox.py); it is drawn where it is needed and never stored.
-x, W, S and y have one dtype; A, B and c may be fp32 beside a half-precision x. Sums are fp32.
+x, W, S, A, B and y have one dtype; c and the bias may be fp32 beside a half-precision x. Sums are fp32.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,8 +24,9 @@ from torch import Tensor
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch, power
 
-# Arguments whose value must not be part of what is compiled: sizes of the batch, ranks, and strides that follow them.
-RUNTIME = ("m", "r", "b_n", "b_r", "s_row", "rows_each", "planes", "scale", "p")
+# What must not be part of what is compiled: the rows of a batch, and how they are shared out. Ranks and strides are:
+# from them the compiler knows that neighbours are aligned, and reads 16 bytes at a time instead of 2.
+RUNTIME = ("m", "rows_each")
 
 
 @triton.jit
@@ -40,33 +41,35 @@ def keep(seed, rows, first, p, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _shrink(
-    x, a, out, seed, m, k, r, x_row, a_r, a_k, s_row, scale, p,
+    x, a, out, seed, m, k, r, x_row, a_r, a_k, each, p,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [m, r] = scale·drop(x [m, k]) aᵀ."""
+    """out [plane, m, r] = drop(x [m, k]) aᵀ, summed over the plane's `each` columns of x."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    plane = tl.program_id(2)
     ok, real = (rows < m)[:, None], (ranks < r)[None, :]
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
+    a_ranks = a + ranks.to(tl.int64)[None, :] * a_r
     acc = tl.zeros((BM, BR), tl.float32)
-    for k0 in range(0, k, BK):
+    for k0 in range(plane * each, tl.minimum(plane * each + each, k), BK):
         cols = k0 + tl.arange(0, BK)
         xt = tl.load(x_rows + cols[None, :], ok & (cols < k)[None, :], other=0.0)
         if DROP:
             xt = tl.where(keep(tl.load(seed), rows, k0, p, BM, BK), xt, 0.0)
-        at = tl.load(a + ranks[None, :] * a_r + cols.to(tl.int64)[:, None] * a_k, real & (cols < k)[:, None], other=0.0)
-        acc = tl.dot(xt, at.to(xt.dtype), acc, input_precision=PRECISION)
+        at = tl.load(a_ranks + cols.to(tl.int64)[:, None] * a_k, real & (cols < k)[:, None], other=0.0)
+        acc = tl.dot(xt, at, acc, input_precision=PRECISION)
     if DROP:
         acc = acc / (1 - p)
-    acc = acc * scale
-    tl.store(out + rows.to(tl.int64)[:, None] * s_row + ranks[None, :], acc.to(out.dtype.element_ty), ok & real)
+    to = (plane.to(tl.int64) * m + rows)[:, None] * r + ranks[None, :]
+    tl.store(out + to, acc.to(out.dtype.element_ty), ok & real)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _gemm(
     x, w, s, b, y, v, c, bias, seed, m, n, k, r, x_row, w_n, w_k, s_row, b_n, b_r, y_row, scale, p,
     C: tl.constexpr, BIAS: tl.constexpr, KEEP_V: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, MAIN: tl.constexpr,
 ):  # fmt: skip
     """y [m, n] = c ⊙ v + bias, v = x wᵀ + scale·drop(s bᵀ); w [n, k] and b [n, r] by their strides."""
     down, across = tl.cdiv(m, BM), tl.cdiv(n, BN)
@@ -87,17 +90,18 @@ def _gemm(
             (ranks < r)[:, None] & real,
             other=0.0,
         )
-        acc = tl.dot(st, bt.to(st.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(st, bt, acc, input_precision=PRECISION)
     acc = acc * scale
     if DROP:
         acc = tl.where(keep(tl.load(seed), rows, n0, p, BM, BN), acc / (1 - p), 0.0)
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     w_cols = w + cols.to(tl.int64)[None, :] * w_n
-    for k0 in range(0, k, BK):
-        ks = k0 + tl.arange(0, BK)
-        xt = tl.load(x_rows + ks[None, :], ok & (ks < k)[None, :], other=0.0)
-        wt = tl.load(w_cols + ks.to(tl.int64)[:, None] * w_k, (ks < k)[:, None] & real, other=0.0)
-        acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
+    if MAIN:  # `expand` has none: compiled all the same, an empty loop would cost a third of the registers
+        for k0 in range(0, k, BK):
+            ks = k0 + tl.arange(0, BK)
+            xt = tl.load(x_rows + ks[None, :], ok & (ks < k)[None, :], other=0.0)
+            wt = tl.load(w_cols + ks.to(tl.int64)[:, None] * w_k, (ks < k)[:, None] & real, other=0.0)
+            acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
     to = rows.to(tl.int64)[:, None] * y_row + cols[None, :]
     if KEEP_V:
         tl.store(v + to, acc.to(v.dtype.element_ty), ok & real)
@@ -127,7 +131,7 @@ def _sweep(
             b + cols.to(tl.int64)[:, None] * b_n + ranks.to(tl.int64)[None, :] * b_r,
             real[:, None] & used[None, :],
             other=0.0,
-        ).to(t.dtype.element_ty)
+        )
     if C:
         ct = tl.load(c + cols, real, other=0.0).to(tl.float32)
         total = tl.zeros((BN,), tl.float32)
@@ -161,17 +165,52 @@ def _sweep(
             tl.store(sums + chunk.to(tl.int64) * n + cols, total, real)
 
 
-@triton.jit(do_not_specialize=("size", "r", "out_row", "out_r", "planes", "scale"))
-def _fold(parts, out, size, r, out_row, out_r, planes, scale, BLOCK: tl.constexpr):
-    """out[i // r, i % r] = scale·Σ parts[plane, i], the planes in order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _sum(block, parts, out, size, r, out_row, out_r, planes, scale, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """out[i // r, i % r] = scale·Σ parts[plane, i], the planes in order, STEP of them in flight."""
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     acc = tl.zeros((BLOCK,), tl.float32)
     at = parts + i
-    for _ in range(planes):
-        acc += tl.load(at, ok, other=0.0)
-        at += size
+    for first in range(0, planes, STEP):
+        for j in tl.static_range(STEP):
+            acc += tl.load(at, i < tl.where(first + j < planes, size, 0), other=0.0)
+            at += size
     tl.store(out + i // r * out_row + i % r * out_r, (acc * scale).to(out.dtype.element_ty), ok)
+
+
+@triton.jit(do_not_specialize=("size0", "planes0", "size1", "planes1", "size2", "planes2"))
+def _fold(
+    parts0, out0, size0, r0, row0, col0, planes0, scale0, parts1, out1, size1, r1, row1, col1, planes1, scale1,
+    parts2, out2, size2, r2, row2, col2, planes2, scale2, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Up to three sums of planes, one by the first blocks, one by the next ones …"""
+    block = tl.program_id(0)
+    blocks0 = tl.cdiv(size0, BLOCK)
+    if block < blocks0:
+        _sum(block, parts0, out0, size0, r0, row0, col0, planes0, scale0, BLOCK, STEP)
+    if parts1 is not None:
+        block -= blocks0
+        blocks1 = tl.cdiv(size1, BLOCK)
+        if (block >= 0) & (block < blocks1):
+            _sum(block, parts1, out1, size1, r1, row1, col1, planes1, scale1, BLOCK, STEP)
+        if parts2 is not None:
+            block -= blocks1
+            if block >= 0:
+                _sum(block, parts2, out2, size2, r2, row2, col2, planes2, scale2, BLOCK, STEP)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _rowwise(v, c, bias, out, m, n, v_row, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """out [m, n] = c ⊙ v + bias."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    t = tl.load(v + rows.to(tl.int64)[:, None] * v_row + cols[None, :], mask, other=0.0).to(tl.float32)
+    t = t * tl.load(c + cols, cols < n, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        t = t + tl.load(bias + cols, cols < n, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * n + cols[None, :], t.to(out.dtype.element_ty), mask)
 
 
 class Blocks(NamedTuple):
@@ -185,7 +224,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(there: Target, dtype: torch.dtype, m: int, busy: bool = False) -> Blocks:
-    """NOT MEASURED: the usual shapes for each architecture. busy: an epilogue or a mask that needs registers too."""
+    """The usual shapes for each architecture. busy: an epilogue or a mask that needs registers too."""
     if there.kind == "interpreter":
         return Blocks(32, 32, 32, 4, 1)
     if dtype is torch.float32:  # exact fp32 products have no tensor cores
@@ -206,21 +245,40 @@ def rowed(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def shrink(
-    there: Target, x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
-    """scale·drop(x) aᵀ: x [m, k], a [r, k] of any strides → [m, r] in x's dtype."""
+class Shrink(NamedTuple):
+    """How `shrink` is cut: rows, ranks and columns of a step, planes, warps, stages."""
+
+    bm: int
+    br: int
+    bk: int
+    split: int
+    warps: int
+    stages: int
+
+
+def shrink_tiles(there: Target, dtype: torch.dtype, m: int, k: int, r: int) -> Shrink:
+    """Enough programs to ask for all of the bandwidth; A is read by every 64 rows. Measured on sm_90."""
+    if there.kind == "interpreter":
+        return Shrink(16, 16, 32, 2 if k > 64 else 1, 4, 1)
+    bm, br, bk = 64, min(power(r), 64), 64 if dtype is torch.float32 else 128
+    split = max(1, min(8, cdiv(2 * there.processors, cdiv(m, bm) * cdiv(r, br)), cdiv(k, 2 * bk)))
+    return Shrink(bm, br, bk, split, 4, 2 if there.kind == "hip" else 3)
+
+
+def shrink(there: Target, x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(x) aᵀ: x [m, k], a [r, k] of any strides → [m, r] in x's dtype."""
     (m, k), r = x.shape, a.shape[0]
     x = rowed(x)
+    bm, br, bk, split, warps, stages = shrink_tiles(there, x.dtype, m, k, r)
     out = x.new_empty(m, r)
-    small = there.kind == "interpreter"
-    wide = x.dtype is torch.float32
-    bm, br, bk = (16, 16, 32) if small else (16 if m <= 8192 else 32, min(power(r), 64), 64 if wide else 128)
+    planes = out if split == 1 else torch.empty(split, m, r, dtype=torch.float32, device=x.device)
     launch(
-        _shrink, (cdiv(m, bm), cdiv(r, br)),
-        x, a, out, seed, m, k, r, x.stride(0), a.stride(0), a.stride(1), r, float(scale), float(p),
-        DROP=p > 0, **precision(x.dtype), BM=bm, BR=br, BK=bk, num_warps=4, num_stages=2 if there.kind == "hip" else 3,
+        _shrink, (cdiv(m, bm), cdiv(r, br), split),
+        x, a, planes, seed, m, k, r, x.stride(0), a.stride(0), a.stride(1), cdiv(cdiv(k, bk), split) * bk,
+        float(p), DROP=p > 0, **precision(x.dtype), BM=bm, BR=br, BK=bk, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if split > 1:
+        fold((planes, out, 1.0))
     return out
 
 
@@ -249,7 +307,7 @@ def gemm(
         x, w, s, b, y, v, c, bias, seed, m, n, k, r, x.stride(0), w.stride(0), w.stride(1), s.stride(0),
         b.stride(0), b.stride(1), n, float(scale), float(p),
         C=c is not None, BIAS=bias is not None, KEEP_V=keep_v, DROP=p > 0, **precision(x.dtype),
-        BM=size.m, BN=size.n, BK=size.k, GROUP=8, num_warps=size.warps, num_stages=size.stages,
+        BM=size.m, BN=size.n, BK=size.k, GROUP=8, MAIN=k > 0, num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return y, v
 
@@ -257,6 +315,43 @@ def gemm(
 def expand(there: Target, s: Tensor, b: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """drop(s bᵀ) [m, n], for a large product to be added to: `gemm` without its main loop."""
     return gemm(there, s[:, :0], b[:, :0], s, b, 1.0, p=p, seed=seed)[0]
+
+
+def rowwise(there: Target, v: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """c ⊙ v + bias [m, n] in v's dtype: one pass, and no copy of c."""
+    v = rowed(v)
+    (m, n), (bm, bn) = v.shape, (16, 32) if there.kind == "interpreter" else (16, 256)
+    out = v.new_empty(m, n)
+    launch(
+        _rowwise, (cdiv(m, bm), cdiv(n, bn)), v, c, bias, out, m, n, v.stride(0), BIAS=bias is not None, BM=bm, BN=bn,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+class Sweep(NamedTuple):
+    """How `sweep` is cut: rows of a step, columns, ranks, programs for each processor, warps, stages."""
+
+    bm: int
+    bn: int
+    br: int
+    waves: int
+    warps: int
+    stages: int
+
+
+def sweep_tiles(there: Target, dtype: torch.dtype, r: int, scaled: bool, both: bool) -> Sweep:
+    """scaled: c scales the tile, and its sums are wanted. both: two products of the tile. Measured on sm_90."""
+    if there.kind == "interpreter":
+        return Sweep(16, 32, 16, 2, 4, 1)
+    br = min(power(r), 64)
+    if dtype is torch.float32:
+        return Sweep(32, 128, br, 2, 4 if there.kind == "hip" else 8, 2)
+    if scaled or there.kind == "hip":
+        return Sweep(64, 128, br, 2, 4, 2)
+    if both:
+        return Sweep(64, 256, br, 2 if br == 16 else 1, 8, 2)
+    return Sweep(128, 128, br, 2, 8, 2)
 
 
 class Swept(NamedTuple):
@@ -289,10 +384,9 @@ def sweep(
     t = rowed(t)
     (m, n), of = t.shape, thin if thin is not None else b
     r = 1 if of is None else of.shape[1]
-    small = there.kind == "interpreter"
-    bm, bn, br = (16, 32, 16) if small else (64 if c is None and t.element_size() == 2 else 32, 128, min(power(r), 64))
+    bm, bn, br, waves, warps, stages = sweep_tiles(there, t.dtype, r, c is not None, thin is not None and b is not None)
     columns = cdiv(n, bn)
-    chunks = max(1, min(cdiv(m, bm), cdiv(2 * there.processors, columns)))
+    chunks = max(1, min(cdiv(m, bm), waves * there.processors // columns))
     rows_each = cdiv(cdiv(m, chunks), bm) * bm
     chunks = cdiv(m, rows_each)
 
@@ -309,27 +403,27 @@ def sweep(
         t, thin, b, c, v, acrosses, downs, sums, scaled, seed, m, n, r, t.stride(0), n,
         0 if thin is None else thin.stride(0), *((0, 0) if b is None else b.stride()), rows_each, float(p),
         ACROSS=b is not None, DOWN=thin is not None, C=c is not None, DROP=p > 0, **precision(t.dtype),
-        BM=bm, BN=bn, BR=br, num_warps=4 if small or there.kind == "hip" else 8, num_stages=2,
+        BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    kept = 1 / (1 - p)
-    across = None
+    kept, across, total, todo = 1 / (1 - p), None, None, []
     if acrosses is not None:
         across = torch.empty(m, r, dtype=dtype or t.dtype, device=t.device)
-        fold(acrosses, across, scale * kept)
+        todo.append((acrosses, across, scale * kept))
     if downs is not None and down is not None:
-        fold(downs, down, scale * kept)
-    total = None
+        todo.append((downs, down, scale * kept))
     if sums is not None:
-        total = torch.empty(n, 1, dtype=torch.float32, device=t.device)
-        fold(sums[..., None], total, 1.0)
-        total = total[:, 0]
+        total = torch.empty(n, dtype=torch.float32, device=t.device)
+        todo.append((sums[..., None], total[:, None], 1.0))
+    fold(*todo)
     return Swept(down, across, total, scaled)
 
 
-def fold(parts: Tensor, out: Tensor, scale: float) -> None:
-    """out [rows, r] = scale·Σ parts [planes, rows, r], in order."""
-    planes, rows, r = parts.shape
-    launch(
-        _fold, (cdiv(rows * r, 1024),),
-        parts, out, rows * r, r, out.stride(0), out.stride(1), planes, float(scale), BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+def fold(*sums: tuple[Tensor, Tensor, float]) -> None:
+    """For each (parts [planes, rows, r], out [rows, r], scale), of at most three: out = scale·Σ parts, in order."""
+    args: list[object] = []
+    for parts, out, scale in sums:
+        planes, rows, r = parts.shape
+        args += [parts, out, rows * r, r, out.stride(0), out.stride(1), planes, float(scale)]
+    args += [None, None, 0, 0, 0, 0, 0, 0.0] * (3 - len(sums))
+    blocks = sum(cdiv(parts[0].numel(), 512) for parts, _, _ in sums)
+    launch(_fold, (blocks,), *args, BLOCK=512, STEP=8, num_warps=4)

@@ -1,10 +1,10 @@
 """y[i] = c_k ⊙ (x[i] Wᵀ + s_k·(x[i] A_kᵀ) B_kᵀ), k the adapter of row i: a batch whose rows have adapters of their own.
 
-The base product runs once on all rows; the low-rank parts run in two launches for all adapters, or in two products
-over all of them where their ranks sum to little. Rows of index −1 are the base's, and cost nothing more.
+The base product runs once on all rows; the low-rank parts run in two launches for all adapters. Rows of index −1 are
+the base's, and cost nothing more.
 
-`Stack` is adapters of one rank, as `peftfn.stack` gives them; `pack` puts adapters of any ranks and scales, LoRA and
-DoRA together, and several layers that share an input (q, k, v), into one tensor without padding.
+`Stack` is adapters of one rank, as `peftfn.stack` gives them. Adapters of other ranks, or of other nets, are further
+groups: the base product is theirs too.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from peftfn.kernels.choose import Target, all_at_once, kernels_for
+from peftfn.kernels.choose import Target, kernels_for
 from peftfn.kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
     from peftfn.kernels.mixed_triton import Side
-
-
-class Low(NamedTuple):
-    """One adapter of one layer: down [r, in], up [out, r], scale, and DoRA's c [out] or None."""
-
-    down: Tensor
-    up: Tensor
-    scale: float = 1.0
-    rows: Tensor | None = None
 
 
 class Stack(NamedTuple):
@@ -51,114 +42,31 @@ class Stack(NamedTuple):
 
         (_, r, in_), out = a.shape, b.shape[1]
         return (
-            Side(a, r * in_, in_, 1, in_, r, 1.0, None, None),
-            Side(b, out * r, 1, r, out, r, float(self.scale), None, None),
+            Side(a, r * in_, in_, 1, in_, r, 1.0),
+            Side(b, out * r, 1, r, out, r, float(self.scale)),
         )
 
-    def each(self, a: Tensor, b: Tensor) -> list[list[tuple[Tensor, Tensor, float, slice]]]:
-        out = slice(0, b.shape[1])
-        return [[(a[k], b[k], self.scale, out) for k in range(self.slots)]]
 
-
-class Pack(NamedTuple):
-    """Adapters of any ranks and scales, of one or more layers with one input, end to end in two flat tensors.
-
-    Layer after layer, adapter after adapter: A as [r, in], B as [r, out]. c: [k, Σ out], ones for LoRA.
-    """
-
-    down: Tensor
-    up: Tensor
-    rows: Tensor | None
-    inputs: int
-    outputs: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    scales: tuple[tuple[float, ...], ...]
-    tables: dict[str, Tensor]
-
-    @property
-    def slots(self) -> int:
-        return len(self.ranks[0])
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.down, self.up, self.rows
-
-    def sides(self, a: Tensor, b: Tensor) -> "tuple[Side, Side]":
-        from peftfn.kernels.mixed_triton import Columns, Side, Tables
-
-        t, slices, r = self.tables, len(self.outputs), max(map(max, self.ranks))
-        ones = torch.ones_like(t["scale"])
-        ins, outs = Columns(t["in_at"], t["in_n"]), Columns(t["out_at"], t["out_n"])
-        return (
-            Side(a, 0, self.inputs, 1, self.inputs, r, 1.0, Tables(t["a_at"], t["rank"], ones), ins, slices),
-            Side(b, 0, 0, 1, max(self.outputs), r, 1.0, Tables(t["b_at"], t["rank"], t["scale"]), outs, slices),
-        )
-
-    def each(self, a: Tensor, b: Tensor) -> list[list[tuple[Tensor, Tensor, float, slice]]]:
-        layers, at, bt, col = [], 0, 0, 0
-        for out, ranks, scales in zip(self.outputs, self.ranks, self.scales, strict=True):
-            layer = []
-            for r, scale in zip(ranks, scales, strict=True):
-                down, up = a[at : at + r * self.inputs].view(r, -1), b[bt : bt + r * out].view(r, -1).mT
-                layer.append((down, up, scale, slice(col, col + out)))
-                at, bt = at + r * self.inputs, bt + r * out
-            layers.append(layer)
-            col += out
-        return layers
-
-
-def pack(layers: Sequence[Sequence[Low]]) -> Pack:
-    """Pack the adapters of each layer; all layers have one input, and as many adapters. Differentiable in the leaves.
-
-    Raises ValueError where shapes do not fit, naming the layer and the adapter.
-    """
-    inputs, slots = layers[0][0].down.shape[1], len(layers[0])
-    for i, layer in enumerate(layers):
-        if len(layer) != slots:
-            raise ValueError(f"pack: layer {i} has {len(layer)} adapters and layer 0 has {slots}: give as many of each")
-        for k, low in enumerate(layer):
-            if low.down.shape[1] != inputs or low.down.shape[0] != low.up.shape[1] or len(low.up) != len(layer[0].up):
-                raise ValueError(
-                    f"pack: layer {i}, adapter {k}: down is {list(low.down.shape)} and up {list(low.up.shape)}; they "
-                    f"must be [r, {inputs}] and [{len(layer[0].up)}, r]"
-                )
-    flat = [low for layer in layers for low in layer]
-    device = flat[0].down.device
-    outputs = tuple(len(layer[0].up) for layer in layers)
-    ranks = tuple(tuple(low.down.shape[0] for low in layer) for layer in layers)
-    scales = tuple(tuple(float(low.scale) for low in layer) for layer in layers)
-    rows = None
-    if any(low.rows is not None for low in flat):
-        rows = torch.cat(
-            [
-                torch.stack([low.up.new_ones(len(low.up)) if low.rows is None else low.rows for low in layer])
-                for layer in layers
-            ],
-            1,
-        )
-
-    def starts(sizes: list[int]) -> list[int]:
-        return [sum(sizes[:i]) for i in range(len(sizes))]
-
-    def table(values: Any, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    tables = {
-        "a_at": table(starts([low.down.numel() for low in flat]), torch.int64),
-        "b_at": table(starts([low.up.numel() for low in flat]), torch.int64),
-        "rank": table([low.down.shape[0] for low in flat], torch.int32),
-        "scale": table([float(low.scale) for low in flat], torch.float32),
-        "in_at": table([0] * len(layers), torch.int32),
-        "in_n": table([inputs] * len(layers), torch.int32),
-        "out_at": table(starts(list(outputs)), torch.int32),
-        "out_n": table(outputs, torch.int32),
-    }
-    down = torch.cat([low.down.reshape(-1) for low in flat])
-    up = torch.cat([low.up.mT.reshape(-1) for low in flat])
-    return Pack(down, up, rows, inputs, outputs, ranks, scales, tables)
-
-
-Group = tuple[Stack | Pack, Segments]
+Group = tuple[Stack, Segments]
 """Adapters, and which rows of the batch are whose; to them, the rows of other groups are the base's."""
+
+
+def _run(
+    x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, tensors: Sequence[Any], keep_v: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """(y; v, what c multiplies, if it is to be kept; the planes of S of each group)."""
+    from peftfn.kernels import mixed_triton as ops
+
+    y = torch.mm(x, w.mT)
+    v, planes = y.clone() if keep_v else None, []
+    for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
+        down, up = adapters.sides(a, b)
+        planes.append(ops.thin(there, x, down, rows))
+        if c is None or v is None:
+            ops.wide(there, planes[-1], up, rows, y, c=c)
+        else:
+            ops.wide(there, planes[-1], up, rows, v, c=c, out=y)
+    return y, v, planes
 
 
 class _Mixed(Function):
@@ -168,18 +76,7 @@ class _Mixed(Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, graded: bool, *tensors: Tensor | None
     ) -> Tensor:
-        from peftfn.kernels import mixed_triton as ops
-
-        y = torch.mm(x, w.mT)
-        v = y.clone() if graded and any(ctx.needs_input_grad[7::3]) else None
-        planes = []
-        for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):
-            down, up = adapters.sides(a, b)
-            planes.append(ops.thin(there, x, down, rows))
-            if c is None or v is None:
-                ops.wide(there, planes[-1], up, rows, y, c=c)
-            else:
-                ops.wide(there, planes[-1], up, rows, v, c=c, out=y)
+        y, v, planes = _run(x, w, groups, there, tensors, graded and any(ctx.needs_input_grad[7::3]))
         ctx.save_for_backward(x, w, v, *planes, *tensors)
         ctx.groups, ctx.there = groups, there
         return y
@@ -209,8 +106,7 @@ class _Mixed(Function):
             down, up = adapters.sides(a, b)
             ds = ops.thin(there, dv, up, rows) if dx is not None or need_a else None
             if dx is not None:
-                for piece in range(down.slices):  # one after the other: they add to the same rows
-                    ops.wide(there, ds, down, rows, dx, piece=piece)
+                ops.wide(there, ds, down, rows, dx)
             grads += [
                 ops.outer(there, ds, x, down, rows) if need_a else None,
                 ops.outer(there, planes[i], dv, up, rows) if need_b else None,
@@ -238,23 +134,12 @@ def mixed_lora(x: Tensor, w: Tensor, *groups: Group) -> Tensor:
     there = kernels_for(x, w, *tensors)
     if there is None or x.dtype != w.dtype or not x.numel():
         return _reference(x, w, groups, tensors)
-    adapters, rows = groups[0]
-    if len(groups) == 1 and isinstance(adapters, Stack) and all_at_once(len(x), adapters.slots, adapters.down.shape[1]):
-        return all_slots(x, w, adapters, rows.of)
     x = x if x.stride(1) == 1 else x.contiguous()
     tensors[2::3] = [c if c is None else c.contiguous() for c in tensors[2::3]]
-    y: Tensor = _Mixed.apply(x, w, groups, there, torch.is_grad_enabled(), *tensors)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        return _run(x, w, groups, there, tensors, False)[0]
+    y: Tensor = _Mixed.apply(x, w, groups, there, True, *tensors)  # type: ignore[no-untyped-call]
     return y
-
-
-def all_slots(x: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
-    """`mixed_lora` where ranks sum to little: every row meets all adapters, and what is not its own becomes zero."""
-    k, r, in_ = adapters.down.shape
-    own = (index[:, None] == torch.arange(k, device=index.device)).to(x.dtype) * adapters.scale
-    s = torch.mm(x, adapters.down.to(x.dtype).view(k * r, in_).mT).view(-1, k, r) * own[:, :, None]
-    up = adapters.up.to(x.dtype).mT.reshape(k * r, -1)
-    y = torch.addmm(torch.mm(x, w.mT), s.view(-1, k * r), up)
-    return y if adapters.rows is None else y * by_row(adapters.rows, index).to(y.dtype)
 
 
 def mixed_rows(
@@ -263,7 +148,7 @@ def mixed_rows(
     """A mixed batch x [rows, …, in], or ids [rows, …] for kind "embedding", with w [out, in]; None where plain torch
     has to run it.
 
-    parts: (adapters as `Weight.low_rank` gives them for a stack, the number of the first of them); what is in none of
+    parts: (adapters as `Method.low_rank` gives them for a stack, the number of the first of them); what is in none of
     them is the base. index: the adapter of each row. cache: keeps the segments of a batch, which all its layers use.
     """
     ids = kind == "embedding"
@@ -319,7 +204,7 @@ def _embedding_reference(ids: Tensor, w: Tensor, groups: Sequence[tuple[Stack, S
     return y
 
 
-def reference(x: Tensor, w: Tensor, adapters: Stack | Pack, index: Tensor) -> Tensor:
+def reference(x: Tensor, w: Tensor, adapters: Stack, index: Tensor) -> Tensor:
     """What `mixed_lora` means for one group: adapter by adapter."""
     return _alone(x, w, *adapters.operands(), adapters, index)
 
@@ -334,16 +219,9 @@ def _reference(x: Tensor, w: Tensor, groups: Sequence[Group], tensors: Sequence[
     return y
 
 
-def _alone(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor | None, adapters: Stack | Pack, index: Tensor
-) -> Tensor:
-    parts = []
-    for layer in adapters.each(a, b):
-        columns = layer[0][3]
-        part = x @ w[columns].mT
-        for k, (down, up, scale, _) in enumerate(layer):
-            change = scale * (x @ down.to(x.dtype).mT) @ up.to(x.dtype).mT
-            part = part + torch.where((index == k)[:, None], change, 0.0)
-        parts.append(part)
-    y = torch.cat(parts, 1)
+def _alone(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor | None, adapters: Stack, index: Tensor) -> Tensor:
+    y = x @ w.mT
+    for k in range(adapters.slots):
+        change = adapters.scale * (x @ a[k].to(x.dtype).mT) @ b[k].to(x.dtype).mT
+        y = y + torch.where((index == k)[:, None], change, 0.0)
     return y if c is None else y * by_row(c, index).to(y.dtype)

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,19 +47,24 @@ def model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pf.Adapted, An
     ("size", "dtype", "wanted"),
     [
         ((4096, 4096, 4096, 16), torch.bfloat16, Products(False, True)),
-        ((512, 512, 512, 64), torch.float16, Products(False, True)),
+        ((512, 512, 512, 32), torch.float16, Products(False, True)),
+        ((4096, 4096, 4096, 33), torch.bfloat16, None),
         ((511, 4096, 4096, 16), torch.bfloat16, None),
         ((4096, 256, 4096, 16), torch.bfloat16, None),
-        ((4096, 4096, 4096, 65), torch.bfloat16, None),
         ((4096, 4096, 4096, 16), torch.float32, None),
         ((0, 4096, 4096, 16), torch.bfloat16, None),
     ],
 )
 def test_rules(size: tuple[int, int, int, int], dtype: torch.dtype, wanted: Products | None) -> None:
-    """The rules hold until a GPU's figures replace them: see docs/kernels.md."""
-    assert products(SM90, *size, dtype) == wanted
+    """As measured: see docs/kernels.md."""
+    assert products(SM90, *size, dtype, plain=True) == wanted
     with use("triton"):
-        assert products(SM90, *size, dtype) == (Products(True, True) if size[0] else None)
+        assert products(SM90, *size, dtype, plain=True) == (Products(True, True) if size[0] else None)
+
+
+def test_what_c_or_dropout_adds_is_a_kernel_up_to_a_higher_rank() -> None:
+    for r, plain, wanted in [(33, True, None), (33, False, Products(False, True)), (65, False, None)]:
+        assert products(SM90, 4096, 4096, 4096, r, torch.bfloat16, plain=plain) == wanted
 
 
 def test_apply_and_mixed_take_kernels_without_being_asked(gpu: list[Launch]) -> None:
@@ -72,15 +79,14 @@ def test_apply_and_mixed_take_kernels_without_being_asked(gpu: list[Launch]) -> 
     big.eval()
     with torch.no_grad():
         net.mixed(pf.stack([net.init(s) for s in range(40)]), [3, -1, 5], torch.zeros(3, 1, 1024, dtype=torch.bfloat16))
-    assert [launch.kernel.__name__ for launch in gpu][-2:] == ["_thin", "_wide"]
+    assert [launch.kernel.__name__ for launch in gpu][-2:] == ["_thin_row", "_wide_row"]
 
 
 @pytest.mark.parametrize(
     ("rank", "rows", "dtype", "kernels"),
     [
         (64, 512, torch.bfloat16, True),
-        (65, 511, torch.bfloat16, True),
-        (65, 512, torch.bfloat16, False),
+        (65, 512, torch.bfloat16, True),
         (60, 512, torch.float32, False),
         (60, 511, torch.float32, True),
     ],
@@ -88,7 +94,7 @@ def test_apply_and_mixed_take_kernels_without_being_asked(gpu: list[Launch]) -> 
 def test_long_segments_of_a_mixed_batch(
     rank: int, rows: int, dtype: torch.dtype, kernels: bool, gpu: list[Launch]
 ) -> None:
-    """From 512 rows an adapter, the rules for one adapter alone decide: the library may have each."""
+    """From 512 rows an adapter in fp32, the library has each."""
     net = pf.adapt(nn.Linear(512, 512, dtype=dtype), {"weight": pf.LoRA(rank)})
     stack, x = pf.stack([net.init(s) for s in range(5)]), torch.zeros(3, rows, 512, dtype=dtype)
     with torch.no_grad():
@@ -232,29 +238,80 @@ def test_cpu_tensors_never_meet_a_kernel() -> None:
     assert not launches
 
 
+class Kernel:
+    """As Triton's JITFunction: called with a grid, it returns what it compiled; that is called with all arguments."""
+
+    def __init__(self, log: list[Any]):
+        self.log = log
+        self.params = [
+            SimpleNamespace(name=n, is_constexpr=n.isupper(), do_not_specialize=n == "m") for n in ("x", "n", "m", "BM")
+        ]
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **meta: Any) -> Any:
+            self.log.append(("compiles", grid, meta))
+            return self.log_of_compiled
+
+        return run
+
+    @property
+    def log_of_compiled(self) -> Any:
+        class Compiled:
+            def __getitem__(_, grid: Any) -> Any:
+                return lambda *args: self.log.append(("runs", grid, args[1:]))
+
+        return Compiled()
+
+
+class On(Tensor):
+    """A CPU tensor that says it is on GPU 1."""
+
+    def get_device(self) -> int:
+        return 1
+
+
 def test_a_kernel_runs_on_the_device_of_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, which need not be the tensors'."""
+    current, order = [0], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        order.append(index)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x, kernel = torch.ones(1).as_subclass(On), Kernel(order)
+    launch(kernel, (2,), x, 3, 5, BM=16)
+    launch(kernel, (0, 2), x, 3, 5, BM=16)  # nothing to do
+    assert order == [1, ("compiles", (2,), {"BM": 16})]
+    current[0] = 1
+    launch(kernel, (2,), x, 3, 5, BM=16)
+    assert order[2:] == [("runs", (2, 1, 1), (3, 5, 16))]
+
+
+def test_what_is_compiled_is_used_again_exactly_where_triton_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own key: dtypes, alignment, constants, and of the numbers that it specialises 1 and 16, 32, 48 …"""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     order: list[Any] = []
+    base = torch.ones(64)
 
-    class Guard:
-        def __init__(self, t: Tensor):
-            order.append(t)
+    def of(dtype: torch.dtype, offset: int = 0) -> Tensor:
+        return base.to(dtype)[offset:].as_subclass(On)
 
-        def __enter__(self) -> None:
-            order.append("enter")
-
-        def __exit__(self, *_: object) -> None:
-            order.append("exit")
-
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **meta: order.append((grid, args, meta))
-
-    monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    x = torch.ones(1)
-    launch(Kernel(), (2,), x, 3, BM=16)
-    launch(Kernel(), (0, 2), x, 3, BM=16)  # nothing to do
-    assert order == [x, "enter", ((2,), (x, 3), {"BM": 16}), "exit"]
+    kernel, f32 = Kernel(order), of(torch.float32)
+    calls: list[tuple[Any, bool]] = [
+        ((f32, 3, 5, 16), True), ((f32, 5, 16, 16), False), ((f32, 5, 1, 16), False), ((f32, 1, 5, 16), True),
+        ((f32, 32, 5, 16), True), ((f32, 48, 2**30, 16), False), ((f32, 48, 2**31, 16), True), ((f32, 3, 5, 32), True),
+        ((of(torch.float16), 3, 5, 16), True), ((of(torch.float32, 1), 3, 5, 16), True),
+        ((f32, 2**35, 5, 16), True), ((f32, 3, 7, 16), False),
+    ]  # fmt: skip
+    for (x, n, m, bm), new in [*calls, *[(call, False) for call, _ in calls]]:
+        order.clear()
+        launch(kernel, (1,), x, n, m, BM=bm)
+        assert [what for what, *_ in order] == ["compiles" if new else "runs"], (x.dtype, n, m, bm)
 
 
 def test_use_is_of_its_context_alone() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfn.kernels import choose, use
 from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.lora_fused import fused_linear
-from peftfn.kernels.mixed_lora import Low, Stack, mixed_embedding, mixed_lora, pack
+from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora
 from peftfn.kernels.segments import segments
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install peftfn[triton]")
@@ -46,19 +46,13 @@ def norms() -> None:
 
 
 def mixed(
-    t: int = 64, slots: int = 32, r: int = 16, *, packed: bool, dtype: torch.dtype = BF16, train: bool = True,
-    embed: bool = False,
+    t: int = 64, slots: int = 32, r: int = 16, *, dtype: torch.dtype = BF16, train: bool = True, embed: bool = False,
 ) -> None:  # fmt: skip
     x, n = meta(t, 4096, dtype=dtype, grad=train), 4096
     index = meta(t, dtype=torch.int64)
     down, up, c = meta(slots, r, 4096, grad=train), meta(slots, n, r, grad=train), meta(slots, n, grad=train)
-    adapters: Any = Stack(down, up, 2.0, c)
-    if packed:
-        low = Low(meta(r, 4096, grad=train), meta(n, r, grad=train), 2.0, meta(n, grad=train))
-        adapters = pack([[low] * slots] * 3)
-        n = 3 * n
     rows = segments(index, slots)
-    y = mixed_lora(x, meta(n, 4096, dtype=dtype), (adapters, rows))
+    y = mixed_lora(x, meta(n, 4096, dtype=dtype), (Stack(down, up, 2.0, c), rows))
     if train:
         y.backward(torch.empty_like(y))
     if embed:
@@ -69,24 +63,26 @@ CALLS: dict[str, Callable[[], None]] = {
     "DoRA with dropout": lambda: linear(c=True, bias=True, dropout=0.05),
     "LoRA": linear,
     "norms": norms,
-    "mixed, packed": lambda: mixed(packed=True),
-    "mixed, stacked, no gradient": lambda: mixed(packed=False, train=False, embed=True),
+    "mixed": mixed,
+    "mixed, no gradient": lambda: mixed(train=False, embed=True),
     "LoRA of few rows": lambda: linear(m=32),
     "LoRA with a bias": lambda: linear(bias=True),
     "DoRA of rank 64": lambda: linear(r=64, c=True),
     "LoRA in fp32": lambda: linear(dtype=FP32),
-    "mixed of long segments and high ranks": lambda: mixed(t=4096, slots=4, r=512, packed=True),
-    "mixed in fp32": lambda: mixed(packed=True, dtype=FP32, train=False),
+    "mixed of long segments and high ranks": lambda: mixed(t=4096, slots=4, r=512),
+    "mixed in fp32": lambda: mixed(dtype=FP32, train=False),
 }
-SOME = ["DoRA with dropout", "norms", "mixed, packed", "mixed, stacked, no gradient"]
+SOME = ["DoRA with dropout", "norms", "mixed", "mixed, no gradient"]
 OF = {"80": SOME, "90": list(CALLS), "100": [*SOME, "LoRA"], "gfx942": SOME}
 """sm_90 compiles all of these calls, the others a selection: the whole takes minutes."""
 
 
-def launches(call: Callable[[], None], there: choose.Target, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches(
+    call: Callable[[], None], there: choose.Target, monkeypatch: pytest.MonkeyPatch, mode: choose.Mode = "triton"
+) -> list[Launch]:
     monkeypatch.setattr(choose, "INTERPRETED", True)  # any device counts as one with kernels …
     monkeypatch.setattr(choose, "target", lambda device: there)  # … namely this
-    with recorded() as found, use("triton"):
+    with recorded() as found, use(mode):
         call()
     assert found
     return found

@@ -83,7 +83,6 @@ class Skeleton:
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = _Released.of(name)
-        self.tables = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
         owners = {id(s._parameters): s for _, s in self.pairs}
         self.lanes: dict[str, dict[str, Any]] = {  # adapted layers whose forward a slot may stand in for: their vars
             name: vars(layer)
@@ -98,6 +97,8 @@ class Skeleton:
                 vars(s)["_apply"] = partial(self._move, s)
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
         self.constants = [p for p in self.parameters if (id(p[1]), p[2]) in sites]
+        marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
+        self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
