@@ -345,6 +345,9 @@ def test_a_layer_at_the_root_keeps_its_name_under_a_table_of_old_ones(tmp_path: 
     pf.save(tmp_path, net, net.init(), format="peft")
     assert list(pf.load(tmp_path, Detects()).net.plan) == ["head.weight", "model.tail.weight"]
     tensors = load_file(tmp_path / TENSORS)
-    save_file({k.replace("model.model.", "model.old."): t for k, t in tensors.items()}, tmp_path / TENSORS)
-    edit(tmp_path, target_modules=r"head|old\.tail", rank_pattern={"^old.tail": 3})
+    save_file(
+        {k.replace("base_model.model.model.", "base_model.model.old."): t for k, t in tensors.items()},
+        tmp_path / TENSORS,
+    )
+    edit(tmp_path, target_modules=r"head|old\.tail", rank_pattern={"^old.tail": 3}, alpha_pattern={})
     assert [e.method.rank for e in pf.load(tmp_path, Detects()).net.plan.values()] == [2, 3]

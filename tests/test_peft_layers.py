@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+import yaml
 from models import SMALL, noise, tokens
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
@@ -180,3 +181,18 @@ def test_a_folder_has_one_adapter(first: str, second: str, tmp_path: Path) -> No
     want = net.init(1)
     assert all(torch.equal(t, want[n][k]) for n, leaf in adapter.items() for k, t in leaf.items())
     assert sum(p.suffix == ".safetensors" for p in tmp_path.iterdir()) == (second != "swift")
+
+
+def test_a_folder_for_peft_has_a_card_and_a_users_own_stays(tmp_path: Path) -> None:
+    model = llama()
+    model.name_or_path = "owner/base: the best"
+    net = pf.adapt(model, {"q_proj": pf.LoRA(2), "0.self_attn.v_proj": pf.LoRA(2), "model.norm": pf.Full()})
+    pf.save(tmp_path, net, net.init(), format="peft")
+    text = (tmp_path / "README.md").read_text()
+    meta = yaml.safe_load(text.split("---")[1])
+    assert meta["base_model"] == "owner/base: the best" and meta["library_name"] == "peft"
+    count = sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert f"{count:,} numbers" in text and "| `LoRA(rank=2)` | 3 |" in text and "| `Full()` | 1 |" in text
+    (tmp_path / "README.md").write_text("mine")
+    pf.save(tmp_path, net, net.init(), format="peft")
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -59,7 +59,7 @@ def outputs_differ(method: Method, layer: str) -> str | None:
 def dense(method: Method, layer: str) -> bool:
     """Whether PEFT's change is none that the method has, so that it is read as a whole weight: its LoKr with a whole
     second factor at Conv1d pairs other axes than LyCORIS and we do."""
-    return method.peft.type == "LOKR" and layer == "conv1" and method.decompose_factor == -1
+    return method.peft.type == "LOKR" and layer == "conv1" and method.decompose_factor == -1 and not method.tucker
 
 
 def crashes(method: Method, layer: str) -> bool:
