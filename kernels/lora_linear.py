@@ -91,7 +91,9 @@ def lora_first(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, b
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if not torch.is_grad_enabled():
-        y = _forward(flat, torch.mm(flat, a.mT), w, b, bias, scale)
+        s = torch.mm(flat, a.mT)  # `_forward`, written out: this is the path of every call without gradients
+        y = torch.mm(s, b.mT) if bias is None else torch.addmm(bias, s, b.mT, alpha=scale)
+        y.addmm_(flat, w.mT, beta=scale if bias is None else 1)
     elif a.requires_grad:
         y = _LoRALinear.apply(flat, w, a, b, bias, scale)  # type: ignore[no-untyped-call]
     else:  # LoRA-FA: plain autograd then keeps S alone, and no x

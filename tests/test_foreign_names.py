@@ -312,3 +312,42 @@ def test_unsloths_columns_when_asked(tmp_path: Path) -> None:
     pf.save(tmp_path / "native", net, net.init())
     with pytest.raises(ValueError, match="experts is for PEFT's files"):
         pf.load(tmp_path / "native", llama(), experts="unsloth")
+
+
+# Several adapters, and layers at the root.
+
+
+def test_a_folder_of_several_has_the_default_one_too(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), lora(target_modules=["q_proj"]))
+    model.add_adapter("other", lora(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    loaded = pf.load_all(tmp_path, llama())
+    assert {n: next(iter(one.net.plan)).split(".")[-2] for n, one in loaded.items()} == {
+        "default": "q_proj",
+        "other": "v_proj",
+    }
+    assert list(pf.load_all(tmp_path, llama(), "other")) == ["other"]
+    model.save_pretrained(tmp_path / "default")
+    with pytest.raises(ValueError, match="both the adapter 'default'"):
+        pf.load_all(tmp_path, llama())
+
+
+def test_a_layer_at_the_root_keeps_its_name_under_a_table_of_old_ones(tmp_path: Path) -> None:
+    class Detects(nn.Module):
+        _checkpoint_conversion_mapping = {r"^head": "model.head", r"^old": "model"}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 6)
+            self.model = nn.ModuleDict({"head": nn.Linear(6, 6), "tail": nn.Linear(6, 6)})
+
+    net = pf.adapt(Detects(), {r"^head\.weight": pf.LoRA(2), r"model\.tail": pf.LoRA(3)})
+    pf.save(tmp_path, net, net.init(), format="peft")
+    assert list(pf.load(tmp_path, Detects()).net.plan) == ["head.weight", "model.tail.weight"]
+    tensors = load_file(tmp_path / TENSORS)
+    save_file(
+        {k.replace("base_model.model.model.", "base_model.model.old."): t for k, t in tensors.items()},
+        tmp_path / TENSORS,
+    )
+    edit(tmp_path, target_modules=r"head|old\.tail", rank_pattern={"^old.tail": 3}, alpha_pattern={})
+    assert [e.method.rank for e in pf.load(tmp_path, Detects()).net.plan.values()] == [2, 3]

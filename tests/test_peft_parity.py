@@ -51,11 +51,15 @@ def outputs_differ(method: Method, layer: str) -> str | None:
             return "PEFT's forward differs from its own merge (PEERS.md 2.7, 2); we compute what it merges"
         case "HRA" | "BOFT" if layer == "conv2, uneven":
             return "PEFT takes stride[0] and padding[0] for all sides (PEERS.md 2.7, 3)"
-        case "LOKR" if layer == "conv1" and method.decompose_factor == -1:  # the second factor is whole, 3-D
-            return "PEFT's kron of a matrix and a 3-D tensor pairs the wrong axes; we do what LyCORIS does"
         case "TRAINABLE_TOKENS" if layer == "linear":
             return "PEFT drops a Linear's bias (PEERS.md 2.7, 5); we keep it"
     return None
+
+
+def dense(method: Method, layer: str) -> bool:
+    """Whether PEFT's change is none that the method has, so that it is read as a whole weight: its LoKr with a whole
+    second factor at Conv1d pairs other axes than LyCORIS and we do."""
+    return method.peft.type == "LOKR" and layer == "conv1" and method.decompose_factor == -1 and not method.tucker
 
 
 def crashes(method: Method, layer: str) -> bool:
@@ -80,8 +84,6 @@ def gradients_differ(method: Method, layer: str) -> str | None:
 def file_differs(method: Method, layer: str) -> str | None:
     """Why PEFT's file is not what its configuration says. Loading it must be an error, never another adapter."""
     written = method.peft.written(method)
-    if written.get("boft_n_butterfly_factor", 1) > 1:
-        return "without nvcc PEFT trains one butterfly factor, whatever the configuration says (PEERS.md 2.7, 14)"
     if written.get("use_qalora"):
         return (
             "PEFT pools groups at GPTQ layers only; elsewhere its QA-LoRA is a plain LoRA, under the same configuration"
@@ -188,13 +190,19 @@ def round_trip(
         return
     net, adapter = pf.load(folder / "theirs", model)
     plain = layer == "embedding" and isinstance(method.peft.written(method).get("init_lora_weights"), str)
-    assert {type(m) for m in net.plan.rules.values()} == {pf.LoRA if plain else type(method)}
+    read_as = pf.Full if dense(method, layer) else pf.LoRA if plain else type(method)
+    assert {type(m) for m in net.plan.rules.values()} == {read_as}
     if crashes(method, layer):
         with pytest.raises(RuntimeError, match="view"):
             call(theirs)
         means(net, adapter, call)
         return
     want = call(theirs)
+    if dense(method, layer):
+        compare(call(lambda *a, **k: net.apply(adapter, *a, **k)), want)
+        with pytest.raises(ValueError, match=rf"{target}.*pairs the wrong axes"):
+            written(folder, base(), {rf"({target})\.weight": method})
+        return
     if outputs_differ(method, layer):
         does_what_it_means(net, adapter, theirs, call)
         return

@@ -18,6 +18,7 @@ from torch import nn
 
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra as beside
+from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import Model
@@ -42,7 +43,7 @@ def save(
     split: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one folder, or several.
+    """Write one folder, or several, each with a model card (README.md), unless there is one.
 
     Args:
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
@@ -52,6 +53,7 @@ def save(
     for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
+        write_card(folder / name, config | more, tensors, net.plan)
 
 
 def load(folder: Path, model: nn.Module, options: Options) -> Loaded:

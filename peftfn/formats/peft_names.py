@@ -37,11 +37,11 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
 
     ends: the keys of the methods in the file, as `suffixes` gives them.
     """
-    ends = list(ends)
+    ends = [end for end in ends if "{}" not in end]  # those have a group's name there
     stems: dict[str, list[re.Pattern[str]]] = {}
     for end in ends:
         stem, _, rest = end.partition(".")
-        stems.setdefault(stem, []).append(re.compile(re.escape(rest).replace(r"\*", r"\d+").replace(r"\{\}", "[^.]+")))
+        stems.setdefault(stem, []).append(re.compile(re.escape(rest).replace(r"\*", r"\d+")))
 
     def parts(key: str) -> tuple[str, str, str] | None:
         """(what stands before the adapter's name, the name, what follows)."""
@@ -51,11 +51,16 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
         for i in range(len(words) - 2, -1, -1):
             if words[i] not in stems:
                 continue
-            name, rest = words[i + 1], ".".join(words[i + 2 :])
+            head, name, rest = ".".join(words[: i + 1]), words[i + 1], ".".join(words[i + 2 :])
+            vector = any(not p.pattern for p in stems[words[i]])
+            if name.isdigit() and not rest:  # one of a list
+                continue
             if name not in _ENDS and any(p.fullmatch(rest) for p in stems[words[i]]):
-                return ".".join(words[: i + 1]), name, rest
-            if rest in ("", "weight") and any(not p.pattern for p in stems[words[i]]):  # a vector, as a module's weight
-                return ".".join(words[: i + 1]), "" if name == "weight" and not rest else name, ""
+                return head, name, rest
+            if vector and rest in ("", "weight"):  # also as a module's weight
+                return head, "" if name == "weight" and not rest else name, ""
+            if vector and rest.isdigit() and not name.isdigit():  # a list of them
+                return head, name, rest
         return None
 
     split = {key: parts(key) for key in found}

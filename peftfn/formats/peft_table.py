@@ -43,9 +43,8 @@ _NAMES = (
 )
 IGNORED = frozenset([*_NAMES.split(), *PATTERNS])
 """Keys without an effect on the outputs of a loaded adapter, or read elsewhere in this package."""
-STARTS = frozenset(
-    ["gaussian", "eva", "orthogonal", "lycoris", "kaiming_uniform", "xavier_uniform", "normal", "uniform"]
-)
+_RANDOM = frozenset({"kaiming_uniform", "xavier_uniform", "normal", "uniform"})
+STARTS = _RANDOM | {"gaussian", "eva", "orthogonal", "lycoris"}
 """Initialisations that leave the base weight as it is (PiSSA, OLoRA, CorDA, LoftQ … subtract from it)."""
 # fmt: off
 DEFAULTS: dict[str, dict[str, Any]] = {

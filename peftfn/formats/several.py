@@ -15,13 +15,14 @@ from peftfn.formats.swift import EXTRA
 def load_all(
     path: str | PathLike[str],
     model: nn.Module,
-    names: Mapping[str, str] | Iterable[str] | None = None,
+    names: Mapping[str, str] | Iterable[str] | str | None = None,
     **options: Any,
 ) -> dict[str, Loaded]:
-    """{name: (net, adapter)} of the adapters in the sub-folders of `path`, all bound to `model`.
+    """{name: (net, adapter)} of the adapters in a folder, all bound to `model`: those in its sub-folders, by their
+    names, and the one in `path` itself as "default", which is where PEFT puts the adapter of that name.
 
     Args:
-        names: the sub-folders to load, in that order; or sub-folder → the name to give its adapter here. Without it,
+        names: the adapters to load, in that order, or one; or name → the name to give the adapter here. Without it,
             all of them.
         options: as for `load`.
 
@@ -29,7 +30,7 @@ def load_all(
         FileNotFoundError: there is none, or none of a given name.
         ValueError: two would get one name; or as for `load`.
     """
-    folder = Path(path)
+    folder, names = Path(path), [names] if isinstance(names, str) else names
     found = folders(folder)
     wanted = (
         {n: n for n in found} if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
@@ -44,7 +45,12 @@ def load_all(
 
 
 def folders(path: Path) -> dict[str, Path]:
-    """{name: sub-folder} of those that hold an adapter each."""
+    """{name: folder} of those that hold an adapter each: the sub-folders, and the folder itself as "default"."""
     below = sorted(path.iterdir()) if path.is_dir() else []
     mine = [p for p in below if p.is_dir() and p.name != EXTRA]
-    return {p.name: p for p in mine if any(m.is_mine(p) for m in FORMATS.values())}
+    found = {p.name: p for p in mine if any(m.is_mine(p) for m in FORMATS.values())}
+    if path.is_dir() and any(m.is_mine(path) for name, m in FORMATS.items() if name != "swift"):
+        if "default" in found:
+            raise ValueError(f"{path} and {found['default']} are both the adapter 'default': load each by its own path")
+        found = {"default": path, **found}
+    return found

@@ -18,6 +18,7 @@ from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
 from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
+from peftfn.formats.kohya import FILE
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.peft_keys import PREFIX
 from peftfn.formats.peft_write import document
@@ -44,7 +45,7 @@ _PASSED = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"
 
 
 def is_mine(path: Path) -> bool:
-    return path.is_dir() and bool(_adapters(path))
+    return path.is_dir() and not (path / FILE).is_file() and bool(_adapters(path))
 
 
 def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], *, name: str = "default") -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
@@ -143,6 +144,7 @@ class Skeleton:
         hooks = [(vars(m), k) for pair in self.pairs for m in pair for k in HOOKS if k in vars(m)]
         self.unhooked = [d[k] for d, k in hooks if not d[k]]
         self.hooked = [(d, k, dict(d[k])) for d, k in hooks if d[k]]
+        self.handles = RemovableHandle.next_id
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
         held = [(d, k) for d, k in held if _is_container(d[k])]
         self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
@@ -164,7 +166,13 @@ class Skeleton:
         )
 
     def _same_hooks(self) -> bool:
-        return not any(self.unhooked) and all(d[k] == was for d, k, was in self.hooked)
+        if (
+            RemovableHandle.next_id != self.handles
+        ):  # a hook was registered somewhere in the process
+            if any(self.unhooked):
+                return False
+            self.handles = RemovableHandle.next_id
+        return all(d[k] == was for d, k, was in self.hooked)
 
     def _clear(self) -> None:
         """Take away what a forward pass left behind in the skeleton."""

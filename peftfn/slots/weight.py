@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from peftfn.core.method import LowRank, Product, Weight
 from peftfn.core.plan import Entry
 from peftfn.kernels import choose
-from peftfn.kernels.lora_linear import lora_linear
+from peftfn.kernels.lora_linear import lora_first, lora_linear
 from peftfn.slots.slot import Slot, check, plus
 from peftfn.tensors.lent import Computed
 from peftfn.tensors.operand import Operand, dense
 from peftfn.tensors.precision import cast, operand_dtype, wide
-from peftfn.tensors.transform import exactly, in_function, moment
+from peftfn.tensors.transform import eager, exactly, in_function, moment
 
 
 class AdaptedWeight(Slot):
@@ -45,6 +45,8 @@ class AdaptedWeight(Slot):
         if low is None or not alike or torch._C._is_any_autocast_enabled():
             return super().forward(x)
         m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
+        if low.gain is None and not low.dropout and not (x.is_cuda or choose.INTERPRETED) and eager(x):
+            return lora_first(x, m, low.down, low.up, low.scale, bias)
         return lora_linear(x, m, low.down, low.up, low.scale, c=low.gain, bias=bias, dropout=low.dropout)
 
     def dense(self) -> Tensor:
