@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from benchmarks.gpu import Run, error
 from peftfn.kernels import use
 from peftfn.kernels.dora_norm import dora_norm, dora_norms
 from peftfn.kernels.dora_norm import reference as norm_reference
@@ -11,9 +14,6 @@ from peftfn.kernels.lora_fused import fused_linear, reference
 from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora
 from peftfn.kernels.mixed_lora import reference as mixed_reference
 from peftfn.kernels.segments import segments
-from torch import Tensor
-
-from benchmarks.gpu import Run, error
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMITS = {FP32: 2e-5, FP16: 2e-3, BF16: 1.5e-2}

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peftfn.kernels import use
-from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
 
 from benchmarks.gpu import Call, Run
 from benchmarks.gpu_ways import Batch, Job, Layer, Tenants, composed, dora_ways, lora_ways
+from peftfn.kernels import use
+from peftfn.kernels.dora_norm import dora_norm, dora_norms, reference
 
 
 def half(run: Run) -> torch.dtype:

@@ -7,13 +7,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from peftfn.kernels import dora_triton, lora_triton, mixed_triton
-from peftfn.kernels.choose import Target, target
-from peftfn.kernels.segments import segments
 from torch import Tensor
 
 from benchmarks.gpu import Call, Run
 from benchmarks.gpu_rows import half
+from peftfn.kernels import dora_triton, lora_triton, mixed_triton
+from peftfn.kernels.choose import Target, target
+from peftfn.kernels.segments import segments
 
 CACHE = 100 << 20  # more bytes than any L2 holds
 Each = Callable[[int], Any]

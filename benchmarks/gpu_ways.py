@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftfn as pf
 from peftfn.kernels import use
 from peftfn.kernels.dora_norm import dora_norm
 from peftfn.kernels.dora_norm import reference as dense_norm
 from peftfn.kernels.lora_fused import fused_linear
 from peftfn.kernels.lora_linear import lora_first, lora_linear
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import peftfn as pf
 
 Step = Callable[[], tuple[Tensor, ...]]
 

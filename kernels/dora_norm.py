@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peftfn.kernels.choose import Target, kernels_for, memory_bound
 from torch import Tensor
 from torch.autograd import Function
+
+from peftfn.kernels.choose import Target, kernels_for, memory_bound
 
 
 class _Norm(Function):

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch, power
-from torch import Tensor
 
 
 @triton.jit

@@ -12,11 +12,11 @@ kept for backward:
 from typing import Any
 
 import torch
-from peftfn.kernels.lora_fused import fused_linear
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from peftfn.kernels.lora_fused import fused_linear
 from peftfn.transform import eager
 
 

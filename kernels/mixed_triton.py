@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from peftfn.kernels.choose import Target
 from peftfn.kernels.launch import cdiv, launch, power
 from peftfn.kernels.segments import Segments
-from torch import Tensor
 
 # The number of rows must not be part of what is compiled. Strides and ranks are: from them the compiler knows that
 # neighbours are aligned, and reads 16 bytes at a time instead of 2.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from peftfn.kernels import launch as launching
 from peftfn.kernels.choose import Target
-from torch import Tensor
 
 TARGETS = (
     Target("cuda", "80", 108),

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peftfn.kernels import choose, use
-from peftfn.kernels import dora_norm as module
-from peftfn.kernels.dora_norm import EXACT, dora_norm, dora_norms, reference, rounded
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn.kernels import choose, use
+from peftfn.kernels import dora_norm as module
+from peftfn.kernels.dora_norm import EXACT, dora_norm, dora_norms, reference, rounded
 from peftfn.plan import prepared
 from peftfn.testing import close
 

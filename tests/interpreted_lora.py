@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peftfn.kernels import choose, lora_fused, use
-from peftfn.kernels.lora_fused import fused_linear, reference
-from peftfn.kernels.philox import keep
 from torch import Tensor, nn
 
 import peftfn as pf
+from peftfn.kernels import choose, lora_fused, use
+from peftfn.kernels.lora_fused import fused_linear, reference
+from peftfn.kernels.philox import keep
 from peftfn.testing import close
 
 assert choose.INTERPRETED, "test_kernels_interpreter.py runs this file"

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import peftfn as pf
 from peftfn.kernels import choose, use
 from peftfn.kernels import mixed_lora as module
 from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora, reference
 from peftfn.kernels.segments import segments
-from torch import Tensor, nn
-
-import peftfn as pf
 from peftfn.testing import close
 
 assert choose.INTERPRETED, "test_kernels_interpreter.py runs this file"

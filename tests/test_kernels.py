@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from peftfn.kernels.lora_linear import lora_linear, reference
 from torch import Tensor
 
+from peftfn.kernels.lora_linear import lora_linear, reference
 from peftfn.testing import close
 
 
