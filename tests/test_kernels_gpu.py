@@ -44,7 +44,7 @@ def test_a_dry_run_does_all_of_it(tmp_path: Path) -> None:
     assert {t["kernel"].split(",")[0] for t in record["tune"]} == {"thin", "wide", "norm", "shrink", "sweep", "gemm"}
     for tuned in record["tune"]:
         assert all(tuned["us"].values()), tuned
-        wrong = [e for way, e in tuned["error"].items() if not way.endswith("alone")]  # the base alone is another job
+        wrong = [e for way, e in tuned["error"].items() if not way.endswith(("alone", "no dropout"))]  # other jobs
         assert max(wrong) < 5e-3, tuned
     text = page.read_text()
     assert text.startswith("# Kernels\n\nwords") and text.endswith("more words\n")
