@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -333,35 +333,48 @@ def complaints(record: Json) -> list[str]:
 
 
 def tables(record: Json) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown: a table for each section, of the first mode of its rows; the file has the others."""
     e = record["environment"]
     lines = [
         f"Measured on {e['device']}, {e['date']}, torch {e['torch']}, triton {e['triton']}, peft {e['peft']}, "
         f"lycoris-lora {e['lycoris-lora']}; {len(record['gates'])} gates, "
-        f"{sum(not g['ok'] for g in record['gates'])} failed; {record['seconds']} s in all.",
+        f"{sum(not g['ok'] for g in record['gates'])} failed.",
+        *([record["note"]] if "note" in record else []),
         *(f"\n{line}" for line in complaints(record)),
     ]
+    if "bandwidth" in e:
+        lines.append(f"This device: {e['bandwidth'] / 1e12:.2f} TB/s, {e['flops'] / 1e12:.0f} TFLOP/s in bf16.")
     for section in dict.fromkeys(row["section"] for row in record["rows"]):
-        lines += ["", f"### {section}"]
-        for row in (r for r in record["rows"] if r["section"] == section):
-            modes = list(row["us"])
-            lines += ["", f"**{row['case']}**, µs (over the base)", "", f"| way | {' | '.join(modes)} | of the bound | "
-                      "peak MiB | error | repeatable |", "|---" * (len(modes) + 5) + "|"]  # fmt: skip
-            for way in row["peak_mib"]:
-                cells = []
-                for mode in modes:
-                    v = row["us"][mode].get(way)
-                    over = "" if v is None or "over_base" not in v else f" ({100 * v['over_base']:+.1f} %)"
-                    cells.append("" if v is None else f"{v['median']:.1f}{over}")
-                share = row["us"][modes[0]].get(way, {}).get("of_bound")
-                wrong, same = row["error"].get(way), row["repeatable"].get(way)
-                cells += ["" if share is None else f"{100 * share:.0f} %", f"{row['peak_mib'][way]:.0f}"]
-                cells += ["" if wrong is None else f"{wrong:.1e}", "" if same is None else "yes" if same else "no"]
-                lines.append(f"| {way} | {' | '.join(cells)} |")
-            lines += [f"\nNot run: {way}: {reason}" for way, reason in row["failed"].items()]
+        rows = [row for row in record["rows"] if row["section"] == section and row["us"]]
+        modes = dict.fromkeys(next(iter(row["us"])) for row in rows)
+        lines += ["", f"### {section}", "", f"µs (over the base); {'; '.join(modes)}", ""]
+        lines += table(rows)
+        absent = dict.fromkeys(f"{way}: {why}" for row in rows for way, why in row["failed"].items())
+        lines += [f"\nNot run: {line}" for line in absent]
+        wrong = [row["error"][way] for row in rows for way in row["error"] if way.startswith("peftfn")]
+        same = [row["repeatable"][way] for row in rows for way in row["repeatable"] if way.startswith("peftfn")]
+        if wrong:
+            lines.append(f"\nOurs is off from fp64 by {max(wrong):.1e} at most; the same bits twice: "
+                         f"{sum(same)} of {len(same)}.")  # fmt: skip
     if record["left_out"]:
         lines += ["", "Left out for lack of time: " + "; ".join(record["left_out"]) + "."]
     return "\n".join(lines) + "\n"
+
+
+def table(rows: list[Json]) -> list[str]:
+    """One line a case, one column a way."""
+    first = [next(iter(row["us"].values())) for row in rows]
+    ways = list(dict.fromkeys(way for times in first for way in times))
+    lines = [f"| | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for row, times in zip(rows, first, strict=True):
+        cells = []
+        for way in ways:
+            v = times.get(way)
+            over = "" if v is None or "over_base" not in v else f" ({100 * v['over_base']:+.0f} %)"
+            share = "" if v is None or "of_bound" not in v else f", {100 * v['of_bound']:.0f} % of the bound"
+            cells.append("" if v is None else f"{v['median']:.0f}{over}{share if way == 'peftfn' else ''}")
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return lines
 
 
 def into(page: str, text: str) -> str:
@@ -423,10 +436,24 @@ class Processes:
         if left:
             part["raised"].append({"what": left[0], "why": f"its process ended with {code}"})
         self.parts.append(part)
-        path = self.args.out or results_path(self.record())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        self.write()
         return left
+
+    def write(self, *more: Json) -> None:
+        record = merged([*self.parts, *more]) | {"seconds": round(perf_counter() - self.start)}
+        path = self.args.out or results_path(record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def run(self, names: list[str]) -> list[str]:
+        """Run these sections in one process, and keep what it has done so far; the sections that it did not finish."""
+        process, path = subprocess.Popen(self.command(*names)), self.path(names[0])
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(5)
+                return self.take(path, names, code)
+            with suppress(FileNotFoundError, json.JSONDecodeError):  # it writes just now
+                self.write(json.loads(path.read_text()))
 
     def record(self) -> Json:
         return merged(self.parts) | {"seconds": round(perf_counter() - self.start)}
@@ -448,8 +475,7 @@ def each_alone(args: argparse.Namespace, names: list[str]) -> Json:
         print(f"gates and compilation: {perf_counter() - all_of.start:.0f} s", flush=True)
         timed = [name for name in names if not name.startswith("check")]
         while timed:  # what follows a process that died starts afresh
-            code = subprocess.run(all_of.command(*timed), check=False).returncode
-            timed = all_of.take(all_of.path(timed[0]), timed, code)[1:]
+            timed = all_of.run(timed)[1:]
         return all_of.record()
 
 

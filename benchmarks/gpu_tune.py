@@ -208,7 +208,7 @@ def shrink(run: Run) -> None:
                 return lora_triton.shrink(there, x[i], a, 0.1, seed)
 
         ways: dict[str, Each] = {str(tuple(v)): partial(ours, v=v) for v in tiles}
-        ways["torch.mm"] = lambda i, x=x, a=a: torch.mm(x[i], a.mT)  # type: ignore[misc]
+        ways["torch.mm, no dropout"] = lambda i, x=x, a=a: torch.mm(x[i], a.mT)  # type: ignore[misc]
         candidates(run, "shrink", f"{m}×{k}, r={r}", ways, m * k * 2)
 
 

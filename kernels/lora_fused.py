@@ -35,7 +35,7 @@ class _Fused(Function):
         by: Products,
         graded: bool,
     ) -> Tensor:
-        from peftfn.kernels import lora_triton as ops
+        import peftfn.kernels.lora_triton as ops
 
         needs_v = graded and c is not None and ctx.needs_input_grad[4]
         down, up = a.to(x.dtype), b.to(x.dtype)  # masters are cast once, for backward too
@@ -73,7 +73,7 @@ def _by_library(
     v = torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
     if c is None:
         return v, v
-    from peftfn.kernels import lora_triton as ops
+    import peftfn.kernels.lora_triton as ops
 
     return ops.rowwise(there, v, c, bias), v
 
@@ -92,7 +92,7 @@ def _by_kernels(
     masters: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, ...]:
     """a and b in x's dtype; `masters` are the dtypes of their gradients."""
-    from peftfn.kernels import lora_triton as ops
+    import peftfn.kernels.lora_triton as ops
 
     there, scale, p, need = ctx.there, ctx.scale, ctx.p, ctx.needs_input_grad
     need_x, need_w, need_a, need_b = need[:4]

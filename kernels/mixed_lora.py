@@ -55,7 +55,7 @@ def _run(
     x: Tensor, w: Tensor, groups: Sequence[Group], there: Target, tensors: Sequence[Any], keep_v: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """(y; v, what c multiplies, if it is to be kept; the planes of S of each group)."""
-    from peftfn.kernels import mixed_triton as ops
+    import peftfn.kernels.mixed_triton as ops
 
     y = torch.mm(x, w.mT)
     v, planes = y.clone() if keep_v else None, []
@@ -83,7 +83,7 @@ class _Mixed(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        from peftfn.kernels import mixed_triton as ops
+        import peftfn.kernels.mixed_triton as ops
 
         groups, there, need = ctx.groups, ctx.there, ctx.needs_input_grad
         x, w, v, *saved = ctx.saved_tensors
@@ -184,7 +184,7 @@ def mixed_embedding(ids: Tensor, w: Tensor, *groups: tuple[Stack, Segments]) -> 
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, *tensors))
     if there is None or graded or ids.device != w.device or not ids.numel():
         return _embedding_reference(ids, w, groups)
-    from peftfn.kernels import mixed_triton as ops
+    import peftfn.kernels.mixed_triton as ops
 
     y = F.embedding(ids, w.mT).contiguous()
     for (adapters, rows), (a, b, c) in zip(groups, _threes(tensors), strict=True):

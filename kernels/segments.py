@@ -50,5 +50,5 @@ def segments(index: Tensor, slots: int, *, block: int | None = None) -> Segments
         inside = first[:, None] + torch.arange(block, device=device)
         mine = used[:, None] & (inside < stops[slot][:, None])
         rows, slot = order[inside.clamp(max=t - 1)].where(mine, -1), slot.where(used, -1)
-    i32 = [v.to(torch.int32) for v in (rows, slot, order, starts, stops)]
-    return Segments(*i32, index, block, slots)
+    rows, slot, order, starts, stops = (v.to(torch.int32) for v in (rows, slot, order, starts, stops))
+    return Segments(rows, slot, order, starts, stops, index, block, slots)

@@ -37,6 +37,8 @@ class Launch:
             special = not parameter.do_not_specialize
             if parameter.is_constexpr or v is None or (special and isinstance(v, int) and v == 1):
                 signature[name], constants[name] = "constexpr", v
+                if isinstance(v, str):  # of no effect but on Triton's own key
+                    attrs[(i,)] = []
                 continue
             if isinstance(v, Tensor):
                 signature[name], aligned = f"*{NAMES[v.dtype]}", special

@@ -1,4 +1,11 @@
-"""peftfn.kernels: each op equals its plain-torch reference, forward, backward and twice backward, at odd sizes."""
+"""peftfn.kernels: each op equals its plain-torch reference, forward, backward and twice backward, at odd sizes; and
+where its files may be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +53,35 @@ def test_lora_linear_without_gradients_saves_nothing() -> None:
         y = lora_linear(x, w, a.requires_grad_(), b, 2.0)
     assert y.grad_fn is None
     close(y, reference(x, w, a.detach(), b, 2.0), "no_grad", 1e-5)
+
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import importlib.util, sys
+import torch, peftfn
+from peftfn.kernels import choose, use
+import peftfn.kernels.lora_linear as ops
+with use("torch"):
+    assert choose._mode.get() == "torch"
+other = importlib.util.find_spec("kernels")
+print(ops.__file__, other is None or other.origin is None)
+"""
+
+
+@pytest.mark.parametrize("layout", ["a clone", "an installed wheel"])
+def test_the_files_are_found_and_shadow_no_package(layout: str, tmp_path: Path) -> None:
+    """A folder `kernels` on the path that is no package loses to the package that transformers and PEFT look for."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "peftfn", tmp_path / "peftfn", ignore=ignore)
+    folder = tmp_path / "kernels" if layout == "a clone" else tmp_path / "peftfn" / "kernels"
+    shutil.copytree(ROOT / "kernels", folder, ignore=ignore)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(folder / "lora_linear.py"), "True"]
+    (tmp_path / "other" / "kernels").mkdir(parents=True)
+    (tmp_path / "other" / "kernels" / "__init__.py").write_text("get_kernel = 1")
+    env["PYTHONPATH"] += os.pathsep + str(tmp_path / "other")
+    command = [sys.executable, "-c", "import peftfn.kernels; from kernels import get_kernel"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -44,27 +44,23 @@ def model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, pf.Adapted, An
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "wanted"),
+    ("size", "dtype", "plain", "wanted"),
     [
-        ((4096, 4096, 4096, 16), torch.bfloat16, Products(False, True)),
-        ((512, 512, 512, 32), torch.float16, Products(False, True)),
-        ((4096, 4096, 4096, 33), torch.bfloat16, None),
-        ((511, 4096, 4096, 16), torch.bfloat16, None),
-        ((4096, 256, 4096, 16), torch.bfloat16, None),
-        ((4096, 4096, 4096, 16), torch.float32, None),
-        ((0, 4096, 4096, 16), torch.bfloat16, None),
+        ((4096, 4096, 4096, 16), torch.bfloat16, False, Products(False, True)),
+        ((512, 512, 512, 64), torch.float16, False, Products(False, True)),
+        ((4096, 4096, 4096, 16), torch.bfloat16, True, None),
+        ((4096, 4096, 4096, 65), torch.bfloat16, False, None),
+        ((511, 4096, 4096, 16), torch.bfloat16, False, None),
+        ((4096, 256, 4096, 16), torch.bfloat16, False, None),
+        ((4096, 4096, 4096, 16), torch.float32, False, None),
+        ((0, 4096, 4096, 16), torch.bfloat16, False, None),
     ],
 )
-def test_rules(size: tuple[int, int, int, int], dtype: torch.dtype, wanted: Products | None) -> None:
+def test_rules(size: tuple[int, int, int, int], dtype: torch.dtype, plain: bool, wanted: Products | None) -> None:
     """As measured: see docs/kernels.md."""
-    assert products(SM90, *size, dtype, plain=True) == wanted
+    assert products(SM90, *size, dtype, plain=plain) == wanted
     with use("triton"):
-        assert products(SM90, *size, dtype, plain=True) == (Products(True, True) if size[0] else None)
-
-
-def test_what_c_or_dropout_adds_is_a_kernel_up_to_a_higher_rank() -> None:
-    for r, plain, wanted in [(33, True, None), (33, False, Products(False, True)), (65, False, None)]:
-        assert products(SM90, 4096, 4096, 4096, r, torch.bfloat16, plain=plain) == wanted
+        assert products(SM90, *size, dtype, plain=plain) == (Products(True, True) if size[0] else None)
 
 
 def test_apply_and_mixed_take_kernels_without_being_asked(gpu: list[Launch]) -> None:

@@ -1,7 +1,9 @@
-"""Kernels compile for every architecture, within its shared memory and without spills, in the configurations of `OF`
-(docs/kernels.md says which are left out); and run-time values stay run-time values. Needs no GPU: the public ops run on
-meta tensors, and what they would launch is compiled."""
+"""Kernels compile for every architecture, within its shared memory and without spills but for those listed, in the
+modes and dtypes that occur; and run-time values stay run-time values. Needs no GPU: the public ops run on meta tensors,
+and what they would launch is compiled. PEFTFN_COMPILE=all compiles every call for every target, in every dtype and mode
+(it takes an hour on one core); without it, a selection."""
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora
 from peftfn.kernels.segments import segments
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install peftfn[triton]")
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def meta(*size: int, dtype: torch.dtype = FP32, grad: bool = False) -> Tensor:
@@ -35,12 +37,12 @@ def linear(
     a, b, rows = meta(r, k, grad=True), meta(n, r, grad=True), meta(n, grad=True) if c else None
     given = meta(n, dtype=dtype) if bias else None
     y = fused_linear(x, w, a, b, scale, c=rows, bias=given, dropout=dropout, seed=meta(1, dtype=torch.int64))
-    assert y is not None
-    y.backward(torch.empty_like(y))
+    if y is not None:  # the rules leave some to plain torch
+        y.backward(torch.empty_like(y))
 
 
-def norms() -> None:
-    w, a, b = meta(4096, 4096, dtype=BF16), meta(16, 4096), meta(4096, 16)
+def norms(dtype: torch.dtype = BF16, r: int = 16) -> None:
+    w, a, b = meta(4096, 4096, dtype=dtype), meta(r, 4096), meta(4096, r)
     dora_norm(w, a, b, 2.0)
     dora_norms([w, w], [a, a], [b, b], [1.0, 2.0])
 
@@ -59,22 +61,38 @@ def mixed(
         mixed_embedding(index, meta(n, 50000, dtype=dtype), (Stack(meta(slots, r, 50000), up, 2.0, c), rows))
 
 
-CALLS: dict[str, Callable[[], None]] = {
-    "DoRA with dropout": lambda: linear(c=True, bias=True, dropout=0.05),
-    "LoRA": linear,
-    "norms": norms,
-    "mixed": mixed,
-    "mixed, no gradient": lambda: mixed(train=False, embed=True),
-    "LoRA of few rows": lambda: linear(m=32),
-    "LoRA with a bias": lambda: linear(bias=True),
-    "DoRA of rank 64": lambda: linear(r=64, c=True),
-    "LoRA in fp32": lambda: linear(dtype=FP32),
-    "mixed of long segments and high ranks": lambda: mixed(t=4096, slots=4, r=512),
-    "mixed in fp32": lambda: mixed(dtype=FP32, train=False),
+CALLS: dict[str, Callable[[torch.dtype], None]] = {
+    "DoRA with dropout": lambda t: linear(dtype=t, c=True, bias=True, dropout=0.05),
+    "LoRA": lambda t: linear(dtype=t),
+    "norms": lambda t: norms(t),
+    "mixed": lambda t: mixed(dtype=t),
+    "mixed, no gradient": lambda t: mixed(dtype=t, train=False, embed=True),
+    "mixed, few rows": lambda t: mixed(dtype=t, t=8, slots=8),
+    "mixed, long segments": lambda t: mixed(dtype=t, t=8192, slots=8, r=64),
+    "LoRA with dropout": lambda t: linear(dtype=t, dropout=0.05),
+    "LoRA of rank 8 with dropout": lambda t: linear(dtype=t, r=8, dropout=0.05),
+    "LoRA of few rows": lambda t: linear(dtype=t, m=32),
+    "LoRA with a bias": lambda t: linear(dtype=t, bias=True),
+    "DoRA of rank 64": lambda t: linear(dtype=t, r=64, c=True),
+    "mixed of high ranks": lambda t: mixed(dtype=t, t=4096, slots=4, r=512),
+    "norms of high ranks": lambda t: norms(t, 384),
 }
-SOME = ["DoRA with dropout", "norms", "mixed", "mixed, no gradient"]
-OF = {"80": SOME, "90": list(CALLS), "100": [*SOME, "LoRA"], "gfx942": SOME}
-"""sm_90 compiles all of these calls, the others a selection: the whole takes minutes."""
+Case = tuple[choose.Target, str, torch.dtype, choose.Mode]
+SOME: dict[str, list[tuple[str, torch.dtype, choose.Mode]]] = {
+    "80": [("DoRA with dropout", BF16, "auto"), ("mixed, no gradient", BF16, "triton")],
+    "90": [
+        ("DoRA with dropout", BF16, "triton"), ("DoRA with dropout", BF16, "auto"), ("LoRA with dropout", FP16, "auto"),
+        ("LoRA", BF16, "triton"), ("norms", BF16, "triton"), ("norms of high ranks", BF16, "triton"),
+        ("mixed", BF16, "triton"), ("mixed, few rows", BF16, "triton"), ("mixed, no gradient", FP32, "triton"),
+    ],
+    "100": [("DoRA with dropout", BF16, "auto"), ("mixed, few rows", BF16, "triton")],
+    "gfx942": [("DoRA with dropout", BF16, "auto"), ("mixed, no gradient", BF16, "triton")],
+}  # fmt: skip
+EVERY = [(call, dtype, mode) for call in CALLS for dtype in (BF16, FP16, FP32) for mode in ("triton", "auto")]
+ALL = os.environ.get("PEFTFN_COMPILE") == "all"
+CASES: list[Case] = [(there, *case) for there in TARGETS for case in (EVERY if ALL else SOME[there.arch])]
+SPILLS: dict[tuple[str, str], int] = {}
+"""Bytes that a kernel may spill on an architecture: found by PEFTFN_COMPILE=all."""
 
 
 def launches(
@@ -84,7 +102,6 @@ def launches(
     monkeypatch.setattr(choose, "target", lambda device: there)  # … namely this
     with recorded() as found, use(mode):
         call()
-    assert found
     return found
 
 
@@ -103,54 +120,54 @@ def spills(kernel: Any, folder: Path) -> int:
     return sum(map(int, found.groups()))
 
 
-@pytest.mark.parametrize(
-    ("there", "call"),
-    [pytest.param(t, c, id=f"{t.arch}-{c}") for t in TARGETS for c in OF[t.arch]],
-)
-def test_compiles(there: choose.Target, call: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0].arch, case[1], str(case[2]), case[3]]))
+def test_compiles(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there, call, dtype, mode = case
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    found = launches(CALLS[call], there, monkeypatch)
+    found = launches(lambda: CALLS[call](dtype), there, monkeypatch, mode)
+    assert found or mode == "auto"
     for key, launch in {launch.key(): launch for launch in found}.items():
-        kernel = launch.compile(there)
+        kernel, name = launch.compile(there), launch.kernel.__name__
         assert kernel.metadata.shared <= there.shared, key
-        assert spills(kernel, tmp_path) == 0, key
-        if launch.kernel.__name__ == "_gemm" and launch.args[0].dtype is BF16:  # the matrix units of each architecture
+        assert spills(kernel, tmp_path) <= SPILLS.get((there.arch, name), 0), key
+        if name == "_gemm" and launch.args[0].dtype is BF16:  # the matrix units of each architecture
             unit = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}[there.arch]
             assert unit in kernel.asm["ptx" if there.kind == "cuda" else "amdgcn"], key
 
 
 def keys(monkeypatch: pytest.MonkeyPatch, *calls: Callable[[], None]) -> list[set[str]]:
-    return [{launch.key() for launch in launches(call, TARGETS[1], monkeypatch)} for call in calls]
+    found = [{launch.key() for launch in launches(call, TARGETS[1], monkeypatch)} for call in calls]
+    assert all(found)
+    return found
 
 
 @pytest.mark.parametrize("c", [False, True])
 def test_run_time_values_compile_nothing(c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scale, dropout rate, seed, the rank within one tile of ranks, and the rows of a batch."""
+    """Scale, dropout rate, seed, the rows of a batch, and the rank within one tile, but for its own alignment."""
     first, *others = keys(
         monkeypatch,
         lambda: linear(c=c, dropout=0.05),
         lambda: linear(c=c, dropout=0.5, scale=1.0, seed=2**40),
-        lambda: linear(c=c, dropout=0.05, r=1),
-        lambda: linear(c=c, dropout=0.05, r=13),
         lambda: linear(c=c, dropout=0.05, m=1023),
     )
     for other in others:
         assert other == first
+    one, two = keys(monkeypatch, lambda: linear(c=c, dropout=0.05, r=9), lambda: linear(c=c, dropout=0.05, r=13))
+    assert one == two
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_mixed_batches_compile_nothing_anew(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, adapters, and ranks within one tile. (Blocks have 16, 32 or 64 rows, by rows per adapter.)"""
-    first, *others = keys(
-        monkeypatch,
-        lambda: mixed(packed=packed),
-        lambda: mixed(packed=packed, t=1, slots=3),
-        lambda: mixed(packed=packed, t=37, slots=17, r=9),
-        lambda: mixed(packed=packed, slots=3, r=1),
-    )
-    for other in others:
-        assert other == first
+def test_mixed_batches_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and adapters, at one number of planes; and the rank within one tile, but for its own alignment. (Blocks have
+    1, 16, 32 or 64 rows, by the rows of an adapter.)"""
+    for r, same in ((16, (16,)), (9, (9, 13))):
+        first, *others = keys(
+            monkeypatch,
+            lambda r=r: mixed(t=64, slots=64, r=r),
+            *[lambda t=t, k=k, r=r: mixed(t=t, slots=k, r=r) for t, k in ((62, 70), (48, 33)) for r in same],
+        )
+        for other in others:
+            assert other == first
 
 
 def test_a_new_shape_does_compile() -> None:

@@ -15,31 +15,79 @@ needs_triton = pytest.mark.skipif(not gpu.has_triton(), reason="needs Triton: pi
 PAGE = f"# Kernels\n\nwords\n\n{gpu.MARKS[0]}\nold figures\n{gpu.MARKS[1]}\n\nmore words\n"
 
 
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+
 @needs_triton
 def test_a_dry_run_does_all_of_it(tmp_path: Path) -> None:
     out, page = tmp_path / "r.json", tmp_path / "kernels.md"
     page.write_text(PAGE)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out), "--docs", str(page)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    only = [word for name in gpu.SECTIONS for word in ("--only", name)]
+    done = run("--out", str(out), "--docs", str(page), *only)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads(out.read_text())
-    assert len(record["gates"]) >= 10
+    assert record["done"] == list(gpu.SECTIONS)
+    assert len(record["gates"]) >= 20
     assert all(g["ok"] for g in record["gates"])
-    assert not record["raised"]
+    assert not record["raised"] and not record["left_out"]
     sections = {row["section"] for row in record["rows"]}
-    assert len(sections) == 5
-    assert not record["left_out"]
+    assert len(sections) == 9
     for row in record["rows"]:
         assert not [way for way in row["failed"] if "lycoris" not in way], row["failed"]
         for way, wrong in row["error"].items():
             assert way == "lycoris-lora" or wrong < 5e-3, (row["case"], way)
         for times in row["us"].values():
             assert "peftfn" in times and all(t["median"] > 0 for t in times.values())
+    assert {t["kernel"].split(",")[0] for t in record["tune"]} == {"thin", "wide", "norm", "shrink", "sweep", "gemm"}
+    for tuned in record["tune"]:
+        assert all(tuned["us"].values()), tuned
+        wrong = [e for way, e in tuned["error"].items() if not way.endswith(("alone", "no dropout"))]  # other jobs
+        assert max(wrong) < 5e-3, tuned
     text = page.read_text()
     assert text.startswith("# Kernels\n\nwords") and text.endswith("more words\n")
     assert "old figures" not in text
     assert all(f"### {section}" in text for section in sections)
+
+
+@needs_triton
+def test_sections_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    some = ("check-norms", "tune-norm", "norms")
+    done = run("--out", str(out), *[word for name in gpu.SECTIONS if name not in some for word in ("--skip", name)])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    assert record["done"] == list(some)
+    assert record["gates"] and record["rows"] and record["tune"]
+    assert all(row["us"] for row in record["rows"])  # what was run to compile alone is not in it
+
+
+def test_a_process_that_dies_ends_one_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA error ends it: what it had written stays, and the sections after it run in a new process."""
+    program = (
+        "import json, os, sys; names = sys.argv[2::2]; out = sys.argv[1]\n"
+        "for n in names:\n"
+        "    record = json.load(open(out)) if os.path.exists(out) else json.loads(sys.stdin.read())\n"
+        "    record['gates'].append({'gate': n, 'value': 0, 'limit': 1, 'ok': True})\n"
+        "    record['done'] += [] if n == 'mixed' else [n]\n"
+        "    json.dump(record, open(out, 'w'))\n"
+        "    if n == 'mixed': os.abort()\n"
+    )
+
+    def command(self: gpu.Processes, *names: str, warm: bool = False) -> list[str]:
+        path = self.path(names[0], warm)
+        path.write_text(json.dumps(gpu.empty({"device": "none"})))
+        return [sys.executable, "-c", program, str(path), *[word for n in names for word in (n, "")]]
+
+    monkeypatch.setattr(gpu.Processes, "command", command)
+    args = gpu.parse(["--dry", "--out", str(tmp_path / "r.json")])
+    record = gpu.each_alone(args, ["check-norms", "norms", "mixed", "curve"])
+    assert record["done"] == ["check-norms", "norms", "curve"]
+    assert [g["gate"] for g in record["gates"]] == ["check-norms", "norms", "mixed", "curve"]
+    assert [r["what"] for r in record["raised"]] == ["mixed"]
+    assert json.loads((tmp_path / "r.json").read_text())["done"] == record["done"]
 
 
 def test_gates_fail_on_what_is_not_a_number() -> None:
@@ -110,7 +158,8 @@ def test_the_page_has_the_marks_and_only_measured_figures() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gates(tmp_path: Path) -> None:
-    run = gpu.Run(gpu.parse(["--out", str(tmp_path / "r.json")]))
-    gpu.gates(run)
+@pytest.mark.parametrize("name", [name for name in gpu.SECTIONS if name.startswith("check")])
+def test_gates(name: str, tmp_path: Path) -> None:
+    run = gpu.Run(gpu.parse(["--out", str(tmp_path / "r.json"), "--only", name]))
+    gpu.sections(run, [name])
     assert gpu.complaints(run.record) == []

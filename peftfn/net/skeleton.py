@@ -166,9 +166,7 @@ class Skeleton:
         )
 
     def _same_hooks(self) -> bool:
-        if (
-            RemovableHandle.next_id != self.handles
-        ):  # a hook was registered somewhere in the process
+        if RemovableHandle.next_id != self.handles:  # a hook was registered somewhere in the process
             if any(self.unhooked):
                 return False
             self.handles = RemovableHandle.next_id
