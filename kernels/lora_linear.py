@@ -90,7 +90,8 @@ def lora_first(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, b
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    if not torch.is_grad_enabled():
+    graded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad or w.requires_grad)
+    if not graded and (bias is None or not bias.requires_grad):
         s = torch.mm(flat, a.mT)  # `_forward`, written out: this is the path of every call without gradients
         y = torch.mm(s, b.mT) if bias is None else torch.addmm(bias, s, b.mT, alpha=scale)
         y.addmm_(flat, w.mT, beta=scale if bias is None else 1)

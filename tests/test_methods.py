@@ -74,7 +74,7 @@ def test_a_method_is_one_file_and_one_line() -> None:
 def test_a_method_derives_from_a_family() -> None:
     with pytest.raises(TypeError, match=r"Plain derives from Method.*derive from peftfn\.Weight, class Plain\(peftfn"):
 
-        class Plain(pf.Weight):
+        class Plain(pf.Method):
             def delta(self, p: dict[str, Tensor], w: Tensor) -> Tensor:
                 return p["d"]
 

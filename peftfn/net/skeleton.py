@@ -244,7 +244,7 @@ class Skeleton:
         for theirs, _, k in self.written_to:
             p = theirs[k]
             lent[id(p)] = None if p is None else p.detach().clone()
-        if torch.compiler.is_compiling():  # compiled code has plain tensors
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a tracer has plain tensors
             for name in self.lost:
                 raise RuntimeError(LOST.format(name=name))
             for theirs, ours, k in self.lendable:
