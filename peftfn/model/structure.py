@@ -4,12 +4,13 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
+from peftfn.model.model import modules_of
 from peftfn.tensors.lent import written_by
 from peftfn.tensors.quantised import held, share
 
@@ -23,13 +24,15 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.Parameter]]:
     """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
+
+    named: the model's modules by name.
 
     Raises TypeError for an attribute that is a function over one of the modules, or a weak reference to one: a copy
     would run the original.
     """
-    modules = dict.fromkeys(model.modules())
+    modules = dict.fromkeys(named.values())
     loose: dict[nn.Parameter, None] = {}
     functions: list[tuple[nn.Module, str, Any]] = []
 
@@ -62,7 +65,7 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
             )
         hook = vars(module).get("_hf_hook")
         if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-            name = next((n for n, m in model.named_modules() if m is module), type(module).__name__)
+            name = next((n for n, m in named.items() if m is module), type(module).__name__)
             raise ValueError(
                 f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
                 "share. Load the model without offload, or take it off with "
@@ -155,7 +158,7 @@ def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
 
     copy_base: whether all parameters have storage of their own.
     """
-    modules, loose = reachable(model)
+    modules, loose = reachable(modules_of(model))
     tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
     aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
     written = [m._parameters[k] for m in modules for k in written_by(m)]

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
 from peftfn.slots.slot import OUTLIVED, Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import LOST, REPLACED, Lent, beneath, lend, written_by
-from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
+from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
@@ -47,9 +48,9 @@ class Skeleton:
             self._copy()
 
     def _copy(self) -> None:
-        modules, loose = reachable(self.base)
-        named = dict(self.base.named_modules(remove_duplicate=False))
-        opaque = dict(weights(self.base))
+        named = modules_of(self.base)
+        modules, loose = reachable(named)
+        opaque = quantised_in(named)
         layers = {id(w.layer): w for w in opaque.values()}
         for name in self.sites:
             module, _, key = name.rpartition(".")
@@ -70,10 +71,11 @@ class Skeleton:
         self.flags = [
             (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
         ]
+        copied = {id(b): s for b, s in self.pairs}
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
-            f"{prefix}.{k}" if prefix else k: (m._parameters, k)
-            for prefix, m in self.root.named_modules(remove_duplicate=False)
-            for k in m._parameters
+            f"{prefix}.{k}" if prefix else k: (copied[id(b)]._parameters, k)
+            for prefix, b in named.items()
+            for k in b._parameters
         }
         self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
         stands = {id(b): self._stand_in(layers[id(b)], s) for b, s in self.pairs if id(b) in layers}
