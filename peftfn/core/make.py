@@ -247,7 +247,8 @@ def _filled(matched: _Matched, entries: Mapping[str, Entry], seed: int) -> dict[
             k: moved.setdefault((id(t), w.device), on_mesh(t.to(w.device), w))
             for k, t in shared[entry.rule].get(name, {}).items()
         }
-        out[name] = replace(entry, frozen=common | functions.constants(entry, weights, seed))
+        frozen = common | functions.constants(entry, weights, seed)
+        out[name] = replace(entry, frozen=frozen) if frozen else entry
     return out
 
 

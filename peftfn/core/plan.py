@@ -24,31 +24,33 @@ Adapter = dict[str, Leaf]
 class Entry:
     """One site of a plan: the method that stands there, and what of it does not depend on the adapter."""
 
+    # Where, and which method.
     site: Site
     rule: str  # the pattern that took the site
     method: Weight
     frozen: Leaf  # constants: the site's own and those its rule shares
-    spec: dict[str, Size]  # what a leaf must look like
-    prepared: dict[str, Size]  # what a prepared leaf looks like
+    # What a run of the method on the meta device showed (`make.py`).
+    spec: dict[str, Size]  # the shapes of a leaf
+    prepared: dict[str, Size]  # the shapes of a prepared leaf
     common: frozenset[str]  # names of tensors without an expert axis at a stacked site
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
     changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
-    # What a call would ask at every site, answered once:
-    prepares: bool = field(init=False)  # `prepare` does something
-    fast: bool = field(init=False)  # `linear` is more than the dense weight
-    low: bool = field(init=False)  # `low_rank` may say that it is a low-rank change
-    plain: bool = field(init=False)  # no constants
+    # What a call would ask at every site, answered once, from the fields above.
+    prepares: bool = field(init=False)  # the method has a `prepare`
+    fast: bool = field(init=False)  # its `linear` is more than the product with the dense weight
+    low: bool = field(init=False)  # it has a `low_rank`
+    plain: bool = field(init=False)  # it has no constants here
     to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
-        turn = None if self.site.kind in ("linear", "stack", "other") else self.site.canonical
+        is_matrix = self.site.kind in ("linear", "stack", "other")
         decided = {
             "prepares": self.method.overrides("prepare"),
             "fast": self.method.fast_linear(),
             "low": self.method.overrides("low_rank"),
             "plain": not self.frozen,
-            "to_matrix": turn,
+            "to_matrix": None if is_matrix else self.site.canonical,
         }
         for name, value in decided.items():
             object.__setattr__(self, name, value)

@@ -132,7 +132,7 @@ def copy_structure(
         keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         keep += [v for v in vars(module).values() if is_plain(v) or is_setting(v)]
         keep += held(module)
-    own = {id(hooks): copy.copy(hooks) for module in modules for hooks in hooks_of(module)}
+    own = {id(hooks): hooks.copy() for module in modules for hooks in hooks_of(module)}
     memo = {id(value): value for value in keep} | own | aliases
     try:
         root = copy.deepcopy(model, memo)
