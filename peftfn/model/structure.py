@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from peftfn.model.model import modules_of
-from peftfn.tensors.lent import written_by
+from peftfn.model.written import written_by
 from peftfn.tensors.quantised import held, share
 
 STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}

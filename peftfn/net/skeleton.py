@@ -24,9 +24,10 @@ from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
+from peftfn.model.written import written_by
 from peftfn.slots.slot import OUTLIVED, Slot, plus
 from peftfn.slots.unrowed import tables
-from peftfn.tensors.lent import LOST, REPLACED, Lent, beneath, lend, written_by
+from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
 from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
@@ -103,7 +104,6 @@ class Skeleton:
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
-        self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
         self.idle = self.snapshot()
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
@@ -240,8 +240,6 @@ class Skeleton:
             p = theirs[k]
             lent[id(p)] = None if p is None else p.detach().clone()
         if torch.compiler.is_compiling():  # compiled code has plain tensors
-            for name in self.lost:
-                raise RuntimeError(LOST.format(name=name))
             for theirs, ours, k in self.lendable:
                 p = theirs[k]
                 ours[k] = lent[id(p)] if id(p) in lent else _constant(p)
