@@ -84,7 +84,7 @@ class PeftNames:
         self.modules, self.buffers, self.weights = read.distinct, read.buffers, read.weights
         self.called = {m: m for m in self.modules if m}  # module → its name in the file, where the file's model had it
 
-    def whole(self, key: str) -> Site | None:
+    def whole_site(self, key: str) -> Site | None:
         """The site whose whole value is under this key, `base_layer`s left out."""
         path, _, attr = key.rpartition(".")
         return self.sites.get(key) or self.sites.get(f"{self.plain(path)[0]}.{attr}")

@@ -96,7 +96,7 @@ def renaming(model: keys.PeftNames, mapping: Mapping[str, str] | None, ends: Ite
         layer = keys.split(bare, ends) if root and head is None else None
         if layer and layer[0] and model.plain(layer[0])[0] in model.modules:
             head = layer[0]
-        elif head is None and root and model.whole(bare) is not None:
+        elif head is None and root and model.whole_site(bare) is not None:
             head = bare.rpartition(".")[0]
         return far if head is None else bare.removeprefix(head).count(".")
 

@@ -77,7 +77,7 @@ class Sorted:
                 self.once(self.found.setdefault(place.site.name, {}), parts[1], key)
             elif (outer := _INNER.sub(".", bare)) != bare and outer in all_keys:
                 continue  # bias="all" has PEFT save a head's biases inside its wrapper too, which it does not read
-            elif site := model.whole(bare):
+            elif site := model.whole_site(bare):
                 self.sized(key, site)
                 if self.trained(site.name, key):
                     self.once(self.whole, site.name, key)

@@ -56,21 +56,8 @@ def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.
             functions.append((where, key, value))
 
     def scan(module: nn.Module) -> None:
-        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
-            raise TypeError(
-                f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
-                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
-                "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
-                "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
-            )
+        _refuse(module, named)
         hook = vars(module).get("_hf_hook")
-        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-            name = next((n for n, m in named.items() if m is module), type(module).__name__)
-            raise ValueError(
-                f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
-                "share. Load the model without offload, or take it off with "
-                "accelerate.hooks.remove_hook_from_submodules"
-            )
         for key, value in vars(module).items():
             if key not in STANDARD and not (hook is not None and key in MOVES):
                 look(value, module, key)
@@ -87,6 +74,25 @@ def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.
                     "method, or pass the module as an argument."
                 )
     return list(modules), list(loose)
+
+
+def _refuse(module: nn.Module, named: Mapping[str, nn.Module]) -> None:
+    """Raise for a module whose copy would not do what it does: one of compiled code, or without weights of its own."""
+    if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        raise TypeError(
+            f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
+            "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
+            "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
+            "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
+        )
+    hook = vars(module).get("_hf_hook")
+    if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+        name = next((n for n, m in named.items() if m is module), type(module).__name__)
+        raise ValueError(
+            f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
+            "share. Load the model without offload, or take it off with "
+            "accelerate.hooks.remove_hook_from_submodules"
+        )
 
 
 def _led_to(value: Any, seen: set[int]) -> Iterator[Any]:
