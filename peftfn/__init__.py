@@ -14,7 +14,8 @@ from peftfn.many.nets import Nets
 from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
-from peftfn.model.site import Site, sites
+from peftfn.model.model import sites
+from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
 from peftfn.tools import optim

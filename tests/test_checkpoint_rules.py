@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.model.choice import matched
+from peftfn.model.model import Model
 from peftfn.testing import shaken
 from peftfn.tools.targets import targets
 
@@ -191,11 +192,11 @@ def test_a_second_adapter_finds_what_the_first_did(names: str | list[str], tmp_p
     """P4, P5, P14, C6.5 101: the base stays the base, however many adapters there are and in whatever form."""
     model = llama()
     theirs = two(tmp_path, llama(), lora(target_modules=names), lora(4, target_modules=names))
-    first = set(matched(model, names))
+    first = set(matched(Model.of(model), names))
     assert first == {n.removeprefix("base_model.model.") for n in theirs.base_model.targeted_module_names}
     A, B = (pf.load(tmp_path / n, model) for n in "AB")
     held = pf.as_module(A.net, A=A.adapter, B=(B.net, B.adapter))
-    assert set(matched(model, names)) == modules(A.net) == modules(B.net) == first
+    assert set(matched(Model.of(model), names)) == modules(A.net) == modules(B.net) == first
     for name, loaded in (("A", A), ("B", B)):
         theirs.set_adapter(name)
         same_outputs(loaded, theirs, model)
@@ -213,7 +214,7 @@ def test_all_linear_leaves_a_trained_head_alone(tmp_path: Path) -> None:
     theirs = saved(tmp_path, classifier("Bert"), lora(task_type="SEQ_CLS", target_modules="all-linear"))
     net, _ = loaded = pf.load(tmp_path, classifier("Bert"))
     assert modules(net, pf.Full) == {"classifier"} and "classifier" not in modules(net, pf.LoRA)
-    assert modules(net) == {*matched(net.model, "all-linear")}
+    assert modules(net) == {*matched(Model.of(net.model), "all-linear")}
     same_outputs(loaded, theirs, net.model)
     rules = {"classifier": pf.Full(), **targets(net.model, pf.LoRA(2), "all-linear", exclude=["classifier"])}
     assert pf.adapt(net.model, rules).plan.keys() == net.plan.keys()

@@ -352,8 +352,10 @@ def test_a_write_to_an_adapted_weight_is_an_error_before_it_is_lost(write: Calla
     model, x = writing(write), noise(3, 8)
     net = pf.adapt(model, {"g": LoRA(2)})
     a, before = random(net), held(model)
-    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x)):
-        with pytest.raises(RuntimeError, match=r"g\.weight: .*write"):
+    torch._dynamo.reset()
+    compiled = torch.compile(net.apply, fullgraph=True, backend="eager")
+    for run in (lambda: net.apply(a, x), lambda: pf.as_module(net, a)(x), lambda: compiled(a, x)):
+        with pytest.raises(RuntimeError, match=r"g\.weight: .*writ"):
             run()
     unchanged(held(model), before)
 
@@ -366,6 +368,57 @@ def test_a_forward_that_reads_an_adapted_weight_through_data_or_detach_reads_the
     with torch.no_grad():
         close(net.apply(a, x).add_(0), 3 * F.linear(x, net.merge(a)["f.weight"]))
     close(pf.as_module(net, a)(x), net.apply(a, x))
+    torch._dynamo.reset()
+    both = pf.stack([a, net.init()])
+    for run in (net.apply, lambda a, x: vmap(net.apply, (0, None))(both, x)[0]):
+        close(torch.compile(run, fullgraph=True, backend="eager")(a, x), net.apply(a, x))
+
+
+class _Bounded(nn.Linear):
+    """Writes to its weight if told so; in each of the other lines it looks as if it did."""
+
+    bounded = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bounded:
+            self.weight.data.clamp_(min=0)
+        scale = self.weight.detach().norm(dim=1).clamp_(min=1e-6)
+        with torch.no_grad():
+            scale.add_(self.weight.abs().sum(1)).sub_(self.weight.data.abs().sum(1))
+        return super().forward(x).div_(scale)
+
+
+def test_a_forward_that_could_write_to_its_weight_and_does_not_is_no_error() -> None:
+    model, x = Net(lambda m, x: m.g(x), g=_Bounded(8, 8)), noise(3, 8)
+    net = pf.adapt(model, {"g": LoRA(2)})
+    a = random(net)
+    want = copy.deepcopy(model)
+    want.load_state_dict(net.merge(a))
+    torch._dynamo.reset()
+    for run in (net.apply, torch.compile(net.apply, fullgraph=True, backend="eager")):
+        close(run(a, x), want(x))
+    close(pf.as_module(net, a)(x), want(x))
+
+
+def test_a_view_shares_the_weights_that_a_forward_only_reads() -> None:
+    """Experts that add up their outputs in place are the largest weights of a model, and must not be copied."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(noise(2, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for e in range(2):
+                current = self.w[e].t()
+                out.index_add_(0, torch.arange(len(x)), x @ current)
+            out[0] = out[0] + x[0] @ self.w[0]
+            return out.mul_(2)
+
+    model = Net(lambda m, x: m.f(m.experts(x)), experts=Experts())
+    m = pf.as_module(net := pf.adapt(model, {"f": LoRA(2)}), net.init())
+    assert m.experts.w.data_ptr() == model.experts.w.data_ptr()
 
 
 def test_a_write_that_cannot_be_foreseen_is_told() -> None:

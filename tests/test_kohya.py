@@ -21,6 +21,7 @@ from peftfn.core.method import registry
 from peftfn.formats.kohya import FILE
 from peftfn.formats.kohya_keys import ENDS, Names
 from peftfn.formats.kohya_unet import older
+from peftfn.model.model import Model
 
 
 class Net(nn.Module):
@@ -368,7 +369,7 @@ def test_the_older_names_of_a_unet_are_read(part: str, tmp_path: Path) -> None:
         tensors |= {f"lora_unet_{old}.lora_up.weight": noise(w.shape[0], 2, *(1,) * (w.dim() - 2))}
     net, _ = pf.load(put(tmp_path, tensors), model)
     assert set(net.plan) == {f"{part}{new}.weight" for new in OLDER.values()}
-    names = Names(model)
+    names = Names(Model.of(model))
     every = [m for m, attr in names.sites if attr == "weight"]
     old = [older(m.removeprefix(part), names.unet) for m in every]
     assert None not in old and len(set(old)) == len(every) > 100

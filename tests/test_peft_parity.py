@@ -21,7 +21,8 @@ import peftfn as pf
 from peftfn.core.method import Method, registry
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.peft_keys import Model, tensors
+from peftfn.formats.peft_keys import PeftNames, tensors
+from peftfn.model.model import Model
 from peftfn.testing import shaken
 from peftfn.testing.models import IN, OUT
 
@@ -252,7 +253,7 @@ def written(folder: Path, model: nn.Module, rules: dict[str, Method]) -> None:
 
 def same_gradients(net: pf.Adapted, leaves: Any, trained: dict[str, Tensor]) -> None:
     """Gradients of the leaves, in PEFT's layout, against those of PEFT's parameters."""
-    model, seen, alive = Model(net.model), 0, False
+    model, seen, alive = PeftNames(Model.of(net.model)), 0, False
     parts = r"\.(default|base_layer|modules_to_save|ln_tuning_layers)(?=\.)"
     copies = {re.sub(parts, "", n).removeprefix("base_model.model."): g for n, g in trained.items()}
     parameters = [n for n, e in net.plan.items() if e.site.stacked]

@@ -13,8 +13,9 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import peftfn as pf
 from peftfn.core.method import registry
+from peftfn.model.model import modules_of, quantised_in, weights_of
 from peftfn.tensors import quantised_layers
-from peftfn.tensors.quantised import parameters, quantised, weights
+from peftfn.tensors.quantised import quantised
 from peftfn.testing import shaken
 
 with warnings.catch_warnings():  # of torch's own changes, when they are imported
@@ -111,7 +112,7 @@ def replaced(model: nn.Module, make) -> nn.Module:
 def dequantised(model: nn.Module) -> nn.Module:
     """The model with the quantised layers' own values in ordinary ones."""
     model = copy.deepcopy(model)
-    for name, w in list(weights(model)):
+    for name, w in quantised_in(modules_of(model)).items():
         path = name.removesuffix(".weight")
         parent, _, last = path.rpartition(".")
         b = w.bias()
@@ -275,7 +276,7 @@ def test_merge_quantises_again(kind, bits):
         w = quantised(getattr(target, name)).dense()
         step = want[f"{name}.weight"].abs().max() / 2**bits  # the widest gap of NF4 is 0.3 of the block's largest
         assert (w - want[f"{name}.weight"]).abs().max() <= 1.7 * step
-    assert parameters(base)["up.weight"].dense().equal(parameters(model_of(kind))["up.weight"].dense())
+    assert weights_of(base)["up.weight"].dense().equal(weights_of(model_of(kind))["up.weight"].dense())
     close(target(X), net.apply(a, X), 0.25 if bits == 3 else 0.03)
     if kind != "bnb8":  # whose layers keep what they are called with
         close(functional_call(base, merged, (X,)), target(X))

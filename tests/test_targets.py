@@ -16,6 +16,7 @@ import peftfn as pf
 from peftfn.core.method import registry
 from peftfn.formats.regex import Pattern
 from peftfn.model.choice import matched
+from peftfn.model.model import Model
 from peftfn.tools.targets import defaults, targets
 
 EXCLUDED = ["mlp.c_proj", "output.dense", "SelfAttention.q", "1.self_attn.k_proj", "attention.k_proj"]
@@ -43,8 +44,9 @@ pytestmark = [
 )  # fmt: skip
 def test_the_modules_peft_adapts(name: str, options: dict[str, Any]) -> None:
     case = by_name[name]
-    mine = matched(case.build(), *options.values()) if "layers_to_transform" not in options else matched(
-        case.build(), options["target_modules"], None, options["layers_to_transform"], options.get("layers_pattern")
+    known = Model.of(case.build())
+    mine = matched(known, *options.values()) if "layers_to_transform" not in options else matched(
+        known, options["target_modules"], None, options["layers_to_transform"], options.get("layers_pattern")
     )  # fmt: skip
     try:
         model = peft.get_peft_model(case.build(), peft.LoraConfig(r=1, fan_in_fan_out=name == "gpt2", **options))
@@ -74,7 +76,7 @@ def test_rules_of_patterns_and_parameters() -> None:
 
 def test_names_never_leak_into_longer_ones() -> None:
     model = nn.ModuleDict({n: nn.Linear(2, 2) for n in ("foo", "foobar", "barfoo", "foo_bar")})
-    assert matched(model, ["foo"]) == ["foo"]
+    assert matched(Model.of(model), ["foo"]) == ["foo"]
     assert list(pf.adapt(model, targets(model, pf.LoRA(1), ["foo"])).plan) == ["foo.weight"]
 
 
@@ -82,7 +84,7 @@ def test_all_linear_takes_modules_not_names() -> None:
     model = nn.ModuleDict(
         {"a": nn.ModuleDict({"baz": nn.Linear(2, 2)}), "conv": nn.ModuleDict({"baz": nn.Conv2d(2, 2, 1)})}
     )
-    assert matched(model, "all-linear") == ["a.baz"]
+    assert matched(Model.of(model), "all-linear") == ["a.baz"]
 
 
 def test_what_is_refused() -> None:
@@ -92,7 +94,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="IA3 has no rank"):
         targets(model, pf.IA3(), ["q_proj"], rank_pattern={"q_proj": 3})
     with pytest.raises(ValueError, match="says the layers itself"):
-        matched(model, ".*q_proj", layers=[1])
+        matched(Model.of(model), ".*q_proj", layers=[1])
 
 
 # What PEFT adapts if one names nothing.
@@ -120,7 +122,7 @@ def test_the_tables_are_pefts(table: str) -> None:
     theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_TARGET_MODULES_MAPPING")
     assert len(theirs) > 15
     for kind, names in theirs.items():
-        mine, inputs = defaults(Typed(kind), method)
+        mine, inputs = defaults(Model.of(Typed(kind)), method)
         assert (mine if isinstance(mine, str) else set(mine)) == (names if isinstance(names, str) else set(names)), kind
         if table == "IA3":
             assert set(inputs) == set(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind])

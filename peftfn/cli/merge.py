@@ -19,7 +19,7 @@ from peftfn.core import functions
 from peftfn.core.plan import Entry
 from peftfn.formats import hub, load
 from peftfn.formats.files import read_json
-from peftfn.model.site import sites
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"})
@@ -76,11 +76,12 @@ class _Merge:
 
     def __init__(self, base: Base, net: Adapted, adapter: Mapping[str, Any]):
         self.base, self.plan, self.adapter = base, net.plan, adapter
-        self.weights = {n: p.detach() for n, p in base.model.named_parameters(remove_duplicate=False)}
+        known = Model.of(base.model)
+        self.weights = {n: p.detach() for n, p in known.parameters.items()}
         self.slots: dict[str, list[str]] = {}  # tensor in the files → the slots that hold it
         self.adapted: set[str] = set()
         self.untied: dict[str, tuple[str, str]] = {}  # new tensor → (its slot, the file it is in)
-        for site in sites(base.model).values():
+        for site in known.sites.values():
             for name in (site.name, *site.aliases):
                 if name in base.keys and site.name not in (here := self.slots.setdefault(base.keys[name], [])):
                     here.append(site.name)
@@ -200,7 +201,7 @@ def _untie(folder: Path, untied: Mapping[str, tuple[str, str]]) -> None:
             part["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     now = load_base(folder)
-    tied = {n for s in sites(now.model).values() if s.tied for n in (s.name, *s.aliases)}
+    tied = {n for s in Model.of(now.model).sites.values() if s.tied for n in (s.name, *s.aliases)}
     for name, (slot, _) in untied.items():
         if now.keys.get(slot) != name or slot in tied:
             raise ValueError(

@@ -6,6 +6,7 @@ or that maps to None, is an empty slot (a layer without a bias).
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from peftfn.core.made import check_own
 from peftfn.core.method import Leaf, Weight
-from peftfn.core.plan import Adapter, Entry, Plan, draw
+from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.core.rng import Rng
+from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
-from peftfn.tensors.sharded import equal, on_mesh
+from peftfn.tensors.sharded import equal, is_sharded, on_mesh, placed
 from peftfn.tensors.transform import exactly
 
 Weights = Mapping[str, Any]
@@ -72,6 +74,36 @@ def constants(entry: Entry, weights: Weights, seed: int) -> Leaf:
         return {}
     bias = weights.get(entry.site.bias or "")
     return draw(entry.method.frozen, entry.site, weights[entry.site.name], seed, bias=bias)
+
+
+def draw(
+    make: Any,
+    site: Site,
+    w: Any,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    constants: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Leaf:
+    """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
+    m = site.canonical(w)
+    if bias is not None:
+        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(w.device)  # type: ignore[attr-defined]
+    rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
+    if is_sharded(w):
+        whole = draw(make, site, w.full_tensor(), seed, dtype, bias=bias)  # every rank draws the same
+        return {k: placed(t, m) for k, t in whole.items()}
+    if not site.stacked:
+        made = make(rng(site.name, constants=constants, bias=bias), m)
+        theirs = [("the weight w", m), ("the layer's bias", bias)]
+        theirs += [(f"the constant {k!r}", t) for k, t in (constants or {}).items()]
+        what = f"{site.name}: {type(make.__self__).__name__}.{make.__name__}"
+        check_own(what, made, theirs, alike=make.__name__ == "frozen")
+        return {k: t.contiguous() for k, t in made.items()}
+    if w.is_meta:
+        return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
+    each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]
+    return {k: torch.stack([leaf[k] for leaf in each]) for k in each[0]}
 
 
 def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch.dtype) -> Leaf:

@@ -1,4 +1,4 @@
-"""Rules → plan: which method stands at which site, and what a plan gives without running the model."""
+"""A plan: which method stands at which site, and what an entry makes of its tensors. `make.py` makes one of rules."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,20 +6,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name, resolve, terms
-from peftfn.core.made import called, check_own, check_tensors
-from peftfn.core.method import Leaf, Method, Weight
-from peftfn.core.rng import Rng
-from peftfn.core.rules import checked, match
+from peftfn.core.method import Leaf, Weight
 from peftfn.model.names import near
-from peftfn.model.site import Site, refuse_occupied, sites
+from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
-from peftfn.tensors.quantised import QuantisedWeight, parameters
-from peftfn.tensors.sharded import is_sharded, on_mesh, placed
-from peftfn.tensors.transform import exactly, lasting
+from peftfn.tensors.transform import exactly
 
 Adapter = dict[str, Leaf]
 """site name (or bank name) → trainable tensors"""
@@ -29,31 +24,33 @@ Adapter = dict[str, Leaf]
 class Entry:
     """One site of a plan: the method that stands there, and what of it does not depend on the adapter."""
 
+    # Where, and which method.
     site: Site
     rule: str  # the pattern that took the site
     method: Weight
     frozen: Leaf  # constants: the site's own and those its rule shares
-    spec: dict[str, Size]  # what a leaf must look like
-    prepared: dict[str, Size]  # what a prepared leaf looks like
+    # What a run of the method on the meta device showed (`make.py`).
+    spec: dict[str, Size]  # the shapes of a leaf
+    prepared: dict[str, Size]  # the shapes of a prepared leaf
     common: frozenset[str]  # names of tensors without an expert axis at a stacked site
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
     changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
-    # What a call would ask at every site, answered once:
-    prepares: bool = field(init=False)  # `prepare` does something
-    fast: bool = field(init=False)  # `linear` is more than the dense weight
-    low: bool = field(init=False)  # `low_rank` may say that it is a low-rank change
-    plain: bool = field(init=False)  # no constants
+    # What a call would ask at every site, answered once, from the fields above.
+    prepares: bool = field(init=False)  # the method has a `prepare`
+    fast: bool = field(init=False)  # its `linear` is more than the product with the dense weight
+    low: bool = field(init=False)  # it has a `low_rank`
+    plain: bool = field(init=False)  # it has no constants here
     to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
-        turn = None if self.site.kind in ("linear", "stack", "other") else self.site.canonical
+        is_matrix = self.site.kind in ("linear", "stack", "other")
         decided = {
             "prepares": self.method.overrides("prepare"),
             "fast": self.method.fast_linear(),
             "low": self.method.overrides("low_rank"),
             "plain": not self.frozen,
-            "to_matrix": turn,
+            "to_matrix": None if is_matrix else self.site.canonical,
         }
         for name, value in decided.items():
             object.__setattr__(self, name, value)
@@ -207,204 +204,3 @@ def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
     )
     want = ["k"] * lead + list(shape)
     raise ValueError(f"{name}: {key} has shape {list(t.shape)}, and the plan wants {want}{stacked}")
-
-
-@lasting()
-def make(
-    model: nn.Module,
-    given: Mapping[str, Method],
-    seed: int,
-    *,
-    taken: Mapping[str, str] | None = None,
-    constants: bool = True,
-) -> Plan:
-    """The plan of the rules `given` on `model`. Everything that can be wrong is found on meta tensors first.
-
-    taken: site name → its rule, where that is known already: no pattern is matched then.
-    constants: if False, the plan's frozen tensors are on the meta device, for the caller to replace.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt takes a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
-            raise TypeError(
-                f"{name or 'the model'}: fully_shard moves this module's parameters in and out by hooks of its own, so "
-                "there are none to adapt. Adapt the model first and shard the module: m = peftfn.as_module(net, a); "
-                "fully_shard(m)"
-            )
-    rules = checked(given)
-    found = sites(model)
-    if taken is None:
-        taken = match(rules, found)
-        for name, pattern in taken.items():
-            refuse_occupied(model, name, pattern)
-    taken = {n: taken[n] for n in found if n in taken}
-    values = parameters(model)
-    weights = {name: p for name, p in values.items() if name in taken}
-    for name, w in weights.items():
-        if isinstance(w, QuantisedWeight) and (problem := w.problem()):
-            raise ValueError(f"{name}: {type(w.layer).__name__} cannot be adapted as it is: {problem}")
-        if not w.is_floating_point():
-            raise ValueError(
-                f"{name}: the weight is {w.dtype}, and a method needs a floating-point one: dequantise it, or leave "
-                "this site out of the rules"
-            )
-    canonical = {name: found[name].canonical(w) for name, w in weights.items()}
-    of_rule = {pattern: [n for n in taken if taken[n] == pattern] for pattern in rules}
-    banks = _bank_names(rules)
-    probes: dict[tuple[Any, ...], Entry] = {}
-    dry = {
-        p: _Shared.of(m, Rng(seed, p, sites=found, device="meta"), {n: canonical[n] for n in of_rule[p]})
-        for p, m in rules.items()
-    }
-
-    def kind_of(name: str) -> tuple[Any, ...]:
-        site = found[name]
-        return taken[name], site.kind, site.shape, weights[name].dtype, site.bias is None, site.bias in values
-
-    for name, pattern in taken.items():
-        if kind_of(name) not in probes:
-            empty = torch.empty(canonical[name].shape, dtype=weights[name].dtype, device="meta")
-            probes[kind_of(name)] = _probe(
-                found[name],
-                pattern,
-                rules[pattern],
-                empty,
-                dry[pattern],
-                banks.get(pattern),
-                found[name].bias in values,
-            )
-    real = {
-        p: _shared(m, Rng(seed, p, sites=found), {n: canonical[n] for n in of_rule[p]}) if constants else dry[p].frozen
-        for p, m in rules.items()
-    }
-    moved: dict[tuple[int, torch.device], Tensor] = {}
-    entries = {}
-    for name, pattern in taken.items():
-        method, w = rules[pattern], weights[name] if constants else torch.empty_like(weights[name], device="meta")
-        frozen = {
-            k: moved.setdefault((id(t), w.device), on_mesh(t.to(w.device), w))
-            for k, t in real[pattern].get(name, {}).items()
-        }
-        if method.overrides("frozen"):
-            frozen |= draw(method.frozen, found[name], w, seed, bias=values.get(found[name].bias or ""))
-        entries[name] = replace(probes[kind_of(name)], site=found[name], frozen=frozen)
-    return Plan(entries, rules, {banks[p]: {k: t.shape for k, t in dry[p].bank.items()} for p in rules if p in banks})
-
-
-@dataclass
-class _Shared:
-    frozen: Mapping[str, Leaf]
-    bank: Leaf
-
-    @classmethod
-    def of(cls, method: Weight, rng: Rng, weights: Mapping[str, Tensor]) -> "_Shared":
-        if not method.overrides("shared") and not method.overrides("bank"):
-            return cls({}, {})
-        empty = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in weights.items()}
-        return cls(method.shared(rng, empty), method.bank(rng, empty))
-
-
-def _shared(method: Weight, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
-    """What the sites of a rule share, none of it memory of theirs."""
-    made = method.shared(rng, weights)
-    flat = {f"{name}: {k}": t for name, tensors in made.items() for k, t in tensors.items()}
-    check_own(f"{type(method).__name__}.shared", flat, [(f"the weight {n}", w) for n, w in weights.items()], alike=True)
-    return made
-
-
-def _bank_names(rules: Mapping[str, Weight]) -> dict[str, str]:
-    """rule → name of its bank in the adapter: the method's class name, numbered from the second on."""
-    out: dict[str, str] = {}
-    for pattern, method in rules.items():
-        if method.overrides("bank"):
-            n = sum(name.split(".")[0] == type(method).__name__ for name in out.values())
-            out[pattern] = type(method).__name__ + (f".{n}" if n else "")
-    return out
-
-
-def _probe(
-    site: Site, rule: str, method: Weight, empty: Tensor, shared: _Shared, bank: str | None, biased: bool
-) -> Entry:
-    """The entry of a site without its tensors, from a run of the method on meta tensors."""
-    w = empty[0] if site.stacked else empty
-    dtype = torch.promote_types(w.dtype, torch.float32)
-    given = torch.empty(len(w), dtype=w.dtype, device="meta") if biased else None
-    rng = Rng(0, site.name, site=site, dtype=dtype, device="meta", bias=given)
-    common, cls = shared.frozen.get(site.name, {}), type(method).__name__
-    source = dict.fromkeys(common, "shared") | dict.fromkeys(shared.bank, "bank")
-    try:
-        for what, made in (("shared", common), ("bank", shared.bank)):
-            check_tensors(f"{cls}.{what}", made)
-        leaf, own = (called(method, f, getattr(method, f), rng, w) for f in ("init", "frozen"))
-        theirs = [("the weight w", w), ("the layer's bias", given)]
-        for what, made in (("init", leaf), ("frozen", own)):
-            check_tensors(f"{cls}.{what}", made)
-            check_own(f"{cls}.{what}", made, theirs, alike=what == "frozen")
-            source |= dict.fromkeys(made, what)
-        constants = {**common, **own}
-        p = {k: t.to(dtype) if t.is_floating_point() else t for k, t in {**constants, **shared.bank, **leaf}.items()}
-        if len(p) != len(common) + len(own) + len(shared.bank) + len(leaf):
-            raise ValueError(f"{method} gives one name to two of its tensors: {sorted(p)}")
-        ready = called(method, "prepare", method.prepare, p, w, p=source)
-        change = called(method, "delta", method.delta, ready, wide(w), p=source) if method.mergeable else w
-        if change.shape != w.shape:
-            raise ValueError(f"{cls}.delta gives {list(change.shape)} for a weight {list(w.shape)}")
-        adds_bias = called(method, "bias", method.bias, ready, None, p=source) is not None
-        b = torch.empty(len(w), device="meta") if site.bias else None
-        new = called(method, "bias", method.bias, ready, b, p=source)
-        if b is not None and (new is None or new.shape != b.shape):
-            raise ValueError(
-                f"{cls}.bias gives {None if new is None else list(new.shape)} for a bias {list(b.shape)}: return the "
-                "adapted bias, or b itself where it stays as it is"
-            )
-        changes_bias = new is not b
-    except ValueError as e:
-        raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
-    except Exception as e:
-        e.add_note(f"at {site.name} {list(site.shape)}: {method}")
-        raise
-    if adds_bias and site.bias is None:
-        raise ValueError(
-            f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose a "
-            "method without a bias here."
-        )
-    experts = site.shape[:1] if site.stacked else Size()
-    meant = method.eval().prepare(p, w)  # a prepared leaf is one for eval mode
-    changed = {k: t for k, t in meant.items() if k not in constants or t is not p[k]}
-    prepared = {
-        k: t.shape if k in shared.bank and t is p[k] else Size((*experts, *t.shape)) for k, t in changed.items()
-    }
-    spec = {k: Size((*experts, *t.shape)) for k, t in leaf.items()}
-    names = frozenset({*common, *shared.bank})
-    return Entry(site, rule, method, {}, spec, prepared, names, bank, adds_bias, changes_bias)
-
-
-def draw(
-    make: Any,
-    site: Site,
-    w: Any,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    constants: Mapping[str, Tensor] | None = None,
-    bias: Tensor | None = None,
-) -> Leaf:
-    """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
-    m = site.canonical(w)
-    if bias is not None:
-        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(w.device)  # type: ignore[attr-defined]
-    rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
-    if is_sharded(w):
-        whole = draw(make, site, w.full_tensor(), seed, dtype, bias=bias)  # every rank draws the same
-        return {k: placed(t, m) for k, t in whole.items()}
-    if not site.stacked:
-        made = make(rng(site.name, constants=constants, bias=bias), m)
-        theirs = [("the weight w", m), ("the layer's bias", bias)]
-        theirs += [(f"the constant {k!r}", t) for k, t in (constants or {}).items()]
-        what = f"{site.name}: {type(make.__self__).__name__}.{make.__name__}"
-        check_own(what, made, theirs, alike=make.__name__ == "frozen")
-        return {k: t.contiguous() for k, t in made.items()}
-    if w.is_meta:
-        return {k: t.expand(len(m), *t.shape) for k, t in make(rng(site.name), m[0]).items()}
-    each = [make(rng(f"{site.name}[{e}]"), m[e]) for e in range(len(m))]
-    return {k: torch.stack([leaf[k] for leaf in each]) for k in each[0]}

@@ -3,7 +3,7 @@
 A format is a module with three functions:
 
     is_mine(path) -> bool                                  whether the file or folder `path` is of this format
-    load(path, model, options) -> Loaded                   options: `files.Options`
+    load(path, model, options) -> Loaded                   model: a `model.Model`; options: `files.Options`
     save(path, net, adapter, **options)                    the adapter has been checked against the net's plan
 
 and what is common to reading and writing files is in `files.py`.
@@ -21,6 +21,7 @@ from peftfn.formats import hub, kohya, native, peft, swift
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
+from peftfn.model.model import Model
 from peftfn.net.distributed import distribute
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
@@ -102,7 +103,8 @@ def load(
         ValueError: a file that is broken, or does not fit the model (names file and key); or a model that holds
             adapters already (names the layer).
     """
-    refuse_adapters(model)
+    known = Model.of(model)
+    refuse_adapters(known)
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
@@ -111,8 +113,8 @@ def load(
     if format is None:
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
     options = Options(strict, key_mapping, pickled, gated, experts)
-    loaded: Loaded = _format(format).load(where, model, options)
-    if any(map(is_sharded, model.parameters())):
+    loaded: Loaded = _format(format).load(where, known, options)
+    if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfn.core.combine import is_expression
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry
 from peftfn.formats.files import Loaded, Options, opened, unpickled, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
-from peftfn.formats.kohya_read import Reader
+from peftfn.formats.kohya_read import KohyaReader
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.dora import DoRA
@@ -31,6 +31,7 @@ from peftfn.methods.weights.input_dora import InputDoRA
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr
 from peftfn.methods.weights.lora import LoRA
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -69,7 +70,7 @@ def save(
         raise ValueError(f"save: there is no layout {layout!r}; choose one of {sorted(known)}")
     if prefix is not None and prefix not in known[layout]:
         raise ValueError(f"save: prefix is {prefix!r}; {layout} has {', '.join(known[layout])}")
-    names, out = Names(net.model), dict[str, Tensor]()
+    names, out = Names(Model.of(net.model)), dict[str, Tensor]()
     for site, entry in net.plan.items():
         name = names.written(entry.site.module, layout, prefix)
         if (found := names.find(name, f"save: {site}")) != entry.site.module:
@@ -80,14 +81,14 @@ def save(
     write(path if path.suffix == ".safetensors" else path / FILE, out)
 
 
-def load(path: Path, model: nn.Module, options: Options) -> Loaded:
+def load(path: Path, model: Model, options: Options) -> Loaded:
     options.refuse(path, "experts")
     if path.suffix in _PICKLES and path.is_file():
         if not options.pickled:
             raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads its tensors, and nothing else")
-        return Reader(unpickled(path), model, options.key_mapping or {}).load(options.strict)
+        return KohyaReader(unpickled(path), model, options.key_mapping or {}).load(options.strict)
     with opened(path / FILE if path.is_dir() else path) as file:
-        return Reader(file, model, options.key_mapping or {}).load(options.strict)
+        return KohyaReader(file, model, options.key_mapping or {}).load(options.strict)
 
 
 def _ia3(entry: Entry, scale: Tensor, ones: tuple[int, ...], biased: bool) -> Leaf:

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterator
 
-from torch import nn
-
 from peftfn.core.method import Weight
 from peftfn.formats.kohya_unet import older
 from peftfn.methods.weights.diag_oft import DiagOFT
@@ -14,7 +12,8 @@ from peftfn.methods.weights.ia3 import IA3
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr
 from peftfn.methods.weights.lora import LoRA
-from peftfn.model.site import Site, sites
+from peftfn.model.model import Model
+from peftfn.model.site import Site
 
 FLAT: dict[str, tuple[str, ...]] = {
     "lora_unet": ("unet", "transformer"),
@@ -68,19 +67,19 @@ def nameless(key: str) -> str:
 class Names:
     """The names that files give to a model's layers."""
 
-    def __init__(self, model: nn.Module):
-        self.parts = [n for n, _ in model.named_children()]
+    def __init__(self, model: Model):
+        self.parts = [n for n, _ in model.root.named_children()]
         self.sites: dict[tuple[str, str], Site] = {}  # (module, "weight" or "bias")
         self.meant: dict[str, set[str]] = {}  # a file's name → modules
         real: dict[str, str] = {}  # every name of a module → its first
-        for site in sites(model).values():
+        for site in model.sites.values():
             for name in (site.name, *site.aliases):
                 module, _, attr = name.rpartition(".")
                 if attr in ("weight", "bias"):
                     self.sites.setdefault((site.module, attr), site)
                     real[module] = site.module
         texts = ("", *(p for p in self.parts if p.startswith("text_encoder")))
-        roots = {f"{p}." if p else "": {n for n, _ in model.get_submodule(p).named_children()} for p in texts}
+        roots = {f"{p}." if p else "": {n for n, _ in model.modules[p].named_children()} for p in texts}
         self.short = [p for p, names in roots.items() if names >= {"embeddings", "encoder", "final_layer_norm"}]
         self.unet = {path for m in real if (path := self.inside("lora_unet", m)) is not None}
         for module, first in real.items():

@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Size, nn
+from torch import Size
 
+from peftfn.core.make import make
 from peftfn.core.method import Weight
-from peftfn.core.plan import Adapter, Entry, Plan, make
+from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Loaded, Tensors, mismatch
 from peftfn.formats.kohya_keys import ENDS, Key, Names, nameless
@@ -25,10 +26,10 @@ from peftfn.methods.weights.input_dora import InputDoRA
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr
 from peftfn.methods.weights.lora import LoRA
+from peftfn.model.model import Model
 from peftfn.model.names import near
-from peftfn.model.site import Site, sites
+from peftfn.model.site import Site
 from peftfn.net.net import Adapted
-from peftfn.tensors.quantised import parameters
 
 FLAT_CONFIG = frozenset({"r", "lora_alpha", "peft_type"})
 """Keys of diffusers' configuration where the file is of one model, so that no part's name stands before them."""
@@ -37,10 +38,10 @@ RANKS = ("ss_network_dim", "lora_rank", "network_dim", "rank", "r", "dim")
 """What tools call alpha and rank in a file's header."""
 
 
-class Reader:
+class KohyaReader:
     """One load: the file's keys sorted by module, then by method."""
 
-    def __init__(self, file: Tensors, model: nn.Module, key_mapping: Mapping[str, str]):
+    def __init__(self, file: Tensors, model: Model, key_mapping: Mapping[str, str]):
         self.file, self.where, self.model, self.names = file, file.where, model, Names(model)
         try:
             self.mapping = {re.compile(k): v for k, v in key_mapping.items()}
@@ -48,7 +49,6 @@ class Reader:
             raise ValueError(f"load: key_mapping has {e.pattern!r}, which is no regular expression: {e}") from e
         self.found: dict[str, dict[Key, str]] = {}  # module → {(method, tensor): the file's key}
         self.called: dict[str, str] = {}  # module → its name in the file
-        self.slots = parameters(model)
         self.stray: list[str] = []
         self.missing: list[str] = []
         self.configs = self.metadata()
@@ -70,7 +70,7 @@ class Reader:
             raise mismatch(self.where, self.missing, self.stray, hint)
         if not methods:
             raise ValueError(f"{self.where}: there is no adapter in it that this model has a place for")
-        known = list(sites(self.model))
+        known = list(self.model.sites)
         groups: dict[Weight, list[str]] = {}
         for name in known:
             if name in methods:
@@ -193,7 +193,7 @@ class Reader:
         on_input = self.number(keys["on_input"], 0.0)
         if on_input not in (0, 1):
             raise ValueError(f"{self.where}: {keys['on_input']} is {on_input}; it is 0 or 1")
-        return IA3(bool(on_input), scales_bias=bool(on_input) or site.bias not in self.slots)
+        return IA3(bool(on_input), scales_bias=bool(on_input) or site.bias not in self.model.weights)
 
     def number(self, key: str, least: float) -> float:
         """The one number in a tensor. ValueError for another shape, and for a value below `least` or not finite."""
@@ -277,7 +277,7 @@ class Reader:
                 raise ValueError(f"{self.where}: {key} is {self.file.meta[key].dtype}; it must be floating")
 
     def fill(self, plan: Plan, keys: Mapping[str, Mapping[str, str]]) -> Loaded:
-        devices = {n: p.device for n, p in parameters(self.model).items()}
+        devices = {n: p.device for n, p in self.model.weights.items()}
         adapter: Adapter = {}
         for name, entry in plan.items():
             p = {k: self.file.tensor(key, devices[name]) for k, key in keys[name].items()}
@@ -288,7 +288,7 @@ class Reader:
             if "diff" in p:
                 p["diff"] = entry.site.canonical(p["diff"]).contiguous()
             adapter[name] = {k: p[k].reshape(shape) for k, shape in entry.spec.items()}
-        net = Adapted(self.model, plan)
+        net = Adapted(self.model.root, plan)
         net.plan.check(adapter)
         return Loaded(net, adapter, tuple(sorted(self.missing)), tuple(sorted(self.stray)))
 

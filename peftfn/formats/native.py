@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from peftfn.core.make import make
 from peftfn.core.method import Method, registry
-from peftfn.core.plan import Entry, Plan, make
+from peftfn.core.plan import Entry, Plan
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
-from peftfn.model.site import sites
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
-from peftfn.tensors.quantised import parameters
 from peftfn.tensors.sharded import on_mesh
 
 CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
@@ -47,16 +47,15 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
     write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
+def load(folder: Path, model: Model, options: Options) -> Loaded:
     options.refuse(folder, "key_mapping", "experts")
     where = folder / CONFIG
     config = _read(where)
     rules, taken = _rules(config, where)
     if REPLICATION in config:
         model = replicated(model, config[REPLICATION], where)
-    found = sites(model)
     for name, site in config["sites"].items():
-        have = found.get(name)
+        have = model.sites.get(name)
         if have is None or list(have.shape) != site["shape"]:
             raise ValueError(
                 f"{where}: made for another model: {name} is {site['shape']} in the file, and "
@@ -222,12 +221,11 @@ def _places(
 
 
 def _filled(
-    model: nn.Module, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
+    model: Model, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
 ) -> Loaded:
     """The net and adapter of a plan without constants, with the file's tensors."""
     places, missing, unexpected = _places(plan, constants, file, strict)
-    homes = parameters(model)
-    devices = {n: p.device for n, p in homes.items()}
+    devices = {n: p.device for n, p in model.weights.items()}
     devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
     once: dict[tuple[str, torch.device], Tensor] = {}
     entries: dict[str, Entry] = {}
@@ -235,10 +233,10 @@ def _filled(
         frozen = {}
         for k, key in _constant_keys(name, e, constants, file).items():
             if (key, devices[name]) not in once:
-                once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), homes[name])
+                once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), model.weights[name])
             frozen[k] = once[key, devices[name]]
         entries[name] = dataclasses.replace(e, frozen=frozen)
-    net = Adapted(model, Plan(entries, plan.rules, plan.banks))
+    net = Adapted(model.root, Plan(entries, plan.rules, plan.banks))
     adapter: dict[str, Any] = net.init() if missing else {name: {} for name, e in plan.items() if not e.spec}
     for key, path in places.items():
         if key not in unexpected:

@@ -1,22 +1,21 @@
 """Models that hold adapters already: no adapter on disk is for one."""
 
-from torch import nn
-
+from peftfn.model.model import Model
 from peftfn.model.site import of_peft
 
 
-def refuse_adapters(model: nn.Module) -> None:
+def refuse_adapters(model: Model) -> None:
     """Raise ValueError, naming the first layer, if the model holds adapters: of PEFT, or of `as_module`."""
-    peft = any(c.__name__ == "PeftModel" for c in type(model).__mro__)
-    first = next((n for n, m in model.named_modules() if of_peft(m)), "" if peft else None)
+    peft = any(c.__name__ == "PeftModel" for c in type(model.root).__mro__)
+    first = next((n for n, m in model.distinct.items() if of_peft(m)), "" if peft else None)
     if first is not None:
-        what = f"{first or 'the model'} is a {type(model.get_submodule(first)).__name__} that PEFT put there"
+        what = f"{first or 'the model'} is a {type(model.modules[first]).__name__} that PEFT put there"
         cure = (
             "Take them out first: model = model.unload(), or merge_and_unload(), which keeps what they do, for "
             "get_peft_model's; a new from_pretrained for add_adapter's; unload_lora_weights() for diffusers'"
         )
     else:
-        first = next((n for n, m in model.named_modules() if type(m).__module__ == "peftfn.view.view"), None)
+        first = next((n for n, m in model.distinct.items() if type(m).__module__ == "peftfn.view.view"), None)
         if first is None:
             return
         layer = f".{first}".partition(".parametrizations.")[0].removeprefix(".")

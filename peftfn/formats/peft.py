@@ -14,18 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra as beside
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
-from peftfn.formats.peft_keys import Model
+from peftfn.formats.peft_keys import PeftNames
 from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
 from peftfn.formats.peft_old import flattened, modernised
-from peftfn.formats.peft_read import Reader
+from peftfn.formats.peft_read import PeftReader
 from peftfn.formats.peft_write import documents
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -56,7 +55,7 @@ def save(
         write_card(folder / name, config | more, tensors, net.plan)
 
 
-def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
+def load(folder: Path, model: Model, options: Options) -> Loaded:
     config, where = configs.read(folder / CONFIG), folder / TENSORS
     if not where.is_file() and (folder / PICKLE).is_file():
         if not options.pickled:
@@ -69,7 +68,7 @@ def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
 
 
 def build(
-    model: nn.Module,
+    model: Model,
     config: dict[str, Any],
     file: Tensors,
     where: Path,
@@ -79,7 +78,7 @@ def build(
     extra = beside.taken(config, where, options.gated)
     if spans := extra.get(beside.REPLICATION):
         model = beside.replicated(model, spans, where)
-    known = Model(model)
+    known = PeftNames(model)
     ends = suffixes((*configs.candidates(config["peft_type"]), *configs.candidates("TRAINABLE_TOKENS")))
     bare = nameless(map(unwrapped, file.meta), ends, file.where)
     file = file.renamed(lambda key: bare(unwrapped(key)))
@@ -92,7 +91,7 @@ def build(
         ranked(config, file, known)
     stacked(config, file, known, where)
     flattened(config, file, known, where)
-    loaded = Reader(where, config, file, known, options.strict).load()
+    loaded = PeftReader(where, config, file, known, options.strict).load()
     if beside.INVOCATION in extra:
         beside.check_gated(loaded.net.plan, where)
     return replace(loaded, extra=extra)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors
-from peftfn.formats.peft_keys import BASE, PREFIX, Model
+from peftfn.formats.peft_keys import BASE, PREFIX, PeftNames
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.site import Site
 
@@ -26,7 +26,7 @@ PARTS = {"gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")), "down_proj": 
 Read = Callable[[], Tensor]
 
 
-def stacked(config: dict[str, Any], file: Tensors, model: Model, where: Path) -> None:
+def stacked(config: dict[str, Any], file: Tensors, model: PeftNames, where: Path) -> None:
     """Put LoRAs of single experts, where the model has them stacked, into the form for the stacked parameter: the
     tensors into `file`, and the parameter's name, rank and alpha into the configuration."""
     found: dict[tuple[str, str], dict[tuple[int, str, str], str]] = {}
@@ -117,7 +117,7 @@ def _ups(read: list[list[Read]], out: int, places: list[int]) -> Tensor:
     return torch.stack(experts, -1).flatten(1)
 
 
-def ranked(config: dict[str, Any], file: Tensors, model: Model) -> None:
+def ranked(config: dict[str, Any], file: Tensors, model: PeftNames) -> None:
     """Unsloth's lora_B of stacked experts, whose columns go expert by expert → PEFT's, rank by rank."""
     for key in list(file.meta):
         path = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")

@@ -9,6 +9,7 @@ from torch import nn
 from peftfn.core.plan import Plan
 from peftfn.formats.files import MOST
 from peftfn.methods.weights.lora import LoRA
+from peftfn.model.model import Model
 from peftfn.model.structure import lasting_copy
 from peftfn.net.net import Adapted
 
@@ -50,15 +51,15 @@ def check_gated(plan: Plan, where: object) -> None:
             )
 
 
-def replicated(model: nn.Module, spans: Any, where: Path) -> Any:
+def replicated(model: Model, spans: Any, where: Path) -> Model:
     """A copy of the model whose layers are those of the spans [start, end), one after the other, as PEFT's
     `replicate_layers` makes them. It shares the storage of all parameters. A model that is such a copy stays as it is.
 
     Llama-like models have their layers in `layers`, BERT-like ones in `encoder.layer`, Falcon-like ones in `h`.
     """
-    if repetition(model) == {REPLICATION: spans}:
+    if repetition(model.root) == {REPLICATION: spans}:
         return model
-    copy: Any = lasting_copy(model)
+    copy: Any = lasting_copy(model.root)
     inner = copy
     while hasattr(inner, "model"):
         inner = inner.model
@@ -88,7 +89,7 @@ def replicated(model: nn.Module, spans: Any, where: Path) -> Any:
             module.layer_idx = i
     setattr(home, name, made)
     copy._peft_replication = spans
-    return copy
+    return Model.of(copy)
 
 
 def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peftfn.core.method import Leaf, Method
 from peftfn.core.peft import Peft
 from peftfn.formats.peft_config import listed
-from peftfn.model.site import Site, sites
-from peftfn.tensors.quantised import parameters
+from peftfn.model.model import Model
+from peftfn.model.site import Site
 
 PREFIX, BASE, TOKENS = "base_model.model.", "base_layer", "token_adapter"
 _EMBEDDING = re.compile(r"^(lora|hira)_([AB])(\.weight)?$|^(oft)_(R\.weight)$")
@@ -75,27 +75,16 @@ class Place:
         return (t * 2 if self.twice and key == "lora_B.weight" else t).reshape(shape)
 
 
-@dataclass
-class Model:
-    """What a model's names mean to PEFT."""
+class PeftNames:
+    """A model, and what the names of its parts mean to PEFT."""
 
-    model: nn.Module
-    sites: dict[str, Site] = field(init=False)  # by every name
-    modules: dict[str, nn.Module] = field(init=False)
-    buffers: dict[str, Tensor] = field(init=False)
-    weights: dict[str, Tensor] = field(init=False)  # by every name
-    names: list[str] = field(init=False)  # of the sites, the first of each
-    called: dict[str, str] = field(init=False)  # module → its name in the file, where the file's model had it
+    def __init__(self, read: Model):
+        self.read, self.model = read, read.root
+        self.sites, self.names = read.named, list(read.sites)  # by every name; the first of each
+        self.modules, self.buffers, self.weights = read.distinct, read.buffers, read.weights
+        self.called = {m: m for m in self.modules if m}  # module → its name in the file, where the file's model had it
 
-    def __post_init__(self) -> None:
-        found = sites(self.model)
-        self.sites, self.names = {n: s for s in found.values() for n in (s.name, *s.aliases)}, list(found)
-        self.modules = dict(self.model.named_modules())
-        self.called = {m: m for m in self.modules if m}
-        self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        self.weights = parameters(self.model)
-
-    def whole(self, key: str) -> Site | None:
+    def whole_site(self, key: str) -> Site | None:
         """The site whose whole value is under this key, `base_layer`s left out."""
         path, _, attr = key.rpartition(".")
         return self.sites.get(key) or self.sites.get(f"{self.plain(path)[0]}.{attr}")

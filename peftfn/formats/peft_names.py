@@ -82,7 +82,7 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
     return rename
 
 
-def renaming(model: keys.Model, mapping: Mapping[str, str] | None, ends: Iterable[str]) -> Rename:
+def renaming(model: keys.PeftNames, mapping: Mapping[str, str] | None, ends: Iterable[str]) -> Rename:
     """The file's key → the key in this model. ends: the keys of the methods in the file.
 
     With a mapping, as PEFT has it: the first regular expression that is found in a key (behind `base_model.model.`) is
@@ -101,7 +101,7 @@ def renaming(model: keys.Model, mapping: Mapping[str, str] | None, ends: Iterabl
         layer = keys.split(bare, ends) if root and head is None else None
         if layer and layer[0] and model.plain(layer[0])[0] in model.modules:
             head = layer[0]
-        elif head is None and root and model.whole(bare) is not None:
+        elif head is None and root and model.whole_site(bare) is not None:
             head = bare.rpartition(".")[0]
         return far if head is None else bare.removeprefix(head).count(".")
 
@@ -124,7 +124,7 @@ def renaming(model: keys.Model, mapping: Mapping[str, str] | None, ends: Iterabl
     return rename
 
 
-def called(model: keys.Model, pairs: Mapping[str, str], rename: Rename, mapped: bool) -> dict[str, str]:
+def called(model: keys.PeftNames, pairs: Mapping[str, str], rename: Rename, mapped: bool) -> dict[str, str]:
     """{module: its name in the file}: a configuration's patterns and names are about these.
 
     A module that has tensors in the file is called as their keys say. For any other, the name is one from which
@@ -165,7 +165,7 @@ def _moved(module: str, new: str, old: str) -> str:
     return f"{old}.{module.removeprefix(new).removeprefix('.')}".strip(".")
 
 
-def cure(model: keys.Model, key: str) -> str:
+def cure(model: keys.PeftNames, key: str) -> str:
     """A hint for a key whose module stands elsewhere in this model: the key_mappings that lead there."""
     words = unwrapped(key).removeprefix(keys.PREFIX).split(".")
     for i in range(len(words)):  # the longest part of the name that this model has, layers' numbers and all

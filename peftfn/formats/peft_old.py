@@ -35,7 +35,7 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
             _unpruned(name.removesuffix(".lora_E"), mask, config.get("init_r"), file, where)
 
 
-def flattened(config: dict[str, Any], file: Tensors, model: keys.Model, where: Path) -> None:
+def flattened(config: dict[str, Any], file: Tensors, model: keys.PeftNames, where: Path) -> None:
     """LoKr at nn.Conv1d with a whole second factor, as whole weights: PEFT pairs the first factor's two axes with the
     last two of the second one's three, and reshapes: a change of the weight that no two factors have."""
     for key in [k for k in file.meta if k.endswith(".lokr_w2") and len(file.meta[k].shape) == 3]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from peftfn.core.combine import chain
+from peftfn.core.make import make
 from peftfn.core.method import Leaf, Weight
-from peftfn.core.plan import Adapter, Plan, make
+from peftfn.core.plan import Adapter, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Loaded, Tensors, mismatch
-from peftfn.formats.peft_keys import PREFIX, Model, Place
+from peftfn.formats.peft_keys import PREFIX, PeftNames, Place
 from peftfn.formats.peft_names import cure
 from peftfn.formats.peft_sort import Sorted
 from peftfn.methods.weights.full import Full
@@ -26,10 +27,10 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
 
 
-class Reader:
+class PeftReader:
     """One load: each of the sorted places with its method, and the tensors in it."""
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: Model, strict: bool):
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, strict: bool):
         self.where, self.config, self.file, self.model, self.strict = where, config, file, model, strict
         at = Sorted(where, config, file, model)
         self.places, self.found, self.whole, self.shared, self.copies = (
@@ -60,7 +61,7 @@ class Reader:
         rules = {pattern(names, self.model.names): method for (method, _), names in groups.items()}
         taken = {n: rule for rule, names in zip(rules, groups.values(), strict=True) for n in names}
         try:
-            plan = make(self.model.model, rules, 0, taken=taken, constants=False)
+            plan = make(self.model.read, rules, 0, taken=taken, constants=False)
         except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
             raise ValueError(f"{self.where}: its method does not fit the model: {e}") from e
         zeros = {name: self.fits(name, plan, methods[name]) for name in order if name in self.places}
@@ -191,7 +192,7 @@ class Reader:
         """The plan with the constants that the methods themselves make."""
         if self.fresh is None:
             taken = {n: e.rule for n, e in plan.items()}
-            self.fresh = make(self.model.model, plan.rules, 0, taken=taken)
+            self.fresh = make(self.model.read, plan.rules, 0, taken=taken)
         return self.fresh
 
     @property

@@ -11,7 +11,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats import peft_table as table
 from peftfn.formats.files import Tensors
-from peftfn.formats.peft_keys import PREFIX, TOKENS, Model, Place
+from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, Place
 from peftfn.model.choice import matched
 from peftfn.model.names import near
 from peftfn.model.site import Site
@@ -32,7 +32,7 @@ class Sorted:
     are there once more for a site, missing and unexpected: keys.
     """
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: Model):
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames):
         self.where, self.config, self.file, self.model = where, config, file, model
         self.classes, self.tokens = configs.candidates(config["peft_type"]), configs.candidates("TRAINABLE_TOKENS")
         self.places: dict[str, Place] = {}
@@ -77,7 +77,7 @@ class Sorted:
                 self.once(self.found.setdefault(place.site.name, {}), parts[1], key)
             elif (outer := _INNER.sub(".", bare)) != bare and outer in all_keys:
                 continue  # bias="all" has PEFT save a head's biases inside its wrapper too, which it does not read
-            elif site := model.whole(bare):
+            elif site := model.whole_site(bare):
                 self.sized(key, site)
                 if self.trained(site.name, key):
                     self.once(self.whole, site.name, key)
@@ -148,7 +148,7 @@ class Sorted:
                 raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
             return
         adapted = {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
-        named = matched(model.model, wanted, exclude, *layers, called=model.called)
+        named = matched(model.read, wanted, exclude, *layers, called=model.called)
         if config.get("ensure_weight_tying"):  # PEFT adapts what is tied to a layer along with it
             tied = (n for s in model.sites.values() if s.module in {*named} for n in s.tied)
             named = [*dict.fromkeys([*named, *(n.rpartition(".")[0] for n in tied)])]

@@ -16,10 +16,11 @@ from peftfn.core.method import Leaf, Method
 from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.peft_keys import BASE, PREFIX, TOKENS, Model, Place, described, rows, tensors, ties
+from peftfn.formats.peft_keys import BASE, PREFIX, TOKENS, PeftNames, Place, described, rows, tensors, ties
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
 
@@ -86,7 +87,7 @@ def document(
     net: Adapted, adapter: Mapping[str, Any], task: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of an adapter."""
-    model = Model(net.model)
+    model = PeftNames(Model.of(net.model))
     for name, entry in net.plan.items():
         leaf = adapter[name]
         if is_expression(leaf) or leaf.keys() != entry.spec.keys():
@@ -118,7 +119,7 @@ def document(
     return config, out
 
 
-def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
+def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftNames) -> tuple[dict[str, Any], Leaf]:
     """Configuration and tensors of the sites with a method of PEFT's."""
     each = {
         n: {k: v for k, v in described(e.method).written(e.method).items() if v is not ...} for n, e in main.items()
@@ -181,7 +182,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: Model
     return config, out
 
 
-def _not_experts(kind: str, modules: Iterable[str], model: Model) -> None:
+def _not_experts(kind: str, modules: Iterable[str], model: PeftNames) -> None:
     """ValueError for layers beside stacked experts that PEFT takes for these, by their last names."""
     model_type = getattr(getattr(model.model, "config", None), "model_type", None)
     if kind != "LORA" or not isinstance(model_type, str) or "transformers" not in sys.modules:
@@ -200,7 +201,7 @@ def _not_experts(kind: str, modules: Iterable[str], model: Model) -> None:
 
 
 def _targets(
-    kind: str, main: Mapping[str, Entry], names: Mapping[str, str], modules: list[str], model: Model
+    kind: str, main: Mapping[str, Entry], names: Mapping[str, str], modules: list[str], model: PeftNames
 ) -> list[str] | str:
     """`target_modules`: where PEFT shares tensors by what is in it, so that those of a rule share."""
     plain = targets(modules, model.modules)
@@ -219,7 +220,7 @@ def _targets(
     )
 
 
-def _layer(entry: Entry, model: Model) -> str:
+def _layer(entry: Entry, model: PeftNames) -> str:
     """The kind of a site as `table.MORE` names it."""
     site = entry.site
     module = model.modules[site.module]
@@ -234,7 +235,7 @@ def _layer(entry: Entry, model: Model) -> str:
     return site.kind
 
 
-def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str, Any]], model: Model) -> None:
+def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str, Any]], model: PeftNames) -> None:
     """ValueError for a layer that PEFT does not adapt with this method, or not as we do."""
     for n, e in main.items():
         layer, module = _layer(e, model), model.modules[e.site.module]
@@ -259,7 +260,9 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
                 )
 
 
-def _common(kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str, str], model: Model) -> dict[str, Any]:
+def _common(
+    kind: str, each: Mapping[str, dict[str, Any]], modules: Mapping[str, str], model: PeftNames
+) -> dict[str, Any]:
     """One configuration for all sites: where they differ, patterns for those that have one."""
     out: dict[str, Any] = {}
     patterns = {} if kind in table.UNPATTERNED else table.PATTERNS
@@ -306,7 +309,7 @@ def _same(
     main: Mapping[str, Entry],
     places: Mapping[str, Place],
     adapter: Mapping[str, Any],
-    model: Model,
+    model: PeftNames,
 ) -> None:
     """ValueError unless what was written means, read again, the same change of the weight."""
     seen: set[tuple[Method, str]] = set()
@@ -335,7 +338,7 @@ def _same(
 def _whole(
     full: Mapping[str, Entry],
     adapter: Mapping[str, Any],
-    model: Model,
+    model: PeftNames,
     config: dict[str, Any],
     out: Leaf,
     adapted: Mapping[str, str],
@@ -380,7 +383,7 @@ def _whole(
 
 
 def _saved(
-    modules: Iterable[str], full: Mapping[str, Entry], model: Model, adapted: Iterable[str], heads: Iterable[str]
+    modules: Iterable[str], full: Mapping[str, Entry], model: PeftNames, adapted: Iterable[str], heads: Iterable[str]
 ) -> list[str]:
     """The modules to name as trained whole: for parts of one that is trained as a whole (a head of two layers), and
     for parts of the head that PEFT names itself, that one."""
@@ -399,7 +402,7 @@ def _saved(
     return list(dict.fromkeys([*map(outer, modules), *wanted]))
 
 
-def _copies(net: Adapted, adapter: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Leaf]:
+def _copies(net: Adapted, adapter: Mapping[str, Any], model: PeftNames) -> tuple[dict[str, Any], Leaf]:
     """A plan of trained parameters alone: what PEFT calls LN-tuning, for any kind of module."""
     modules = list(dict.fromkeys(e.site.module for e in net.plan.values()))
     _nameable(modules)
@@ -427,7 +430,7 @@ def targets(modules: Iterable[str], known: Iterable[str]) -> list[str] | str:
     return "|".join(re.escape(m) for m in sorted(wanted))
 
 
-def _two(modules: list[str], ahead: set[str], model: Model) -> tuple[list[str] | str, list[str] | str]:
+def _two(modules: list[str], ahead: set[str], model: PeftNames) -> tuple[list[str] | str, list[str] | str]:
     """(target_modules, feedforward_modules), the second a part of the first."""
     first, second = targets(modules, model.modules), targets([m for m in modules if m in ahead], model.modules)
     caught = {m for m in modules if isinstance(second, list) and any(m.endswith(n) for n in second)}

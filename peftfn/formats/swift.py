@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
@@ -22,6 +20,7 @@ from peftfn.formats.kohya import FILE
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.peft_keys import PREFIX
 from peftfn.formats.peft_write import document
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 
 EXTRA = "extra_states"
@@ -74,7 +73,7 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], *, name: str = 
     write(folder / name / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def load(folder: Path, model: nn.Module, options: Options) -> Loaded:
+def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, or the only one below it (`subfolder=` names one of several)."""
     where = only(folder)
     with as_peft(where) as (config, file):

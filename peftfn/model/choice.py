@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from peftfn.tensors.quantised import quantised
+from peftfn.model.model import Model
+from peftfn.tensors.quantised import QuantisedWeight
 
 Modules = str | Iterable[str] | Callable[[str], bool]
 """Names of modules; a regular expression that matches whole names, or "all-linear"; or a function of the name."""
 
 
 def matched(
-    model: nn.Module,
+    model: Model,
     modules: Modules,
     exclude: Modules | None = None,
     layers: int | Iterable[int] | None = None,
@@ -24,7 +25,7 @@ def matched(
     called: module → the name that the choice knows it by; a module that it lacks is not chosen. Without it, names are
     the model's.
     """
-    names = {n: n for n, _ in model.named_modules() if n} if called is None else called
+    names = {n: n for n in model.distinct if n} if called is None else called
     if isinstance(modules, str) and modules.lower() == "all-linear":
         hits = [n for n in linears(model) if n in names]
     else:
@@ -40,16 +41,16 @@ def matched(
     return [n for n in hits if _layer(names[n], lists) in wanted]
 
 
-def linears(model: nn.Module) -> list[str]:
+def linears(model: Model) -> list[str]:
     """PEFT's "all-linear": every nn.Linear and Conv1D except the output embedding of a transformers model.
 
     A classification head is one of them: exclude it by name (PEFT does so where task_type is SEQ_CLS).
     """
-    out = getattr(model, "get_output_embeddings", lambda: None)()
+    out = getattr(model.root, "get_output_embeddings", lambda: None)()
     hits = []
-    for name, module in model.named_modules():
+    for name, module in model.distinct.items():
         linear = isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
-        linear = linear or quantised(module) is not None
+        linear = linear or isinstance(model.weights.get(f"{name}.weight"), QuantisedWeight)
         if linear and name and module is not out:
             hits.append(name)
     return hits

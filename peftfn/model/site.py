@@ -1,6 +1,6 @@
 """What a model offers: its sites, their kinds, and how each kind turns into the one orientation methods see."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from peftfn.tensors.quantised import QuantisedWeight, quantised
+from peftfn.tensors.quantised_weight import QuantisedWeight
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -112,17 +112,16 @@ def _kind(module: nn.Module, p: Tensor) -> str:
     return "other"
 
 
-def sites(model: nn.Module) -> dict[str, Site]:
-    """Every parameter of the model as a site, one for each slot, in the model's own order."""
-    return {s.name: s for s in _sites(model)}
+def sites_in(modules: Mapping[str, nn.Module], stand_ins: Mapping[str, QuantisedWeight]) -> dict[str, Site]:
+    """Every parameter of the modules as a site, one for each slot, in their order, by its first name.
 
-
-def _sites(model: nn.Module) -> Iterator[Site]:
+    modules: every name of each module. stand_ins: what stands for quantised weights, by name.
+    """
     names: dict[tuple[int, str], list[str]] = {}
     tensors: dict[int, list[tuple[int, str]]] = {}
     owner: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        weight = quantised(module)
+    for prefix, module in modules.items():
+        weight = stand_ins.get(f"{prefix}.weight" if prefix else "weight")
         for attr, p in {**module._parameters, **({} if weight is None else {"weight": weight})}.items():
             if p is None:
                 continue
@@ -133,13 +132,14 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             if slot not in owner:
                 owner[slot] = (module, p)
                 tensors.setdefault(id(p), []).append(slot)
+    out = {}
     for slot, (name, *aliases) in names.items():
         module, p = owner[slot]
         attr = slot[1]
         opaque = isinstance(p, QuantisedWeight)
         kind, bias = "linear" if opaque else _kind(module, p), attr.replace("weight", "bias")
         owned = bias != attr and (opaque or bias in module._parameters) and kind not in ("stack", "stack_t", "other")
-        yield Site(
+        out[name] = Site(
             name=name,
             kind=kind,
             shape=p.shape,
@@ -148,6 +148,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             tied=tuple(names[s][0] for s in tensors[id(p)] if s != slot),
             quantised=opaque,
         )
+    return out
 
 
 def refuse_occupied(model: nn.Module, name: str, pattern: str) -> None:

@@ -4,13 +4,14 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from peftfn.tensors.lent import written_by
+from peftfn.model.model import modules_of
+from peftfn.model.written import written_by
 from peftfn.tensors.quantised import held, share
 
 STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}
@@ -23,13 +24,15 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.Parameter]]:
     """(every module, every parameter outside of a slot) that the model's attributes lead to, in lists and dicts too.
+
+    named: the model's modules by name.
 
     Raises TypeError for an attribute that is a function over one of the modules, or a weak reference to one: a copy
     would run the original.
     """
-    modules = dict.fromkeys(model.modules())
+    modules = dict.fromkeys(named.values())
     loose: dict[nn.Parameter, None] = {}
     functions: list[tuple[nn.Module, str, Any]] = []
 
@@ -53,21 +56,8 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
             functions.append((where, key, value))
 
     def scan(module: nn.Module) -> None:
-        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
-            raise TypeError(
-                f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
-                "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
-                "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
-                "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
-            )
+        _refuse(module, named)
         hook = vars(module).get("_hf_hook")
-        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-            name = next((n for n, m in model.named_modules() if m is module), type(module).__name__)
-            raise ValueError(
-                f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
-                "share. Load the model without offload, or take it off with "
-                "accelerate.hooks.remove_hook_from_submodules"
-            )
         for key, value in vars(module).items():
             if key not in STANDARD and not (hook is not None and key in MOVES):
                 look(value, module, key)
@@ -84,6 +74,25 @@ def reachable(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
                     "method, or pass the module as an argument."
                 )
     return list(modules), list(loose)
+
+
+def _refuse(module: nn.Module, named: Mapping[str, nn.Module]) -> None:
+    """Raise for a module whose copy would not do what it does: one of compiled code, or without weights of its own."""
+    if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        raise TypeError(
+            f"torch.compile made a wrapper around a {type(module._orig_mod).__name__} of the model, and calls run "
+            "on a copy of the model's structure, which the compiled code does not follow. Adapt the model without "
+            "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
+            "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
+        )
+    hook = vars(module).get("_hf_hook")
+    if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+        name = next((n for n, m in named.items() if m is module), type(module).__name__)
+        raise ValueError(
+            f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
+            "share. Load the model without offload, or take it off with "
+            "accelerate.hooks.remove_hook_from_submodules"
+        )
 
 
 def _led_to(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -129,7 +138,7 @@ def copy_structure(
         keep += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         keep += [v for v in vars(module).values() if is_plain(v) or is_setting(v)]
         keep += held(module)
-    own = {id(hooks): copy.copy(hooks) for module in modules for hooks in hooks_of(module)}
+    own = {id(hooks): hooks.copy() for module in modules for hooks in hooks_of(module)}
     memo = {id(value): value for value in keep} | own | aliases
     try:
         root = copy.deepcopy(model, memo)
@@ -155,7 +164,7 @@ def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
 
     copy_base: whether all parameters have storage of their own.
     """
-    modules, loose = reachable(model)
+    modules, loose = reachable(modules_of(model))
     tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
     aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
     written = [m._parameters[k] for m in modules for k in written_by(m)]

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core import functions
+from peftfn.core.make import make
 from peftfn.core.method import Method
-from peftfn.core.plan import Adapter, Plan, make
+from peftfn.core.plan import Adapter, Plan
+from peftfn.model.model import Model, weights_of
 from peftfn.net.run import Runner
 from peftfn.slots.gates import Index, Weights
 from peftfn.slots.values import Given
-from peftfn.tensors.quantised import QuantisedWeight, parameters
+from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.transform import under_transform
 
 
@@ -34,7 +36,7 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
             accelerate keeps elsewhere between calls (offload).
         TypeError: the model cannot be deep-copied.
     """
-    return Adapted(model, make(model, rules, seed))
+    return Adapted(model, make(Model.of(model), rules, seed))
 
 
 class Adapted:
@@ -57,7 +59,7 @@ class Adapted:
 
         Raises ValueError if an adapted one has another shape than it had in `adapt`.
         """
-        return functions.checked(self.plan, parameters(self.model))
+        return functions.checked(self.plan, weights_of(self.model))
 
     def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """A fresh adapter: {site: {name: tensor}}, each on its weight's device.
@@ -168,8 +170,8 @@ class Adapted:
                 is not set; or, with check_finite, a merged parameter has a NaN or an infinity.
         """
         self.plan.check(adapter)
-        weights = self.weights
-        held = dict(self.model.named_parameters(remove_duplicate=False))
+        known = Model.of(self.model)
+        weights, held = functions.checked(self.plan, known.weights), known.parameters
         own = {id(p): p.detach() for p in held.values()}  # one tensor for all names of a tied one
         out = {n: own[id(p)] for n, p in held.items()}
         for name, merged in functions.merge(self.plan, weights, adapter):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from peftfn.core.plan import Plan
+from peftfn.model.model import weights_of
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.gates import Gates
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
-from peftfn.tensors.quantised import parameters
 from peftfn.tensors.tree import stack_size, unstacked
 
 
@@ -84,7 +84,7 @@ class Runner:
             return dense(out)
         except Exception as e:
             for plan, adapter, *_ in given:
-                if problem := misplaced(plan, parameters(self.model), adapter, e):
+                if problem := misplaced(plan, weights_of(self.model), adapter, e):
                     raise ValueError(problem) from e
             raise
         finally:

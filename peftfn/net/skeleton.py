@@ -21,13 +21,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
+from peftfn.model.written import written_by
 from peftfn.slots.slot import OUTLIVED, Slot, plus
 from peftfn.slots.unrowed import tables
-from peftfn.tensors.lent import LOST, REPLACED, Lent, beneath, lend, written_by
-from peftfn.tensors.quantised import Parts, QuantisedWeight, weights
+from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
+from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
@@ -48,9 +50,9 @@ class Skeleton:
             self._copy()
 
     def _copy(self) -> None:
-        modules, loose = reachable(self.base)
-        named = dict(self.base.named_modules(remove_duplicate=False))
-        opaque = dict(weights(self.base))
+        named = modules_of(self.base)
+        modules, loose = reachable(named)
+        opaque = quantised_in(named)
         layers = {id(w.layer): w for w in opaque.values()}
         for name in self.sites:
             module, _, key = name.rpartition(".")
@@ -71,10 +73,11 @@ class Skeleton:
         self.flags = [
             (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
         ]
+        copied = {id(b): s for b, s in self.pairs}
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
-            f"{prefix}.{k}" if prefix else k: (m._parameters, k)
-            for prefix, m in self.root.named_modules(remove_duplicate=False)
-            for k in m._parameters
+            f"{prefix}.{k}" if prefix else k: (copied[id(b)]._parameters, k)
+            for prefix, b in named.items()
+            for k in b._parameters
         }
         self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
         stands = {id(b): self._stand_in(layers[id(b)], s) for b, s in self.pairs if id(b) in layers}
@@ -103,7 +106,6 @@ class Skeleton:
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
-        self.lost = [n for n in self.sites for d, k in [self.slots[n]] if (id(self.originals[id(d)]), k) in written]
         self.idle = self.snapshot()
         for _, s in self.pairs:
             if _CHECKPOINT in vars(s):
@@ -245,8 +247,6 @@ class Skeleton:
             p = theirs[k]
             lent[id(p)] = None if p is None else p.detach().clone()
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a tracer has plain tensors
-            for name in self.lost:
-                raise RuntimeError(LOST.format(name=name))
             for theirs, ours, k in self.lendable:
                 p = theirs[k]
                 ours[k] = lent[id(p)] if id(p) in lent else _constant(p)

@@ -1,15 +1,11 @@
 """Parameters of the base as a call sees them: to read as they are, and to write to without the base's knowing."""
 
-import dis
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from peftfn.tensors.transform import lasting, under_transform
@@ -70,13 +66,15 @@ def beneath() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack() if under_transform() else nullcontext()
 
 
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+
+
 def _writers() -> None:
     def make(method: Any) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: _own(self, method, *args, **kwargs)
 
     names = [k for k in dir(Tensor) if k.endswith("_") and not k.startswith("_") and k != "requires_grad_"]
-    operators = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-    names += ["detach", "numpy", "__setitem__", *(f"__i{k}__" for k in operators)]
+    names += ["detach", "numpy", "__setitem__", *(f"__i{k}__" for k in OPERATORS)]
     for name in names:
         setattr(Lent, name, make(getattr(Tensor, name)))
 
@@ -84,92 +82,64 @@ def _writers() -> None:
 _writers()
 
 
-def written_by(module: nn.Module) -> set[str]:
-    """The names of the parameters that the module's own forward writes to, by the look of its code.
-
-    Needed where no `Lent` can stand in the slot: in a module that `as_module` makes, whose parameters are real ones,
-    and in compiled code. Like any look at code it may miss what an odd forward does.
-    """
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-        return {"weight"}
-    names = {k for k, p in module._parameters.items() if p is not None}
-    cls: Any = type(module)
-    return names & _written(cls) if names else names
-
-
-@cache
-def _written(cls: Any) -> frozenset[str]:
-    """Attributes that the forward of a class writes to in place or through `.data`."""
-    found: set[str] = set()
-    for code in _codes(cls):
-        steps = [i for i in dis.get_instructions(code) if i.opname not in _CALLS]
-        loads = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in steps]
-        loosely = any(i.argval == "data" and i.opname.endswith("_ATTR") for i in steps)
-        loosely |= any(i.opname == "KW_NAMES" and "out" in code.co_consts[i.arg or 0] for i in steps)
-        for k, name in enumerate(loads):
-            if name is not None and (loosely or _is_written(steps[k - 2 : k - 1], steps[k + 1 : k + 4])):
-                found.add(name)
-    return frozenset(found)
-
-
-_CALLS = frozenset(["PRECALL", "CALL", "CACHE", "PUSH_NULL"])
-
-
-def _is_written(before: list[dis.Instruction], after: list[dis.Instruction]) -> bool:
-    """Whether an attribute is written to, by the steps around the one that loads it: `self.w.add_(…)`,
-    `self.w.detach().add_(…)`, `self.w[i].add_(…)`, `self.w[i] = …`, `init.zeros_(self.w)`.
-    """
-    if [i.opname for i in after[1:2]] == ["STORE_SUBSCR"]:
-        return True
-    if [i.opname for i in after[1:2]] == ["BINARY_SUBSCR"]:
-        after = after[2:]
-    elif [i.argval for i in after[:1]] == ["detach"]:
-        after = after[1:]
-    return any(i.opname in ("LOAD_ATTR", "LOAD_METHOD") and _writes(i.argval) for i in [*before, *after[:1]])
-
-
-def _codes(cls: type) -> Iterator[CodeType]:
-    """The code of a class's forward, and of the methods of its own that this names; torch's own classes are known."""
-    todo, seen = ["forward"], {"forward"}
-    while todo:
-        name = todo.pop()
-        for owner in cls.__mro__:
-            function = inspect.unwrap(vars(owner)[name]) if callable(vars(owner).get(name)) else None
-            if owner.__module__.partition(".")[0] == "torch" or not inspect.isfunction(function):
-                continue
-            yield function.__code__
-            fresh = [k for k in function.__code__.co_names if k not in seen and hasattr(cls, k)]
-            seen.update(fresh)
-            todo += fresh
-
-
 class Computed(Tensor):
     """An adapted weight's value, given to a forward that asks for `.data` or `.detach()`: whoever writes to it, or to a
-    view of it, would lose the write, and is told so before.
+    view of it, would lose the write, and is told so before. The compiler traces this too.
     """
 
     site: str
+    value: Tensor  # the same as a plain tensor, which the compiler takes everywhere
 
     @classmethod
     def of(cls, value: Tensor, site: str) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
             return value
-        out = value.detach().as_subclass(cls)
-        out.site = site
+        value = value.detach()
+        out = value.as_subclass(cls)
+        out.site, out.value = site, value
         return out
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        for t in (args[0] if args else None, kwargs.get("out")):
-            if isinstance(t, Computed) and (t is kwargs.get("out") or _writes(name)):
+        first, into = args[0] if args else None, (kwargs or {}).get("out")
+        for t in (into, first if _writes(func) else None):
+            if isinstance(t, Computed):
                 raise RuntimeError(LOST.format(name=t.site))
+        if func in _DETACHED:  # as it is already; and inside of vmap the compiler has no `.data`
+            return first
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        source = args[0] if args else None
-        if isinstance(source, Computed) and isinstance(out, Tensor) and _share(source, out):
-            return cls.of(out, source.site)
+            out = func(*(t.value if isinstance(t, Computed) else t for t in args), **(kwargs or {}))
+        if isinstance(first, Computed) and isinstance(out, Tensor) and _is_view(func, args, out):
+            return cls.of(out, first.site)
         return out
+
+
+def _writes(func: Any) -> bool:
+    """Whether it writes to its first argument."""
+    if torch.compiler.is_compiling():
+        return func in _WRITERS
+    name = getattr(func, "__name__", "")
+    operator = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    return name in ("__setitem__", "__set__") or operator or (name.endswith("_") and not name.endswith("__"))
+
+
+# The compiler knows functions of tensors, but not what they are called, nor where a tensor's memory is.
+_IN_PLACE = [k for k in dir(Tensor) if k.endswith("_") and not k.startswith("_")]
+_WRITERS = {getattr(Tensor, k) for k in (*_IN_PLACE, "__setitem__", *(f"__i{k}__" for k in OPERATORS))}
+_DETACHED = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+_NAMES = "expand movedim narrow permute reshape select squeeze t transpose unflatten unsqueeze view view_as"
+_VIEWS = {getattr(Tensor, k) for k in _NAMES.split()} | {getattr(Tensor, k).__get__ for k in ("T", "mT", "H", "mH")}
+
+
+def _is_view(func: Any, args: Any, out: Tensor) -> bool:
+    """Whether `out`, which func(*args) gave, has the memory of the first argument."""
+    if not torch.compiler.is_compiling():
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].untyped_storage().data_ptr() == out.untyped_storage().data_ptr()  # type: ignore[no-any-return]
+    if func is Tensor.__getitem__:  # a tensor of indices makes a copy
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return not any(isinstance(i, Tensor | list) for i in index)
+    return func in _VIEWS
 
 
 LOST = (
@@ -181,13 +151,3 @@ REPLACED = (
     "{name}: the model's forward puts another tensor in this weight's place (it ties weights by assignment, say), so "
     "its adapter would not be used. Adapt the weight that is put there, or tie the weights when the model is made"
 )
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _writes(name: str) -> bool:
-    operator = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    return name in ("__setitem__", "__set__") or operator or (name.endswith("_") and not name.endswith("__"))

@@ -1,4 +1,4 @@
-"""Quantised layers in a model: which they are, and what stands for the weight of each (`quantised_weight.py`)."""
+"""Quantised layers: which they are, and what stands for the weight of each (`quantised_weight.py`)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from peftfn.tensors.quantised_layers import KINDS, features, held
 from peftfn.tensors.quantised_weight import QuantisedWeight
 
-__all__ = ["Parts", "QuantisedWeight", "Reader", "held", "parameters", "quantised", "share", "weights"]
+__all__ = ["Bare", "Parts", "QuantisedWeight", "held", "quantised", "share"]
 
 
 def quantised(module: nn.Module, name: str = "weight") -> QuantisedWeight | None:
@@ -25,26 +25,6 @@ def quantised(module: nn.Module, name: str = "weight") -> QuantisedWeight | None
         if kind.recognises(module):
             return kind(module, name, features(module) or w.shape)
     return None
-
-
-def parameters(model: nn.Module) -> dict[str, Any]:
-    """The model's parameters as they are now, every name of each, as constants; quantised weights by what stands for
-    them, and the bias of such a layer also where it is a buffer."""
-    out: dict[str, Any] = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
-    for name, w in weights(model):
-        out[name] = w
-        bias = w.bias()
-        if bias is not None:
-            out.setdefault(name.removesuffix("weight") + "bias", bias.detach())
-    return out
-
-
-def weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
-    """(name, weight) of every quantised layer, every name of each."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        name = f"{prefix}.weight" if prefix else "weight"
-        if (w := quantised(module, name)) is not None:
-            yield name, w
 
 
 class Parts(Mapping[str, Any]):
@@ -69,7 +49,7 @@ def share(p: Any) -> nn.Parameter:
     return kind.share(p)
 
 
-class Reader:
+class Bare:
     """original ↦ what stands for a layer's weight, for a layer that is parametrized there.
 
     Such a layer has its weight in the parametrization and another class, so we look at a copy that has neither.
@@ -85,6 +65,6 @@ class Reader:
         weight = {"weight": original} if original.numel() else {}
         vars(bare)["_parameters"] = {**self.layer._parameters, **weight}
         vars(bare)["_modules"] = {k: m for k, m in self.layer._modules.items() if k != "parametrizations"}
-        found = quantised(bare, self.name)
-        assert found is not None
-        return found
+        stand_in = quantised(bare, self.name)
+        assert stand_in is not None
+        return stand_in

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from peftfn.core.method import Method, Weight
-from peftfn.model.site import sites
+from peftfn.model.model import sites
 from peftfn.testing.laws import FEW, LAWS, ONCE, SITE, Case, close, leaves, shaken
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 

@@ -9,9 +9,8 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from peftfn.model.model import Model
 from peftfn.model.names import matches
-from peftfn.model.site import sites
-from peftfn.tensors.quantised import parameters
 from peftfn.tools.table import table
 
 
@@ -103,15 +102,14 @@ def describe(model: nn.Module, pattern: str | None = None) -> Description:
     Raises:
         ValueError: the pattern is no valid regular expression, or a parameter is not initialised (a lazy module).
     """
-    known, found = sites(model), []
-    values = parameters(model)
-    for s in known.values():
+    known, found = Model.of(model), []
+    for s in known.sites.values():
         try:
             wanted = pattern is None or any(matches(pattern, n) for n in (s.name, *s.aliases))
         except re.error as e:
             raise ValueError(f"describe: {pattern!r} is no valid regular expression: {e}") from e
         if wanted:
-            w = values[s.name]
+            w = known.weights[s.name]
             more = (s.aliases, s.tied, s.quantised)
             found.append(Described(s.name, s.kind, tuple(s.shape), w.dtype, w.device, *more))
     return Description(found)

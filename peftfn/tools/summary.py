@@ -3,8 +3,9 @@
 from collections import Counter
 from math import prod
 
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
-from peftfn.tensors.quantised import weights
+from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tools.table import table
 
 
@@ -15,10 +16,12 @@ def counts(net: Adapted) -> tuple[int, int]:
     """
     trained = sum(prod(shape) for e in net.plan.values() for shape in e.spec.values())
     trained += sum(prod(shape) for bank in net.plan.banks.values() for shape in bank.values())
-    hidden = {id(w.layer): w for _, w in weights(net.model)}
+    known = Model.of(net.model)
+    hidden = {id(w): w for w in known.weights.values() if isinstance(w, QuantisedWeight)}
     packed = {id(w.layer._parameters.get("weight")) for w in hidden.values()}
-    base = sum(p.numel() for p in net.model.parameters() if id(p) not in packed)
-    return trained, trained + base + sum(w.numel() for w in hidden.values())
+    plain = {id(p): p for p in known.parameters.values() if id(p) not in packed}
+    base = sum(p.numel() for p in plain.values()) + sum(w.numel() for w in hidden.values())
+    return trained, trained + base
 
 
 def summary(net: Adapted, *, by_site: bool = True) -> str:

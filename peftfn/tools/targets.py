@@ -10,6 +10,7 @@ from torch import nn
 from peftfn.core.method import Method
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.model.choice import Modules, matched, matches
+from peftfn.model.model import Model
 from peftfn.model.names import near
 from peftfn.model.site import refuse_occupied
 from peftfn.tools.target_table import OF_METHOD, USUAL
@@ -45,16 +46,20 @@ def targets(
             itself.
     """
     inputs: list[str] = []
+    known = Model.of(model)
+    names = [n for n in known.distinct if n]
     if modules is None and not parameters:
-        modules, inputs = defaults(model, method)
-    chosen = matched(model, modules, exclude, layers, layers_pattern) if modules is not None else []
-    params = [n for n, _ in model.named_parameters() if any(n == p or n.endswith(f".{p}") for p in parameters)]
+        modules, inputs = defaults(known, method)
+    chosen = matched(known, modules, exclude, layers, layers_pattern) if modules is not None else []
+    first: dict[int, str] = {}  # tensor → its first name
+    for name, p in known.parameters.items():
+        first.setdefault(id(p), name)
+    params = [n for n in first.values() if any(n == p or n.endswith(f".{p}") for p in parameters)]
     if not chosen and not params:
-        names = [n for n, _ in model.named_modules() if n]
         raise ValueError(
             f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
         )
-    _refuse_unused(model, exclude, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, [*chosen, *params])
+    _refuse_unused(names, exclude, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, [*chosen, *params])
     words = [modules] if isinstance(modules, str) else [] if modules is None or callable(modules) else modules
     named = " ".join([*words, *parameters])
     for name in chosen:
@@ -77,10 +82,9 @@ def targets(
 
 
 def _refuse_unused(
-    model: nn.Module, exclude: Modules | None, patterns: Mapping[str, Mapping[str, Any] | None], chosen: list[str]
+    names: list[str], exclude: Modules | None, patterns: Mapping[str, Mapping[str, Any] | None], chosen: list[str]
 ) -> None:
     """ValueError for a name in `exclude` that no module has, and for a key of a pattern that finds nothing chosen."""
-    names = [n for n, _ in model.named_modules() if n]
     given = [exclude] if isinstance(exclude, str) else [] if exclude is None or callable(exclude) else list(exclude)
     whole = isinstance(exclude, str)
     for name in given:
@@ -95,12 +99,12 @@ def _refuse_unused(
                 )
 
 
-def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
+def defaults(model: Model, method: Method) -> tuple[Modules, list[str]]:
     """(modules, those of them whose inputs IA3 scales) that PEFT adapts with this method if one names none."""
     if isinstance(method, TrainableTokens):
-        inner = getattr(model, "get_input_embeddings", lambda: None)()
-        return [next((n for n, m in model.named_modules() if m is inner), "embed_tokens")], []
-    kind, name = getattr(getattr(model, "config", None), "model_type", None), type(method).__name__
+        inner = getattr(model.root, "get_input_embeddings", lambda: None)()
+        return [next((n for n, m in model.distinct.items() if m is inner), "embed_tokens")], []
+    kind, name = getattr(getattr(model.root, "config", None), "model_type", None), type(method).__name__
     found = OF_METHOD.get(name, {}).get(str(kind))
     if found is None and name == "OSF":
         return "all-linear", []

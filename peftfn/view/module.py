@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from peftfn.core import functions
 from peftfn.core.plan import Adapter, Plan
+from peftfn.model.model import weights_of
 from peftfn.model.names import near
 from peftfn.model.structure import lasting_copy
 from peftfn.net.net import Adapted
-from peftfn.tensors.quantised import parameters
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
 from peftfn.view.view import Leaf, View, build, grown, leaf_at, owner
@@ -67,13 +67,14 @@ def as_module(
         )
     pairs = named if adapter is None else {DEFAULT: adapter}
     given = {name: v if isinstance(v, tuple) else (net, v) for name, v in pairs.items()}
+    weights = weights_of(net.model)
     for name, (other, a) in given.items():
         if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"as_module: an adapter cannot be named {name!r}, which torch does not allow for a module")
         if other.model is not net.model:
             raise ValueError(f"as_module: the net of {name!r} adapts another model; call adapt on this one")
         other.plan.check(a)
-        functions.checked(other.plan, parameters(net.model))
+        functions.checked(other.plan, weights)
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
     return build(lasting_copy(net.model, copy_base), {name: (other.plan, a) for name, (other, a) in given.items()})

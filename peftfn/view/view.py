@@ -20,7 +20,7 @@ from peftfn.model.site import Site
 from peftfn.slots.slot import plus
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.lent import REPLACED
-from peftfn.tensors.quantised import Reader, quantised
+from peftfn.tensors.quantised import Bare, quantised
 from peftfn.tensors.transform import backward_task
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
@@ -388,7 +388,7 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         opaque = quantised(layer, at)
         if opaque is not None and opaque.own_forward:
             vars(layer)["forward"] = partial(_linear, layer)
-        read = _itself if opaque is None else Reader(layer, classes[layer], at)
+        read = _itself if opaque is None else Bare(layer, classes[layer], at)
         place(at, _Site(at, choice, leaves, read))
     biases: dict[Site, bool] = {}  # layers whose bias a method changes: whether it also gives one to a layer without
     for entry in (e for plan in plans for e in plan.values()):

@@ -1,0 +1,106 @@
+"""A model as a value: its modules, sites, parameters and buffers by name, read in one walk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftfn.model.site import Site, sites_in
+from peftfn.tensors.quantised import QuantisedWeight, quantised
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model has at one moment. Whoever needs it reads it once, with `Model.of`, and hands it down: a walk over
+    a large model takes milliseconds. It is not kept between calls, since the model's owner may change the model.
+
+    The mappings have every name of what they hold (a submodule that the model has twice has two), in the model's order;
+    `sites` alone has each site once, by its first name.
+    """
+
+    modules: Mapping[str, nn.Module]
+    sites: Mapping[str, Site]
+    parameters: Mapping[str, nn.Parameter]  # as the modules hold them
+    weights: Mapping[str, Any]  # as constants of a calculation: detached, and quantised ones by what stands for them
+    buffers: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Model":
+        """TypeError if it is not a module, ValueError if it has parameters that are not initialised (lazy modules)."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        modules = modules_of(model)
+        stand_ins = quantised_in(modules)
+        sites = sites_in(modules, stand_ins)
+        parameters = dict(_held(modules, "_parameters"))
+        buffers = dict(_held(modules, "_buffers"))
+        return cls(modules, sites, parameters, _weights(parameters, stand_ins), buffers)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.modules[""]
+
+    @cached_property
+    def distinct(self) -> dict[str, nn.Module]:
+        """Each module once, by its first name, as `named_modules` gives them."""
+        first: dict[nn.Module, str] = {}
+        for name, module in self.modules.items():
+            first.setdefault(module, name)
+        return {name: module for module, name in first.items()}
+
+    @cached_property
+    def named(self) -> dict[str, Site]:
+        """The sites by every name."""
+        return {n: s for s in self.sites.values() for n in (s.name, *s.aliases)}
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name of every module of the model → the module. The one walk."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def quantised_in(modules: Mapping[str, nn.Module]) -> dict[str, QuantisedWeight]:
+    """What stands for the weights of the quantised layers, by every name; one for each layer."""
+    known: dict[nn.Module, QuantisedWeight | None] = {}
+    out = {}
+    for prefix, module in modules.items():
+        name = f"{prefix}.weight" if prefix else "weight"
+        if module not in known:
+            known[module] = quantised(module, name)
+        if (w := known[module]) is not None:
+            out[name] = w
+    return out
+
+
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """The `weights` of `Model.of(model)` alone: the model's parameters as they are now, as constants."""
+    modules = modules_of(model)
+    return _weights(dict(_held(modules, "_parameters")), quantised_in(modules))
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every parameter of the model as a site, one for each slot, in the model's own order."""
+    return dict(Model.of(model).sites)
+
+
+def _held(modules: Mapping[str, nn.Module], kind: str) -> list[tuple[str, Any]]:
+    return [
+        (f"{prefix}.{k}" if prefix else k, t)
+        for prefix, module in modules.items()
+        for k, t in getattr(module, kind).items()
+        if t is not None
+    ]
+
+
+def _weights(parameters: Mapping[str, nn.Parameter], stand_ins: Mapping[str, QuantisedWeight]) -> dict[str, Any]:
+    """Parameters as constants; quantised weights by what stands for them, and the bias of such a layer also where it
+    is a buffer."""
+    out: dict[str, Any] = {n: p.detach() for n, p in parameters.items()}
+    for name, w in stand_ins.items():
+        out[name] = w
+        bias = w.bias()
+        if bias is not None:
+            out.setdefault(name.removesuffix("weight") + "bias", bias.detach())
+    return out
