@@ -11,7 +11,8 @@ from hypothesis.strategies import SearchStrategy
 
 from peftfn.core.method import Method, Weight
 from peftfn.model.site import sites
-from peftfn.testing.laws import FEW, LAWS, ONCE, SITE, Case, close, leaves, shaken
+from peftfn.testing.case import SITE, Case, close, leaves, shaken
+from peftfn.testing.laws import CORE, FEW, LAWS, ONCE
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 
 __all__ = [
@@ -129,6 +130,8 @@ def _check(law: str, method: Weight, names: list[str], n: int) -> None:
     several = [name for name in names if name not in MODELS]
     if law in ONCE:
         names = [*several, *names][:1]
+    elif law in CORE:
+        names = [names[0], *(several or names[1:])[:1]]
     elif law in FEW:
         names = [*names[:1], *(name for name in names[1:] if name in _DIFFERENT), *several[:2]]
     for name in names:
