@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
@@ -325,12 +325,22 @@ def gradients(c: Case) -> None:
 
 
 def per_sample(c: Case) -> None:
-    """vmap(grad) over adapters == one grad each; vmap(grad) over rows == one grad a row."""
+    """vmap(grad) over adapters == one grad each; vmap(grad) over rows == one grad a row, as does grad of a mixed batch."""
     adapters = [c.adapter(i) for i in range(2)]
     want = pf.stack([grad(c.loss)(a) for a in adapters])
     close(vmap(grad(c.loss))(pf.stack(adapters)), want, "vmap(grad) over adapters", 1e-3)
     rows = pf.stack([grad(c.loss)(adapters[0], x) for x in c.x.split(1)])
     close(vmap(grad(c.loss), (None, 0))(adapters[0], c.x.unsqueeze(1)), rows, "per-sample gradients", 1e-3)
+    if c.kind.rowed:
+        of = c.model(c.x[:1])
+        weights = torch.linspace(-1, 1, of.numel(), dtype=of.dtype).view_as(of)
+
+        def loss(stacked: Any) -> Tensor:
+            y = c.net.mixed(stacked, list(range(c.rows)), c.x)
+            return (y * weights).sum() + y.square().mean() * c.rows
+
+        got = grad(loss)(pf.stack([adapters[0]] * c.rows))
+        close(got, rows, "gradient of a mixed batch", 1e-3)
 
 
 def structure(c: Case) -> None:
@@ -430,18 +440,19 @@ def half_precision(c: Case) -> None:
 
 
 def compiled(c: Case) -> None:
-    """torch.compile(fullgraph=True) of apply and of every transform gives what eager gives."""
+    """torch.compile(fullgraph=True) of apply and of stacked transforms gives what eager gives."""
     a, u = c.adapter(), c.adapter(5)
     stacked = pf.stack([a, u])
 
     def everything(a: Any, u: Any, stacked: Any, x: Tensor) -> Any:
+        slopes, values = vmap(grad_and_value(c.loss), (0, None))(stacked, x)
+        slope, hvp = jvp(grad(lambda a: c.loss(a, x)), (a,), (u,))  # type: ignore[misc]
         return {
             "apply": c.net.apply(a, x),
-            "vmap": vmap(c.net.apply, (0, None))(stacked, x),
-            "grad": grad(c.loss)(a, x),
-            "vmap(grad)": vmap(grad(c.loss), (0, None))(stacked, x),
-            "jvp": jvp(lambda a: c.net.apply(a, x), (a,), (u,))[1],
-            "hvp": jvp(grad(lambda a: c.loss(a, x)), (a,), (u,))[1],  # type: ignore[misc]
+            "vmap": values,
+            "vmap(grad)": slopes,
+            "grad": slope,
+            "hvp": hvp,
         }
 
     want = everything(a, u, stacked, c.x)
@@ -492,5 +503,5 @@ ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
 """Laws that are checked at one kind of site: they are slow, or do not depend on it."""
 CORE = frozenset({"structure", "purity", "no_rows", "modes", "round_trip", "bad_leaves"})
 """Laws about what is around a method, at two kinds of site: with one site and, if its sites share, with several."""
-FEW = frozenset({"functions"})
-"""Laws that are checked at few kinds of site: they hardly depend on it."""
+FEW = frozenset({"functions", "identity", "effect", "merging", "conformed", "algebra", "half_precision", "per_sample"})
+"""Laws that are checked where a function gets something else, and not where only a call reaches it differently."""
