@@ -325,7 +325,7 @@ def gradients(c: Case) -> None:
 
 
 def per_sample(c: Case) -> None:
-    """vmap(grad) over adapters == one grad each; vmap(grad) over rows == one grad a row, as does grad of a mixed batch."""
+    """vmap(grad) over adapters == one grad each; vmap(grad) over rows, and grad of a mixed batch == one grad a row."""
     adapters = [c.adapter(i) for i in range(2)]
     want = pf.stack([grad(c.loss)(a) for a in adapters])
     close(vmap(grad(c.loss))(pf.stack(adapters)), want, "vmap(grad) over adapters", 1e-3)
