@@ -17,9 +17,10 @@ import pytest
 import torch
 import transformers as tf
 from models import SMALL, bert, gpt2, llama, mixtral, tokens
+from mutations import MODEL, good_files, mutated
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fuzz import MODEL, good_files, mutated
+from support import ROOT
 from torch import Tensor, nn
 
 import peftfn as pf
@@ -503,7 +504,7 @@ def test_help_and_a_wrong_command() -> None:
 
 def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    page = (ROOT / "docs" / "command_line.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, flags=re.S | re.M)
     assert sum(language == "sh" for language, _ in blocks) >= 4
     printed, names = "", {}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 import peftfn as pf
 from peftfn.__main__ import main
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parent.parent
 METHODS = ["head only", "IA3", "OFT", "DoRA", "LoRA"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Made, by_name, noise, tokens
-from test_models import close, random, same_state, state
+from support import close, random, same_state, state
 from torch import Tensor, nn
 
 import peftfn as pf

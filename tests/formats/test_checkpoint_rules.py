@@ -15,7 +15,8 @@ import transformers as tf
 from models import SMALL, by_name, noise, tokens
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from test_peft_parity import compare, edit, randomised
+from support import compare, randomised
+from test_peft_parity import edit
 from torch import Tensor, nn
 
 import peftfn as pf

@@ -12,8 +12,9 @@ import torch
 import transformers as tf
 from models import SMALL, by_name, noise, tokens
 from safetensors.torch import load_file, save_file
+from support import compare
 from test_checkpoint_rules import llama, lora, saved
-from test_peft_parity import compare, edit, retensor
+from test_peft_parity import edit, retensor
 from torch import Tensor, nn
 
 import peftfn as pf

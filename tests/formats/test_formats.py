@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from models import SMALL, by_name, tokens
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
-from test_peft_parity import A, both_ways, compare, edit, randomised, retensor
+from support import compare, randomised
+from test_peft_parity import A, both_ways, edit, retensor
 from torch import Tensor, nn
 
 import peftfn as pf

@@ -14,6 +14,7 @@ import torch
 from models import by_name
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
+from support import compare, randomised
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -149,21 +150,6 @@ def config(method: Method, target: str, layer: str) -> peft.PeftConfig:
     if "fan_in_fan_out" in known and layer == "linear_t":
         written["fan_in_fan_out"] = True
     return cls(target_modules=names, **written)
-
-
-def randomised(model: nn.Module, seed: int = 3) -> nn.Module:
-    """Every trained tensor moved from where it started, so that nothing in it is zero, one, or alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def compare(mine: Any, theirs: Any, bound: float = 1e-5) -> None:
-    scale = max(1.0, float(theirs.detach().abs().max()))
-    assert float((mine - theirs).detach().abs().max()) <= bound * scale
 
 
 def round_trip(

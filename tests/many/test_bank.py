@@ -12,7 +12,7 @@ import torch
 from models import by_name, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_models import close, random, same_state, state, trees_close
+from support import close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch.func import grad
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import by_name, noise, tokens
-from test_models import close, random
+from support import close, random
 from torch import nn
 
 import peftfn as pf

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from models import by_name, noise, tokens
 from optree import tree_leaves, tree_map
-from test_models import close, random, trees_close
+from support import close, random, trees_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_facts import Net
-from test_models import close, random
+from support import Net, close, random
 from torch import nn
 from torch.nn import functional as F
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import by_name, noise
-from test_facts import Net
-from test_models import close, random, same_state, state, trees_close
+from support import Net, close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vjp, vmap

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support import ROOT
 from torch import nn
 
 import peftfn as pf
 
-HERE = Path(__file__).parent
-PAGE = (HERE.parent / "docs" / "distributed.md").read_text()
+WORKERS = ROOT / "tests" / "workers"
+PAGE = (ROOT / "docs" / "distributed.md").read_text()
 TRAIN = re.search(r'^```python title="train.py"\n(.*?)^```', PAGE, flags=re.S | re.M)[1]
-CHECKS = re.findall(r"^def check_(\w+)", (HERE / "distributed_worker.py").read_text(), flags=re.M)
+CHECKS = re.findall(r"^def check_(\w+)", (WORKERS / "distributed_worker.py").read_text(), flags=re.M)
 
 
 def torchrun(processes: int, *args: object, folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     env = {**os.environ, **settings, "RUN_FOLDER": str(folder)}
-    command.append(str(HERE / "distributed_run.py"))
+    command.append(str(WORKERS / "distributed_run.py"))
     return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -32,7 +33,7 @@ def torchrun(processes: int, *args: object, folder: Path) -> subprocess.Complete
 def report(tmp_path_factory):
     """What each check of distributed_worker.py says on two processes: "" or what went wrong."""
     folder = tmp_path_factory.mktemp("two")
-    ran = torchrun(2, HERE / "distributed_worker.py", folder / "report.json", folder=folder)
+    ran = torchrun(2, WORKERS / "distributed_worker.py", folder / "report.json", folder=folder)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads((folder / "report.json").read_text())
 
@@ -49,7 +50,7 @@ class Runs:
         self.run = folder / "run"
         script = folder / "train.py"
         script.write_text(TRAIN)
-        self.died = torchrun(2, HERE / "distributed_crash.py", script, folder=self.run)
+        self.died = torchrun(2, WORKERS / "distributed_crash.py", script, folder=self.run)
         self.left = sorted(p.name for p in self.run.iterdir())
         self.resumed = torchrun(3, script, folder=self.run)
         self.page = {"__name__": "train"}

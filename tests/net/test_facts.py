@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import by_name, llama, noise, tokens
-from test_models import call, close, random, same_state, state, trees_close
+from support import Net, call, close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -25,20 +25,6 @@ ids = lambda n=3: tokens(n)  # noqa: E731
 
 def mlp() -> nn.Module:
     return by_name["mlp"].build()
-
-
-class Net(nn.Module):
-    """A linear layer, called `f`, in a forward given as a function of the module and x."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: Any):
-        super().__init__()
-        torch.manual_seed(0)
-        self.f, self.g, self.body = nn.Linear(8, 8), nn.Linear(8, 8), forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 def merged_is_applied(model: nn.Module, net: pf.Adapted, x: Tensor, seed: int = 1) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import by_name, noise, tokens
-from test_facts import Net
-from test_models import call, close, random, state
+from support import Net, call, close, random, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 

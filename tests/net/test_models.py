@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, Case, by_name
+from support import call, close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
@@ -55,46 +56,6 @@ ALL = pairs([*LINEAR, *EVERYWHERE])
 SOME = pairs(["lora", "dora", "matrices_lora", "everything_full"])
 
 
-def random(net: pf.Adapted, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> pf.Adapter:
-    """An adapter with noise in every leaf."""
-    g = torch.Generator().manual_seed(seed)
-    return tree_map(lambda t: t + scale * torch.randn(t.shape, generator=g).to(dtype), net.init(seed, dtype=dtype))
-
-
-def state(model: nn.Module) -> list[Any]:
-    """Everything that must not change: each tensor's identity, version and values, and each module's attributes."""
-    found: list[Any] = []
-    for name, m in model.named_modules(remove_duplicate=False):
-        tensors = {**m._parameters, **m._buffers}
-        found += [(name, k, id(t), t._version, t.detach().clone(), t.grad) for k, t in tensors.items() if t is not None]
-        found.append((name, sorted(vars(m)), sorted(tensors), sorted(m._modules), id(m), m.training))
-    return found
-
-
-def same_state(a: list[Any], b: list[Any]) -> bool:
-    def eq(x: Any, y: Any) -> bool:
-        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
-
-    return len(a) == len(b) and all(len(x) == len(y) and all(map(eq, x, y)) for x, y in zip(a, b, strict=True))
-
-
-def close(got: Tensor, want: Tensor, tol: float = 2e-5) -> None:
-    assert isinstance(got, Tensor)
-    assert got.shape == want.shape
-    assert got.isfinite().all()
-    assert want.isfinite().all()
-    got, want = got.detach().double(), want.detach().double()
-    error = (got - want).abs().max()
-    assert error <= tol * max(1.0, float(want.abs().max())), f"off by {float(error):.3g}"
-
-
-def trees_close(got: Any, want: Any, tol: float = 5e-5) -> None:
-    assert got.keys() == want.keys()
-    for name in want:
-        for key in want[name]:
-            close(got[name][key], want[name][key], tol)
-
-
 @lru_cache(maxsize=1)
 def adapted(case: Case, kind: str) -> tuple[nn.Module, pf.Adapted]:
     model = case.build()
@@ -108,14 +69,6 @@ def run(case: Case, net: pf.Adapted, a: Any, rows: slice = slice(0, 3), **more: 
 
 def cut(case: Case, rows: slice = slice(0, 3)) -> Any:
     return tree_map(lambda v: v[rows] if isinstance(v, Tensor) else v, case.inputs(3))
-
-
-def call(model: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """functional_call with one name a slot: with two, torch leaves a shared submodule holding the given tensors."""
-    slots = {(id(m), k): f"{p}.{k}" if p else k for p, m in model.named_modules() for k in m._parameters}
-    return functional_call(
-        model, {n: weights[n] for n in slots.values() if n in weights}, args, kwargs, tie_weights=False
-    )
 
 
 def base(case: Case, model: nn.Module, weights: dict[str, Tensor] | None = None) -> Tensor:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import Functions, by_name, noise, tokens
-from test_facts import Net
-from test_models import call, close, random, same_state, state, trees_close
+from support import Net, call, close, random, same_state, state, trees_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F

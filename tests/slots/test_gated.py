@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import by_name, tokens
 from peft import LoraConfig, get_peft_model
-from test_models import close, random, trees_close
+from support import close, random, trees_close
 from torch import Tensor
 from torch.func import grad, vmap
 from transformers import GenerationConfig

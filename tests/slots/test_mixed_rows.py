@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_facts import Net
-from test_models import close, random, trees_close
+from support import Net, close, random, trees_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F

@@ -3,23 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+from support import CHAINS, FIRST, METHODS
 
 import peftfn as pf
 from peftfn.core.method import Method, Weight, registry
 from peftfn.testing import CORE, LAWS, ONCE, LawBroken, check_law, check_method
-
-METHODS = [
-    cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases
-]
-CHAINS: list[Method] = [
-    pf.chain(pf.LoRA(rank=2), pf.IA3()),
-    pf.chain(pf.IA3(feedforward=True), pf.DoRA(rank=2)),
-    pf.chain(pf.OFT(block_size=2), pf.LoRA(rank=2), pf.OFT(block_size=2, side="output")),
-]
-
-
-FIRST = list({type(m): m for m in reversed(METHODS + CHAINS)}.values())
-"""One of each: for what is around a method, and for what is slow."""
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in CORE | ONCE or law == "values"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import by_name, noise, tokens
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from test_models import random
+from support import random
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, Case, by_name, noise
-from test_laws import CHAINS, FIRST, METHODS
-from test_models import random, same_state, state
+from support import CHAINS, FIRST, METHODS, random, same_state, state
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from models import by_name, tokens
 from safetensors.torch import load_file
-from test_models import random, same_state, state
+from support import random, same_state, state
 from torch import Tensor, nn
 
 import peftfn as pf

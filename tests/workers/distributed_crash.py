@@ -1,6 +1,6 @@
 """The page's train.py, in which rank 1 dies at its fifth step.
 
-torchrun --nproc-per-node 2 tests/distributed_crash.py TRAIN
+torchrun --nproc-per-node 2 tests/workers/distributed_crash.py TRAIN
 """
 
 import os

@@ -1,6 +1,6 @@
 """Run a script, and end the process without taking the interpreter down.
 
-torchrun --nproc-per-node 2 tests/distributed_run.py SCRIPT [ARGUMENTS]
+torchrun --nproc-per-node 2 tests/workers/distributed_run.py SCRIPT [ARGUMENTS]
 
 A thread of gloo frees a collective's tensors after the caller has gone on, and needs Python to do it. When the
 interpreter is being taken down by then, C++ aborts the process: "terminate called without an active exception".

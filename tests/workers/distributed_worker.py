@@ -1,6 +1,6 @@
 """What test_distributed.py runs on two processes: every check, and a report of each from rank 0.
 
-torchrun --nproc-per-node 2 tests/distributed_worker.py REPORT
+torchrun --nproc-per-node 2 tests/workers/distributed_worker.py REPORT
 """
 
 import copy
@@ -27,7 +27,7 @@ import peftfn as pf
 from peftfn.core.method import registry
 from peftfn.view.module import parameters_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
 BLOCKS = dict(re.findall(r'^```python title="(.*?)"\n(.*?)^```', PAGE, flags=re.S | re.M))
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 METHODS = [pf.LoRA(rank=4), pf.DoRA(rank=4), pf.VeRA(rank=4), pf.OFT(block_size=4)]

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+import peftfn as pf
 from zoo import known
 from zoo.build import Subject, kinds, rows_first, subject
 from zoo.checks import CHECKS, NotApplicable, gap
 from zoo.families import CHOSEN
 from zoo.outcome import FAILS, HOLDS, NOT_APPLICABLE, REFUSED, Outcome, outcome, outcomes
 from zoo.purity import difference, state
-
-import peftfn as pf
 
 LISTED = known.read()
 
