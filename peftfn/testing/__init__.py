@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType
 
 from peftfn.core.method import Method, Weight
@@ -22,6 +22,7 @@ __all__ = [
     "check_method",
     "close",
     "leaves",
+    "models_for",
     "shaken",
 ]
 
@@ -89,10 +90,11 @@ def _functions(method: Weight, e: BaseException) -> list[str]:
     return [codes[frame.f_code] for frame, _ in frames if frame.f_code in codes]
 
 
-def check_law(law: str, method: Weight, examples: int | None = None) -> None:
+def check_law(law: str, method: Weight, examples: int | None = None, models: Sequence[str] | None = None) -> None:
     """Check one law of `LAWS` on the simplest case of each kind of site, and on `examples` random cases.
 
     Args:
+        models: the kinds of site; those of `models_for(method)` if not given.
         examples: none if not given, or as the environment's PEFTFN_EXAMPLES says.
 
     Raises:
@@ -100,7 +102,8 @@ def check_law(law: str, method: Weight, examples: int | None = None) -> None:
         ValueError: there is no such law.
     """
     _known(law)
-    _check(law, method, models_for(method), _examples() if examples is None else examples)
+    names = models_for(method) if models is None else list(models)
+    _check(law, method, names, _examples() if examples is None else examples)
 
 
 def _examples() -> int:

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
+from peftfn.core import fields as fields_
 from peftfn.core.made import memory
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Entry
 from peftfn.core.rng import Rng
 from peftfn.tensors.precision import wide
-from peftfn.testing.case import Case
+from peftfn.testing.case import Case, close
 
 Function = Callable[..., Any]
 
@@ -87,9 +89,18 @@ def said(method: Weight, name: str) -> str:
 
 
 def functions(c: Case) -> None:
-    """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; low_rank
-    is what linear and delta are."""
-    for check in (own_draws, writes_nothing, repeats, new_names, own_dtypes, carries_gradients, low_rank_is_linear):
+    """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; they run
+    under vmap; low_rank is what linear and delta are."""
+    for check in (
+        own_draws,
+        writes_nothing,
+        repeats,
+        new_names,
+        own_dtypes,
+        carries_gradients,
+        maps,
+        low_rank_is_linear,
+    ):
         check(c)
 
 
@@ -303,6 +314,19 @@ def carries_gradients(c: Case) -> None:
         )
 
 
+def maps(c: Case) -> None:
+    """Under vmap over adapters a function gives what it gives for each, also one that calls have a faster way around."""
+    for at, other in zip(places(c), places(c, 1), strict=True):
+        method = at.method.eval()
+        p, q = replace_method(at, method).prepared(), replace_method(other, method).prepared()
+        axes = {k: None if _same(p[k], q[k]) else 0 for k in p}
+        stack = {k: p[k] if axis is None else torch.stack([p[k], q[k]]) for k, axis in axes.items()}
+        for name, function in at.uses(method):
+            if any(axis == 0 for axis in axes.values()):
+                got, want = vmap(function, (axes,))(stack), torch.stack([function(p), function(q)])
+                close(got, want, f"{said(method, name)} under vmap")
+
+
 def low_rank_is_linear(c: Case) -> None:
     """`low_rank` means what delta and linear do, dropout too: kernels and mixed batches run it in their place."""
     for at in places(c):
@@ -371,7 +395,7 @@ def every_field(c: Case) -> None:
         if name in own:
             frame = sys._getframe(1)
             aside = frame.f_code.co_name in ("__post_init__", "__eq__", "__hash__", "__str__", "__repr__", "eval")
-            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", "peftfn.fields", __name__):
+            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", fields_.__name__, __name__):
                 read.add(name)
         return object.__getattribute__(self, name)
 

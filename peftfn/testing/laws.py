@@ -3,7 +3,7 @@
 import json
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def meaning_is_speed(c: Case) -> None:
         close(got, dense.mT, f"{name}.product against w + {name}.delta: product")
 
 
-def routes(c: Case) -> None:
+def routes(c: Case, among: Collection[str] = tuple(ROUTES)) -> None:
     """Every way from an adapter to an output gives what the method means, the dense weight w + delta and the bias of
     `bias`, in value and gradient: of `ROUTES`, each that the case has.
     """
@@ -76,7 +76,7 @@ def routes(c: Case) -> None:
 
     known: dict[Any, tuple[Tensor, list[Tensor]]] = {}  # routes of the same gates want the same
     for name, route in ROUTES.items():
-        if not route.where(c):
+        if name not in among or not route.where(c):
             continue
         gates = route.gates(party)
         of = [*trained, gates] if gates.requires_grad else trained
@@ -215,7 +215,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def modes(c: Case) -> None:
     """Under no_grad and inference_mode every route gives what it gives with gradients on; and a layer that was used in
     such a mode, or under autocast, keeps its gradient when it is used again in the same call."""
-    ways = {name: route for name, route in ROUTES.items() if route.where(c)}
+    ways = {name: route for name, route in ROUTES.items() if route.where(c) and name != "a file"}  # which is apply
 
     def slopes(party: Party) -> dict[str, tuple[Tensor | None, ...]]:
         outputs = {name: way.run(party, way.gates(party)) for name, way in ways.items() if way.differentiable}
@@ -440,24 +440,21 @@ def half_precision(c: Case) -> None:
 
 
 def compiled(c: Case) -> None:
-    """torch.compile(fullgraph=True) of apply and of stacked transforms gives what eager gives."""
-    a, u = c.adapter(), c.adapter(5)
-    stacked = pf.stack([a, u])
+    """torch.compile(fullgraph=True) of apply, and of all transforms in one (vmap of jvp of grad), gives what eager
+    gives."""
+    adapters, directions = [c.adapter(0), c.adapter(1)], [c.adapter(5), c.adapter(6)]
 
-    def everything(a: Any, u: Any, stacked: Any, x: Tensor) -> Any:
-        slopes, values = vmap(grad_and_value(c.loss), (0, None))(stacked, x)
-        slope, hvp = jvp(grad(lambda a: c.loss(a, x)), (a,), (u,))  # type: ignore[misc]
-        return {
-            "apply": c.net.apply(a, x),
-            "vmap": values,
-            "vmap(grad)": slopes,
-            "grad": slope,
-            "hvp": hvp,
-        }
+    def everything(a: Any, stack: Any, along: Any, x: Tensor) -> Any:
+        def curved(a: Any, u: Any) -> Any:
+            return jvp(grad_and_value(lambda a: c.loss(a, x)), (a,), (u,))  # type: ignore[misc]
 
-    want = everything(a, u, stacked, c.x)
+        (slope, value), (hvp, change) = vmap(curved)(stack, along)
+        return {"apply": c.net.apply(a, x), "vmap": value, "vmap(grad)": slope, "jvp": change, "hvp": hvp}
+
+    given = adapters[0], pf.stack(adapters), pf.stack(directions), c.x
+    want = everything(*given)
     torch._dynamo.reset()
-    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(a, u, stacked, c.x)
+    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(*given)
     close(got, want, "compiled", 1e-3)
 
 

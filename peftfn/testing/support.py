@@ -147,7 +147,7 @@ def cell(method: Weight, model: str) -> str:
         case.net.apply(case.adapter(), case.x)
     except ValueError:
         return "·"
-    routes(case)
+    routes(case, ["apply", "merge", "mixed"])
     out = "a" + "".join(letter for letter, way in (("m", "merge"), ("x", "mixed")) if ROUTES[way].where(case))
     try:
         net, a = pf.to_lora(case.net, case.adapter(), rank=OUT)

@@ -1,25 +1,28 @@
 """Every law for every registered method: a new method is covered by being registered."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 from support import CHAINS, FIRST, METHODS
 
 import peftfn as pf
 from peftfn.core.method import Method, Weight, registry
-from peftfn.testing import CORE, LAWS, ONCE, LawBroken, check_law, check_method
+from peftfn.testing import CORE, LAWS, ONCE, LawBroken, check_law, check_method, models_for
+
+kinds = cache(models_for)
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in CORE | ONCE or law == "values"])
 @pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
 def test_law(method: Method, law: str) -> None:
-    check_law(law, method)
+    check_law(law, method, models=kinds(method))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law in CORE | ONCE and law != "values"])
 @pytest.mark.parametrize("method", FIRST, ids=str)
 def test_law_of_the_core(method: Method, law: str) -> None:
-    check_law(law, method)
+    check_law(law, method, models=kinds(method))
 
 
 def test_every_method_has_cases() -> None:
