@@ -1,3 +1,4 @@
+# make check: what to run while you work, in a minute. make test: all. make laws: the laws on random cases, by night.
 # make demo, make test: from nothing but Python >= 3.11, pip and make. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,16 +7,30 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks
 
 .DELETE_ON_ERROR:
-.PHONY: demo test zoo bench lint
+.PHONY: demo check test laws zoo bench lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
-demo test zoo: export OMP_WAIT_POLICY = PASSIVE
+demo check test laws zoo: export OMP_WAIT_POLICY = PASSIVE
 
 demo: $(VENV)/ready
 	$(BIN)/peftfn demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 $(CHECKED) -k "not test_law or $(subst $(space), or ,$(addprefix [,$(METHODS)))"
+
+CHECKED := tests/testing/test_laws.py tests/core tests/test_docs.py tests/test_rooms.py
+METHODS := LoRA DoRA IA3 OFT VeRA
+space := $(subst ,, )
+
+# Random cases, EXAMPLES for each law and method, and all laws for all cases of a method.
+laws: export PEFTFN_EXAMPLES = $(EXAMPLES)
+laws: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 tests/testing/test_laws.py
+
+EXAMPLES := 20
 
 # Every architecture that builds, tests/zoo: make zoo ZOO="llama bert", or ZOO=--write to list what fails today.
 zoo: $(VENV)/ready

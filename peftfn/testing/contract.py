@@ -9,20 +9,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
+from peftfn.core import fields as fields_
 from peftfn.core.made import memory
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Entry
 from peftfn.core.rng import Rng
 from peftfn.tensors.precision import wide
-
-if TYPE_CHECKING:
-    from peftfn.testing.laws import Case
+from peftfn.testing.case import Case, close
 
 Function = Callable[..., Any]
 
@@ -38,7 +38,7 @@ class Place:
     raw: Leaf  # leaf, bank and constants, in fp32 or better
 
     @classmethod
-    def of(cls, c: "Case", name: str, seed: int = 0) -> "Place":
+    def of(cls, c: Case, name: str, seed: int = 0) -> "Place":
         entry, tensors = c.net.plan[name], dict(c.model.named_parameters(remove_duplicate=False))
         w, b = entry.site.canonical(tensors[name].detach()).clone(), tensors.get(entry.site.bias or "")
         a = c.adapter(seed)
@@ -80,7 +80,7 @@ class Place:
             yield "product", lambda p: m.product(p, w, ids, lambda i, m: F.embedding(i, m.mT))
 
 
-def places(c: "Case", seed: int = 0) -> list[Place]:
+def places(c: Case, seed: int = 0) -> list[Place]:
     return [Place.of(c, name, seed) for name in c.net.plan]
 
 
@@ -88,14 +88,23 @@ def said(method: Weight, name: str) -> str:
     return f"{type(method).__name__}.{name}"
 
 
-def functions(c: "Case") -> None:
-    """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; low_rank
-    is what linear and delta are."""
-    for check in (own_draws, writes_nothing, repeats, new_names, own_dtypes, carries_gradients, low_rank_is_linear):
+def functions(c: Case) -> None:
+    """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; they run
+    under vmap; low_rank is what linear and delta are."""
+    for check in (
+        own_draws,
+        writes_nothing,
+        repeats,
+        new_names,
+        own_dtypes,
+        carries_gradients,
+        maps,
+        low_rank_is_linear,
+    ):
         check(c)
 
 
-def keeps(c: "Case") -> None:
+def keeps(c: Case) -> None:
     """A method is a dataclass of its fields: it keeps no other value, and no tensor, on itself or on its class."""
     m, cls = c.method, type(c.method)
     named = {f.name for f in fields(m)}  # type: ignore[arg-type]
@@ -114,7 +123,7 @@ def keeps(c: "Case") -> None:
         )
 
 
-def own_draws(c: "Case") -> None:
+def own_draws(c: Case) -> None:
     """init, frozen, shared and bank return new tensors, which depend on the seed, the sites and their weights alone."""
     for at in places(c):
         for name in ("init", "frozen"):
@@ -175,7 +184,7 @@ def _drawn_alike(method: Weight, name: str, make: Callable[[], Leaf]) -> None:
         )
 
 
-def writes_nothing(c: "Case") -> None:
+def writes_nothing(c: Case) -> None:
     """No function writes into w, p, b or x."""
     for at in places(c):
         p = at.prepared()
@@ -198,7 +207,7 @@ def _prepared(at: Place, p: Leaf) -> Leaf:
     return at.prepared()
 
 
-def new_names(c: "Case") -> None:
+def new_names(c: Case) -> None:
     """`prepare` gives what it changes another name."""
     for at in places(c):
         p = at.prepared()
@@ -213,7 +222,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
-def own_dtypes(c: "Case") -> None:
+def own_dtypes(c: Case) -> None:
     """prepare, delta and bias compute in fp32 or better; linear and product in the dtype of x, or autocast's."""
     for dtype in (torch.float32, torch.bfloat16):
         for at in places(replace(c, dtype=dtype)):
@@ -249,7 +258,7 @@ def _of(p: Leaf) -> str:
     return str(next((t.dtype for t in p.values() if t.is_floating_point()), torch.float32))
 
 
-def repeats(c: "Case") -> None:
+def repeats(c: Case) -> None:
     """In eval mode a function gives the same for the same arguments, and another change for another adapter."""
     for at, other in zip(places(c), places(c, 1), strict=True):
         method = at.method.eval()
@@ -278,7 +287,7 @@ def replace_method(at: Place, method: Weight) -> Place:
     return replace(at, method=method)
 
 
-def carries_gradients(c: "Case") -> None:
+def carries_gradients(c: Case) -> None:
     """Every trainable tensor reaches the output, and its gradient comes back."""
     for at in places(c):
         bank = c.net.plan.banks.get(at.entry.bank or "", {})
@@ -305,7 +314,20 @@ def carries_gradients(c: "Case") -> None:
         )
 
 
-def low_rank_is_linear(c: "Case") -> None:
+def maps(c: Case) -> None:
+    """Under vmap over adapters a function gives what it gives for each, also where calls have a faster way."""
+    for at, other in zip(places(c), places(c, 1), strict=True):
+        method = at.method.eval()
+        p, q = replace_method(at, method).prepared(), replace_method(other, method).prepared()
+        axes = {k: None if _same(p[k], q[k]) else 0 for k in p}
+        stack = {k: p[k] if axis is None else torch.stack([p[k], q[k]]) for k, axis in axes.items()}
+        for name, function in at.uses(method):
+            if any(axis == 0 for axis in axes.values()):
+                got, want = vmap(function, (axes,))(stack), torch.stack([function(p), function(q)])
+                close(got, want, f"{said(method, name)} under vmap")
+
+
+def low_rank_is_linear(c: Case) -> None:
     """`low_rank` means what delta and linear do, dropout too: kernels and mixed batches run it in their place."""
     for at in places(c):
         low = at.method.eval().low_rank(at.prepared()) if at.w.dim() == 2 else None
@@ -363,7 +385,7 @@ def _variants(method: Weight) -> list[Weight]:
     return [m for m in (_with(method, "dropout", 0.5), *turned) if m is not None]
 
 
-def every_field(c: "Case") -> None:
+def every_field(c: Case) -> None:
     """Every field is read by one of the method's functions, in one of the class's `cases` at least."""
     cls, m = type(c.method), c.method
     own = {f.name for f in fields(m)} - cls.outside  # type: ignore[arg-type]
@@ -373,7 +395,7 @@ def every_field(c: "Case") -> None:
         if name in own:
             frame = sys._getframe(1)
             aside = frame.f_code.co_name in ("__post_init__", "__eq__", "__hash__", "__str__", "__repr__", "eval")
-            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", "peftfn.fields", __name__):
+            if not aside and frame.f_globals.get("__name__") not in ("dataclasses", fields_.__name__, __name__):
                 read.add(name)
         return object.__getattribute__(self, name)
 

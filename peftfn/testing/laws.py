@@ -3,107 +3,25 @@
 import json
 import pickle
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
 from peftfn.core.method import Weight
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
+from peftfn.testing.case import SITE, Case, close, dot, leaves, shaken
 from peftfn.testing.contract import every_field, functions, keeps
-from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
-
-SITE = "layer.weight"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One method on one tiny model, with inputs and random leaves."""
-
-    method: Weight
-    model_name: str = "linear"
-    seed: int = 0
-    rows: int = 2
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def kind(self) -> Model:
-        return (MODELS | SEVERAL | ALIKE)[self.model_name]
-
-    @property
-    def rule(self) -> str:
-        """The pattern that finds the model's sites: SITE, and those beside it."""
-        return SITE if self.model_name in MODELS else r"^(layer|more\.\d+)\.weight$"
-
-    @cached_property
-    def model(self) -> nn.Module:
-        return self.kind.build(self.seed, self.dtype)
-
-    @cached_property
-    def x(self) -> Tensor:
-        return self.kind.x(self.rows, self.seed, self.dtype)
-
-    @cached_property
-    def net(self) -> pf.Adapted:
-        return pf.adapt(self.model, {self.rule: self.method}, seed=self.seed)
-
-    def adapter(self, seed: int = 0) -> pf.Adapter:
-        """Leaves away from their initial values, in fp32 (fp64 for an fp64 model)."""
-        return shaken(
-            self.net.init(self.seed + seed, dtype=torch.promote_types(self.dtype, torch.float32)), self.seed + seed
-        )
-
-    def loss(self, adapter: pf.Adapter, x: Tensor | None = None) -> Tensor:
-        y = self.net.apply(adapter, self.x if x is None else x)
-        return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
-
-
-def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
-    """The tree with N(0, size²) added to every tensor."""
-    g = torch.Generator().manual_seed(seed + 17)
-
-    def walk(t: Any) -> Any:
-        if isinstance(t, dict):
-            return {k: walk(v) for k, v in t.items()}
-        return t + size * torch.randn(t.shape, generator=g, dtype=torch.float32).to(t.dtype)
-
-    return walk(tree)
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree of dicts, in its own order."""
-    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
-
-
-def dot(a: Any, b: Any) -> Tensor:
-    return torch.stack([(a[n][k] * b[n][k]).sum() for n in a for k in a[n]]).sum()
-
-
-def close(got: Any, want: Any, what: str, rtol: float = 1e-4) -> None:
-    """Finite, of one shape and dtype, and equal to rtol of the largest entry of `want`."""
-    if isinstance(want, dict):
-        assert got.keys() == want.keys(), f"{what}: {sorted(got)} instead of {sorted(want)}"
-        for k in want:
-            close(got[k], want[k], f"{what}/{k}", rtol)
-        return
-    assert got.shape == want.shape and got.dtype == want.dtype, (
-        f"{what}: {got.shape} {got.dtype} for {want.shape} {want.dtype}"
-    )
-    assert got.isfinite().all(), f"{what}: not finite"
-    assert want.isfinite().all(), f"{what}: the reference is not finite"
-    if not want.numel():
-        return
-    error, size = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
-    assert error <= rtol * max(size, 1.0), f"{what}: differs by {error:.3g} where values reach {size:.3g}"
+from peftfn.testing.models import twice
+from peftfn.testing.routes import ROUTES, Party, meaning, wanted
 
 
 def identity(c: Case) -> None:
@@ -143,8 +61,39 @@ def meaning_is_speed(c: Case) -> None:
         close(got, dense.mT, f"{name}.product against w + {name}.delta: product")
 
 
-def merge_is_apply(c: Case) -> None:
-    """The plain model with merged parameters gives what apply gives; names, shapes and dtypes stay."""
+def routes(c: Case, among: Collection[str] = tuple(ROUTES)) -> None:
+    """Every way from an adapter to an output gives what the method means, the dense weight w + delta and the bias of
+    `bias`, in value and gradient: of `ROUTES`, each that the case has.
+    """
+    party = Party.of(c)
+    base, trained = c.model(party.x), party.trained
+    changes = torch.stack([meaning(net, a, party.x) for net, a in party.all], -1) - base[..., None]
+    weights = torch.linspace(-1, 1, base.numel()).view_as(base)
+
+    def slope(y: Tensor, of: list[Tensor]) -> list[Tensor]:
+        got = torch.autograd.grad((y * y * weights).sum(), of, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(got, of, strict=True)]
+
+    known: dict[Any, tuple[Tensor, list[Tensor]]] = {}  # routes of the same gates want the same
+    for name, route in ROUTES.items():
+        if name not in among or not route.where(c):
+            continue
+        gates = route.gates(party)
+        of = [*trained, gates] if gates.requires_grad else trained
+        key = gates.shape, *gates.flatten().tolist()
+        if key not in known:
+            want = wanted(base, changes, gates)
+            known[key] = want.detach(), slope(want, of)
+        want, slopes = known[key]
+        got = route.run(party, gates)
+        close(got.detach(), want, name)
+        if route.differentiable:
+            for g, w, t in zip(slope(got, of), slopes, of, strict=True):
+                close(g, w, f"gradient of {name} in {'the gates' if t is gates else list(t.shape)}", 1e-3)
+
+
+def merging(c: Case) -> None:
+    """merge keeps names, shapes and dtypes, and refuses a bias for a layer without one; delta is what it changes."""
     if not c.method.mergeable:
         return
     a = c.adapter()
@@ -159,7 +108,6 @@ def merge_is_apply(c: Case) -> None:
     base = dict(c.model.named_parameters(remove_duplicate=False))
     assert merged.keys() == base.keys()
     assert all(merged[n].shape == p.shape and merged[n].dtype == p.dtype for n, p in base.items())
-    close(functional_call(c.model, merged, (c.x,), tie_weights=False), c.net.apply(a, c.x), "merged model")
     if not c.method.overrides("bias"):
         w = c.model.get_parameter(SITE).detach()
         close(c.net.delta(a)[SITE], wide(merged[SITE]) - wide(w), "delta")
@@ -257,142 +205,6 @@ def no_rows(c: Case) -> None:
     close(got, want, "apply without rows", 0)
 
 
-def many_by_vmap(c: Case) -> None:
-    """vmap(apply)(stack)[i] == apply(a_i)."""
-    adapters = [c.adapter(i) for i in range(3)]
-    want = torch.stack([c.net.apply(a, c.x) for a in adapters])
-    close(vmap(c.net.apply, (0, None))(pf.stack(adapters), c.x), want, "vmap(apply)")
-    for a, b in zip(pf.unstack(pf.stack(adapters)), adapters, strict=True):
-        close(a, b, "unstack", 0)
-
-
-def many_by_row(c: Case) -> None:
-    """mixed(...)[i] == apply(a_index[i], row i), −1 being the base; forward and gradient."""
-    if not c.kind.rowed:
-        return
-    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(5, c.seed, c.dtype)
-    index = [2, -1, 0, 2, 1]
-    weights = torch.linspace(-1, 1, 5)
-
-    def one_by_one(s: Any) -> Tensor:
-        adapters = pf.unstack(s)
-        rows = [
-            c.net.apply(adapters[k], x[i : i + 1]) if k >= 0 else c.model(x[i : i + 1]) for i, k in enumerate(index)
-        ]
-        return torch.cat(rows)
-
-    def total(y: Tensor) -> Tensor:
-        return (y.flatten(1).square().sum(1) * weights).sum()
-
-    close(c.net.mixed(stacked, index, x), one_by_one(stacked), "mixed")
-    close(c.net.mixed(stacked, torch.tensor([0] * 5), x), c.net.apply(c.adapter(0), x), "mixed, one adapter")
-    got, want = grad(lambda s: total(c.net.mixed(s, index, x)))(stacked), grad(lambda s: total(one_by_one(s)))(stacked)
-    close(got, want, "gradient of mixed", 1e-3)
-
-
-def gated(c: Case) -> None:
-    """gated(…) == base + Σ_k g_k ⊙ (apply(a_k) − base), forward and gradient; one-hot gates are `mixed`."""
-    if not c.kind.rowed:
-        return
-    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(4, c.seed, c.dtype)
-    g = torch.Generator().manual_seed(c.seed)
-    tokens = [x.shape[1]] if c.kind.kind in ("linear", "linear_t", "embedding", "other") else []
-    rows, some = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
-    some[0, 1:], some[1:3, 2] = 0, 0
-
-    base = c.model(x)
-
-    def changes_of(s: Any) -> Tensor:
-        return torch.stack([c.net.apply(a, x) - base for a in pf.unstack(s)], -1)
-
-    def by_outputs(changes: Tensor, gates: Tensor) -> Tensor:
-        if gates.dim() == 2:
-            gates = gates.view(4, *[1] * (base.dim() - 1), 3)
-        elif gates.dim() == 3:
-            gates = gates.view(4, -1, *[1] * (base.dim() - 2), 3)
-        out: Tensor = base + (changes * gates).sum(-1)
-        return out
-
-    changes = changes_of(stacked)
-    for gates in (rows[0], some, *(torch.randn(4, t, 3, generator=g) for t in tokens)):
-        close(c.net.gated(stacked, gates, x), by_outputs(changes, gates), f"gates {list(gates.shape)}")
-    hot = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]])
-    close(c.net.gated(stacked, hot, x), c.net.mixed(stacked, [1, -1, 0, 1], x), "one-hot gates", 1e-6)
-    if c.model_name not in ("linear", "embedding", "other"):
-        return
-    got, want = (
-        grad(lambda s, r, f=f: f(s, r).square().mean(), (0, 1))(stacked, rows)
-        for f in (lambda s, r: c.net.gated(s, r, x), lambda s, r: by_outputs(changes_of(s), r))
-    )
-    close(got[0], want[0], "gradient of gated", 1e-3)
-    close(got[1], want[1], "gradient of gates", 1e-3)
-
-
-def several_nets(c: Case) -> None:
-    """Several nets at one site, in either order, with and without a bias: each row as alone, values and gradients."""
-    if not c.kind.rowed:
-        return
-    mine = c.net, pf.stack([c.adapter(i) for i in range(2)])
-    for method in _companions(c):
-        net = pf.adapt(c.model, {SITE: method}, seed=c.seed)
-        theirs = net, pf.stack([shaken(net.init(i), i) for i in range(2)])
-        _as_alone(c, mine, theirs)
-        _as_alone(c, theirs, mine)
-
-
-def _companions(c: Case) -> list[Weight]:
-    """Methods for the same site: one that leaves its layer's bias as it is and, where there can be one, one that makes
-    another."""
-    plain: Weight = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
-    bias = pf.sites(c.model)[SITE].bias
-    if bias is None:
-        return [plain]
-    return [plain, pf.IA3() if bias in dict(c.model.named_parameters()) else pf.LoRA(rank=2, lora_bias=True)]
-
-
-def _as_alone(c: Case, *pairs: tuple[pf.Adapted, Any]) -> None:
-    """Batches through several nets, (net, stack of two adapters) each, against one call for each row."""
-    nets, stacks = map(list, zip(*pairs, strict=True))
-    x, index = c.kind.x(5, c.seed, c.dtype), [1, 2, -1, 0, 3]
-    gates = (
-        (torch.tensor(index)[:, None] == torch.arange(4)).float().requires_grad_()
-    )  # so that none is taken for mixed
-    weights = torch.linspace(-1, 1, len(index))
-
-    def alone(stacks: Any) -> Tensor:
-        ways = [(net, a) for net, s in zip(nets, stacks, strict=True) for a in pf.unstack(s)]
-        rows = zip(index, x.split(1), strict=True)
-        return torch.cat([ways[k][0].apply(ways[k][1], row) if k >= 0 else c.model(row) for k, row in rows])
-
-    def slope(run: Callable[[Any], Tensor]) -> Any:
-        return grad(lambda s: (run(s).flatten(1).square().sum(1) * weights).sum())(stacks)
-
-    want, wanted = alone(stacks), slope(alone)
-    many, what = pf.Nets(nets), " beside ".join(str(net.plan[SITE].method) for net in nets)
-    routes: dict[str, Callable[[Any], Tensor]] = {
-        "mixed": lambda s: many.mixed(s, index, x),
-        "gated": lambda s: many.gated(s, gates, x),
-    }
-    for route, run in routes.items():
-        close(run(stacks).detach(), want, f"{route}, {what}")
-        for i, (got, w) in enumerate(zip(slope(run), wanted, strict=True)):
-            close(got, w, f"gradient of {route} in net {i}, {what}", 1e-3)
-
-
-class _Again(nn.Module):
-    """A model that uses its layer in one mode first, for nothing, and then as usual."""
-
-    def __init__(self, layer: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
-        super().__init__()
-        self.layer, self.mode = layer, mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.mode():
-            self.layer(x)
-        out: Tensor = self.layer(x)
-        return out
-
-
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -400,47 +212,34 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def _many_ways(c: Case, net: pf.Adapted, x: Tensor) -> dict[str, Callable[[Any], Tensor]]:
-    """Every way to run a stack of three adapters of a net on a batch of five rows."""
-    index, gates = [2, -1, 0, 2, 1], torch.rand(5, 3, generator=torch.Generator().manual_seed(c.seed))
-    ways: dict[str, Callable[[Any], Tensor]] = {
-        "apply": lambda s: torch.stack([net.apply(a, x) for a in pf.unstack(s)]),
-        "vmap": lambda s: vmap(net.apply, (0, None))(s, x),
-    }
-    if c.kind.rowed:
-        ways["mixed"] = lambda s: net.mixed(s, index, x)
-        ways["gated"] = lambda s: net.gated(s, gates, x)
-        ways["several nets"] = lambda s: pf.Nets([net, net]).mixed([s, s], [5, 0, -1, 2, 1], x)
-    return ways
-
-
 def modes(c: Case) -> None:
-    """Under no_grad and inference_mode everything gives what it gives with gradients on; and a layer that was used in
+    """Under no_grad and inference_mode every route gives what it gives with gradients on; and a layer that was used in
     such a mode, or under autocast, keeps its gradient when it is used again in the same call."""
-    stacked, x = pf.stack([c.adapter(i) for i in range(3)]), c.kind.x(5, c.seed, c.dtype)
-    ways = _many_ways(c, c.net, x)
-    if c.kind.rowed:
-        bank = pf.bank({str(i): (c.net, a) for i, a in enumerate(pf.unstack(stacked))})
-        ways["bank"] = lambda s: bank.apply(["2", "__base__", "0", "2", "1"], x)
-    for way, run in ways.items():
-        output = run(stacked).detach()
-        for name in ("no_grad", "inference_mode"):
-            with MODES[name]():
-                close(run(stacked), output, f"{way} under {name}")
-    tracked = {n: {k: t.clone().requires_grad_() for k, t in leaf.items()} for n, leaf in stacked.items()}
+    ways = {name: route for name, route in ROUTES.items() if route.where(c) and name != "a file"}  # which is apply
 
-    def slope(run: Callable[[Any], Tensor]) -> list[Tensor | None]:
-        return list(torch.autograd.grad(run(tracked).square().mean(), leaves(tracked), allow_unused=True))
+    def slopes(party: Party) -> dict[str, tuple[Tensor | None, ...]]:
+        outputs = {name: way.run(party, way.gates(party)) for name, way in ways.items() if way.differentiable}
+        return {
+            name: torch.autograd.grad(y.square().mean(), party.trained, allow_unused=True)
+            for name, y in outputs.items()
+        }
 
-    wanted = {way: slope(run) for way, run in _many_ways(c, c.net, x).items()}
+    party = Party.of(c)
+    for name, way in ways.items():
+        gates = way.gates(party)
+        output = way.run(party, gates).detach()
+        for mode in ("no_grad", "inference_mode"):
+            with MODES[mode]():
+                close(way.run(party, gates), output, f"{name} under {mode}")
+    wanted = slopes(Party.of(c, pf.adapt(twice(c.model, nullcontext), {c.rule: c.method}, seed=c.seed)))
     for mode, first in MODES.items():
-        net = pf.adapt(_Again(c.model.layer, first).eval(), {SITE: c.method}, seed=c.seed)  # type: ignore[arg-type]
-        for way, run in _many_ways(c, net, x).items():
-            for got, want in zip(slope(run), wanted[way], strict=True):
-                if want is None:  # which `gradients` is about
+        net = pf.adapt(twice(c.model, first), {c.rule: c.method}, seed=c.seed)
+        for name, slope in slopes(Party.of(c, net)).items():
+            for got, want in zip(slope, wanted[name], strict=True):
+                if want is None:  # of an adapter that the route does not use
                     continue
-                assert got is not None, f"{way}: the gradient is lost where the layer is used under {mode} first"
-                close(got, want, f"gradient of {way}, the layer used under {mode} first", 1e-3)
+                assert got is not None, f"{name}: the gradient is lost where the layer is used under {mode} first"
+                close(got, want, f"gradient of {name}, the layer used under {mode} first", 1e-3)
 
 
 def conformed(c: Case) -> None:
@@ -526,12 +325,22 @@ def gradients(c: Case) -> None:
 
 
 def per_sample(c: Case) -> None:
-    """vmap(grad) over adapters == one grad each; vmap(grad) over rows == one grad a row."""
+    """vmap(grad) over adapters == one grad each; vmap(grad) over rows, and grad of a mixed batch == one grad a row."""
     adapters = [c.adapter(i) for i in range(2)]
     want = pf.stack([grad(c.loss)(a) for a in adapters])
     close(vmap(grad(c.loss))(pf.stack(adapters)), want, "vmap(grad) over adapters", 1e-3)
     rows = pf.stack([grad(c.loss)(adapters[0], x) for x in c.x.split(1)])
     close(vmap(grad(c.loss), (None, 0))(adapters[0], c.x.unsqueeze(1)), rows, "per-sample gradients", 1e-3)
+    if c.kind.rowed:
+        of = c.model(c.x[:1])
+        weights = torch.linspace(-1, 1, of.numel(), dtype=of.dtype).view_as(of)
+
+        def loss(stacked: Any) -> Tensor:
+            y = c.net.mixed(stacked, list(range(c.rows)), c.x)
+            return (y * weights).sum() + y.square().mean() * c.rows
+
+        got = grad(loss)(pf.stack([adapters[0]] * c.rows))
+        close(got, rows, "gradient of a mixed batch", 1e-3)
 
 
 def structure(c: Case) -> None:
@@ -608,16 +417,6 @@ def algebra(c: Case) -> None:
     close(then.apply({SITE: leaf | last}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
 
 
-def prepared(c: Case) -> None:
-    """A prepared adapter does what its adapter does, alone and in a mixed batch."""
-    a = c.adapter()
-    ready = c.net.prepare(a)
-    close(c.net.apply(ready, c.x), c.net.apply(a, c.x), "apply(prepare)", 1e-5)
-    if c.kind.rowed:
-        got = c.net.mixed(pf.stack([ready, ready]), [1, -1], c.x[:2])
-        close(got, c.net.mixed(pf.stack([a, a]), [1, -1], c.x[:2]), "mixed(prepare)", 1e-5)
-
-
 def half_precision(c: Case) -> None:
     """fp32 leaves on a bf16 or fp16 base: outputs in the base's dtype, near fp32's; merge rounds once."""
     for dtype, rtol in ((torch.bfloat16, 6e-2), (torch.float16, 1e-2)):
@@ -641,23 +440,21 @@ def half_precision(c: Case) -> None:
 
 
 def compiled(c: Case) -> None:
-    """torch.compile(fullgraph=True) of apply and of every transform gives what eager gives."""
-    a, u = c.adapter(), c.adapter(5)
-    stacked = pf.stack([a, u])
+    """torch.compile(fullgraph=True) of apply, and of all transforms in one (vmap of jvp of grad), gives what eager
+    gives."""
+    adapters, directions = [c.adapter(0), c.adapter(1)], [c.adapter(5), c.adapter(6)]
 
-    def everything(a: Any, u: Any, stacked: Any, x: Tensor) -> Any:
-        return {
-            "apply": c.net.apply(a, x),
-            "vmap": vmap(c.net.apply, (0, None))(stacked, x),
-            "grad": grad(c.loss)(a, x),
-            "vmap(grad)": vmap(grad(c.loss), (0, None))(stacked, x),
-            "jvp": jvp(lambda a: c.net.apply(a, x), (a,), (u,))[1],
-            "hvp": jvp(grad(lambda a: c.loss(a, x)), (a,), (u,))[1],  # type: ignore[misc]
-        }
+    def everything(a: Any, stack: Any, along: Any, x: Tensor) -> Any:
+        def curved(a: Any, u: Any) -> Any:
+            return jvp(grad_and_value(lambda a: c.loss(a, x)), (a,), (u,))  # type: ignore[misc]
 
-    want = everything(a, u, stacked, c.x)
+        (slope, value), (hvp, change) = vmap(curved)(stack, along)
+        return {"apply": c.net.apply(a, x), "vmap": value, "vmap(grad)": slope, "jvp": change, "hvp": hvp}
+
+    given = adapters[0], pf.stack(adapters), pf.stack(directions), c.x
+    want = everything(*given)
     torch._dynamo.reset()
-    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(a, u, stacked, c.x)
+    got = torch.compile(everything, fullgraph=True, backend="aot_eager")(*given)
     close(got, want, "compiled", 1e-3)
 
 
@@ -695,12 +492,13 @@ def _runs_in(c: Case, dtype: torch.dtype) -> bool:
 LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
-        values, functions, keeps, every_field, structure, meaning_is_speed, purity, identity, effect, merge_is_apply,
-        no_rows, many_by_vmap, many_by_row, gated, several_nets, modes, conformed, gradients, per_sample, round_trip,
-        algebra, prepared, half_precision, bad_leaves, compiled,
+        values, functions, keeps, every_field, structure, meaning_is_speed, purity, identity, effect, routes, merging,
+        no_rows, modes, conformed, gradients, per_sample, round_trip, algebra, half_precision, bad_leaves, compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
-"""Laws that are checked once a method, not at every kind of site: they are slow, or do not depend on it."""
-FEW = frozenset({"functions"})
-"""Laws that are checked at few kinds of site and without random cases: they hardly depend on either."""
+"""Laws that are checked at one kind of site: they are slow, or do not depend on it."""
+CORE = frozenset({"structure", "purity", "no_rows", "modes", "round_trip", "bad_leaves"})
+"""Laws about what is around a method, at two kinds of site: with one site and, if its sites share, with several."""
+FEW = frozenset({"functions", "identity", "effect", "merging", "conformed", "algebra", "half_precision", "per_sample"})
+"""Laws that are checked where a function gets something else, and not where only a call reaches it differently."""

@@ -1,7 +1,9 @@
 """The smallest model of every kind of site, all with a canonical weight of [6, 8], so that one case fits them all."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,26 @@ class _Wrap(nn.Module):
         for layer in getattr(self, "more", ()):
             out = out + layer(x)[..., : out.shape[-1]]  # a sum, so that gates of outputs are gates of the layers'
         return out
+
+
+class _Twice(_Wrap):
+    """A model that uses its layers in one mode first, for nothing, and then as usual."""
+
+    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
+        nn.Module.__init__(self)
+        self.mode = mode
+        for name, layers in model.named_children():
+            self.add_module(name, layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            super().forward(x)
+        return super().forward(x)
+
+
+def twice(model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]) -> nn.Module:
+    """One of these models, run in `mode` first."""
+    return _Twice(model, mode).eval()
 
 
 def _features(rows: int, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,10 @@ from torch import nn
 
 import peftfn as pf
 from peftfn.core.method import Weight, registry
-from peftfn.testing.laws import Case, many_by_row, merge_is_apply
+from peftfn.testing.case import Case
+from peftfn.testing.laws import routes
 from peftfn.testing.models import MODELS, OUT
+from peftfn.testing.routes import ROUTES
 
 INTRO = """# Methods
 
@@ -145,17 +147,8 @@ def cell(method: Weight, model: str) -> str:
         case.net.apply(case.adapter(), case.x)
     except ValueError:
         return "·"
-    out = "a"
-    try:
-        case.net.merge(case.adapter())
-    except ValueError:
-        pass
-    else:
-        merge_is_apply(case)
-        out += "m"
-    if case.kind.rowed:
-        many_by_row(case)
-        out += "x"
+    routes(case, ["apply", "merge", "mixed"])
+    out = "a" + "".join(letter for letter, way in (("m", "merge"), ("x", "mixed")) if ROUTES[way].where(case))
     try:
         net, a = pf.to_lora(case.net, case.adapter(), rank=OUT)
     except ValueError:

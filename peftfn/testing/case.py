@@ -1,0 +1,95 @@
+"""One method on one tiny model: what each law is about, and how tensors are compared."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftfn as pf
+from peftfn.core.method import Weight
+from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
+
+SITE = "layer.weight"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one tiny model, with inputs and random leaves."""
+
+    method: Weight
+    model_name: str = "linear"
+    seed: int = 0
+    rows: int = 2
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def kind(self) -> Model:
+        return (MODELS | SEVERAL | ALIKE)[self.model_name]
+
+    @property
+    def rule(self) -> str:
+        """The pattern that finds the model's sites: SITE, and those beside it."""
+        return SITE if self.model_name in MODELS else r"^(layer|more\.\d+)\.weight$"
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.kind.build(self.seed, self.dtype)
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.kind.x(self.rows, self.seed, self.dtype)
+
+    @cached_property
+    def net(self) -> pf.Adapted:
+        return pf.adapt(self.model, {self.rule: self.method}, seed=self.seed)
+
+    def adapter(self, seed: int = 0) -> pf.Adapter:
+        """Leaves away from their initial values, in fp32 (fp64 for an fp64 model)."""
+        return shaken(
+            self.net.init(self.seed + seed, dtype=torch.promote_types(self.dtype, torch.float32)), self.seed + seed
+        )
+
+    def loss(self, adapter: pf.Adapter, x: Tensor | None = None) -> Tensor:
+        y = self.net.apply(adapter, self.x if x is None else x)
+        return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
+
+
+def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
+    """The tree with N(0, size²) added to every tensor."""
+    g = torch.Generator().manual_seed(seed + 17)
+
+    def walk(t: Any) -> Any:
+        if isinstance(t, dict):
+            return {k: walk(v) for k, v in t.items()}
+        return t + size * torch.randn(t.shape, generator=g, dtype=torch.float32).to(t.dtype)
+
+    return walk(tree)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree of dicts, in its own order."""
+    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
+
+
+def dot(a: Any, b: Any) -> Tensor:
+    return torch.stack([(a[n][k] * b[n][k]).sum() for n in a for k in a[n]]).sum()
+
+
+def close(got: Any, want: Any, what: str, rtol: float = 1e-4) -> None:
+    """Finite, of one shape and dtype, and equal to rtol of the largest entry of `want`."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), f"{what}: {sorted(got)} instead of {sorted(want)}"
+        for k in want:
+            close(got[k], want[k], f"{what}/{k}", rtol)
+        return
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{what}: {got.shape} {got.dtype} for {want.shape} {want.dtype}"
+    )
+    assert got.isfinite().all(), f"{what}: not finite"
+    assert want.isfinite().all(), f"{what}: the reference is not finite"
+    if not want.numel():
+        return
+    error, size = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
+    assert error <= rtol * max(size, 1.0), f"{what}: differs by {error:.3g} where values reach {size:.3g}"

