@@ -591,7 +591,7 @@ def test_status_of_a_partly_frozen_adapter() -> None:
     held = pf.as_module(net, A=net.init(0), B=net.init(1))
     one = next(n for n, p in held.named_parameters() if p.requires_grad and ".A." in n)
     held.get_parameter(one).requires_grad_(False)
-    assert {a.name: (a.in_force, a.trainable) for a in pf.status(held).adapters} == {
+    assert {a.name: (a.active, a.trainable) for a in pf.status(held).adapters} == {
         "A": (True, None),
         "B": (False, True),
     }

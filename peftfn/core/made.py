@@ -19,7 +19,7 @@ def check_tensors(what: str, made: Any) -> None:
         check_name(what, k)
     if astray := [k for k, t in made.items() if not t.is_meta]:
         raise ValueError(
-            f"{what} makes {', '.join(astray)} on a device of its own: make it with rng, or on the weight's device"
+            f"{what} makes {', '.join(astray)} on another device than the weight's: make it with rng, or on w.device"
         )
 
 
@@ -28,7 +28,7 @@ def check_name(what: str, name: Any) -> None:
     short = name.rpartition(".")[2] if isinstance(name, str) else ""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
-            f"{what} names a tensor {name!r}; a name is an identifier that begins with a letter: choose another"
+            f"{what} names a tensor {name!r}; a name must be an identifier that begins with a letter: choose another"
         )
     if short in RESERVED or hasattr(nn.Module, short):
         raise ValueError(
@@ -52,7 +52,7 @@ def check_own(what: str, made: Mapping[str, Tensor], others: Iterable[tuple[str,
 
 
 def memory(t: Any) -> int | None:
-    """What tells one tensor's storage from another's, also on the meta device; None for what has none to write."""
+    """An identifier of a tensor's storage, also on the meta device; None for a tensor that has no storage to write."""
     return t.untyped_storage()._cdata if type(t) in (Tensor, nn.Parameter) and t.numel() else None
 
 
@@ -78,5 +78,5 @@ def called(method: Any, name: str, function: Callable[..., Any], *args: Any, p: 
         raise
     for (label, t), version in zip(given, versions, strict=True):
         if t._version != version:
-            raise ValueError(f"{what} writes to {label} in place, which is not its own: return new tensors")
+            raise ValueError(f"{what} writes to its argument {label} in place: return new tensors")
     return out

@@ -30,7 +30,9 @@ ALL = MATRIX | {"other"}
 class Padding:
     """A leaf of one rank, with zeros appended to its tensors, is a leaf of a larger rank with the same change.
 
-    scaled: the tensors that the method's `scale` multiplies. fields: the fields in which the two methods may differ.
+    Args:
+        scaled: the tensors that the method's `scale` multiplies.
+        fields: the fields in which the two methods may differ.
     """
 
     scaled: tuple[str, ...] = ()
@@ -62,6 +64,10 @@ class Method:
     fields are its hyper-parameters and whose functions are pure. w stands for what the method sees at a site: for
     `Weight`, one canonical weight [out, in]. p is everything the method has at the site, by name: its trainable leaf,
     its frozen tensors and what its rule shares.
+
+    Example:
+        assert isinstance(pf.LoRA(rank=2), pf.Method)
+        assert pf.LoRA(rank=2) == pf.LoRA(2)  # a value: it compares, hashes and prints
     """
 
     # Required.
@@ -129,7 +135,7 @@ class Method:
         return True
 
     def eval(self) -> Self:
-        """The method as it is when the model is in eval mode."""
+        """The method with the values that its fields have in eval mode."""
         changed = {f: v for f, v in self.in_eval if getattr(self, f, v) != v}
         return dataclasses.replace(self, **changed) if changed else self
 
@@ -200,6 +206,12 @@ class Weight(Method, family=True):
     A method must define `init` and `delta`. The rest is optional: constants (`frozen`, `shared`), a trainable `bank`,
     less work (`prepare`), more speed (`product`, `linear`, `low_rank`), the layer's `bias`, and what scale and add mean
     in closed form (`linear_in`, `scales_with`, or `scaled` and `summed`).
+
+    Example:
+        class Gain(pf.Weight):
+            init = lambda self, rng, w: {"g": rng.zeros(w.shape[0], 1)}
+            delta = lambda self, p, w: p["g"] * w
+        pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": Gain()})
     """
 
     # Required.
@@ -213,7 +225,7 @@ class Weight(Method, family=True):
         """
         if self.only_bias():
             return torch.zeros_like(w)
-        why = "must define delta(p, w)" if self.mergeable else "depends on the input: it is no change of the weight"
+        why = "must define delta(p, w)" if self.mergeable else "depends on the input, so it has no delta"
         raise ValueError(f"{type(self).__name__} {why}")
 
     mergeable: ClassVar[bool] = True
@@ -267,12 +279,12 @@ class Weight(Method, family=True):
     """Prepared tensors that multiply `delta` by s when they are multiplied by s: then `scaled` follows."""
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
-        """p whose delta is s times that of p (both prepared), or None where there is no such thing."""
+        """Tensors whose delta is s times that of p (both prepared), or None if the method has no closed form."""
         names = self.linear_in or self.scales_with
         return {k: s * t if k in names else t for k, t in p.items()} if names else None
 
     def summed(self, ps: list[Leaf]) -> Leaf | None:
-        """p whose delta is the sum of those of ps (all prepared), or None where there is no such thing."""
+        """Tensors whose delta is the sum of those of ps (all prepared), or None if the method has no closed form."""
         names = self.linear_in
         return (
             {k: torch.stack([p[k] for p in ps]).sum(0) if k in names else t for k, t in ps[0].items()}

@@ -1,4 +1,4 @@
-"""How Hugging Face PEFT writes a method: `Peft`, one record beside each method that PEFT has too."""
+"""How Hugging Face PEFT writes a method: `Peft`, one record for each method that PEFT has too."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ class Peft:
         keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
         fields: our field → PEFT's configuration key; "outer.inner" is a key of the object under `outer`.
         values: our field → pairs (our value, PEFT's), for fields whose values differ; the first pair that fits counts.
-        fixed: configuration that tells this class from others of its type; `...` is anything that is set.
+        fixed: configuration that distinguishes this class from others of its type; `...` is anything that is set.
         shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
         group: a module's name → what stands for "{}" in those keys, where only the sites of one group share.
         per_target: the sites that one name in `target_modules` finds share the bank, if they are of one shape; each has
@@ -90,7 +90,7 @@ class Peft:
             if ours == value:
                 return theirs
         raise ValueError(
-            f"{type(method).__name__}.{name} is {value!r}, which PEFT does not have: it has "
+            f"{type(method).__name__}.{name} is {value!r}, which PEFT does not have: PEFT has "
             f"{list(dict.fromkeys(ours for ours, _ in self.values[name]))}"
         )
 
@@ -100,7 +100,7 @@ ELSEWHERE = {
     "or peftfn.targets",
     "modules_to_save": "a rule of its own trains a layer whole: peftfn.adapt(model, {…, 'lm_head': peftfn.Full()})",
 }
-"""PEFT's words that are no hyper-parameter here → what to write instead."""
+"""PEFT's words that are not hyper-parameters here → what to write instead."""
 
 
 def refuse_words(cls: Any, given: Config, registry: Iterable[Any]) -> None:

@@ -42,12 +42,22 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file gave: `net, adapter = load(…)`; and, where it was read with strict=False, what did not fit.
+    """What `load` returns. It unpacks into two: `net, adapter = load(…)`.
 
-    missing: keys that the adapter needs and the file lacks: these tensors are as in a fresh adapter.
-    unexpected: keys of the file that have no place in the model: nothing was done with these tensors.
-    extra: of a PEFT configuration, what is beside the method: `task_type`, `base_model_name_or_path`, an activated
-        LoRA's `alora_invocation_tokens`, … `save(…, format="peft", extra=loaded.extra)` writes it again.
+    Args:
+        net: the net, bound to the model.
+        adapter: an adapter of it.
+        missing: with strict=False, keys that the adapter needs and the file lacks; these tensors have the values of a
+            fresh adapter.
+        unexpected: with strict=False, keys of the file that have no place in the model; these tensors are not used.
+        extra: keys of a PEFT configuration that are not about the method: `task_type`, `base_model_name_or_path`, the
+            `alora_invocation_tokens` of an activated LoRA, … `save(…, format="peft", extra=loaded.extra)` writes them.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapter", net, net.init())
+        loaded = pf.load("adapter", net.model, strict=False)
+        assert loaded.missing == loaded.unexpected == ()
     """
 
     net: Adapted
@@ -170,7 +180,7 @@ class Tensors:
         t = self.sources[key]()
         if t.is_floating_point() and t.isnan().any():
             count = int(t.isnan().sum())
-            raise ValueError(f"{self.where}: {self.names[key]} has {count} values that are no numbers (NaN)")
+            raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
 
@@ -216,7 +226,7 @@ def unpickled(where: Path) -> Tensors:
         raise ValueError(f"{where}: it holds a {type(state).__name__}, and an adapter is a dict of name → tensor")
     for name, t in state.items():
         if not isinstance(t, Tensor) or t.dtype not in DTYPES.values() or t.layout != torch.strided:
-            raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}")
+            raise ValueError(f"{where}: {name} is not a plain tensor of {', '.join(DTYPES)}")
     meta = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     return Tensors(where, meta, {name: partial(state.__getitem__, name) for name in state})
 

@@ -1,4 +1,4 @@
-"""A folder of several adapters: ms-swift's, PEFT's with names of their own, what `save(…, split=True)` writes."""
+"""Folders of several adapters: ms-swift's, PEFT's with named adapters, and those of `save(…, split=True)`."""
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -18,16 +18,26 @@ def load_all(
     names: Mapping[str, str] | Iterable[str] | None = None,
     **options: Any,
 ) -> dict[str, Loaded]:
-    """{name: (net, adapter)} of the adapters in the sub-folders of `path`, all bound to `model`.
+    """Read the adapters in the sub-folders of `path`, and bind them to `model`.
 
     Args:
-        names: the sub-folders to load, in that order; or sub-folder → the name to give its adapter here. Without it,
-            all of them.
+        path: the folder.
+        model: the base.
+        names: the sub-folders to load, in that order; or {sub-folder: name in the result}. None: all of them.
         options: as for `load`.
 
+    Returns:
+        {name: Loaded}.
+
     Raises:
-        FileNotFoundError: there is none, or none of a given name.
-        ValueError: two would get one name; or as for `load`.
+        FileNotFoundError: `path` has no adapters, or no adapter of a given name.
+        ValueError: two adapters would get the same name; or as for `load`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapters/one", net, net.init(seed=1))
+        pf.save("adapters/two", net, net.init(seed=2))
+        net, adapter = pf.load_all("adapters", net.model)["two"]
     """
     folder = Path(path)
     found = folders(folder)
@@ -39,7 +49,7 @@ def load_all(
     if not wanted:
         raise FileNotFoundError(f"{folder} holds no adapters")
     if len(set(wanted.values())) < len(wanted):
-        raise ValueError(f"load_all: names gives one name to two adapters: {wanted}")
+        raise ValueError(f"load_all: two adapters have the same name in {wanted}: give each its own")
     return {new: load(found[old], model, **options) for old, new in wanted.items()}
 
 
