@@ -63,7 +63,7 @@ def test_words_of_a_wrapped_model(word: str, kind: str) -> None:
     if kind == "a plain model":
         m = made()[2]
     else:
-        net = pf.adapt(by_name("llama").model, {"q_proj": pf.LoRA(rank=2)})
+        net = pf.adapt(by_name["llama"].build(), {"q_proj": pf.LoRA(rank=2)})
         m = pf.as_module(net, net.init())
     with pytest.raises(AttributeError, match=WORDS[word]):
         getattr(m, word)("x")

@@ -123,6 +123,23 @@ def test_every_method_has_an_example_of_itself() -> None:
     assert not [n for n in ours if f"pf.{n}(" not in EXAMPLES.get(n, "")]
 
 
+def test_the_reference_is_complete() -> None:
+    """docs/api.md has every public name once a table, each with a summary, and no other name."""
+    text = (ROOT / "docs" / "api.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", text, flags=re.M)
+    listed = re.search(r"^## Methods\n\n.*\n\n(.*)$", text, flags=re.M)
+    assert listed is not None
+    methods = re.findall(r"`(\w+)`", listed[1])
+    members = {n for n in PUBLIC if n.split(".")[0] in {"Adapted", "Bank", "Nets"} and "." in n}
+    of_method, of_fields = (importlib.import_module(f"peftfn.{m}").__all__ for m in ("method", "fields"))
+    wanted = {*pf.__all__, *members, *(f"optim.{n}" for n in pf.optim.__all__), *of_method, *of_fields, "use"}
+    shown = {*(name for name, _ in rows), *methods}
+    assert wanted - shown == set(), "not in docs/api.md"
+    rest = shown - wanted
+    assert rest <= set(importlib.import_module("peftfn.testing").__all__), "in docs/api.md, and not public"
+    assert not [name for name, summary in rows if not summary.endswith(".")]
+
+
 def results(name: str) -> dict[str, dict[str, float]]:
     """case → other way → median of ours / the other's, as benchmarks/results has it."""
     record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

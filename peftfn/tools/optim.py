@@ -186,6 +186,9 @@ class LoRAFA(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, as torch.optim.Optimizer.step.
 
+        Returns:
+            The loss that `closure` returned, or None.
+
         Example:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
             m = pf.as_module(net, net.init())
