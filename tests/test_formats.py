@@ -672,7 +672,7 @@ def test_a_repository_of_several_folders_says_so(folder: Path) -> None:
     for name in ("checkpoint-10", "checkpoint-20"):
         shutil.copytree(folder, folder.parent / "run" / name)
     (folder.parent / "run" / "trainer_state.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter.*checkpoint-10, checkpoint-20: do: pass subfolder="):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter.*checkpoint-10, checkpoint-20 do: pass subfolder="):
         pf.load(folder.parent / "run", llama())
 
 

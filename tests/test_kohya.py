@@ -513,7 +513,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "a model's weights": ({UP: None, DOWN: None, f"{Q}.weight": torch.ones(6, 6)}, "1 tensors have no place"),
     "an IA3 on neither side": ({**IA3, f"{Q}.on_input": torch.tensor(2)}, "on_input is 2.0; it must be 0 or 1"),
     "an IA3 of another size": ({**IA3, f"{Q}.weight": torch.ones(7)}, r"weight has shape \[7\].*needs \[6\]"),
-    "a BOFT": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(1, 2, 3, 3)}, r"\[n, b, b\] "),
+    "a BOFT": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(1, 2, 3, 3)}, r"\[n, b, b\]"),
     "blocks of another size": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(2, 4, 4)}, "block_size is 4"),
     "half of a GLoRA": ({UP: None, DOWN: None, f"{Q}.a1.weight": torch.ones(6, 2)}, r"lacks 3 tensors.*a2\.weight"),
     "core at a linear layer": ({f"{Q}.lora_mid.weight": torch.ones(2, 2)}, "lora_mid.weight is"),

@@ -653,7 +653,7 @@ def test_errors() -> None:
         (lambda: pf.as_module(net, {"0.weight": a["0.weight"]}), KeyError, "lacks 1 of the plan's 2 sites"),
         (lambda: pf.adapter_of(model), ValueError, "holds 0 modules that as_module made"),
         (lambda: pf.adapter_of(pf.as_module(net, a), "b"), KeyError, "no adapter 'b'"),
-        (lambda: pf.copy_(a, a, "b"), TypeError, "no names"),
+        (lambda: pf.copy_(a, a, "b"), TypeError, "no adapter"),
     ]:
         with pytest.raises(error, match=match):
             make()
