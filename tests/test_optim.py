@@ -271,7 +271,7 @@ def test_errors() -> None:
         (lambda: lora_plus(a, 1e-3), "requires_grad_"),
         (lambda: decay(given, 0.1), "pass net=net"),
         (lambda: LoRAFA(given), "pass net=net"),
-        (lambda: LoRAFA(of("module", *llama({"norm": Full()}))[0]), "no LoRA in it"),
+        (lambda: LoRAFA(of("module", *llama({"norm": Full()}))[0]), "has no LoRA"),
     ]:
         with pytest.raises(ValueError, match=match):
             make()

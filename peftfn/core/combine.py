@@ -87,24 +87,24 @@ def is_expression(leaf: Mapping[str, Any]) -> bool:
 
 
 def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str, Any]]:
-    """The plain leaves an expression is made of. ValueError for a scale that is not a number; `lead`: stacked axes."""
+    """Return the plain leaves of an expression. ValueError for a scale that is not a number; `lead`: stacked axes."""
     if "of" in leaf:
         s = leaf.get("scale")
         if not isinstance(s, Tensor) or s.dim() != lead or not s.is_floating_point():
             seen = f"{s.dtype} of shape {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
-            raise ValueError(f"{name}: scale is {seen}; it is one floating-point number, a tensor of {lead} dimensions")
+            raise ValueError(f"{name}: scale is {seen}; it must be a floating-point tensor of {lead} dimensions")
         if leaf.keys() != {"scale", "of"}:
-            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it is made of scale and of alone")
+            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it must have exactly 'scale' and 'of'")
         return terms(leaf["of"], name, lead)
     if "add.0" in leaf:
         if leaf.keys() != {f"add.{i}" for i in range(len(leaf))}:
-            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it is made of add.0, add.1, … alone")
+            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it must have exactly add.0, add.1, …")
         return [t for part in leaf.values() for t in terms(part, name, lead)]
     return [leaf]
 
 
 def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Weight, Any]:
-    """(method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
+    """Return (method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
         closed = m.scaled(p, leaf["scale"])
@@ -120,7 +120,7 @@ def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], pl
 
 
 # The prepared tensors of a scaling or sum are one flat dict: the names of each operand behind a prefix and a "/", which
-# no method's tensor has in its name. So whoever walks over prepared tensors need not know of expressions.
+# no method's tensor has in its name. So code that walks over prepared tensors need not handle expressions.
 
 
 def _nested(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _inside(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_name(k: str) -> str:
-    """A prepared tensor's name as its method knows it, without the prefixes of sums and scalings; "scale" is theirs."""
+    """Return a prepared tensor's name in its method, without the prefixes of sums and scalings; "scale" is theirs."""
     return k.rpartition("/")[2]
 
 
@@ -203,7 +203,7 @@ class Chain(Weight):
                 raise TypeError(f"chain: {m!r} is not a method; give methods, like peftfn.LoRA(rank=8)")
             if m.overrides("shared") or m.overrides("bank"):
                 raise ValueError(
-                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule"
+                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it a separate rule"
                 )
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Checks of what a method's functions return, when a plan or an adapter is made: no call pays for them."""
+"""Checks of what a method's functions return. They run when a plan or an adapter is made, not in calls."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ RESERVED = frozenset({"of", "scale", "tree", "adapted", "training"})
 
 
 def check_tensors(what: str, made: Any) -> None:
-    """ValueError unless `made`, which `what` returned on the meta device, is a dict of tensors there, well named."""
+    """Raise ValueError unless `made`, which `what` returned on meta, is a dict of well-named tensors on meta."""
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
         raise ValueError(f"{what} returns {made!r}; it must return a dict of name → tensor")
     for k in made:
@@ -24,7 +24,7 @@ def check_tensors(what: str, made: Any) -> None:
 
 
 def check_name(what: str, name: Any) -> None:
-    """ValueError unless a tensor may have this name in leaves, files and modules."""
+    """Raise ValueError unless a tensor may have this name in leaves, files and modules."""
     short = name.rpartition(".")[2] if isinstance(name, str) else ""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
@@ -44,8 +44,8 @@ def check_own(what: str, made: Mapping[str, Tensor], others: Iterable[tuple[str,
         where = memory(t)
         if where in held:
             raise ValueError(
-                f"{what} returns {k!r}, which shares memory with {held[where]}: training writes to it in place, and so "
-                f"would write to both. Return a copy: {k}.clone()"
+                f"{what} returns {k!r}, which shares memory with {held[where]}: training writes to it in place, which "
+                f"would change both. Return a copy: {k}.clone()"
             )
         if where is not None and not alike:
             held[where] = f"{k!r}"

@@ -9,7 +9,7 @@ from peftfn.model.site import Site
 
 
 def checked(rules: Mapping[str, Method]) -> Mapping[str, Weight]:
-    """The rules, if they are a dict of patterns and methods that a plan has a place for."""
+    """Return the rules. Raise unless they are a dict of patterns and methods that a plan supports."""
     if isinstance(rules, Method):
         raise TypeError(
             f"rules is {rules}, a method; say which parameters it adapts: peftfn.adapt(model, {{'q_proj': "
@@ -27,7 +27,7 @@ def checked(rules: Mapping[str, Method]) -> Mapping[str, Weight]:
 
 
 def match(rules: Mapping[str, Weight], found: Mapping[str, Site]) -> dict[str, str]:
-    """site name → the rule that takes it: the first that matches and accepts the site's kind."""
+    """Return site name → the rule that takes it: the first that matches and whose method supports the kind."""
     taken: dict[str, str] = {}
     for pattern, method in rules.items():
         try:

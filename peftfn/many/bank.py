@@ -203,9 +203,7 @@ class Bank:
                 if name is None:
                     raise ValueError("evict: no resident adapter is idle; wait for a call to end")
             if not self._drop(name):
-                raise KeyError(
-                    f"{name!r} is not resident; resident are {[n for s in self._slots for n in s.names][:8]}"
-                )
+                raise KeyError(f"{name!r} is not resident; resident: {[n for s in self._slots for n in s.names][:8]}")
             return name
 
     def remove(self, name: str) -> None:
@@ -486,5 +484,5 @@ def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter, net: 
         if adapter[site].keys() not in (leaf.keys(), plain):
             raise ValueError(
                 f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
-                "no fixed shape, and prepared adapters go into a bank with prepared=True"
+                "no fixed shape, and prepared adapters need a bank with prepared=True"
             )

@@ -93,7 +93,7 @@ def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
         want = b.spec[k]
         if t.dim() != len(want) or any(n > m for n, m in zip(t.shape, want, strict=True)):
             raise ValueError(
-                f"{name}: {k} has shape {list(t.shape)}, and {b.method} holds {list(want)}: adapt with a larger rank"
+                f"{name}: {k} has shape {list(t.shape)}, and {b.method} has {list(want)}: give net_to a larger rank"
             )
         t = t * ratio if k in scaled and ratio != 1 else t
         ends = [(0, m - n) for n, m in zip(t.shape, want, strict=True)]

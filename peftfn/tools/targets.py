@@ -117,7 +117,7 @@ def defaults(model: nn.Module, method: Method) -> tuple[Modules, list[str]]:
     found = found or USUAL.get(str(kind))
     if found is None:
         raise ValueError(
-            f"targets: no default modules for a model of type {kind!r}; name them, or say modules='all-linear'"
+            f"targets: no default modules for a model of type {kind!r}; name them, or pass modules='all-linear'"
         )
     if found.startswith(".*"):
         return found, []
