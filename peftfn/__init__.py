@@ -1,4 +1,14 @@
-"""peftfn: adapters as plain trees of tensors, methods as pure functions, and a base model that is never changed."""
+"""peftfn: parameter-efficient adapters as plain trees of tensors, methods as pure functions, on a base model that is
+never changed.
+
+Example:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+    adapter = net.init(seed=0)
+    y = net.apply(adapter, torch.randn(3, 8))
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from peftfn.core.combine import Chain, add, chain, scale
 from peftfn.core.method import Method, Weight, registry
@@ -20,6 +30,7 @@ from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
 from peftfn.tools import optim
 from peftfn.tools.convert import to_lora
+from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
@@ -75,3 +86,15 @@ __all__ = [
     "unstack",
     *sorted(registry.keys() - {"Chain"}),
 ]
+
+
+def __dir__() -> list[str]:
+    """What users call. The rooms of the package (`core`, `net`, …) are attributes too, and no part of the interface."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+
+
+if not TYPE_CHECKING:  # to a type checker, every name would exist
+
+    def __getattr__(name: str) -> Any:
+        """AttributeError that says what to write in place of a name of PEFT's, or of a misspelt one."""
+        raise AttributeError(unknown(name, __all__))

@@ -13,7 +13,7 @@ FORMATS = ("native", "peft", "kohya", "swift")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0; 1 where the answer is no; 2, after one line on stderr, for input that is no good."""
+    """Run one command. Returns 0; 1 if the answer is no; 2, after one line on stderr, for bad input."""
     options = _parser().parse_args(argv)
     expected = () if options.command == "demo" else (ValueError, KeyError, OSError)
     try:
@@ -126,7 +126,7 @@ def _convert(options: argparse.Namespace) -> int:
     given = {k: v for k in ("layout", "prefix", "name") if (v := getattr(options, k)) is not None}
     for k in given:
         if k not in own.get(options.to, ()):
-            raise ValueError(f"--{k} is no option of {options.to}")
+            raise ValueError(f"--{k} is not an option of {options.to}")
     print(convert(options.path, options.out, options.to, options.model, options.rank, **given))
     return 0
 

@@ -25,10 +25,10 @@ _EITHER_WAY = re.compile(r"(^|\.)c_(attn|proj|fc|q)$")
 
 @dataclass
 class Base:
-    """A model without weights of its own, and the files they are in.
+    """A model without weights, and the files that have them.
 
     files: tensor's name in the files → file; keys: parameter's name in the model → tensor's name in the files.
-    hollow: there are no values, only shapes and dtypes. guessed: the kinds of layers are taken from names and shapes.
+    hollow: it has no values, only shapes and dtypes. guessed: the kinds of layers are taken from names and shapes.
     """
 
     model: nn.Module
@@ -59,11 +59,13 @@ def load_base(path: Path) -> Base:
         with opened_shard(file) as shard:  # the tensors are mapped: they cost no memory, and outlive the handle
             tensors |= {k: shard.get_tensor(k) for k in shard.keys() if files.get(k) == file}  # noqa: SIM118
     for key in sorted(files.keys() - tensors.keys()):
-        raise ValueError(f"{files[key]}: {key} is in the index, and not in the file")
+        raise ValueError(f"{files[key]}: {key} is in the index, but not in the file")
     described = read_json(config) if config.is_file() else {}
     known = isinstance(described, dict) and "model_type" in described
     if not known and not tensors:
-        raise ValueError(f"{config}: no configuration of transformers (no model_type), and there are no tensors")
+        raise ValueError(
+            f"{config}: not a configuration of transformers (it has no model_type), and the folder has no tensors"
+        )
     model = _of_transformers(config) if known else from_names(tensors, folder)
     base = Base(model, files, hollow=not tensors, guessed=not known)
     _fill(base, tensors)
@@ -76,7 +78,7 @@ def opened_shard(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as e:
-        raise ValueError(f"{path}: no valid safetensors file: {e}") from e
+        raise ValueError(f"{path}: not a valid safetensors file: {e}") from e
 
 
 def shards(folder: Path) -> dict[str, Path]:
@@ -88,10 +90,10 @@ def shards(folder: Path) -> dict[str, Path]:
         read = read_json(indices[0])
         found = read.get("weight_map") if isinstance(read, dict) else None
         if not isinstance(found, dict) or not all(isinstance(n, str) for n in found.values()):
-            raise ValueError(f"{indices[0]}: weight_map is {str(found)[:80]}; it must give a file for each tensor")
+            raise ValueError(f"{indices[0]}: weight_map is {str(found)[:80]}; it must have a file for each tensor")
         for name in set(found.values()):
             if Path(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{indices[0]}: {name!r} is no file in this folder")
+                raise ValueError(f"{indices[0]}: {name!r} is not a file in this folder")
         return {k: folder / name for k, name in found.items()}
     out: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -112,7 +114,7 @@ def _of_transformers(config: Path) -> nn.Module:
     try:
         read = transformers.AutoConfig.from_pretrained(config, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"{config}: transformers {transformers.__version__} does not know it: {e}") from e
+        raise ValueError(f"{config}: transformers {transformers.__version__} does not support it: {e}") from e
     names = getattr(read, "architectures", None) or []
     cls: Any = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
     if cls is None:
@@ -126,13 +128,13 @@ def _of_transformers(config: Path) -> nn.Module:
 
 
 def from_names(tensors: Mapping[str, Tensor], where: object) -> nn.Module:
-    """A model with a parameter for each tensor, and with the kinds of layers that names and shapes tell.
+    """A model with a parameter for each tensor, and with the kinds of layers that names and shapes suggest.
 
     `x.weight` is the weight of an nn.Linear with two axes, unless the name ends like an embedding's, and of a
     convolution with four or five; with three it is a Conv1d if the name says conv, else a stack of experts.
 
     Raises:
-        ValueError: a layer that may be transposed (transformers' Conv1D), which only a configuration tells.
+        ValueError: a layer that may be transposed (transformers' Conv1D), which only a configuration can say.
     """
     root = nn.Module()
     # layers first, the outer before the inner, so that each is made as what its weight says
@@ -141,7 +143,7 @@ def from_names(tensors: Mapping[str, Tensor], where: object) -> nn.Module:
         name = ".".join(path)
         if attr == "weight" and t.dim() == 2 and _EITHER_WAY.search(name):
             raise ValueError(
-                f"{where}: {key} may be stored transposed, as GPT-2's are; put the model's config.json there"
+                f"{where}: {key} may be stored transposed, as GPT-2's are; put the model's config.json into the folder"
             )
         parent = root
         for part in path[:-1]:
@@ -233,4 +235,6 @@ def guard(base: Base, adapter: Path) -> None:
         return
     for path in (adapter / "adapter_config.json", *adapter.glob("*/adapter_config.json")):
         if path.is_file() and isinstance(config := read_json(path), dict) and config.get("fan_in_fan_out"):
-            raise ValueError(f"{path}: fan_in_fan_out is on, and only the base's config.json tells for which layers")
+            raise ValueError(
+                f"{path}: fan_in_fan_out is on; the base's config.json must be there to say for which layers"
+            )

@@ -33,9 +33,9 @@ def convert(
     where = model or _named(path)
     if where is None and to == "peft" and rank is None and swift.is_mine(path):
         swift.to_peft(path, out)
-        return f"wrote {out}, PEFT's, with the tensors as they are"
+        return f"wrote {out}, PEFT's, with unchanged tensors"
     if where is None:
-        raise ValueError(f"{path}: which layers its names mean is for the base model to say: give --model")
+        raise ValueError(f"{path}: only the base model says which layers its names mean: give --model")
     base = load_base(where)
     net, adapter = loaded = bound(path, base, gated=to == "peft")
     if to == "peft":
@@ -44,7 +44,7 @@ def convert(
         for name, entry in net.plan.items():
             if rank is not None or _of_values(entry):
                 raise ValueError(
-                    f"{name}: {entry.method} is written down relative to the base's values, and {where} has none; give "
+                    f"{name}: {entry.method} is stored relative to the base's values, and {where} has none; give "
                     "a --model folder with *.safetensors"
                 )
     if rank is not None:

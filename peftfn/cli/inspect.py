@@ -23,7 +23,7 @@ def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, 
 
     Facts are the `format`, `methods` (name → number of layers), `ranks` (rank → number of layers), `layers` (the
     modules or, in the native format, sites), `whole` (tensors that are saved whole), `tensors`, `parameters`, `bytes`
-    and `dtypes`; of a PEFT folder also what is `beside` the method; with a model also `fits`: "yes", or why not.
+    and `dtypes`; of a PEFT folder also `extra` keys; with a model also `fits`: "yes", or why not.
 
     Raises:
         FileNotFoundError: no adapter there, or no model.
@@ -121,8 +121,8 @@ def _peft(config: Mapping[str, Any], file: Tensors) -> dict[str, Any]:
     count = dict(sorted(Counter(ranks.values()).items())) or (
         {config["r"]: len(layers)} if isinstance(config.get("r"), int) else {}
     )
-    beside = {k: config[k] for k in (INVOCATION, REPLICATION) if config.get(k)}
-    return {"methods": {name: len(layers)}, "ranks": count, "layers": list(layers), "whole": whole, "beside": beside}
+    extra = {k: config[k] for k in (INVOCATION, REPLICATION) if config.get(k)}
+    return {"methods": {name: len(layers)}, "ranks": count, "layers": list(layers), "whole": whole, "extra": extra}
 
 
 def _kohya(file: Tensors) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def report(name: str, facts: Mapping[str, Any], path: str | Path, model: Path | 
     ]
     if facts["whole"]:
         rows.append(("others", f"{len(facts['whole'])} tensors, {facts['whole'][0]} first"))
-    rows += [("beside", f"{k} {v}") for k, v in facts.get("beside", {}).items()]
+    rows += [("extra", f"{k} {v}") for k, v in facts.get("extra", {}).items()]
     if "fits" in facts:
         rows.append(("fits", f"{model}: {facts['fits']}"))
     rows += [("layer", layer) for layer in facts["layers"]] if full else []

@@ -40,12 +40,12 @@ def merge(base: Path, adapter: str | Path, out: Path) -> dict[str, list[str]]:
         FileExistsError: `out` is there, and no empty folder.
         FileNotFoundError: no base or no adapter there.
         ValueError: the adapter does not fit, the base lacks a tensor of it, or it cannot be merged: it depends on the
-            input, gives a bias to a layer without one, or the result is not finite. `out` does not exist then.
+            input, adds a bias to a layer without one, or the result is not finite. `out` does not exist then.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists; name a new folder")
     if not base.is_dir():
-        raise FileNotFoundError(f"{base} is no folder")
+        raise FileNotFoundError(f"{base} is not a folder")
     adapter = hub.find(adapter)
     model = load_base(base)
     if model.hollow:
@@ -53,7 +53,9 @@ def merge(base: Path, adapter: str | Path, out: Path) -> dict[str, list[str]]:
     guard(model, adapter)
     net, values = load(adapter, model.model)
     if net.model is not model.model:
-        raise ValueError(f"{adapter}: it is for a model whose layers are repeated, and the base's files have each once")
+        raise ValueError(
+            f"{adapter}: it is for a model with repeated layers, and the base's files have each layer once"
+        )
     job = _Merge(model, net, values)
     index = next((p for p in base.iterdir() if p.name.endswith(INDEX)), None)
     files = sorted(set(model.files.values()))
@@ -98,7 +100,7 @@ class _Merge:
             raise ValueError(f"{name}: {method} adds a bias, and this layer has none to merge it into")
         for slot in (name, *((bias,) if bias in self.plan.owners and bias in self.weights else ())):
             if slot not in self.base.keys:
-                raise ValueError(f"{slot}: the adapter is for it, and no file of the base has it")
+                raise ValueError(f"{slot}: the adapter changes it, and no file of the base has it")
 
     def value(self, slot: str) -> Tensor:
         """What the slot holds after the merge."""
@@ -108,8 +110,8 @@ class _Merge:
         new = functions.value(self.plan, {slot: old} | held, self.adapter, slot)
         if new is not old and not new.isfinite().all():
             raise ValueError(
-                f"{slot}: merging gives {int((~new.isfinite()).sum())} values that are not finite; the adapter or the "
-                "base has them"
+                f"{slot}: the merged tensor has {int((~new.isfinite()).sum())} values that are not finite; so has the "
+                "adapter or the base"
             )
         return new
 
@@ -130,7 +132,7 @@ class _Merge:
                 continue
             new = slot.removeprefix(owner.removesuffix(key)) if owner.endswith(f".{key}") else slot
             if new in self.base.files:
-                raise ValueError(f"{slot}: it would become {new}, a tensor of the base's that is something else")
+                raise ValueError(f"{slot}: its merged name would be {new}, which is another tensor of the base")
             self.untied[new] = slot, file
             out[new] = partial(self.value, slot)
         return out
@@ -170,13 +172,13 @@ class _Merge:
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
     """A new folder that gets its name when everything went well, and is gone otherwise."""
-    beside = out.parent / f".{out.name}.{uuid.uuid4().hex}"
-    beside.mkdir(parents=True)
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
     try:
-        yield beside
-        os.replace(beside, out)
+        yield temporary
+        os.replace(temporary, out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _index(source: Path, target: Path, untied: Mapping[str, tuple[str, str]]) -> None:

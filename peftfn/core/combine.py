@@ -22,9 +22,23 @@ from peftfn.core.rng import Rng
 
 
 def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
-    """The adapter whose change of every weight is s times as large: W + s·delta(W).
+    """Return the adapter whose change of every weight is s times as large: W + s·delta(W).
 
-    s: a number, or a 0-d floating tensor (which then is a leaf like any other, with a gradient). s = 0 is the base.
+    Args:
+        adapter: an adapter, also a sum or a scaling of others.
+        s: a number, or a 0-d floating-point tensor, which is then a leaf with a gradient. s = 0 is the base.
+
+    Returns:
+        An adapter of the same net.
+
+    Raises:
+        TypeError: `adapter` is not an adapter, or s is a string.
+        ValueError: s is an integer tensor.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a, x = net.init(), torch.randn(3, 8)
+        assert torch.equal(net.apply(pf.scale(a, 0.0), x), net.model(x))
     """
     if isinstance(s, str) or not isinstance(adapter, Mapping):
         raise TypeError(f"scale: give an adapter and a number, not {type(adapter).__name__} and {type(s).__name__}")
@@ -35,16 +49,31 @@ def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
 
 
 def add(*adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter whose change of every weight is the sum of theirs: W + Σ_i delta_i(W).
+    """Return the adapter whose change of every weight is the sum of theirs: W + Σ_i delta_i(W).
 
-    All deltas are taken at the base weight, so the order does not matter (apply one after the other with
-    `chain`). Adapters may cover different sites of the same net.
+    Every delta is computed at the base weight, so the order does not matter. (`chain` applies methods one after the
+    other.) Adapters may cover different sites of the same net.
+
+    Args:
+        adapters: at least one, all of the same net.
+
+    Returns:
+        An adapter of that net.
+
+    Raises:
+        ValueError: no adapters.
+        TypeError: an argument is not an adapter.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a, b = net.init(seed=0), net.init(seed=1)
+        y = net.apply(pf.add(a, pf.scale(b, 0.5)), torch.randn(3, 8))
     """
     if not adapters:
         raise ValueError("add: give at least one adapter")
     for i, a in enumerate(adapters):
         if not isinstance(a, Mapping):
-            raise TypeError(f"add: number {i} is a {type(a).__name__}; give adapters, add(a, b, …)")
+            raise TypeError(f"add: argument {i} is a {type(a).__name__}; give adapters, add(a, b, …)")
     names = {name: None for a in adapters for name in a}
     out = {}
     for name in names:
@@ -58,24 +87,24 @@ def is_expression(leaf: Mapping[str, Any]) -> bool:
 
 
 def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str, Any]]:
-    """The plain leaves an expression is made of. ValueError for a scale that is no number; `lead`: stacked axes."""
+    """Return the plain leaves of an expression. ValueError for a scale that is not a number; `lead`: stacked axes."""
     if "of" in leaf:
         s = leaf.get("scale")
         if not isinstance(s, Tensor) or s.dim() != lead or not s.is_floating_point():
             seen = f"{s.dtype} of shape {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
-            raise ValueError(f"{name}: scale is {seen}; it is one floating-point number, a tensor of {lead} dimensions")
+            raise ValueError(f"{name}: scale is {seen}; it must be a floating-point tensor of {lead} dimensions")
         if leaf.keys() != {"scale", "of"}:
-            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it is made of scale and of alone")
+            raise KeyError(f"{name}: a scaled leaf has {sorted(leaf)}; it must have exactly 'scale' and 'of'")
         return terms(leaf["of"], name, lead)
     if "add.0" in leaf:
         if leaf.keys() != {f"add.{i}" for i in range(len(leaf))}:
-            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it is made of add.0, add.1, … alone")
+            raise KeyError(f"{name}: a sum has {sorted(leaf)}; it must have exactly add.0, add.1, …")
         return [t for part in leaf.values() for t in terms(part, name, lead)]
     return [leaf]
 
 
 def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Weight, Any]:
-    """(method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
+    """Return (method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
         closed = m.scaled(p, leaf["scale"])
@@ -91,7 +120,7 @@ def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], pl
 
 
 # The prepared tensors of a scaling or sum are one flat dict: the names of each operand behind a prefix and a "/", which
-# no method's tensor has in its name. So whoever walks over prepared tensors need not know of expressions.
+# no method's tensor has in its name. So code that walks over prepared tensors need not handle expressions.
 
 
 def _nested(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +133,7 @@ def _inside(prefix: str, p: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_name(k: str) -> str:
-    """A prepared tensor's name as its method knows it, without the prefixes of sums and scalings; "scale" is theirs."""
+    """Return a prepared tensor's name in its method, without the prefixes of sums and scalings; "scale" is theirs."""
     return k.rpartition("/")[2]
 
 
@@ -147,13 +176,21 @@ class _Sum(Weight):
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Weight):
-    """W₀ = w, W_{i+1} = W_i + delta_i(p_i, W_i): methods one after the other at the same site.
+    """W₀ = w, W_{i+1} = W_i + delta_i(p_i, W_i): methods one after the other at the same site. `chain` makes it.
 
-    Each method sees the weight the former ones left, so the order matters: `chain(LoRA(), OFT(…))` rotates the
+    Each method sees the weight after the former ones, so the order matters: `chain(LoRA(), OFT(…))` rotates the
     low-rank change too, `chain(OFT(…), LoRA())` does not.
 
     Args:
-        methods: at least one method; none of them may have tensors its rule shares (`shared`, `bank`).
+        methods: at least one method; none of them may share tensors among sites (`shared`, `bank`).
+
+    Raises:
+        TypeError: an argument is not a method.
+        ValueError: a method shares tensors among its sites.
+
+    Example:
+        method = pf.Chain((pf.LoRA(rank=2), pf.IA3()))
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": method})
     """
 
     methods: tuple[Weight, ...] = ()
@@ -163,10 +200,10 @@ class Chain(Weight):
         object.__setattr__(self, "methods", tuple(self.methods))
         for m in self.methods:
             if not isinstance(m, Weight):
-                raise TypeError(f"chain: {m!r} is no method; give methods, like peftfn.LoRA(rank=8)")
+                raise TypeError(f"chain: {m!r} is not a method; give methods, like peftfn.LoRA(rank=8)")
             if m.overrides("shared") or m.overrides("bank"):
                 raise ValueError(
-                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it its own rule"
+                    f"chain: {m} shares tensors among its sites, which a chain cannot; give it a separate rule"
                 )
 
     def __str__(self) -> str:
@@ -234,6 +271,21 @@ class Chain(Weight):
 
 
 def chain(*methods: Method) -> Weight:
-    """The methods applied one after the other at one site; with one method, that method. See `Chain`."""
+    """Return a method that applies the given ones in order at one site; see `Chain`.
+
+    Args:
+        methods: at least one. Chains among them are flattened; a single method is returned unchanged.
+
+    Returns:
+        A method for the rules of `adapt`.
+
+    Raises:
+        TypeError: an argument is not a method.
+        ValueError: a method shares tensors among its sites.
+
+    Example:
+        method = pf.chain(pf.LoRA(rank=2), pf.IA3())
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": method})
+    """
     flat: tuple[Any, ...] = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
     return flat[0] if len(flat) == 1 and isinstance(flat[0], Weight) else Chain(flat)

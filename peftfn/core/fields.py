@@ -27,7 +27,7 @@ def positive_int(method: Any, **values: Any) -> None:
 
 
 def positive(method: Any, **values: Any) -> None:
-    """Raise ValueError unless every value is a finite number > 0, and a whole one where the field says int."""
+    """Raise ValueError unless every value is a finite number > 0, and an integer if the field is an int."""
     types = {f.name: f.type for f in dataclasses.fields(method)}
     for name, value in values.items():
         if types.get(name) in (int, "int"):
@@ -43,7 +43,9 @@ def probability(method: Any, **values: Any) -> None:
     """Raise ValueError unless every value is in [0, 1)."""
     for name, value in values.items():
         if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it is a probability: 0 <= {name} < 1")
+            raise ValueError(
+                f"{type(method).__name__}.{name} is {value!r}; it must be a probability: give 0 <= {name} < 1"
+            )
 
 
 def choice(method: Any, name: str, options: tuple[Any, ...]) -> None:
@@ -64,12 +66,12 @@ def divides(method: Any, name: str, block: int, **sizes: int) -> None:
             )
 
 
-PLAIN = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text"}
+PLAIN = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
 """Types of fields that any value of the type fits, and what that is."""
 
 
 def plain(method: Any, name: str, kind: type, optional: bool = False) -> None:
-    """Raise ValueError unless the field `name` is of a type in `PLAIN`: a NaN in it, or a text, would end up in y."""
+    """Raise ValueError unless the field `name` is of a type in `PLAIN`: a NaN in it, or a string, would reach y."""
     value = getattr(method, name)
     if kind in (bool, str):
         fits = isinstance(value, kind)

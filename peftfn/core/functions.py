@@ -1,4 +1,4 @@
-"""The pure functions of a plan, the base's weights and an adapter: each operation stands here once.
+"""The pure functions of a plan, the base's weights and an adapter: each operation is defined once, here.
 
 The net calls them with the model's parameters, the module view with its originals, the command line with mapped files.
 `weights` is a mapping of parameter name → tensor; it may make each tensor when it is asked for. A name that it lacks,
@@ -31,9 +31,9 @@ UNTIED = (
 
 
 def current(entry: Entry, w: Any) -> Any:
-    """w, the model's parameter at a site. ValueError if its shape is not the one that was adapted."""
+    """Return w, the model's parameter at a site. ValueError if its shape has changed since `adapt`."""
     if w is None or w.shape != entry.site.shape:
-        now = "is gone" if w is None else f"has shape {list(w.shape)} now"
+        now = "no longer exists" if w is None else f"has shape {list(w.shape)} now"
         raise ValueError(
             f"{entry.site.name}: the model's parameter {now}; it had shape {list(entry.site.shape)} when it was "
             "adapted. Call adapt again."
@@ -42,7 +42,7 @@ def current(entry: Entry, w: Any) -> Any:
 
 
 def checked(plan: Plan, weights: Weights) -> Weights:
-    """The weights. ValueError if one that the plan adapts has another shape than it had in `adapt`."""
+    """Return the weights. ValueError if the shape of one that the plan adapts has changed since `adapt`."""
     for name, entry in plan.items():
         current(entry, weights.get(name))
     return weights
@@ -57,19 +57,19 @@ def bank_of(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def init(plan: Plan, weights: Weights, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
-    """A fresh adapter. The values of a site depend on (seed, site name) alone."""
+    """Return a fresh adapter. The values of a site depend on (seed, site name) alone."""
     adapter: Adapter = {name: leaf(e, weights, seed, dtype, e.frozen) for name, e in plan.items()}
     return adapter | {bank: shared_leaf(plan, bank, weights, seed, dtype) for bank in plan.banks}
 
 
 def leaf(entry: Entry, weights: Weights, seed: int, dtype: torch.dtype, constants: Mapping[str, Tensor]) -> Leaf:
-    """The fresh leaf of one site."""
+    """Return the fresh leaf of one site."""
     bias = weights.get(entry.site.bias or "")
     return draw(entry.method.init, entry.site, weights[entry.site.name], seed, dtype, constants, bias)
 
 
 def constants(entry: Entry, weights: Weights, seed: int) -> Leaf:
-    """The constants of one site that its method draws for it alone."""
+    """Return the constants that a method draws for one site alone."""
     if not entry.method.overrides("frozen"):
         return {}
     bias = weights.get(entry.site.bias or "")
@@ -107,7 +107,7 @@ def draw(
 
 
 def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch.dtype) -> Leaf:
-    """The fresh trainable tensors that the sites of one rule share."""
+    """Return the fresh trainable tensors that the sites of one rule share."""
     entries = {name: e for name, e in plan.items() if e.bank == bank}
     first = next(iter(entries))
     w = weights[first]
@@ -119,7 +119,7 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
 
 
 class Canonical(Mapping[str, Tensor]):
-    """The weights of some sites as methods see them, each made when it is asked for."""
+    """A mapping of the weights of some sites as methods see them, [out, in], each made on access."""
 
     def __init__(self, plan: Plan, names: Mapping[str, Any], weights: Weights):
         self.plan, self.names, self.weights = plan, names, weights
@@ -136,21 +136,21 @@ class Canonical(Mapping[str, Tensor]):
         return len(self.names)
 
 
-# What an adapter means. All of these are of eval mode: no dropout.
+# What an adapter means. All of these use eval mode: no dropout.
 
 
 def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Weight, dict[str, Any], Tensor]:
-    """(method, prepared tensors, the parameter) at one site."""
+    """Return (method, prepared tensors, the parameter) at one site."""
     w = current(entry, weights.get(entry.site.name))
     method, p = entry.tensors(adapter[entry.site.name], bank_of(entry, adapter), entry.site.canonical(w))
     return method, p, w
 
 
 def value(plan: Plan, weights: Weights, adapter: Mapping[str, Any], slot: str) -> Any:
-    """What the slot holds with the adapter folded in: an adapted parameter, or a bias that a method changes.
+    """Return the content of a slot with the adapter folded in: an adapted parameter, or a bias that a method changes.
 
-    The sum is computed in fp32 or wider and rounded once to the parameter's dtype. The parameter itself where the
-    adapter does not change it; None for an empty slot that stays empty.
+    The sum is computed in fp32 or wider and rounded once to the parameter's dtype. Returns the parameter itself
+    if the adapter does not change it, and None for an empty slot that stays empty.
     """
     out = weights.get(slot)
     if slot in plan.meant:
@@ -166,9 +166,9 @@ def value(plan: Plan, weights: Weights, adapter: Mapping[str, Any], slot: str) -
 
 
 def merge(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(slot, its value with the adapter folded in), one at a time, for every slot that the adapter may change.
+    """Iterate over (slot, its value with the adapter folded in) for every slot that the adapter may change.
 
-    Raises ValueError, before the first, for an adapter that gives a bias to a layer without one.
+    Raises ValueError, before the first, if the adapter adds a bias to a layer without one.
     """
     for name, entry in plan.items():
         if entry.adds_bias and weights.get(entry.site.bias or "") is None:
@@ -183,7 +183,7 @@ def merge(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Iterator[
 
 
 def tie(plan: Plan, weights: Weights, merged: dict[str, Tensor]) -> None:
-    """Give slots that share a tensor in `weights` one in `merged`. ValueError where theirs differ."""
+    """Make slots that share a tensor in `weights` share one in `merged`. ValueError if their merged values differ."""
     for name, entry in plan.items():
         for other in entry.site.tied:
             if weights.get(other) is not weights.get(name) or merged[other] is merged[name]:
@@ -196,7 +196,7 @@ def tie(plan: Plan, weights: Weights, merged: dict[str, Tensor]) -> None:
 
 
 def delta(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{site: change of the parameter, in its own shape}, in fp32 or wider."""
+    """Return {site: change of the parameter, in its own shape}, in fp32 or wider."""
     out = {}
     for name, entry in plan.meant.items():
         method, p, w = tensors(entry, weights, adapter)
@@ -205,7 +205,7 @@ def delta(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str,
 
 
 def bias_deltas(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{site: change of its layer's bias} where a method changes it, in fp32 or wider; no bias counts as zeros."""
+    """Return {site: change of its layer's bias}, in fp32 or wider, if a method changes it. No bias counts as zeros."""
     out = {}
     for slot, name in plan.owners.items():
         entry, b = plan.meant[name], weights.get(slot)
@@ -219,7 +219,7 @@ def bias_deltas(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dic
 def prepared(
     entries: Mapping[str, Entry], weights: Weights, adapter: Mapping[str, Any]
 ) -> dict[str, tuple[Weight, dict[str, Any]]]:
-    """`Entry.tensors` of all sites: those of one method and shape together, where the method has a way."""
+    """Return `Entry.tensors` of all sites; a method with `prepare_all` prepares sites of one shape together."""
     out: dict[str, tuple[Weight, dict[str, Any]]] = {}
     alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
     for name, entry in entries.items():
@@ -238,11 +238,13 @@ def prepared(
 
 
 def prepare(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Adapter:
-    """The adapter with everything done that depends on parameters alone. Valid until it, or the base, changes."""
+    """Return the adapter with all computed that depends on parameters alone. Valid until it or the base changes."""
     out: dict[str, Any] = {bank: adapter[bank] for bank in plan.banks}
     for name, (method, p) in prepared(plan.meant, weights, adapter).items():
         entry = plan.meant[name]
         if method != entry.method:
-            raise ValueError(f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before it")
+            raise ValueError(
+                f"{name}: a sum or scaling of {entry.method} has no prepared form; prepare before you scale or add"
+            )
         out[name] = {k: t for k, t in p.items() if k in entry.prepared}
     return out

@@ -1,4 +1,4 @@
-"""Checks of what a method's functions return, when a plan or an adapter is made: no call pays for them."""
+"""Checks of what a method's functions return. They run when a plan or an adapter is made, not in calls."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,23 +12,23 @@ RESERVED = frozenset({"of", "scale", "tree", "adapted", "training"})
 
 
 def check_tensors(what: str, made: Any) -> None:
-    """ValueError unless `made`, which `what` returned on the meta device, is a dict of tensors there, well named."""
+    """Raise ValueError unless `made`, which `what` returned on meta, is a dict of well-named tensors on meta."""
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
         raise ValueError(f"{what} returns {made!r}; it must return a dict of name → tensor")
     for k in made:
         check_name(what, k)
     if astray := [k for k, t in made.items() if not t.is_meta]:
         raise ValueError(
-            f"{what} makes {', '.join(astray)} on a device of its own: make it with rng, or on the weight's device"
+            f"{what} makes {', '.join(astray)} on another device than the weight's: make it with rng, or on w.device"
         )
 
 
 def check_name(what: str, name: Any) -> None:
-    """ValueError unless a tensor may have this name in leaves, files and modules."""
+    """Raise ValueError unless a tensor may have this name in leaves, files and modules."""
     short = name.rpartition(".")[2] if isinstance(name, str) else ""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
-            f"{what} names a tensor {name!r}; a name is an identifier that begins with a letter: choose another"
+            f"{what} names a tensor {name!r}; a name must be an identifier that begins with a letter: choose another"
         )
     if short in RESERVED or hasattr(nn.Module, short):
         raise ValueError(
@@ -44,15 +44,15 @@ def check_own(what: str, made: Mapping[str, Tensor], others: Iterable[tuple[str,
         where = memory(t)
         if where in held:
             raise ValueError(
-                f"{what} returns {k!r}, which shares memory with {held[where]}: training writes to it in place, and so "
-                f"would write to both. Return a copy: {k}.clone()"
+                f"{what} returns {k!r}, which shares memory with {held[where]}: training writes to it in place, which "
+                f"would change both. Return a copy: {k}.clone()"
             )
         if where is not None and not alike:
             held[where] = f"{k!r}"
 
 
 def memory(t: Any) -> int | None:
-    """What tells one tensor's storage from another's, also on the meta device; None for what has none to write."""
+    """An identifier of a tensor's storage, also on the meta device; None for a tensor that has no storage to write."""
     return t.untyped_storage()._cdata if type(t) in (Tensor, nn.Parameter) and t.numel() else None
 
 
@@ -78,5 +78,5 @@ def called(method: Any, name: str, function: Callable[..., Any], *args: Any, p: 
         raise
     for (label, t), version in zip(given, versions, strict=True):
         if t._version != version:
-            raise ValueError(f"{what} writes to {label} in place, which is not its own: return new tensors")
+            raise ValueError(f"{what} writes to its argument {label} in place: return new tensors")
     return out

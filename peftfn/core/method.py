@@ -30,7 +30,9 @@ ALL = MATRIX | {"other"}
 class Padding:
     """A leaf of one rank, with zeros appended to its tensors, is a leaf of a larger rank with the same change.
 
-    scaled: the tensors that the method's `scale` multiplies. fields: the fields in which the two methods may differ.
+    Args:
+        scaled: the tensors that the method's `scale` multiplies.
+        fields: the fields in which the two methods may differ.
     """
 
     scaled: tuple[str, ...] = ()
@@ -62,6 +64,10 @@ class Method:
     fields are its hyper-parameters and whose functions are pure. w stands for what the method sees at a site: for
     `Weight`, one canonical weight [out, in]. p is everything the method has at the site, by name: its trainable leaf,
     its frozen tensors and what its rule shares.
+
+    Example:
+        assert isinstance(pf.LoRA(rank=2), pf.Method)
+        assert pf.LoRA(rank=2) == pf.LoRA(2)  # a value: it compares, hashes and prints
     """
 
     # Required.
@@ -74,7 +80,7 @@ class Method:
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
-        """The fresh trainable tensors for w [out, in]. Raise ValueError where a size does not fit.
+        """Return the fresh trainable tensors for w [out, in]. Raise ValueError if a size does not fit.
 
         w may be on the meta device (then so is `rng`, and only shapes count).
         """
@@ -83,25 +89,25 @@ class Method:
     # Sharing: constants, and tensors of several sites.
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
-        """Constants of this site: made once by `adapt`, never trained. Any dtype."""
+        """Return constants of this site, of any dtype: made once by `adapt`, never trained."""
         return {}
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
-        """Constants that belong to no single site: {site: {name: tensor}} for all canonical weights of the rule.
+        """Return constants that several sites share: {site: {name: tensor}} for all canonical weights of the rule.
 
         One tensor given to several sites is stored once.
         """
         return {}
 
     def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
-        """Trainable tensors that belong to no single site: one entry of the adapter, under the method's name; every
-        site of the rule has them in its p."""
+        """Return trainable tensors that the sites of the rule share. They are one entry of the adapter, under the
+        method's name, and every site of the rule has them in its p."""
         return {}
 
     # Speed.
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
-        """What the method's other functions get in place of p: anything that depends on parameters alone.
+        """Return what the other functions receive in place of p: compute here what depends on parameters alone.
 
         Runs in fp32 or better, once a call, or once for many calls through `net.prepare`. If it changes a value it
         also changes its name, so that a prepared adapter can be distinguished from a raw one.
@@ -129,7 +135,7 @@ class Method:
         return True
 
     def eval(self) -> Self:
-        """The method as it is when the model is in eval mode."""
+        """Return the method with the values that its fields have in eval mode."""
         changed = {f: v for f, v in self.in_eval if getattr(self, f, v) != v}
         return dataclasses.replace(self, **changed) if changed else self
 
@@ -200,6 +206,12 @@ class Weight(Method, family=True):
     A method must define `init` and `delta`. The rest is optional: constants (`frozen`, `shared`), a trainable `bank`,
     less work (`prepare`), more speed (`product`, `linear`, `low_rank`), the layer's `bias`, and what scale and add mean
     in closed form (`linear_in`, `scales_with`, or `scaled` and `summed`).
+
+    Example:
+        class Gain(pf.Weight):
+            init = lambda self, rng, w: {"g": rng.zeros(w.shape[0], 1)}
+            delta = lambda self, p, w: p["g"] * w
+        pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": Gain()})
     """
 
     # Required.
@@ -207,13 +219,13 @@ class Weight(Method, family=True):
     kinds: ClassVar[frozenset[str]] = MATRIX
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        """The change of the weight, [out, in]: what the method means. p is prepared; both are at least fp32.
+        """Return the change of the weight, [out, in]: the meaning of the method. p is prepared; both are at least fp32.
 
-        A method that defines `bias` alone has none: its change is zero.
+        For a method that defines only `bias`, the change is zero.
         """
         if self.only_bias():
             return torch.zeros_like(w)
-        why = "must define delta(p, w)" if self.mergeable else "depends on the input: it is no change of the weight"
+        why = "must define delta(p, w)" if self.mergeable else "depends on the input, so it has no delta"
         raise ValueError(f"{type(self).__name__} {why}")
 
     mergeable: ClassVar[bool] = True
@@ -225,21 +237,21 @@ class Weight(Method, family=True):
     """Whether a mixed batch may run `linear` and `product` once a row; False where they make a dense weight."""
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
-        """`dot(x, w + delta)`, [..., out], for any layer whose input meets the weight in `dot` alone."""
+        """Return `dot(x, w + delta)`, [..., out], for any layer that uses its input and weight in `dot` alone."""
         return dot(x, w + self.delta(p, w).to(w.dtype))
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        """`F.linear(x, w + delta)`, for methods that work on the features x [..., in] themselves."""
+        """Return `F.linear(x, w + delta)`, for methods that work on the features x [..., in] themselves."""
         return self.product(p, w, x, F.linear)
 
     def low_rank(self, p: Leaf) -> LowRank | None:
-        """What `linear` and `product` compute, where that is a low-rank change: a GPU's kernels then run it, and mixed
+        """Return the factors if `linear` and `product` compute a low-rank change: kernels run it on a GPU, and mixed
         batches run all adapters in two batched products. p may have a leading axis of adapters, or one in some of its
         tensors only."""
         return None
 
     def dropped(self, x: Tensor) -> Tensor:
-        """x with features dropped at the rate of the field `dropout`; ids of an embedding have none to drop."""
+        """Return x with features dropped at the rate of the field `dropout`; ids of an embedding are unchanged."""
         rate = getattr(self, "dropout", 0.0)
         return F.dropout(x, rate) if rate and x.is_floating_point() else x
 
@@ -251,7 +263,7 @@ class Weight(Method, family=True):
     # The layer's bias.
 
     def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
-        """The adapted bias [out] of the layer, for methods that change it. b is None where the layer has none."""
+        """Return the adapted bias [out] of the layer, for methods that change it. b is None if it has no bias."""
         return b
 
     @classmethod
@@ -267,12 +279,12 @@ class Weight(Method, family=True):
     """Prepared tensors that multiply `delta` by s when they are multiplied by s: then `scaled` follows."""
 
     def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
-        """p whose delta is s times that of p (both prepared), or None where there is no such thing."""
+        """Return tensors whose delta is s times that of p (both prepared), or None if there is no closed form."""
         names = self.linear_in or self.scales_with
         return {k: s * t if k in names else t for k, t in p.items()} if names else None
 
     def summed(self, ps: list[Leaf]) -> Leaf | None:
-        """p whose delta is the sum of those of ps (all prepared), or None where there is no such thing."""
+        """Return tensors whose delta is the sum of those of ps (all prepared), or None if there is no closed form."""
         names = self.linear_in
         return (
             {k: torch.stack([p[k] for p in ps]).sum(0) if k in names else t for k, t in ps[0].items()}

@@ -1,4 +1,4 @@
-"""How Hugging Face PEFT writes a method: `Peft`, one record beside each method that PEFT has too."""
+"""How Hugging Face PEFT writes a method: `Peft`, one record for each method that PEFT has too."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,17 +15,17 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Peft:
-    """How Hugging Face PEFT writes a method: what `formats/peft.py` needs to know of it.
+    """How Hugging Face PEFT writes a method: what `formats/peft.py` needs for it.
 
     Args:
         type: `peft_type`.
         keys: our tensor's name → the key behind `base_model.model.<module path>.` in the file.
         fields: our field → PEFT's configuration key; "outer.inner" is a key of the object under `outer`.
         values: our field → pairs (our value, PEFT's), for fields whose values differ; the first pair that fits counts.
-        fixed: configuration that tells this class from others of its type; `...` is anything that is set.
+        fixed: configuration that distinguishes this class from others of its type; `...` is anything that is set.
         shared: our tensor's name → the key behind `base_model.`, for tensors that the sites share.
         group: a module's name → what stands for "{}" in those keys, where only the sites of one group share.
-        per_target: the sites that one name in `target_modules` finds share the bank, if they are of one shape; each has
+        per_target: the sites that one name in `target_modules` matches share the bank, if of one shape; each has
             a copy of it in the file.
         rows: a tensor of the bank → the constant that says which of its rows a site has in the file.
         reads: (our fields by `fields`, PEFT's configuration) ↦ our fields, where reading is more than renaming.
@@ -34,7 +34,7 @@ class Peft:
             needs no such rule: a tensor from a file is reshaped to the shape our leaf has.)
         leaf_from: (method, {PEFT's key: tensor}, w [out, in], bias [out] or None) ↦ leaf and constants, for methods
             whose tensors follow from values of the file or the base. Shared tensors stand under the keys of `shared`.
-            A key that is not there may end in a KeyError. It raises ValueError for what does not fit.
+            It may raise KeyError for a missing key, and raises ValueError for what does not fit.
     """
 
     type: str
@@ -52,7 +52,7 @@ class Peft:
     leaf_from: Callable[[Any, Leaf, Tensor, Tensor | None], Leaf] | None = None
 
     def read(self, config: Config) -> dict[str, Any]:
-        """Our fields from a configuration: `cls(**cls.peft.read(config))` is the method."""
+        """Return our fields from a configuration: `cls(**cls.peft.read(config))` is the method."""
 
         def ours(name: str, value: Any) -> Any:
             pairs = self.values.get(name, ())
@@ -67,7 +67,7 @@ class Peft:
         return found if self.reads is None else self.reads(found, config)
 
     def written(self, method: Any) -> dict[str, Any]:
-        """PEFT's configuration of a method. ValueError for what PEFT cannot express."""
+        """Return PEFT's configuration of a method. ValueError if PEFT cannot express it."""
         more = {} if self.writes is None else self.writes(method)
         out: dict[str, Any] = dict(self.fixed)
         for name, key in self.fields.items():
@@ -78,11 +78,11 @@ class Peft:
         return out | dict(more)
 
     def tensors(self, method: Any, p: Leaf) -> Leaf:
-        """{PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
+        """Return {PEFT's key: tensor in PEFT's shape} of a leaf and its constants."""
         return self.named(p) if self.leaf_to is None else self.leaf_to(method, p)
 
     def named(self, p: Leaf) -> Leaf:
-        """{PEFT's key: tensor}, the tensors as they are."""
+        """Return {PEFT's key: tensor}, with unchanged tensors."""
         return {key: p[k] for k, key in self.keys.items() if k in p}
 
     def _translated(self, method: Any, name: str, value: Any) -> Any:
@@ -90,7 +90,7 @@ class Peft:
             if ours == value:
                 return theirs
         raise ValueError(
-            f"{type(method).__name__}.{name} is {value!r}, which PEFT does not have: it has "
+            f"{type(method).__name__}.{name} is {value!r}, which PEFT does not have: PEFT has "
             f"{list(dict.fromkeys(ours for ours, _ in self.values[name]))}"
         )
 
@@ -98,13 +98,13 @@ class Peft:
 ELSEWHERE = {
     "target_modules": "the pattern of a rule says which layers: peftfn.adapt(model, {'q_proj|v_proj': peftfn.%s()}), "
     "or peftfn.targets",
-    "modules_to_save": "a rule of its own trains a layer whole: peftfn.adapt(model, {…, 'lm_head': peftfn.Full()})",
+    "modules_to_save": "a separate rule trains a layer whole: peftfn.adapt(model, {…, 'lm_head': peftfn.Full()})",
 }
-"""PEFT's words that are no hyper-parameter here → what to write instead."""
+"""PEFT's words that are not hyper-parameters here → what to write instead."""
 
 
 def refuse_words(cls: Any, given: Config, registry: Iterable[Any]) -> None:
-    """TypeError if one of the keyword arguments of `cls` is PEFT's word for something, with ours."""
+    """Raise TypeError, with our name, if a keyword argument of `cls` is a name of PEFT's."""
     own = inspect.signature(cls.__init__).parameters
     others = [c for c in registry if c.peft]
     for word, value in given.items():
@@ -118,7 +118,7 @@ def refuse_words(cls: Any, given: Config, registry: Iterable[Any]) -> None:
         fits = [c for c in fits if is_(value, c.peft.fixed[word])]
         if fits:
             raise TypeError(
-                f"{cls.__name__} has no argument {word!r}; {word}={value!r} is a method of its own here: give "
+                f"{cls.__name__} has no argument {word!r}; {word}={value!r} is a separate method here: give "
                 f"peftfn.{fits[0].__name__}(…)"
             )
         if word in ELSEWHERE:

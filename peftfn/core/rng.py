@@ -11,10 +11,14 @@ from peftfn.model.site import Site
 
 
 class Rng:
-    """Draws tensors for one site from a CPU `torch.Generator` seeded by (seed, name).
+    """Draws the tensors of one site from a CPU `torch.Generator` seeded by (seed, name).
 
     Every draw is made in fp32 on the CPU and then moved, so that a seed means the same values on every device.
-    On the meta device nothing is drawn: only shapes come out.
+    On the meta device nothing is drawn: the tensors have shapes and no values. A method receives an `Rng` in `init`.
+
+    Example:
+        rng = pf.Rng(0, "layers.0.weight")
+        a, b = rng.normal(2, 8, std=0.02), rng.zeros(4, 2)
     """
 
     def __init__(
@@ -29,10 +33,15 @@ class Rng:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        """site: where the tensors are for, for the few methods that need its kind or its own shape; None for those
-        that a rule's sites share. sites: those sites, by name, for the latter. constants: the site's `frozen`
-        tensors, for an `init` that would compute the same again; empty where there are none yet. bias: the layer's,
-        for methods that start from it too; None where it has none, and for stacks."""
+        """Args:
+        seed, name: what the values depend on.
+        site: the site of the tensors, for the few methods that need its kind or its own shape; None for tensors that
+            the sites of a rule share.
+        sites: for shared tensors, the sites that share them, by name.
+        constants: the site's `frozen` tensors, so that `init` need not compute them again; empty if there are none yet.
+        bias: the layer's bias, for methods that start from it too; None if it has none, and for stacks.
+        dtype, device: of what is drawn.
+        """
         self.sites, self.constants = sites or {}, constants or {}
         self.dtype, self.device, self.seed, self.site, self.bias = dtype, torch.device(device), seed, site, bias
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
@@ -40,28 +49,33 @@ class Rng:
         self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def reseeded(self, seed: int) -> "Rng":
-        """Draws from `torch.manual_seed(seed)`'s own sequence, whatever the site: what other libraries' seeds mean."""
+        """An `Rng` with the sequence of `torch.manual_seed(seed)`, for every site: as other libraries draw."""
         rng = Rng(seed, "", site=self.site, sites=self.sites, dtype=self.dtype, device=self.device)
         rng.generator.manual_seed(seed)
         return rng
 
     @property
     def meta(self) -> bool:
+        """Whether tensors have no values here."""
         return self.device.type == "meta"
 
     def _place(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
+        """Uninitialised."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
+        """All 0."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def ones(self, *shape: int) -> Tensor:
+        """All 1."""
         return torch.ones(shape, dtype=self.dtype, device=self.device)
 
     def full(self, *shape: int, value: float) -> Tensor:
+        """All `value`."""
         return torch.full(shape, value, dtype=self.dtype, device=self.device)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:

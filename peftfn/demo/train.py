@@ -47,7 +47,7 @@ def train(
     method: str,
     tick: Callable[[], object] = lambda: None,
 ) -> Trained:
-    """Train k adapters side by side, each on batches of its own.
+    """Train k adapters together, each on its own batches.
 
     Args:
         inputs: what the model's `method` takes, each tensor with the examples in its first dimension.
@@ -87,7 +87,7 @@ def untrained(
     *,
     method: str,
 ) -> Tensor:
-    """[steps, k]: the losses on the batches `train` would use, of adapters left as they are."""
+    """[steps, k]: the losses on the batches `train` would use, of adapters that do not train."""
     stacked, loss = pf.stack(adapters), _loss(net, method)
     batches = _batches(len(label), how, len(adapters))
     return torch.stack([vmap(loss)(stacked, label[index], *(x[index] for x in inputs)) for index in batches])

@@ -38,28 +38,38 @@ def save(
 ) -> None:
     """Write an adapter, and the plan it belongs to, to `path`.
 
-    Each file is written beside its place and renamed: an interrupted save leaves the old one. A folder has one adapter:
-    the files of a former one there are replaced, also if it was of another format.
+    Each file is written under a temporary name and then renamed, so an interrupted save leaves the old one. A folder
+    has one adapter: `save` replaces the files of a former one, also of another format.
 
     Args:
+        path: a folder; for "kohya", a file.
+        net: the adapter's net.
+        adapter: an adapter of it.
         format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), "peft" (what Hugging Face PEFT
             has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
             whole modules), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr; with layout="diffusers" as
             diffusers has it).
-        options: of the format: those of `save` in its module.
+        options: further options of the format; docs/checkpoints.md lists them.
 
     Raises:
-        ValueError: the format cannot express the plan, or tensors are sharded; names the sites. Nothing has been
-            written then.
+        ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. Nothing has been
+            written.
+        TypeError: `net` is not a net.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapter", net, net.init())
+        pf.save("for_peft", net, net.init(), format="peft")
     """
     module = _format(format)
     if not isinstance(net, Adapted):
-        raise TypeError(f"save takes (path, net, adapter), and the second is a {type(net).__name__}")
+        raise TypeError(f"save takes (path, net, adapter), and the second argument is a {type(net).__name__}")
     net.plan.check(adapter)
     refuse_sharded(net.plan, adapter)
     if repetition(net.model) and format not in ("native", "peft"):
         raise ValueError(
-            f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot say"
+            f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot express; "
+            "use format='native' or 'peft'"
         )
     module.save(Path(path), net, adapter, **options)
     _replace_others(Path(path), format)
@@ -78,31 +88,46 @@ def load(
     gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
 ) -> Loaded:
-    """`net, adapter` from a file or folder, or from a repository of the Hugging Face hub, bound to `model`.
+    """Read an adapter from a file, a folder or the Hugging Face Hub, and bind it to `model`.
 
     A file is untrusted input: names, shapes and dtypes are checked against the model before a tensor is read, and the
     model is never changed. Each tensor is read once, onto its site's device.
 
     Args:
-        path: a folder or file; or, where there is none, the hub's "owner/name" (needs huggingface_hub).
-        format: one of `FORMATS`; without it, what the path holds says.
-        subfolder: folder or file inside of `path`.
-        revision: branch, tag or commit on the hub.
-        strict: whether tensors that the adapter lacks, or that have no place in the model, are errors. If not, they
-            are listed in the result's `missing` and `unexpected`.
-        key_mapping: regular expression → replacement, tried in order on each module's name in the file, the first that
-            matches counts: for a model whose modules have other names now.
-        pickled: read adapter_model.bin (tensors alone, `weights_only=True`) where there is no safetensors file.
-        gated: read PEFT's activated LoRAs too, which act from certain tokens on: with `alora_gates` in `net.gated`, as
-            the result's `extra["alora_invocation_tokens"]` says, and not in `net.apply`.
-        experts: how a PEFT file has lora_B of experts that are one stacked parameter: "peft", rank by rank, or
-            "unsloth", expert by expert. Nothing in a file tells the two apart.
+        path: a folder or file; if it does not exist, a Hub repository "owner/name" (needs huggingface_hub).
+        model: the base, without adapters of other libraries.
+        format: "native", "peft", "swift" or "kohya"; None detects it.
+        subfolder: folder or file inside `path`.
+        revision: branch, tag or commit on the Hub.
+        strict: whether missing tensors, and tensors that have no place in the model, are errors. If False, the result
+            lists them in `missing` and `unexpected`.
+        key_mapping: regular expression → replacement, tried in order on each module's name in the file; the first match
+            counts. For a model whose modules have other names now.
+        pickled: whether to read adapter_model.bin (only tensors, `weights_only=True`) if there is no safetensors file.
+        gated: whether to read PEFT's activated LoRAs too. They act from certain tokens on: use them with `alora_gates`
+            and `net.gated`, not with `net.apply`; the tokens are in the result's `extra["alora_invocation_tokens"]`.
+        experts: the order of lora_B in a PEFT file, for experts that are one stacked parameter: "peft", rank by rank,
+            or "unsloth", expert by expert. A file does not say which of the two it has.
+
+    Returns:
+        A `Loaded`: `net, adapter = load(…)`.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: a file that is broken, or does not fit the model (names file and key); or a model that holds
-            adapters already (names the layer).
+        FileNotFoundError: `path` has no adapter.
+        ValueError: the file is broken or does not fit the model (it names the file and key); or the model holds
+            adapters already (it names the layer).
+        TypeError: the arguments are in the wrong order.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapter", net, net.init())
+        net, adapter = pf.load("adapter", model)
     """
+    if isinstance(path, nn.Module) or not isinstance(model, nn.Module):
+        raise TypeError(
+            f"load takes (path, model), not ({type(path).__name__}, {type(model).__name__}): give the path first"
+        )
     known = Model.of(model)
     refuse_adapters(known)
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
@@ -121,7 +146,7 @@ def load(
 
 def _format(name: str) -> Any:
     if name not in FORMATS:
-        raise ValueError(f"there is no format {name!r}; choose one of {sorted(FORMATS)}")
+        raise ValueError(f"{name!r} is not a format; choose one of {sorted(FORMATS)}")
     return FORMATS[name]
 
 
@@ -141,11 +166,11 @@ def _replace_others(path: Path, format: str) -> None:
 def _instead(where: Path) -> str:
     """What a path without an adapter holds instead, and what to do."""
     if not where.is_dir():
-        return f": it is a {where.suffix or 'file'}, and adapters are in .safetensors files or in folders"
+        return f": it is a {where.suffix or 'file'}; give a .safetensors file or a folder"
     below = [p.name for p in sorted(where.iterdir()) if p.is_dir()]
     if inside := [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]:
-        return f"; there are some in {', '.join(inside)}: give subfolder=, or use load_all"
+        return f"; its sub-folders {', '.join(inside)} do: pass subfolder=…, or use load_all"
     for config, *tensors in ((peft.CONFIG, peft.TENSORS, peft.PICKLE), (native.CONFIG, native.TENSORS)):
         if there := next((n for n in tensors if (where / n).is_file()), None):
-            return f": {there} is there, and {config}, which says what its tensors mean, is missing; put it beside it"
+            return f": it has {there}, but not {config}, which describes its tensors; put {config} into the folder"
     return ""

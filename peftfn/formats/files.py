@@ -42,12 +42,22 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file gave: `net, adapter = load(…)`; and, where it was read with strict=False, what did not fit.
+    """What `load` returns. It unpacks into two: `net, adapter = load(…)`.
 
-    missing: keys that the adapter needs and the file lacks: these tensors are as in a fresh adapter.
-    unexpected: keys of the file that have no place in the model: nothing was done with these tensors.
-    extra: of a PEFT configuration, what is beside the method: `task_type`, `base_model_name_or_path`, an activated
-        LoRA's `alora_invocation_tokens`, … `save(…, format="peft", extra=loaded.extra)` writes it again.
+    Args:
+        net: the net, bound to the model.
+        adapter: an adapter of it.
+        missing: with strict=False, keys that the adapter needs and the file lacks; these tensors have the values of a
+            fresh adapter.
+        unexpected: with strict=False, keys of the file that have no place in the model; these tensors are not used.
+        extra: keys of a PEFT configuration that are not about the method: `task_type`, `base_model_name_or_path`, the
+            `alora_invocation_tokens` of an activated LoRA, … `save(…, format="peft", extra=loaded.extra)` writes them.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapter", net, net.init())
+        loaded = pf.load("adapter", net.model, strict=False)
+        assert loaded.missing == loaded.unexpected == ()
     """
 
     net: Adapted
@@ -72,13 +82,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):
-            raise ValueError(f"load: experts is {self.experts!r}; it is 'peft' or 'unsloth'")
+            raise ValueError(f"load: experts is {self.experts!r}; give 'peft' or 'unsloth'")
 
     def refuse(self, where: Path, *names: str) -> None:
         """ValueError for options that would have no effect on what is read at `where`."""
         for name in names:
             if getattr(self, name) != getattr(Options, name):
-                raise ValueError(f"load: {name} is for PEFT's files, and {where} is of another format: leave it out")
+                raise ValueError(f"load: {name} is for PEFT's files, and {where} has another format: leave it out")
 
 
 def read_json(path: Path) -> Any:
@@ -90,28 +100,28 @@ def read_json(path: Path) -> Any:
         seen: dict[str, Any] = {}
         for k, v in pairs:
             if k in seen:
-                raise ValueError(f"the key {k!r} is there twice")
+                raise ValueError(f"the key {k!r} occurs twice")
             seen[k] = v
         return seen
 
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=once, parse_float=_number, parse_int=_number)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: no valid JSON: {e}") from e
+        raise ValueError(f"{path}: not valid JSON: {e}") from e
 
 
 def _number(text: str) -> float:
     """A number of a JSON text. ValueError for one that no tensor could hold."""
     value = float(text)
     if abs(value) > torch.finfo(torch.float32).max:
-        raise ValueError(f"{text[:20]} is beyond what fp32 can hold")
+        raise ValueError(f"{text[:20]} is too large for fp32")
     return int(text) if text.lstrip("-").isdigit() else value
 
 
 class Tensors:
     """The tensors of a file: names, shapes and dtypes at once, each value when it is asked for.
 
-    meta: name → the tensor without its values. names: name → its name in the file, which errors give.
+    meta: name → the tensor without its values. names: name → its name in the file, for errors.
     """
 
     def __init__(
@@ -133,7 +143,7 @@ class Tensors:
             if (new := rename(key)) is None:
                 continue
             if new in old:
-                raise ValueError(f"{self.where}: {self.names[old[new]]!r} and {self.names[key]!r} are both {new!r}")
+                raise ValueError(f"{self.where}: {self.names[old[new]]!r} and {self.names[key]!r} both become {new!r}")
             old[new] = key
         return Tensors(
             self.where,
@@ -156,7 +166,7 @@ class Tensors:
         have = self.meta[key]
         if have.shape != (want := torch.Size(shape)):
             raise ValueError(
-                f"{self.where}: {self.names[key]} has shape {list(have.shape)}, and the model wants {list(want)}"
+                f"{self.where}: {self.names[key]} has shape {list(have.shape)}, and the model needs {list(want)}"
             )
         if have.is_floating_point() != floating:
             kind = "floating" if floating else "integer"
@@ -170,7 +180,7 @@ class Tensors:
         t = self.sources[key]()
         if t.is_floating_point() and t.isnan().any():
             count = int(t.isnan().sum())
-            raise ValueError(f"{self.where}: {self.names[key]} has {count} values that are no numbers (NaN)")
+            raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
 
@@ -198,44 +208,46 @@ def opened(where: Path) -> Iterator[Tensors]:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)
                 if (kind := str(part.get_dtype())) not in DTYPES:
-                    raise ValueError(f"{where}: {name} is {kind}; an adapter's tensors are of {', '.join(DTYPES)}")
+                    raise ValueError(
+                        f"{where}: {name} is {kind}; an adapter's tensors have one of the dtypes {', '.join(DTYPES)}"
+                    )
                 meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[kind], device="meta")
             read = {name: partial(file.get_tensor, name) for name in meta}
             yield Tensors(where, meta, read, metadata=file.metadata())
     except SafetensorError as e:
-        raise ValueError(f"{where}: no valid safetensors file: {e}") from e
+        raise ValueError(f"{where}: not a valid safetensors file: {e}") from e
 
 
 def unpickled(where: Path) -> Tensors:
-    """The tensors of a file that torch.save wrote: no code of it runs (`weights_only=True`). ValueError for others."""
+    """Read a file of tensors by torch.save, with `weights_only=True`, so no code runs. ValueError for other files."""
     try:
         state = torch.load(where, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{where}: no file of tensors alone: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"{where}: not a file that has only tensors: {str(e).splitlines()[0]}") from e
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise ValueError(f"{where}: it holds a {type(state).__name__}, and an adapter is a dict of name → tensor")
+        raise ValueError(f"{where}: it has a {type(state).__name__}; an adapter is a dict of name → tensor")
     for name, t in state.items():
         if not isinstance(t, Tensor) or t.dtype not in DTYPES.values() or t.layout != torch.strided:
-            raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}")
+            raise ValueError(f"{where}: {name} is not a plain tensor of {', '.join(DTYPES)}")
     meta = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     return Tensors(where, meta, {name: partial(state.__getitem__, name) for name in state})
 
 
 def write(path: Path, content: Mapping[str, Tensor] | str, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file (tensors: as safetensors), with the old one in its place until it is whole."""
-    beside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    """Write a file (tensors: as safetensors). It replaces the old one only when it is complete."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if isinstance(content, str):
-            beside.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
         else:
             tensors = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in content.items()}
-            save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
-        with beside.open("rb+") as file:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_sharded(plan: Plan, adapter: Mapping[str, Any]) -> None:
@@ -249,6 +261,6 @@ def refuse_sharded(plan: Plan, adapter: Mapping[str, Any]) -> None:
     for name, e in plan.items():
         if any(map(is_sharded, e.frozen.values())):
             raise ValueError(
-                f"{name}: its constants are sharded as the model is, and a file holds whole tensors. Save with a net "
-                "of the model as it is without sharding, peftfn.adapt(model, rules)"
+                f"{name}: its constants are sharded like the model, and a file holds whole tensors. Save with a net "
+                "of the model before sharding, peftfn.adapt(model, rules)"
             )

@@ -16,7 +16,7 @@ def find(
     if not where.exists():
         where = _fetched(path, subfolder, revision, pickled)
     elif revision is not None:
-        raise ValueError(f"load: revision={revision!r} is of the hub, and {where} is a local path: leave it out")
+        raise ValueError(f"load: revision={revision!r} is for the Hub, and {where} is a local path: leave it out")
     where = where / subfolder if subfolder else where
     if not where.exists():
         raise FileNotFoundError(f"{where} does not exist")
@@ -26,14 +26,14 @@ def find(
 def _fetched(path: str | PathLike[str], subfolder: str | None, revision: str | None, pickled: bool) -> Path:
     name = str(path)
     if not isinstance(path, str) or not _REPOSITORY.fullmatch(name) or ".." in name:
-        raise FileNotFoundError(f"{name} does not exist, and is no hub's owner/name")
+        raise FileNotFoundError(f'{name} does not exist and is not a Hub repository ("owner/name")')
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as e:
-        raise FileNotFoundError(f"{name} does not exist; to read it from the hub, pip install huggingface_hub") from e
+        raise FileNotFoundError(f"{name} does not exist; to read it from the Hub, pip install huggingface_hub") from e
     wanted = [*NAMES, *(("*.bin",) if pickled else ())]
     if subfolder:
         wanted = [subfolder, *(f"{subfolder}/{n}" for n in wanted)]
-    # without a subfolder, only what lies at the top ("*" would match a "/" too)
+    # without a subfolder, only what is at the top ("*" would match a "/" too)
     ignored = None if subfolder else ["*/*"]
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))

@@ -67,7 +67,7 @@ def save(
     """
     known = {"kohya": tuple(FLAT), "diffusers": DOTTED}
     if layout not in known:
-        raise ValueError(f"save: there is no layout {layout!r}; choose one of {sorted(known)}")
+        raise ValueError(f"save: {layout!r} is not a layout; choose one of {sorted(known)}")
     if prefix is not None and prefix not in known[layout]:
         raise ValueError(f"save: prefix is {prefix!r}; {layout} has {', '.join(known[layout])}")
     names, out = Names(Model.of(net.model)), dict[str, Tensor]()
@@ -85,7 +85,7 @@ def load(path: Path, model: Model, options: Options) -> Loaded:
     options.refuse(path, "experts")
     if path.suffix in _PICKLES and path.is_file():
         if not options.pickled:
-            raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads its tensors, and nothing else")
+            raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads only its tensors")
         return KohyaReader(unpickled(path), model, options.key_mapping or {}).load(options.strict)
     with opened(path / FILE if path.is_dir() else path) as file:
         return KohyaReader(file, model, options.key_mapping or {}).load(options.strict)
@@ -114,7 +114,9 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
     """{end of the key: tensor} of a site's leaf. ValueError for what these files have no form for."""
     site, method = entry.site, entry.method
     if is_expression(leaf) or leaf.keys() != entry.spec.keys():
-        raise ValueError(f"{site.name}: these files have no sums, scalings or prepared adapters; give the original")
+        raise ValueError(
+            f"{site.name}: these files cannot express sums, scalings or prepared adapters; save their origin"
+        )
     attr = site.name.rpartition(".")[2]
     if type(method) is Full and attr in ("weight", "bias") and layout == "kohya":
         weight = names.sites.get((site.module, "weight"))
@@ -125,12 +127,11 @@ def _written(entry: Entry, leaf: Mapping[str, Any], names: Names, layout: str) -
     if type(method) not in forms:
         raise ValueError(
             f"{site.name}: {layout}'s files have no {type(method).__name__}; peftfn.to_lora(net, adapter, rank=…) "
-            "gives the nearest LoRA (convert --rank on the command line)"
+            "returns the nearest LoRA (convert --rank on the command line)"
         )
     if site.kind not in ("linear", "conv") or attr != "weight":
         raise ValueError(
-            f"{site.name}: these files have nn.Linear and convolutions alone, and this is {site.kind}: use the native "
-            "format"
+            f"{site.name}: these files support only nn.Linear and convolutions, not {site.kind}: use the native format"
         )
     ones = (1,) * (len(site.shape) - 2)
     p: Leaf = dict(leaf)

@@ -1,4 +1,4 @@
-"""The names that kohya's and diffusers' files give to a model's layers and to a method's tensors."""
+"""The names of a model's layers and of a method's tensors in kohya's and diffusers' files."""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def nameless(key: str) -> str:
 
 
 class Names:
-    """The names that files give to a model's layers."""
+    """The names of a model's layers in files."""
 
     def __init__(self, model: Model):
         self.parts = [n for n, _ in model.root.named_children()]
@@ -116,7 +116,7 @@ class Names:
         found = sorted(self.meant.get(name, ()))
         if len(found) > 1:
             raise ValueError(
-                f"{where}: {name} may be {' or '.join(found)}: names with underscores do not tell them apart. Use "
+                f"{where}: {name} may be {' or '.join(found)}: names with underscores do not distinguish them. Use "
                 "diffusers' layout, which has dots, or rename one with key_mapping."
             )
         return found[0] if found else None
@@ -132,7 +132,7 @@ class Names:
             mine = [p for p in FLAT if module.partition(".")[0] in FLAT[p] and (p != "lora_te" or not several)]
             prefix = mine[0] if mine else "lora_unet"
         if (path := self.inside(prefix, module)) is None:
-            raise ValueError(f"{module}: it is in no part of a pipeline that {prefix} names; give another prefix=")
+            raise ValueError(f"{module}: no part of a pipeline that {prefix} names has it; give another prefix=")
         if prefix.startswith("lora_te"):
             path = next((p for n in self.longer(module) if (p := self.inside(prefix, n))), path)
         return f"{prefix}_{path}".replace(".", "_")

@@ -46,7 +46,7 @@ class KohyaReader:
         try:
             self.mapping = {re.compile(k): v for k, v in key_mapping.items()}
         except re.error as e:
-            raise ValueError(f"load: key_mapping has {e.pattern!r}, which is no regular expression: {e}") from e
+            raise ValueError(f"load: key_mapping has {e.pattern!r}, which is not a regular expression: {e}") from e
         self.found: dict[str, dict[Key, str]] = {}  # module → {(method, tensor): the file's key}
         self.called: dict[str, str] = {}  # module → its name in the file
         self.stray: list[str] = []
@@ -69,7 +69,7 @@ class KohyaReader:
             hint = near(self.stray[0].partition(".lora")[0], [m for m, _ in self.names.sites]) if self.stray else ""
             raise mismatch(self.where, self.missing, self.stray, hint)
         if not methods:
-            raise ValueError(f"{self.where}: there is no adapter in it that this model has a place for")
+            raise ValueError(f"{self.where}: it has no adapter tensors that fit this model")
         known = list(self.model.sites)
         groups: dict[Weight, list[str]] = {}
         for name in known:
@@ -91,7 +91,7 @@ class KohyaReader:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{self.where}: lora_adapter_metadata is no valid JSON: {e}") from e
+            raise ValueError(f"{self.where}: lora_adapter_metadata is not valid JSON: {e}") from e
         if not isinstance(found, dict):
             raise ValueError(f"{self.where}: lora_adapter_metadata is {text[:80]}; it must be an object")
         return found
@@ -163,7 +163,7 @@ class KohyaReader:
             return GLoRALycoris(rank, self.alpha(site, keys, rank))
         if cls is DiagOFT:
             if len(shape["b"]) != 3:
-                raise ValueError(f"{self.where}: {keys['b']} is {list(shape['b'])}; [n, b, b] is what is read")
+                raise ValueError(f"{self.where}: {keys['b']} is {list(shape['b'])}; it must be [n, b, b]")
             bound = self.number(keys["alpha"], 0.0) if "alpha" in keys else 0.0
             return DiagOFT(shape["b"][-1], bound or None, rescale="s" in keys)
         if cls is LoHa:
@@ -192,13 +192,13 @@ class KohyaReader:
     def ia3(self, site: Site, keys: Mapping[str, str]) -> Weight:
         on_input = self.number(keys["on_input"], 0.0)
         if on_input not in (0, 1):
-            raise ValueError(f"{self.where}: {keys['on_input']} is {on_input}; it is 0 or 1")
+            raise ValueError(f"{self.where}: {keys['on_input']} is {on_input}; it must be 0 or 1")
         return IA3(bool(on_input), scales_bias=bool(on_input) or site.bias not in self.model.weights)
 
     def number(self, key: str, least: float) -> float:
         """The one number in a tensor. ValueError for another shape, and for a value below `least` or not finite."""
         if self.file.meta[key].numel() != 1:
-            raise ValueError(f"{self.where}: {key} has shape {list(self.file.meta[key].shape)}; it is one number")
+            raise ValueError(f"{self.where}: {key} has shape {list(self.file.meta[key].shape)}; it must be one number")
         value = float(self.file.tensor(key))
         if not least <= value < math.inf:
             bound = "above 0" if least else "from 0 on"
@@ -228,7 +228,7 @@ class KohyaReader:
         return None if value == rank else value
 
     def header(self) -> float | None:
-        """The scale that the file's header gives to all layers: alpha over the rank."""
+        """The scale of all layers in the file's header: alpha over the rank."""
         said = {k: self.file.metadata[k] for k in (*ALPHAS, *RANKS) if k in self.file.metadata}
         try:
             numbers = {k: float(v) for k, v in said.items()}
@@ -271,10 +271,12 @@ class KohyaReader:
                 alike = have == want
             if not alike:
                 raise ValueError(
-                    f"{self.where}: {key} has shape {list(have)}, and {entry.method} at {site.name} wants {list(want)}"
+                    f"{self.where}: {key} has shape {list(have)}, and {entry.method} at {site.name} needs {list(want)}"
                 )
             if not self.file.meta[key].is_floating_point():
-                raise ValueError(f"{self.where}: {key} is {self.file.meta[key].dtype}; it must be floating")
+                raise ValueError(
+                    f"{self.where}: {key} is {self.file.meta[key].dtype}; it must have a floating-point dtype"
+                )
 
     def fill(self, plan: Plan, keys: Mapping[str, Mapping[str, str]]) -> Loaded:
         devices = {n: p.device for n, p in self.model.weights.items()}

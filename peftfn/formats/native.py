@@ -41,7 +41,7 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
     config |= repetition(net.model)
-    # the two files are renamed one after the other: this tells whether they are of one save
+    # the two files are renamed one after the other: this says whether they are of one save
     config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
     write(folder / TENSORS, tensors, {"id": config["id"]})
     write(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
@@ -62,7 +62,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
                 + ("not in the model" if have is None else f"{list(have.shape)} in the model")
             )
         if have.kind not in rules[taken[name]].kinds:
-            raise ValueError(f"{where}: {name} has the rule {taken[name][:80]!r}, which gives no method for it")
+            raise ValueError(f"{where}: {name} has the rule {taken[name][:80]!r}, which has no method for it")
     try:
         plan = make(model, rules, 0, taken=taken, constants=False)
     except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
@@ -76,8 +76,8 @@ def check_saved(path: Path, net: Adapted) -> str:
     """The id of the plan that a file of tensors was saved with.
 
     Raises:
-        FileNotFoundError: it, or the configuration beside it, is missing.
-        ValueError: it is no adapter's, or its plan is not the net's: same sites, methods and constants.
+        FileNotFoundError: it, or its configuration, is missing.
+        ValueError: it does not hold an adapter, or its plan is not the net's: same sites, methods and constants.
     """
     where = path.with_name(CONFIG)
     config = _read(where)
@@ -88,7 +88,7 @@ def check_saved(path: Path, net: Adapted) -> str:
         if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
             raise ValueError(
                 f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
-                f"{mine or 'none'}: put it with the net it was saved with, which peftfn.load gives"
+                f"{mine or 'none'}: put it with the net that it was saved with, which peftfn.load returns"
             )
         if (shape := config["sites"][name]["shape"]) != list(net.plan[name].site.shape):
             raise ValueError(f"{path}: {name} is {shape} in the file, and {list(net.plan[name].site.shape)} in the net")
@@ -102,7 +102,7 @@ def check_saved(path: Path, net: Adapted) -> str:
 def read_saved(path: Path, net: Adapted, plan: str) -> dict[str, Any]:
     """The adapter in a file of tensors that fits the net, on the CPU. The file is mapped for as long as it takes.
 
-    plan: what `check_saved` gave; a file that was saved with another plan since then is checked again.
+    plan: what `check_saved` returned; a file that was saved with another plan since then is checked again.
     """
     with opened(path) as file:
         if file.metadata.get("id") != plan:
@@ -121,9 +121,9 @@ def _rules(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Method], d
     taken = {name: site["rule"] for name, site in config["sites"].items()}
     for name, rule in taken.items():
         if rule not in rules:
-            raise ValueError(f"{where}: {name} has the rule {rule[:80]!r}, which gives no method for it")
+            raise ValueError(f"{where}: {name} has the rule {rule[:80]!r}, which has no method for it")
     if rules.keys() != set(taken.values()):
-        raise ValueError(f"{where}: the rule {min(rules.keys() - set(taken.values()))[:80]!r} has no site")
+        raise ValueError(f"{where}: the rule {min(rules.keys() - set(taken.values()))[:80]!r} matches no site")
     return rules, taken
 
 
@@ -133,7 +133,7 @@ def _one_save(file: Tensors, config: Mapping[str, Any], where: Path) -> None:
 
 
 def _meaning(method: Method) -> tuple[Any, ...]:
-    """What tells whether two methods do the same with one leaf: all but how they train, and how they start."""
+    """An identifier that is equal for two methods that do the same with one leaf: all but how they train and start."""
     m, odd = method.eval(), ("dropout", "init_weights")
     return type(m), *((f.name, getattr(m, f.name)) for f in dataclasses.fields(m) if f.name not in odd)
 
@@ -146,8 +146,8 @@ def _same_constants(plan: Plan, constants: Mapping[str, Mapping[str, str]], file
             mine = entry.frozen[k]
             if not torch.equal(file.tensor(key, exact=True), mine.cpu()):
                 raise ValueError(
-                    f"{file.where}: {name}: its constant {k} is another than the net's: adapt with the same seed, or "
-                    "put it with the net it was saved with, which peftfn.load gives"
+                    f"{file.where}: {name}: its constant {k} differs from the net's: adapt with the same seed, or "
+                    "put it with the net that it was saved with, which peftfn.load returns"
                 )
 
 
@@ -186,7 +186,7 @@ def _read(where: Path) -> dict[str, Any]:
         if not (isinstance(keys, dict) and all(isinstance(k, str) for k in keys.values())):
             raise ValueError(f"{where}: constants: {name} is {str(keys)[:80]}; it must be name → key")
     if len({p for p, _ in config["rules"]}) != len(config["rules"]):
-        raise ValueError(f"{where}: rules: a pattern is there twice")
+        raise ValueError(f"{where}: rules: a pattern occurs twice")
     return config
 
 
@@ -279,7 +279,7 @@ def from_json(data: Any, where: Path) -> Method:
     try:
         return cls(**{k: value(v) for k, v in data.items() if k != "method"})
     except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
-        raise ValueError(f"{where}: {cls.__name__} does not take what the file gives it: {e}") from e
+        raise ValueError(f"{where}: {cls.__name__} does not accept the values in the file: {e}") from e
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

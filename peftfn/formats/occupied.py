@@ -1,4 +1,4 @@
-"""Models that hold adapters already: no adapter on disk is for one."""
+"""Refuse models that hold adapters already."""
 
 from peftfn.model.model import Model
 from peftfn.model.site import of_peft
@@ -21,4 +21,4 @@ def refuse_adapters(model: Model) -> None:
         layer = f".{first}".partition(".parametrizations.")[0].removeprefix(".")
         what = f"{layer or 'the model'} holds an adapter of peftfn.as_module"
         cure = "Give the model that as_module was made of, which stayed as it was: net.model"
-    raise ValueError(f"load: {what}, and an adapter on disk is for a model without adapters. {cure}.")
+    raise ValueError(f"load: {what}, and an adapter on disk fits only a model without adapters. {cure}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfn.formats import peft_config as configs
-from peftfn.formats import peft_extra as beside
+from peftfn.formats import peft_extra
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
@@ -46,9 +46,9 @@ def save(
 
     Args:
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
-        extra: for the configuration, beside what the method gives: `task_type`, `alora_invocation_tokens`, …
+        extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
     """
-    more = beside.given(extra, net)
+    more = peft_extra.given(extra, net)
     for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
@@ -60,7 +60,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     if not where.is_file() and (folder / PICKLE).is_file():
         if not options.pickled:
             raise FileNotFoundError(
-                f"{where} is missing; {PICKLE} is a pickle: load(…, pickled=True) reads its tensors, and nothing else"
+                f"{where} is missing; {PICKLE} is a pickle: load(…, pickled=True) reads only its tensors"
             )
         return build(model, config, unpickled(folder / PICKLE), folder / CONFIG, options)
     with opened(where) as file:
@@ -75,9 +75,9 @@ def build(
     options: Options,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
-    extra = beside.taken(config, where, options.gated)
-    if spans := extra.get(beside.REPLICATION):
-        model = beside.replicated(model, spans, where)
+    extra = peft_extra.taken(config, where, options.gated)
+    if spans := extra.get(peft_extra.REPLICATION):
+        model = peft_extra.replicated(model, spans, where)
     known = PeftNames(model)
     ends = suffixes((*configs.candidates(config["peft_type"]), *configs.candidates("TRAINABLE_TOKENS")))
     bare = nameless(map(unwrapped, file.meta), ends, file.where)
@@ -92,6 +92,6 @@ def build(
     stacked(config, file, known, where)
     flattened(config, file, known, where)
     loaded = PeftReader(where, config, file, known, options.strict).load()
-    if beside.INVOCATION in extra:
-        beside.check_gated(loaded.net.plan, where)
+    if peft_extra.INVOCATION in extra:
+        peft_extra.check_gated(loaded.net.plan, where)
     return replace(loaded, extra=extra)

@@ -53,7 +53,7 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
     """The configuration with PEFT's defaults filled in. ValueError for anything that is none."""
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(f"{path}: no PEFT configuration: it must be an object with a text under 'peft_type'")
+        raise ValueError(f"{path}: not a PEFT configuration: it must be an object with a string under 'peft_type'")
     if kind in PROMPTS:
         raise ValueError(f"{path}: {kind} trains a prompt, not weights; this format does not read such files yet")
     defaults = DEFAULTS.get(kind, {})
@@ -88,7 +88,9 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
     starts = {k: v.lower() for k, v in config.items() if k.startswith("init_") and isinstance(v, str)}
     config = config | {k: v for k, v in starts.items() if v in STARTS}  # PEFT takes them in capitals too
     if kind == "OFT" and "oft_block_size" not in config:
-        raise ValueError(f"{path}: no oft_block_size: a file of PEFT 0.13 or older, whose OFT was another method")
+        raise ValueError(
+            f"{path}: it has no oft_block_size, so it is of PEFT 0.13 or older, whose OFT was another method"
+        )
     return {**defaults, **config}
 
 
@@ -124,14 +126,14 @@ def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Weigh
     classes = candidates(config["peft_type"])
     fits = [c for c in classes if c.peft and all(is_(dict.get(here, k), v) for k, v in c.peft.fixed.items())]
     if not fits:
-        raise ValueError(f"{where}: no method here is PEFT's {config['peft_type']} with these options")
+        raise ValueError(f"{where}: peftfn has no method for PEFT's {config['peft_type']} with these options")
     cls = max(fits, key=lambda c: len(c.peft.fixed) if c.peft else 0)
     try:
         assert cls.peft is not None
         found = cls(**cls.peft.read(here))
         hash(found)  # fields are plain values
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{where}: at {module}: {cls.__name__} cannot be what the file says: {e}") from e
+        raise ValueError(f"{where}: at {module}: {cls.__name__} does not accept the values in the file: {e}") from e
     defaults = DEFAULTS.get(config["peft_type"], {})
     here.read |= {*cls.peft.fields.values(), *cls.peft.fixed}
     for key, value in ((k, v) for k, v in here.items() if k in config):
@@ -153,7 +155,7 @@ def method(config: dict[str, Any], module: str, kind: str, where: Path) -> Weigh
 
 
 def family(targets: Any, module: str) -> str:
-    """The name in target_modules that finds a module: a regular expression is one for all that it finds."""
+    """The name in target_modules that matches a module: a regular expression is one for all that it finds."""
     if isinstance(targets, str) and targets.lower() != "all-linear":
         return targets
     return max((n for n in listed(targets) if module.endswith(n)), key=len, default=module.rpartition(".")[2])
@@ -229,6 +231,6 @@ def chosen(config: dict[str, Any], where: Path) -> tuple[Any, Any, tuple[Any, li
     wanted, layers = modules("target_modules"), config.get("layers_to_transform")
     if layers is not None and wanted is not None and not isinstance(wanted, list):
         raise ValueError(
-            f"{where}: layers_to_transform goes with a list of target_modules, and here they are a pattern"
+            f"{where}: layers_to_transform goes with a list of target_modules, and here target_modules is a pattern"
         )
     return wanted, modules("exclude_modules"), (layers, lists)

@@ -36,7 +36,7 @@ def stacked(config: dict[str, Any], file: Tensors, model: PeftNames, where: Path
         if m and name and (site := model.sites.get(f"{m['head']}.{name}")) and site.kind == "stack":
             found.setdefault((m["head"], name), {})[int(m["i"]), m["part"], m["factor"]] = key
     if found and (config["peft_type"] != "LORA" or config.get("use_dora")):
-        raise ValueError(f"{where}: experts are one parameter in this model, and there is no such form but for LoRA")
+        raise ValueError(f"{where}: experts are one parameter in this model, and only LoRA has a form for it")
     for head in dict.fromkeys(head for head, _ in found):
         if model.direct(head, configs.listed(config.get("target_parameters"))):
             raise ValueError(
@@ -77,7 +77,7 @@ def _stack(
     ranks = {p: file.meta[tensors[0, p, "lora_A"]].shape[0] for p in parts}
     scales = {m.scale for m in methods if isinstance(m, LoRA)}
     if len(scales) != 1 or len({m.rank for m in methods if isinstance(m, LoRA)} | set(ranks.values())) != 1:
-        raise ValueError(f"{where}: experts of {head} have several ranks or alphas, and stacked ones have one")
+        raise ValueError(f"{where}: experts of {head} have several ranks or alphas, and stacked experts have one")
     for (_, p, factor), key in tensors.items():
         file.check(key, (ranks[p], in_) if factor == "lora_A" else (rows, ranks[p]))
     total = sum(ranks.values())

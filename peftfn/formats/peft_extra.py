@@ -1,4 +1,4 @@
-"""What a PEFT configuration says beside the method: about the model it is for, and about when the adapter acts."""
+"""PEFT configuration keys that are not about the method: the model it is for, and when the adapter acts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,20 +18,20 @@ KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path
 
 
 def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
-    """Take what is beside the method out of a configuration. ValueError for what would change outputs in silence."""
+    """Remove and return the keys that are not about the method. ValueError for what would change outputs silently."""
     extra = {k: config[k] for k in sorted(KEYS) if config.get(k)}
     for k in (INVOCATION, REPLICATION):
         config.pop(k, None)
     if config.get("arrow_config"):
         raise ValueError(
-            f"{where}: arrow_config makes this a router over other adapters, and its own tensors have no effect: load "
+            f"{where}: arrow_config makes this a router over other adapters, and its tensors have no effect: load "
             "the adapters that it routes to, each from its folder, and weigh them with net.gated"
         )
     tokens = extra.get(INVOCATION)
     if tokens is None:
         return extra
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
-        raise ValueError(f"{where}: {INVOCATION} is {str(tokens)[:80]}; it must be a list of tokens' numbers")
+        raise ValueError(f"{where}: {INVOCATION} is {str(tokens)[:80]}; it must be a list of token ids")
     if not gated:
         raise ValueError(
             f"{where}: {INVOCATION} is {str(tokens)[:80]}: an activated LoRA, which acts from these tokens on, and "
@@ -47,13 +47,13 @@ def check_gated(plan: Plan, where: object) -> None:
         if type(entry.method) is not LoRA or entry.site.kind not in ("linear", "linear_t"):
             raise ValueError(
                 f"{where}: {INVOCATION} is for LoRA at linear layers; {name} ({entry.site.kind}) has {entry.method}, "
-                "which PEFT does not gate: keep the two in adapters of their own"
+                "which PEFT does not gate: save the two as separate adapters"
             )
 
 
 def replicated(model: Model, spans: Any, where: Path) -> Model:
     """A copy of the model whose layers are those of the spans [start, end), one after the other, as PEFT's
-    `replicate_layers` makes them. It shares the storage of all parameters. A model that is such a copy stays as it is.
+    `replicate_layers` makes them. It shares the storage of all parameters. Such a copy is returned unchanged.
 
     Llama-like models have their layers in `layers`, BERT-like ones in `encoder.layer`, Falcon-like ones in `h`.
     """

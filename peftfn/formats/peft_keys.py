@@ -1,4 +1,4 @@
-"""PEFT's names of tensors in a file, and the shapes it gives them at each kind of layer."""
+"""PEFT's names of tensors in a file, and their shapes at each kind of layer."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -35,7 +35,7 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
     """key ↦ the key without the adapter's name, which a state that was saved by hand has: `lora_A.default.weight`,
     `ia3_l.default`, `modules_to_save.default.weight`. ValueError where the file has two adapters.
 
-    ends: the keys of the methods in the file, as `suffixes` gives them.
+    ends: the keys of the methods in the file, as `suffixes` returns them.
     """
     ends = [end for end in ends if "{}" not in end]  # those have a group's name there
     stems: dict[str, list[re.Pattern[str]]] = {}
@@ -68,7 +68,7 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
     if len(named) > 1:
         several = " and ".join(map(repr, list(named.values())[:2]))
         raise ValueError(
-            f"{where}: {several} are of two adapters: {', '.join(map(repr, named))}. Save each in a file of its own"
+            f"{where}: {several} belong to two adapters: {', '.join(map(repr, named))}. Save each in its own file"
         )
     copies = {k.rpartition(".ln_tuning_layers.")[2].partition(".")[0] for k in split if ".ln_tuning_layers." in k}
     name = next(iter(named), next(iter(copies - _ENDS), "default") if len(copies) == 1 else "default")
@@ -116,7 +116,7 @@ def renaming(model: keys.PeftNames, mapping: Mapping[str, str] | None, ends: Ite
         # trained with a head that this model has not, or without the one that it has
         less = [bare.removeprefix(f"{s}.") for s in dict.fromkeys((*_STEMS, stem))]
         tried = {bare: rest(bare)} if bare not in model.sites else {bare: 0}
-        if tried[bare] > 2:  # it is no layer's own tensor
+        if tried[bare] > 2:  # not the tensor of one layer
             tried |= {other: rest(other) for other in (*([old(bare)] if old else ()), *less) if other not in tried}
             tried |= {f"{stem}.{bare}": rest(f"{stem}.{bare}", root=False)}
         return head + min(tried, key=tried.__getitem__)

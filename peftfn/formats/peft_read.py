@@ -43,13 +43,13 @@ class PeftReader:
         self.missing, self.unexpected, self.token_keys = at.missing, at.unexpected, at.token_keys
         self.unused = at.unused
         self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
-        self.made: dict[str, Leaf] = {}  # site → what its method's `leaf_from` gives
+        self.made: dict[str, Leaf] = {}  # site → what its method's `leaf_from` returns
         self.fresh: Plan | None = None
 
     def load(self) -> Loaded:
         if not (self.places or self.whole):
             known = self.unexpected or self.missing
-            raise self.error() if known else ValueError(f"{self.file.where}: there is no adapter in it")
+            raise self.error() if known else ValueError(f"{self.file.where}: it has no adapter")
         methods = {name: self.method(place, self.found[name]) for name, place in self.places.items()}
         self.tie(methods)
         both = {n: chain(Full(), m) for n, m in methods.items() if n in self.whole}  # saved whole, and adapted
@@ -151,7 +151,7 @@ class PeftReader:
         w, bias = self.model.weights[name], self.model.weights.get(entry.site.bias or "")
         assert method.peft is not None and method.peft.leaf_from is not None
         if w.is_meta:
-            raise ValueError(f"{file.where}: {name} has no values yet, and {method} reads its tensors by them")
+            raise ValueError(f"{file.where}: {name} has no values yet, and {method} needs them to read its tensors")
         t = {k: file.tensor(key, w.device) for k, key in found.items()}
         for k, key in method.peft.shared.items():
             named = keys.rows(key, torch.Size(), method.peft.group(place.called))
@@ -174,7 +174,7 @@ class PeftReader:
             integer = k in entry.frozen and not entry.frozen[k].is_floating_point()
             if k in made and (made[k].shape != like or made[k].is_floating_point() == integer):
                 raise ValueError(
-                    f"{file.where}: {name}: {k} is {made[k].dtype} {list(made[k].shape)}; {method} wants {list(like)}"
+                    f"{file.where}: {name}: {k} is {made[k].dtype} {list(made[k].shape)}; {method} needs {list(like)}"
                 )
         for k in found.keys() & again.keys():
             file.check(found[k], file.meta[found[k]].shape, again[k].is_floating_point())
@@ -197,7 +197,7 @@ class PeftReader:
 
     @property
     def seeded(self) -> bool:
-        """Whether the file leaves out what a seed gives."""
+        """Whether the file leaves out what a seed determines."""
         return any(self.config.get(k) is False for k in ("save_projection", "save_indices"))
 
     def inside(self, name: str) -> str:

@@ -54,7 +54,7 @@ class Sorted:
         idle: dict[str, list[str]] = {}
         parameter = "ln_tuning_layers" if config["peft_type"] == "LN_TUNING" else ""
         if not self.classes and not parameter:
-            raise ValueError(f"{self.where}: PEFT's {config['peft_type']} is no method this release has")
+            raise ValueError(f"{self.where}: this release has no method for PEFT's {config['peft_type']}")
         written = {k for c in (*self.classes, *self.tokens) if c.peft for k in c.peft.keys.values()}
         shared = {k for c in self.classes if c.peft for k in c.peft.shared.values()}
         variants = {v for k in written for v in keys.variants(k)}
@@ -145,7 +145,7 @@ class Sorted:
         wanted, exclude, layers = configs.chosen(config, self.where)
         if wanted is None:
             if self.shared and not self.places:
-                raise ValueError(f"{self.where}: target_modules is missing, and nothing else says which layers share")
+                raise ValueError(f"{self.where}: target_modules is missing, which says which layers share")
             return
         adapted = {m for p in self.places.values() for m in (p.site.module, model.owner(p.site.module))}
         named = matched(model.read, wanted, exclude, *layers, called=model.called)
@@ -165,7 +165,7 @@ class Sorted:
                 self.places[new.site.name], self.found[new.site.name] = new, {}
 
     def lacking_tokens(self) -> list[str]:
-        """Keys of trained tokens that the configuration names beside another method, and the file does not have."""
+        """Keys of trained tokens that the configuration names next to another method, and that the file lacks."""
         given, model = self.config.get("trainable_token_indices"), self.model
         if not given or self.config["peft_type"] == "TRAINABLE_TOKENS":
             return []
@@ -180,7 +180,7 @@ class Sorted:
         return [f"{PREFIX}{n}.{TOKENS}.{key}" for n in names for key in sorted(self.token_keys)]
 
     def idle_patterns(self) -> list[str]:
-        """Sentences about keys of patterns that are no module's name: what they say would be lost."""
+        """Sentences about keys of patterns that match no module, and would be ignored."""
         kind, out = self.config["peft_type"], list[str]()
         if kind in table.UNPATTERNED:
             return out
@@ -196,7 +196,7 @@ class Sorted:
         """PEFT's methods have no rank beyond the layers' sizes: a number that would allocate without end is refused."""
         largest = max((max(p.site.shape, default=1) for p in self.places.values()), default=1)
         if isinstance(r := self.config.get("r"), int) and r > max(8 * largest, LEAST):
-            raise ValueError(f"{self.where}: r is {r}, and the largest side of an adapted weight is {largest}")
+            raise ValueError(f"{self.where}: r is {r}, above the largest dimension of an adapted weight, {largest}")
 
     def trained(self, name: str, key: str) -> bool:
         """Whether a tensor saved whole is part of the adapter, or only a copy of the base's (an embedding's)."""
@@ -207,7 +207,7 @@ class Sorted:
         return not torch.equal(wide(self.model.weights[name]).cpu(), self.file.tensor(key))
 
     def copied(self, name: str) -> bool:
-        """Whether PEFT trains a copy of a site's module, so that what is tied to it stays as it is."""
+        """Whether PEFT trains a copy of a site's module, so that what is tied to it does not change."""
         saved = configs.listed(self.config.get("modules_to_save"))
         module = self.model.called.get(name.rpartition(".")[0], "")
         return self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved)

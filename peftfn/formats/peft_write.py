@@ -92,7 +92,7 @@ def document(
         leaf = adapter[name]
         if is_expression(leaf) or leaf.keys() != entry.spec.keys():
             raise ValueError(
-                f"{name}: PEFT has no sums, scalings or prepared adapters; give the adapter they came from"
+                f"{name}: PEFT has no sums, scalings or prepared adapters; save the adapter they were made from"
             )
     full = {n: e for n, e in net.plan.items() if isinstance(e.method, Full)}
     tokens = {n: e for n, e in net.plan.items() if e.method.peft and e.method.peft.type == "TRAINABLE_TOKENS"}
@@ -106,7 +106,7 @@ def document(
         return _copies(net, adapter, model)
     odd = [n for n, e in main.items() if not configs.declared(type(e.method))]
     if odd:
-        raise ValueError(f"PEFT has no {main[odd[0]].method}, which stands at {_some(odd)}")
+        raise ValueError(f"PEFT has no {main[odd[0]].method}, the method at {_some(odd)}")
     config, out = _adapted(main, adapter, model)
     for name, entry in tokens.items():
         place = model.written(entry.site, ())
@@ -130,7 +130,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftN
         types.setdefault(e.method.peft.type, []).append(n)
     if len(types) > 1:
         raise ValueError(
-            "PEFT has one method in a folder, and here are "
+            "PEFT saves one method in a folder, and this plan has "
             + ", ".join(f"{t} at {_some(n)}" for t, n in types.items())
             + ": save them as several adapters, or in the native format"
         )
@@ -160,10 +160,14 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftN
                 named = rows(key, t.shape, e.method.peft.group(places[n].module))
                 out |= {f"base_model.{r}": t[i] if key.endswith("*") else t for i, r in enumerate(named)}
                 if "{}" in key and makers.setdefault(named[0], e.rule) != e.rule:
-                    raise ValueError(f"{n}: PEFT's {kind} has one {named[0]}, and here several rules do: use one rule")
+                    raise ValueError(
+                        f"{n}: PEFT's {kind} has one {named[0]}, and here several rules have one each: use one rule"
+                    )
     banks = {e.bank for e in main.values() if e.method.peft and e.method.peft.shared}
     if banks and len({e.rule for e in main.values()}) > 1:
-        raise ValueError(f"PEFT's {kind} shares its tensors among all layers, and here several rules have their own")
+        raise ValueError(
+            f"PEFT's {kind} shares its tensors among all layers, and here several rules have separate ones"
+        )
     config |= _common(kind, each, {n: p.module for n, p in places.items()}, model)
     modules = list(dict.fromkeys(model.owner(places[n].module) for n in main if n not in parameters))
     _not_experts(kind, modules, model)
@@ -183,7 +187,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftN
 
 
 def _not_experts(kind: str, modules: Iterable[str], model: PeftNames) -> None:
-    """ValueError for layers beside stacked experts that PEFT takes for these, by their last names."""
+    """ValueError for layers next to stacked experts that PEFT takes for the experts, by their last names."""
     model_type = getattr(getattr(model.model, "config", None), "model_type", None)
     if kind != "LORA" or not isinstance(model_type, str) or "transformers" not in sys.modules:
         return
@@ -214,7 +218,7 @@ def _targets(
         if len(pairs) == len({pair[:2] for pair in pairs}) == len({rule for *_, rule in pairs}):
             return given
     raise ValueError(
-        f"PEFT's {kind} shares among the layers of one shape that one name in target_modules finds, and no "
+        f"PEFT's {kind} shares among the layers of one shape that one name in target_modules matches, and no "
         f"target_modules says what the rules {sorted({e.rule for e in main.values()})} do: use one rule for each such "
         "name and shape, or save in the native format"
     )
@@ -249,8 +253,8 @@ def _supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str
                 raise ValueError(f"{n}: PEFT leaves out groups={g} and dilation={d} in its {kind}")
         if kind == "LOKR" and layer == "conv1" and "w2" in e.spec:
             raise ValueError(
-                f"{n}: PEFT pairs the wrong axes of LoKr's factors at nn.Conv1d where the second one is whole; give a "
-                "rank below half of its smaller side, or use the native format"
+                f"{n}: PEFT pairs the wrong axes of LoKr's factors at nn.Conv1d if the second factor is not "
+                "split; give a rank below half of its smaller side, or use the native format"
             )
         if layer == "attention":
             pair = [k for k in main if model.owner(main[k].site.module) == model.owner(e.site.module)]
@@ -289,7 +293,7 @@ def _common(
 
 
 def _sides(values: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any] | None:
-    """BD-LoRA on both sides, which PEFT tells apart by parts of the layers' last names; None where it cannot."""
+    """BD-LoRA on both sides, which PEFT distinguishes by parts of the layers' last names; None where it cannot."""
     values = {n: v if v and v["nblocks"] > 1 else None for n, v in values.items()}  # one block is a plain LoRA
     blocks = {v["nblocks"] for v in values.values() if v}
     if len(blocks) != 1:
@@ -355,7 +359,9 @@ def _whole(
         own = {n for n in every if n.endswith(".bias") and n.rpartition(".")[0] in adapted}
         only = table.BIAS.get(config["peft_type"])
         if only is None:
-            raise ValueError(f"PEFT's {config['peft_type']} cannot train biases; here are {_some(sorted(biases))}")
+            raise ValueError(
+                f"PEFT's {config['peft_type']} cannot train biases; this plan trains {_some(sorted(biases))}"
+            )
         if every <= full.keys():
             config["bias"], biases = "all", every
         elif biases == own:
@@ -418,11 +424,11 @@ def _copies(net: Adapted, adapter: Mapping[str, Any], model: PeftNames) -> tuple
 
 def _nameable(modules: list[str]) -> None:
     if "" in modules:
-        raise ValueError("PEFT saves whole modules by name, and the model's own parameters are in none")
+        raise ValueError("PEFT saves whole modules by name, and this parameter belongs to the model itself")
 
 
 def targets(modules: Iterable[str], known: Iterable[str]) -> list[str] | str:
-    """`target_modules` for exactly these modules: last names if they find no other, else full names, else a regex."""
+    """`target_modules` for exactly these modules: last names if these match no other, else full names, else a regex."""
     wanted = set(modules)
     for names in (dict.fromkeys(m.rpartition(".")[2] for m in wanted), dict.fromkeys(modules)):
         if {k for k in known if any(k == n or k.endswith(f".{n}") for n in names)} == wanted:

@@ -27,9 +27,9 @@ class Pattern:
         try:
             tree = _parser.parse(source)
         except (re.error, RecursionError, OverflowError) as e:
-            raise ValueError(f"{source[:80]!r} is no regular expression: {e}") from e
+            raise ValueError(f"{source[:80]!r} is not a regular expression: {e}") from e
         if tree.state.flags & ~re.UNICODE:
-            raise ValueError(f"{source[:80]!r} has flags; write the letters themselves")
+            raise ValueError(f"{source[:80]!r} has flags; write both cases of a letter instead")
         self.tree = tree
 
     def matches(self, text: str, start: int = 0) -> bool:
@@ -72,7 +72,7 @@ class _Run:
                 return {i for i in at if _ANCHORS[value](text, i)}
             case C.ASSERT | C.ASSERT_NOT if value[0] > 0:
                 return {i for i in at if bool(self.ends(value[1], {i})) == (op is C.ASSERT)}
-        raise ValueError(f"{self.source[:80]!r} has {str(op).lower()}, which is not read from files")
+        raise ValueError(f"{self.source[:80]!r} has {str(op).lower()}, which is not allowed in files")
 
     def repeated(self, least: int, most: int, part: Any, at: set[int]) -> set[int]:
         for _ in range(least):

@@ -1,4 +1,4 @@
-"""A folder of several adapters: ms-swift's, PEFT's with names of their own, what `save(…, split=True)` writes."""
+"""Folders of several adapters: ms-swift's, PEFT's with named adapters, and those of `save(…, split=True)`."""
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -18,17 +18,29 @@ def load_all(
     names: Mapping[str, str] | Iterable[str] | str | None = None,
     **options: Any,
 ) -> dict[str, Loaded]:
-    """{name: (net, adapter)} of the adapters in a folder, all bound to `model`: those in its sub-folders, by their
-    names, and the one in `path` itself as "default", which is where PEFT puts the adapter of that name.
+    """Read the adapters in a folder, and bind them to `model`.
+
+    They are those in its sub-folders, by their names, and the one in `path` itself as "default", which is where PEFT
+    puts the adapter of that name.
 
     Args:
-        names: the adapters to load, in that order, or one; or name → the name to give the adapter here. Without it,
-            all of them.
+        path: the folder.
+        model: the base.
+        names: the adapters to load, in that order, or one name; or {name: name in the result}. None: all of them.
         options: as for `load`.
 
+    Returns:
+        {name: Loaded}.
+
     Raises:
-        FileNotFoundError: there is none, or none of a given name.
-        ValueError: two would get one name; or as for `load`.
+        FileNotFoundError: `path` has no adapters, or no adapter of a given name.
+        ValueError: two adapters would get the same name; or as for `load`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        pf.save("adapters/one", net, net.init(seed=1))
+        pf.save("adapters/two", net, net.init(seed=2))
+        net, adapter = pf.load_all("adapters", net.model)["two"]
     """
     folder, names = Path(path), [names] if isinstance(names, str) else names
     found = folders(folder)
@@ -40,7 +52,7 @@ def load_all(
     if not wanted:
         raise FileNotFoundError(f"{folder} holds no adapters")
     if len(set(wanted.values())) < len(wanted):
-        raise ValueError(f"load_all: names gives one name to two adapters: {wanted}")
+        raise ValueError(f"load_all: two adapters have the same name in {wanted}: give each its own")
     return {new: load(found[old], model, **options) for old, new in wanted.items()}
 
 

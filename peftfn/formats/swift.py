@@ -2,7 +2,7 @@
 
 Its LoRA is PEFT's, so reading is a renaming (`q_proj.lora_A.default.weight` → `q_proj.lora_A.weight`) in front of
 PEFT's reader, and writing one behind PEFT's writer. Of its tuners, those that change weights are read: LORA, longlora
-(a LoRA, embeddings and norms in full) and part (whole modules); and `extra_states`, parameters trained beside them.
+(a LoRA, embeddings and norms in full) and part (whole modules); and `extra_states`, parameters that are trained too.
 """
 
 import json
@@ -88,7 +88,9 @@ def to_peft(folder: Path, out: Path) -> None:
     """
     where = only(folder)
     if read_json(where / CONFIG).get("swift_type") != "LORA" or (where.parent / EXTRA).is_dir():
-        raise ValueError(f"{where}: only a LORA without {EXTRA} is one of PEFT's, too; load it and save it instead")
+        raise ValueError(
+            f"{where}: only a LORA without {EXTRA} has a form in PEFT; load it, and save it in another format"
+        )
     with as_peft(where) as (config, file):
         tensors = {f"{PREFIX}{k.removeprefix(PREFIX)}": file.tensor(k, exact=True) for k in file.meta}
     write(out / TENSORS, tensors)
@@ -142,7 +144,7 @@ def _renamed(file: Tensors) -> Tensors:
 
     renamed = file.renamed(bare)
     if len(names) > 1:
-        raise ValueError(f"{file.where}: {' and '.join(map(repr, names.values()))} are of two adapters")
+        raise ValueError(f"{file.where}: {' and '.join(map(repr, names.values()))} belong to two adapters")
     return renamed
 
 

@@ -1,4 +1,4 @@
-"""Activated LoRA: gates that switch an adapter on from its invocation tokens on."""
+"""Activated LoRA: gates that are 1 from an adapter's invocation tokens on."""
 
 from collections.abc import Sequence
 
@@ -10,18 +10,25 @@ from torch.nn import functional as F
 def alora_gates(
     input_ids: Tensor, invocations: Sequence[Sequence[int] | None], index: Tensor | Sequence[int] | None = None
 ) -> Tensor:
-    """Gates of activated LoRA: an adapter acts from the last occurrence of its invocation tokens on.
+    """Return the gates of activated LoRA: an adapter acts from the last occurrence of its invocation tokens on.
 
-    Greenewald et al., "Activated LoRA", 2025, arXiv:2504.12397. The tokens before the invocation are the base's, so
-    their cached keys and values are too. A row without the invocation is the base's.
+    Greenewald et al., "Activated LoRA", 2025, arXiv:2504.12397. The base alone computes the tokens before the
+    invocation, so their cached keys and values are those of the base. A row without the invocation uses the base.
 
     Args:
         input_ids: [rows, tokens].
-        invocations: of each adapter, its invocation tokens; None for one that acts everywhere.
-        index: [rows] the adapter of each row, −1 the base; None: every adapter in every row.
+        invocations: the invocation tokens of each adapter; None for one that acts everywhere.
+        index: [rows], the adapter of each row, −1 being the base; None: every adapter in every row.
 
     Returns:
-        [rows, tokens, adapters], 1 from the first token of the last occurrence on.
+        Gates for `net.gated`, [rows, tokens, adapters]: 1 from the first token of the last occurrence on, else 0.
+
+    Raises:
+        ValueError: input_ids or index of another shape, or an empty invocation.
+
+    Example:
+        gates = pf.alora_gates(torch.tensor([[5, 7, 8, 9]]), [[7, 8]])
+        assert gates[0, :, 0].tolist() == [0, 1, 1, 1]
     """
     if input_ids.dim() != 2:
         raise ValueError(f"alora_gates: input_ids have shape {list(input_ids.shape)}; give [rows, tokens]")

@@ -26,12 +26,17 @@ BASE = "__base__"
 
 
 class BankBusy(ValueError):
-    """All slots that a batch needs are read by running calls: wait for one to end, with `timeout=`."""
+    """Raised when running calls read all slots that a batch needs. Wait for one to end with `timeout=`.
+
+    Example:
+        assert issubclass(pf.BankBusy, ValueError)
+        # with bank.holding(names, timeout=5.0): … waits five seconds before it raises
+    """
 
 
 @dataclass
 class _Slots:
-    """The resident adapters of one net: a stack of fixed size, and who is where."""
+    """The resident adapters of one net: a fixed-size stack, and which adapter occupies which slot."""
 
     net: Adapted
     start: int  # number of its first slot among those of all nets
@@ -45,7 +50,7 @@ class _Slots:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """An adapter where it is when nobody uses it: in memory, or in a file."""
+    """A registered adapter outside the slots: in memory, or in a file."""
 
     net: Adapted
     kept: Adapter | Path
@@ -59,21 +64,31 @@ class _Waiting:
 class Bank:
     """Adapters by name, of which a fixed number is resident.
 
-    Each of `nets` has its slots, allocated once; their number and the ranks of the nets bound the memory, and no shape
-    ever changes, so nothing recompiles. Any number of adapters may be registered: they wait in the memory of the CPU,
-    or in files, which are mapped, and are written into a slot when a batch names them, in place of the least recently
-    used one. An adapter of smaller rank, other alpha or fewer targets goes to the smallest of the nets that can hold
-    it exactly (`conform`).
+    Each of `nets` has its own slots, allocated once. Their number and the ranks of the nets bound the memory, and no
+    shape ever changes, so nothing recompiles. You may register any number of adapters: they wait in CPU memory, or in
+    files, which are mapped. When a batch names one, it is written into a slot and replaces the least recently used one.
+    An adapter of smaller rank, other alpha or fewer targets goes to the smallest net that can hold it exactly
+    (`conform`).
 
-    Many threads may call `apply` while others `put` and `evict`. A call holds the slots it reads until it is over:
-    what is put meanwhile goes elsewhere. Nothing is trained here: a call's gradient reaches its inputs, and only as
-    long as no slot was written since (torch then raises). Train with `net.mixed` or `Nets.mixed`.
+    Many threads may call `apply` while others call `put` and `evict`. A call holds the slots it reads until it ends; an
+    adapter put meanwhile goes to another slot. A bank does not train: the gradient of a call reaches its inputs only,
+    and torch raises if a slot was written since. Train with `net.mixed` or `Nets.mixed`.
 
     Args:
-        nets: on one model; the shapes of the slots.
+        nets: nets on one model; they set the shapes of the slots.
         capacity: slots of each net; one number, or one for each net.
-        prepared: keep adapters prepared (`net.prepare`), DoRA's norms for one: less work in each call. Right as long as
-            the base's parameters stay what they are; `put` again after changing them.
+        prepared: whether to keep adapters prepared (`net.prepare`), which saves work in each call. Valid until the
+            base's parameters change; `put` again after that.
+
+    Raises:
+        ValueError: no nets, nets on different models, or a capacity below 1.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        bank = pf.Bank([net], capacity=2)
+        for i in range(5):
+            bank.put(f"user{i}", net, net.init(seed=i))
+        y = bank.apply(["user0", "user3", "__base__"], torch.randn(3, 8))
     """
 
     def __init__(self, nets: Sequence[Adapted], capacity: int | Sequence[int], *, prepared: bool = False):
@@ -95,33 +110,53 @@ class Bank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every registered adapter."""
+        """The names of all registered adapters.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init()), "b": (net, net.init())})
+            assert bank.names == ("a", "b")
+        """
         with self._lock:
             return tuple(self._waiting)
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """The adapters in slots, net by net, the least recently used first."""
+        """The names of the adapters in slots, net by net, the least recently used first.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init())})
+            assert bank.resident == ()
+        """
         with self._lock:
             return tuple(name for slots in self._slots for name in slots.names)
 
     def put(self, name: str, net: Adapted, adapter: Mapping[str, Any] | str | Path) -> None:
-        """Register an adapter, or replace the one of that name. Calls that run now finish with the old one.
+        """Register an adapter, or replace the one of that name. Running calls finish with the old one.
 
         Args:
-            name: any but "__base__".
-            net: whose adapter it is; a net of its own rank and targets, on a model of the same sizes.
-            adapter: a tree, a copy of which waits on the CPU; or where `peftfn.save` wrote one, which waits there and
-                is read anew each time it is fetched.
+            name: any name but "__base__".
+            net: the net of the adapter. It may have another rank and other targets than the bank's nets.
+            adapter: a tree, which is copied to the CPU; or the path that `peftfn.save` wrote to, which is read again
+                each time the adapter is fetched.
 
         Raises:
-            ValueError: no net of the bank can hold it exactly, with the reason of each; or the file was saved with
+            ValueError: no net of the bank can hold it exactly, with the reason for each; or the file was saved with
                 other rules than the net's.
+            FileNotFoundError: the path has no native adapter.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.Bank([net], capacity=1)
+            bank.put("a", net, net.init())
         """
         if not isinstance(net, Adapted):
-            raise TypeError(f"put: {name!r}: net is a {type(net).__name__}; give the net whose adapter this is")
+            raise TypeError(f"put: {name!r}: net is a {type(net).__name__}; give the net that the adapter belongs to")
         if not isinstance(name, str) or name == BASE:
-            raise ValueError(f"put: {name!r} is no name for an adapter; {BASE!r} is the base's")
+            raise ValueError(
+                f"put: {name!r} cannot name an adapter: give a string other than {BASE!r}, which names the base"
+            )
         home, same = self._home(net)
         mine = self._slots[home].net
         kept: Any
@@ -131,7 +166,7 @@ class Bank:
             kept = kept / "adapter.safetensors" if kept.is_dir() else kept
             if not kept.is_file():
                 raise FileNotFoundError(
-                    f"{name}: there is no {kept}; give the folder of a native adapter, or "
+                    f"{name}: {kept} does not exist; give the folder of a native adapter, or call "
                     "put(name, *peftfn.load(path, model)) for another format"
                 )
             plan = check_saved(kept, net)
@@ -144,9 +179,23 @@ class Bank:
             self._waiting[name] = _Waiting(mine if same else net, kept, home, plan)
 
     def evict(self, name: str | None = None) -> str:
-        """Take an adapter out of its slot (None: the least recently used that no call reads); it stays registered.
+        """Remove an adapter from its slot; it stays registered.
 
-        Returns its name. Raises KeyError if it is not resident, ValueError if there is nothing to evict.
+        Args:
+            name: which; None: the least recently used one that no call reads.
+
+        Returns:
+            Its name.
+
+        Raises:
+            KeyError: it is not resident.
+            ValueError: `name` is None, and running calls read every resident adapter, or none is resident.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init())})
+            bank.apply(["a"], torch.randn(1, 8))
+            assert bank.evict() == "a" and bank.names == ("a",)
         """
         with self._lock:
             if name is None:
@@ -154,13 +203,20 @@ class Bank:
                 if name is None:
                     raise ValueError("evict: no resident adapter is idle; wait for a call to end")
             if not self._drop(name):
-                raise KeyError(
-                    f"{name!r} is not resident; resident are {[n for s in self._slots for n in s.names][:8]}"
-                )
+                raise KeyError(f"{name!r} is not resident; resident: {[n for s in self._slots for n in s.names][:8]}")
             return name
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Calls that run now finish with it."""
+        """Unregister an adapter. Running calls finish with it.
+
+        Raises:
+            KeyError: the bank has no adapter of this name.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init())})
+            bank.remove("a")
+        """
         with self._lock:
             self._known([name], "remove")
             self._drop(name)
@@ -168,18 +224,28 @@ class Bank:
 
     @contextmanager
     def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
-        """(stacks, index) for `bank.nets.mixed`, with every named adapter resident until the block ends.
+        """Keep every named adapter resident until the block ends, and return the arguments of `bank.nets.mixed`.
 
-        For functions that are compiled once: the stacks and the index have the same shapes whatever the names.
+        Use it with a compiled function: the stacks and the index have the same shapes whatever the names.
 
         Args:
-            timeout: seconds to wait for slots that other calls read; None: for as long as it takes. (A block inside
-                another one's, in one thread, would wait for itself.)
+            names: the adapter of each row; "__base__" is the base.
+            timeout: seconds to wait for slots that other calls read; None: without limit. (A block inside another one
+                in the same thread would wait for itself.)
+
+        Returns:
+            A context manager of (stacks, index): a list with the stack of each net, and an integer tensor [rows].
 
         Raises:
             KeyError: an unknown name, with its row.
             ValueError: more adapters than slots; or a file that does not fit its net.
-            BankBusy: all slots are read by other calls, and still are after `timeout` seconds.
+            BankBusy: other calls still read all slots after `timeout` seconds.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init())})
+            with bank.holding(["a", "__base__"], timeout=1.0) as (stacks, index):
+                y = bank.nets.mixed(stacks, index, torch.randn(2, 8))
         """
         end = None if timeout is None else monotonic() + timeout
         with self._lock:
@@ -212,10 +278,23 @@ class Bank:
         timeout: float | None = 0.0,
         **kwargs: Any,
     ) -> Any:
-        """The model on a batch whose row i uses the adapter names[i]; "__base__" is the base. One pass for all.
+        """Run the model on a batch whose row i uses the adapter names[i], in one pass.
 
-        args, kwargs, params, method and common are as for `Nets.mixed`: the model's own `generate`, for one, where each
-        name holds for all beams of its row. timeout is as for `holding`: how long to wait for slots.
+        Args:
+            names: the adapter of each row; "__base__" is the base. In `generate`, all beams of a row have its adapter.
+            args, kwargs, params, method, common: as for `Nets.mixed`.
+            timeout: seconds to wait for slots, as for `holding`.
+
+        Returns:
+            The model's output.
+
+        Raises:
+            KeyError, ValueError, BankBusy: as for `holding`; ValueError also as for `Nets.mixed`.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank = pf.bank({"a": (net, net.init(seed=0)), "b": (net, net.init(seed=1))})
+            y = bank.apply(["b", "a", "__base__"], torch.randn(3, 8))
         """
         with self.holding(names, timeout=timeout) as (stacks, index):
             return self.nets.mixed(stacks, index, *args, params=params, method=method, common=common, **kwargs)
@@ -223,7 +302,7 @@ class Bank:
     # Under the lock.
 
     def _pinned(self, wanted: list[str]) -> tuple[list[tuple[_Slots, int]], dict[str, int]]:
-        """(slots that are held now, the number of each adapter), with every adapter resident."""
+        """(slots that are held now, {name: number of its slot}), with every adapter resident."""
         held: list[tuple[_Slots, int]] = []
         place: dict[str, int] = {BASE: -1}
         try:
@@ -243,12 +322,12 @@ class Bank:
 
     def _known(self, names: Sequence[str], what: str) -> None:
         if isinstance(names, str):
-            raise TypeError(f"names is {names!r}; give a list, one name for each row")
+            raise TypeError(f"names is the string {names!r}; give a list, one name for each row")
         for row, name in enumerate(names):
             if name not in self._waiting and (name != BASE or what != "row"):
                 where = f"row {row}: " if what == "row" else ""
                 known = list(self._waiting)
-                hint = near(name, known) if known else "; it is empty"
+                hint = near(name, known) if known else "; the bank is empty"
                 raise KeyError(f"{where}the bank has no adapter {name!r}{hint}. Register it with bank.put first.")
 
     def _room_for(self, wanted: list[str]) -> None:
@@ -258,7 +337,7 @@ class Bank:
             if len(here) > n:
                 raise ValueError(
                     f"{here[n]!r}: the batch names {len(here)} adapters of one net, and the bank has {n} slots for it: "
-                    "split the batch, or make a bank of larger capacity"
+                    "split the batch, or make a bank with a larger capacity"
                 )
 
     def _fetch(self, name: str, slots: _Slots) -> int:
@@ -266,8 +345,8 @@ class Bank:
             victim = _idle(slots)
             if victim is None:
                 raise BankBusy(
-                    f"{name!r}: all {slots.capacity} slots are read by running calls: wait for one to end by "
-                    "timeout=seconds, or make a bank of larger capacity"
+                    f"{name!r}: running calls read all {slots.capacity} slots: wait for one to end, with "
+                    "timeout=seconds, or make a bank with a larger capacity"
                 )
         else:
             victim = None
@@ -275,7 +354,7 @@ class Bank:
             adapter = self._ready(self._waiting[name])
         except FileNotFoundError as e:
             raise FileNotFoundError(
-                f"{name!r}: there is no {self._waiting[name].kept} any more; put it back, or bank.remove({name!r})"
+                f"{name!r}: {self._waiting[name].kept} no longer exists; restore it, or call bank.remove({name!r})"
             ) from e
         except ValueError as e:
             raise ValueError(f"{name!r}: {e}") from e
@@ -291,7 +370,7 @@ class Bank:
         return slot
 
     def _ready(self, waiting: _Waiting) -> Mapping[str, Any]:
-        """The adapter as its slot holds it."""
+        """The adapter in the form that its slot holds."""
         net, adapter = self._slots[waiting.home].net, waiting.load()
         if waiting.net is not net:
             adapter = conform(adapter, waiting.net, net)
@@ -338,16 +417,32 @@ class Bank:
 
 
 def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared: bool = False) -> Bank:
-    """A bank with a slot for each of these adapters: {"a": (net_a, a), "b": (net_b, b), …}, nets on one model.
+    """Return a bank with a slot for each of these adapters.
 
-    Adapters share a stack where one net holds them all and its padding at most doubles their size.
+    Adapters share a stack where one net can hold them all and its padding at most doubles their size.
+
+    Args:
+        adapters: {"a": (net_a, a), "b": (net_b, b), …}, all nets on one model.
+        prepared: as for `Bank`.
+
+    Returns:
+        A `Bank` in which they are registered.
+
+    Raises:
+        ValueError: no adapters, or nets on different models.
+        TypeError: not a dict of (net, adapter).
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        bank = pf.bank({"a": (net, net.init(seed=0)), "b": (net, net.init(seed=1))})
+        y = bank.apply(["b", "a", "__base__"], torch.randn(3, 8))
     """
     if not adapters:
         raise ValueError("bank: give at least one adapter, as {name: (net, adapter)}")
     if not isinstance(adapters, Mapping) or not all(
         isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], Adapted) for v in adapters.values()
     ):
-        raise TypeError("bank: give a dict of name → (net, adapter), the net being the one the adapter is of")
+        raise TypeError("bank: give a dict of name → (net, adapter), with the net that the adapter belongs to")
     nets: list[Adapted] = []
     counts: list[int] = []
     for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
@@ -365,7 +460,7 @@ def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared:
 
 
 def size(net: Adapted) -> int:
-    """Numbers in an adapter of the net."""
+    """Parameters of an adapter of the net."""
     specs = [e.spec for e in net.plan.values()] + list(net.plan.banks.values())
     return sum(shape.numel() for spec in specs for shape in spec.values())
 
@@ -389,5 +484,5 @@ def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter, net: 
         if adapter[site].keys() not in (leaf.keys(), plain):
             raise ValueError(
                 f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
-                "no fixed shape, and prepared adapters go into a bank with prepared=True"
+                "no fixed shape, and prepared adapters need a bank with prepared=True"
             )

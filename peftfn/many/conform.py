@@ -1,4 +1,4 @@
-"""conform: an adapter of one net as an adapter of a wider one, exactly."""
+"""conform: rewrite an adapter of one net as an adapter of a wider one, exactly."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,29 +16,39 @@ from peftfn.net.net import Adapted
 
 
 def conform(adapter: Mapping[str, Any], net_from: Adapted, net_to: Adapted) -> Adapter:
-    """The adapter of `net_to` that does what `adapter` does on `net_from`: same change of every weight.
+    """Return the adapter of `net_to` that makes the same change of every weight as `adapter` does on `net_from`.
 
-    A smaller rank is filled up with zeros, another alpha or rslora is folded into the leaf, and a site that only
-    `net_to` adapts gets a fresh leaf, which is the identity. So adapters of many shapes fit one plan: they stack, mix,
-    and share one compiled function. The values change by one rounding where the scales differ, not at all elsewhere.
+    A smaller rank is padded with zeros, another alpha or rslora is folded into the leaf, and a site that only `net_to`
+    adapts gets a fresh leaf, which is the identity. So adapters of many shapes fit one plan: they stack, mix, and share
+    one compiled function. The values change by one rounding where the scales differ, and not at all elsewhere.
 
     Args:
-        adapter: one of `net_from`.
-        net_to: on a model of the same sizes, its sites a superset, its ranks at least as large.
+        adapter: an adapter of `net_from`.
+        net_from: its net.
+        net_to: a net on a model of the same sizes, with at least the same sites and at least the same ranks.
+
+    Returns:
+        An adapter of `net_to`. Tensors that need no change are the same objects.
 
     Raises:
-        ValueError: what cannot be exact, with the site and the cure: a site that `net_to` lacks, a larger rank, a
-            method that says of no padding, other constants, a fresh leaf that is not the identity.
+        ValueError: the result would not be exact; it names the site and the cure: a site that `net_to` lacks, a larger
+            rank, a method without a `padding`, other constants, a fresh leaf that is not the identity.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        small, large = (pf.adapt(model, {"0.weight": pf.LoRA(rank=r)}) for r in (2, 4))
+        a = pf.conform(small.init(), small, large)
+        assert a["0.weight"]["a"].shape == (4, 8)
     """
     for net in (net_from, net_to):
         if not isinstance(net, Adapted):
-            raise TypeError(f"conform: give two nets, which peftfn.adapt makes, not {type(net).__name__}")
+            raise TypeError(f"conform: give two nets, which peftfn.adapt returns, not {type(net).__name__}")
     net_from.plan.check(adapter)
     known = list(net_to.plan)
     for name in net_from.plan:
         if name not in net_to.plan:
             raise ValueError(
-                f"{name}: the net to conform to does not adapt this site{near(name, known)}. Add it to its rules."
+                f"{name}: net_to does not adapt this site{near(name, known)}. Add it to the rules of net_to."
             )
     fresh = net_to.init() if len(known) > len(net_from.plan) or net_to.plan.banks else {}
     out: Adapter = {}
@@ -55,7 +65,7 @@ def conform(adapter: Mapping[str, Any], net_from: Adapted, net_to: Adapted) -> A
     for bank, spec in net_to.plan.banks.items():
         theirs = adapter.get(bank)
         if theirs is not None and {k: t.shape for k, t in theirs.items()} != spec:
-            raise ValueError(f"{bank}: its shared tensors have other shapes than in the net to conform to")
+            raise ValueError(f"{bank}: its shared tensors have other shapes in net_to: give both rules the same sizes")
         out[bank] = fresh[bank] if theirs is None else theirs
     return out
 
@@ -63,10 +73,14 @@ def conform(adapter: Mapping[str, Any], net_from: Adapted, net_to: Adapted) -> A
 def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
     name = b.site.name
     if a.site.shape != b.site.shape or a.site.kind != b.site.kind:
-        raise ValueError(f"{name}: the models differ here, {list(a.site.shape)} and {list(b.site.shape)}")
+        raise ValueError(
+            f"{name}: the parameter is a {a.site.kind} {list(a.site.shape)} in net_from's model and a {b.site.kind} "
+            f"{list(b.site.shape)} in net_to's: conform adapters between models of the same sizes"
+        )
     if a.frozen.keys() != b.frozen.keys() or any(not _same(a.frozen[k], b.frozen[k]) for k in a.frozen):
         raise ValueError(
-            f"{name}: {a.method} has other constants than {b.method}: adapt both with the same seed and rank"
+            f"{name}: the constants of {a.method} and {b.method} differ: call adapt with the same seed and "
+            "rank for both"
         )
     if a.method == b.method:
         return leaf  # type: ignore[return-value]
@@ -79,7 +93,7 @@ def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
         want = b.spec[k]
         if t.dim() != len(want) or any(n > m for n, m in zip(t.shape, want, strict=True)):
             raise ValueError(
-                f"{name}: {k} has shape {list(t.shape)}, and {b.method} holds {list(want)}: adapt with a larger rank"
+                f"{name}: {k} has shape {list(t.shape)}, and {b.method} has {list(want)}: give net_to a larger rank"
             )
         t = t * ratio if k in scaled and ratio != 1 else t
         ends = [(0, m - n) for n, m in zip(t.shape, want, strict=True)]
@@ -88,17 +102,17 @@ def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
 
 
 def _ratio(name: str, a: Method, b: Method) -> float:
-    """What a's scale is in units of b's. ValueError unless the two mean the same otherwise."""
+    """a's scale in units of b's. ValueError unless the two mean the same otherwise."""
     if type(a) is not type(b) or b.padding is None:
-        why = "are different methods" if type(a) is not type(b) else "has no padding that keeps what it does"
-        raise ValueError(f"{name}: {a} is no {b}: {f'they {why}' if type(a) is not type(b) else f'this method {why}'}")
+        why = "the methods differ" if type(a) is not type(b) else f"{type(a).__name__} defines no padding"
+        raise ValueError(f"{name}: {a} cannot become {b}: {why}. Give net_to this rule unchanged")
     odd = [
         f"{f.name}={getattr(a, f.name)!r} and {getattr(b, f.name)!r}"
         for f in fields(a)
         if f.name not in b.padding.fields and getattr(a, f.name) != getattr(b, f.name)
     ]
     if odd:
-        raise ValueError(f"{name}: the two {type(a).__name__} differ in {', '.join(odd)}: give both the same")
+        raise ValueError(f"{name}: the two {type(a).__name__} differ in {', '.join(odd)}: give both the same value")
     return float(getattr(a, "scale", 1.0) / getattr(b, "scale", 1.0))
 
 

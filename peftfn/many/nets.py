@@ -1,4 +1,4 @@
-"""Several nets on one model as one."""
+"""Run adapters of several nets in one batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,31 @@ from peftfn.slots.gates import Index, Weights
 
 
 class Nets:
-    """Several nets on one model as one: batches whose rows use adapters of any of them.
+    """Run adapters of several nets on one model in one batch: of different methods, ranks and targets.
 
     Adapters are numbered through the nets: those of the first net's stack, then those of the second's, and so on.
+
+    Args:
+        nets: at least one, all on the same model object.
+
+    Raises:
+        ValueError: no nets, or nets on different models.
+        TypeError: not a list of nets.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        one, two = (pf.adapt(model, {"0.weight": m}) for m in (pf.LoRA(rank=2), pf.IA3()))
+        stacks = [pf.stack([one.init()]), pf.stack([two.init()])]
+        y = pf.Nets([one, two]).mixed(stacks, [0, 1, -1], torch.randn(3, 8))  # row 0: one, row 1: two, row 2: base
     """
 
     def __init__(self, nets: Sequence[Adapted]):
         check_nets("Nets", nets)
         for net in nets[1:]:
             if net.model is not nets[0].model:
-                raise ValueError("Nets: the nets are of different models; adapt one model object with each rule set")
+                raise ValueError(
+                    "Nets: the nets adapt different models; call adapt on one model object for each rule set"
+                )
         self.nets = tuple(nets)
         self._runner = Runner(nets[0].model, [net.plan for net in nets])
 
@@ -34,13 +49,24 @@ class Nets:
         common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Adapted.mixed` with one stack for each net; differentiable in all of them.
+        """Run a batch whose row i uses adapter index[i], counted through all stacks. See `Adapted.mixed`.
 
         Args:
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
-                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
-                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
-                first dimension, and cannot be its rows, is an error.
+            stacks: one stack for each net, in the order of the nets.
+            index: [rows] integers in [−1, number of adapters); −1 is the base.
+            args, kwargs, params, method, common: as for `Adapted.mixed`.
+
+        Returns:
+            The model's output, differentiable in all stacks.
+
+        Raises:
+            ValueError: another number of stacks than of nets; or as for `Adapted.mixed`.
+
+        Example:
+            model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            one, two = (pf.adapt(model, {"0.weight": m}) for m in (pf.LoRA(rank=2), pf.IA3()))
+            stacks = [pf.stack([one.init()]), pf.stack([two.init()])]
+            y = pf.Nets([one, two]).mixed(stacks, [1, 0], torch.randn(2, 8))
         """
         self._check(stacks)
         return self._runner.batch(Index, stacks, index, args, kwargs, params, method, common)
@@ -55,21 +81,39 @@ class Nets:
         common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Adapted.gated` with one stack for each net: a weighted sum of adapters of different methods.
+        """Run a batch with a weighted sum of adapters, also of different methods. See `Adapted.gated`.
 
-        common: as for `mixed`.
+        Args:
+            stacks: one stack for each net, in the order of the nets.
+            gates: [K], [rows, K] or [rows, tokens, K], K being the number of adapters in all stacks.
+            args, kwargs, params, method, common: as for `Adapted.mixed`.
+
+        Returns:
+            The model's output, differentiable in the gates and in all stacks.
+
+        Raises:
+            ValueError: another number of stacks than of nets; or as for `Adapted.gated`.
+
+        Example:
+            model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            one, two = (pf.adapt(model, {"0.weight": m}) for m in (pf.LoRA(rank=2), pf.IA3()))
+            stacks = [pf.stack([one.init()]), pf.stack([two.init()])]
+            y = pf.Nets([one, two]).gated(stacks, [0.3, 0.7], torch.randn(2, 8))
         """
         self._check(stacks)
         return self._runner.batch(Weights, stacks, gates, args, kwargs, params, method, common)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):
-            raise ValueError(f"there are {len(self.nets)} nets, and {len(stacks)} stacks; give one stack a net")
+            given = "one adapter or stack" if isinstance(stacks, Mapping) else f"{len(stacks)} stacks"
+            raise ValueError(
+                f"Nets: there are {len(self.nets)} nets, and you gave {given}: give a list, one stack a net"
+            )
 
 
 def check_nets(what: str, nets: Any) -> None:
     odd = next((n for n in nets if not isinstance(n, Adapted)), None) if isinstance(nets, list | tuple) else nets
     if odd is not None:
-        raise TypeError(f"{what}: give a list of nets, which peftfn.adapt makes; this is a {type(odd).__name__}")
+        raise TypeError(f"{what}: give a list of nets, which peftfn.adapt returns; this is a {type(odd).__name__}")
     if not nets:
         raise ValueError(f"{what}: give at least one net")

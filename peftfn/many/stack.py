@@ -1,4 +1,4 @@
-"""Stacks of adapters: k of one structure as one tree."""
+"""Stack k adapters of the same structure into one tree with a leading axis of size k."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,25 @@ from peftfn.tensors.tree import stack_size, unstacked
 
 
 def stack(adapters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """k adapters of one structure as one tree whose tensors are [k, …]: for `vmap`, `mixed`, or training many at once.
+    """Stack k adapters of the same structure into one tree with a leading axis of size k.
 
-    Raises ValueError naming the first place where they differ.
+    The result is for `vmap`, `net.mixed`, `net.gated`, or training many adapters at once.
+
+    Args:
+        adapters: a list of adapters of one net.
+
+    Returns:
+        A tree like each adapter, whose tensors are [k, …]: copies.
+
+    Raises:
+        ValueError: the list is empty, or two adapters differ in their structure, a shape, a dtype or a device; it names
+            the first place.
+        TypeError: `adapters` is not a list of adapters.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        many = pf.stack([net.init(seed=s) for s in range(3)])
+        assert many["0.weight"]["a"].shape == (3, 2, 8)
     """
     if isinstance(adapters, Mapping) or not isinstance(adapters, Sequence):
         raise TypeError(f"stack: give a list of adapters, not {type(adapters).__name__}")
@@ -29,7 +45,7 @@ def _joined(trees: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
         if other.keys() != first.keys():
             odd = path + next(k for k in [*first, *other] if (k in first) != (k in other))
             raise ValueError(
-                f"stack: adapters 0 and {i} differ at {odd}, which only one of them has: they must be of one net"
+                f"stack: adapters 0 and {i} differ at {odd}, which only one of them has: stack adapters of one net"
             )
     for k, t in first.items():
         values = [tree[k] for tree in trees]
@@ -44,17 +60,27 @@ def _stacked(ts: list[Any], path: str) -> Tensor:
         if t.shape != ts[0].shape:
             raise ValueError(
                 f"stack: {path} has shape {list(ts[0].shape)} in adapter 0 and {list(t.shape)} in adapter {i}: "
-                "adapters of different ranks do not stack; peftfn.conform makes them of one"
+                "adapters of different ranks do not stack; fit them to one net with peftfn.conform"
             )
         if t.dtype != ts[0].dtype or t.device != ts[0].device:
             raise ValueError(
                 f"stack: {path} is {ts[0].dtype} on {ts[0].device} in adapter 0 and {t.dtype} on {t.device} in adapter "
-                f"{i}: convert them to one"
+                f"{i}: convert them to the same dtype and device"
             )
     return torch.stack(ts)
 
 
 def unstack(stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The adapters of a stack, as views."""
+    """Split a stack into its adapters.
 
+    Args:
+        stacked: what `stack` returned; each tensor is [k, …].
+
+    Returns:
+        A list of k adapters, whose tensors are views of the stack's.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a, b = pf.unstack(pf.stack([net.init(seed=0), net.init(seed=1)]))
+    """
     return [unstacked(stacked, i) for i in range(stack_size(stacked))]

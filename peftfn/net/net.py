@@ -1,8 +1,8 @@
-"""adapt: rules on a model → a net, whose functions take the adapter as an argument."""
+"""adapt: bind rules to a model. The functions of the resulting net take the adapter as an argument."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,40 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
     """Bind methods to the parameters of a model, without changing it.
 
     Args:
-        model: any module; its parameters stay its own, and are seen as they are at each call.
-        rules: name pattern → method, in order; for each parameter the first rule counts that matches its name and
-            whose method accepts its kind. A pattern of word characters and dots matches whole dotted components
-            ("q_proj" finds "layers.0.q_proj.weight", never "q_proj_norm"); any other is a regular expression, searched
-            in the name.
-        seed: of the methods' frozen tensors (VeRA's projections, say); trainable ones get theirs in `init`.
+        model: any module. Each call reads its parameters anew.
+        rules: {name pattern: method}, in order. A parameter gets the first rule that matches its name and whose method
+            supports its kind. A pattern of word characters and dots matches whole dotted components ("q_proj" matches
+            "layers.0.q_proj.weight", never "q_proj_norm"); any other is a regular expression, searched in the name.
+        seed: seed of the methods' frozen tensors (VeRA's projections, say); `init` has the seed of the trainable ones.
+
+    Returns:
+        A net: the plan bound to the model.
 
     Raises:
-        ValueError: a rule that finds nothing its method accepts, or sizes that do not fit; with the site, the value,
-            the constraint and the cure. No large tensor has been allocated at that point. Or a layer whose weights
-            accelerate keeps elsewhere between calls (offload).
-        TypeError: the model cannot be deep-copied.
+        ValueError: a rule matches no parameter that its method supports, or sizes do not fit; it names the site, the
+            value, the constraint and the cure. No large tensor has been allocated at that point. Or accelerate keeps a
+            layer's weights elsewhere between calls (offload).
+        TypeError: the model cannot be deep-copied, or `rules` is not a dict of methods.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2), "2": pf.Full()})
+        y = net.apply(net.init(seed=0), torch.randn(3, 8))
     """
     return Adapted(model, make(Model.of(model), rules, seed))
 
 
 class Adapted:
-    """A plan bound to a model. All its functions are pure: tensors in, tensors out, the model untouched."""
+    """A plan bound to a model: what `adapt` returns. Its functions are pure and do not change the model.
+
+    Attributes:
+        model: the base.
+        plan: {site: entry}, what is adapted and how.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        assert isinstance(net, pf.Adapted) and list(net.plan) == ["0.weight"]
+    """
 
     def __init__(self, model: nn.Module, plan: Plan):
         self.model, self.plan = model, plan
@@ -53,18 +69,38 @@ class Adapted:
         rules = ", ".join(f"{pattern!r}: {method}" for pattern, method in self.plan.rules.items())
         return f"adapt({type(self.model).__name__}, {{{rules}}})  # {len(self.plan)} sites"
 
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a net has no call of its own: the adapter is an argument. Write net.apply(adapter, *args)")
+
     @property
     def weights(self) -> Mapping[str, Any]:
-        """The base's parameters as they are now, every name of each, as constants.
+        """The base's current parameters, under every name of each, detached.
 
-        Raises ValueError if an adapted one has another shape than it had in `adapt`.
+        Raises:
+            ValueError: an adapted parameter has another shape than it had in `adapt`.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            assert net.weights["0.weight"].shape == (4, 8)
         """
         return functions.checked(self.plan, weights_of(self.model))
 
     def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
-        """A fresh adapter: {site: {name: tensor}}, each on its weight's device.
+        """Return a fresh adapter, each tensor on the device of its weight.
 
-        A site's values depend on (seed, site name) alone, not on what else is adapted.
+        The values of a site depend on (seed, site name) alone, not on the other sites.
+
+        Args:
+            seed: seed of the trainable tensors.
+            dtype: their dtype.
+
+        Returns:
+            {site: {name: tensor}}: exactly what is trained.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            a = net.init(seed=0)
+            assert a["0.weight"]["a"].shape == (2, 8) and a["0.weight"]["b"].shape == (4, 2)
         """
         return functions.init(self.plan, self.weights, seed, dtype)
 
@@ -76,14 +112,32 @@ class Adapted:
         method: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The adapted model, called as the model is called: model(*args, **kwargs) with `adapter` in it.
+        """Call the adapted model: model(*args, **kwargs) with `adapter`.
 
         Args:
-            adapter: a tree like `init` gives.
-            params: the model's parameters by name, where the caller holds them (and may differentiate in them);
-                those not named are the model's own, which are constants of the call.
-            method: name of another method of the model to call, "generate" for one.
+            adapter: a tree like that of `init`.
+            args, kwargs: as for the model.
+            params: parameters of the model by name, to use in place of its own; they may require gradients. The
+                parameters that `params` does not name are constants of the call.
+            method: name of another method of the model to call, such as "generate".
+
+        Returns:
+            The model's output.
+
+        Raises:
+            KeyError, ValueError, TypeError: the adapter does not fit the plan; it names the site.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            a, x = net.init(), torch.randn(3, 8)
+            y = net.apply(a, x)
+            g = torch.func.grad(lambda a: net.apply(a, x).sum())(a)
         """
+        if not isinstance(adapter, Mapping):
+            raise TypeError(
+                f"apply: the first argument is the adapter, a dict of site name → dict of tensors, not "
+                f"{type(adapter).__name__}: write net.apply(adapter, *args), with an adapter such as net.init()"
+            )
         self.plan.check(adapter)
         return self._runner.run([Given(self.plan, adapter)], None, args, kwargs, params, method)
 
@@ -97,19 +151,29 @@ class Adapted:
         common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A batch whose row i uses adapter index[i] of the stack: mixed(...)[i] == apply(a[index[i]], row i).
+        """Run a batch whose row i uses adapter index[i] of the stack: mixed(...)[i] == apply(a[index[i]], row i).
 
         Args:
-            stacked: `stack` of adapters of this net, each leaf [k, …].
+            stacked: `stack` of k adapters of this net; each tensor is [k, …].
             index: [rows] integers in [−1, k); −1 is the base.
-            common: patterns, as in rules, of sites whose input all rows have in common, [tokens, …] or [1, tokens, …]
-                rather than [rows, tokens, …] (positions that the model counts, say); each row has its own output then.
-                None: the model's own tables are known to be so; another input that has 1 or the batch's size in its
-                first dimension, and cannot be its rows, is an error.
-            args, kwargs: as for the model; the first dimension of what reaches any other site must be the rows.
+            args, kwargs: as for the model. At every site that `common` does not name, the first dimension of the input
+                must be the rows.
+            params, method: as for `apply`.
+            common: patterns, as in rules, of sites whose input is the same for all rows: [tokens, …] or [1, tokens, …]
+                rather than [rows, tokens, …] (position indices that the model computes, say). The output of such a
+                site has rows. None: detect the model's own tables; any other input whose first dimension is 1 or the
+                batch size, and which cannot be the batch, raises an error.
+
+        Returns:
+            The model's output, differentiable in the stack.
 
         Raises:
-            ValueError: an index out of range, or a site whose input does not have the rows in its first dimension.
+            ValueError: an index is out of range, or the input of a site does not have the rows in its first dimension.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            many = pf.stack([net.init(seed=0), net.init(seed=1)])
+            y = net.mixed(many, [1, -1, 0], torch.randn(3, 8))
         """
         return self._runner.batch(Index, [stacked], index, args, kwargs, params, method, common)
 
@@ -123,51 +187,91 @@ class Adapted:
         common: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A weighted sum of adapters at every site: y = base + Σ_k g_k ⊙ (f_k(x) − base), f_k the site with adapter k.
-
-        Differentiable in the gates, the adapters and the inputs.
+        """Run a weighted sum of adapters at every site: y = base + Σ_k g_k ⊙ (f_k(x) − base), f_k having adapter k.
 
         Args:
-            stacked: `stack` of K adapters of this net.
-            gates: [K] for all rows alike, [rows, K], or [rows, tokens, K]; 1 is the adapter, 0 the base. Rows that
-                have one gate of 1 and no other cost what `mixed` costs. In `generate`, later tokens have the gates of
-                the last one given.
-            common: as for `mixed`.
+            stacked: `stack` of K adapters of this net; each tensor is [K, …].
+            gates: [K] for all rows, [rows, K], or [rows, tokens, K]. 1 is the adapter, 0 the base. A batch whose rows
+                each have one gate of 1 and otherwise 0 costs as much as `mixed`. In `generate`, tokens after the given
+                ones use the gates of the last one.
             args, kwargs: as for the model.
+            params, method, common: as for `mixed`.
+
+        Returns:
+            The model's output, differentiable in the gates, the adapters and the inputs.
 
         Raises:
-            ValueError: gates that fit neither the stack nor the inputs, or a site whose output does not have the rows
+            ValueError: the gates do not fit the stack or the inputs, or the output of a site does not have the rows
                 (and tokens) in its first dimensions.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            many = pf.stack([net.init(seed=0), net.init(seed=1)])
+            y = net.gated(many, torch.tensor([0.3, 0.7]), torch.randn(3, 8))
         """
         return self._runner.batch(Weights, [stacked], gates, args, kwargs, params, method, common)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-        """{site: change of the parameter, in its own shape}, in fp32 or wider."""
+        """Return the change of each adapted parameter.
+
+        Args:
+            adapter: a tree like that of `init`.
+
+        Returns:
+            {site: tensor in the parameter's shape}, in fp32 or wider.
+
+        Raises:
+            ValueError: a method whose change depends on the input.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            assert net.delta(net.init())["0.weight"].shape == (4, 8)
+        """
         self.plan.check(adapter)
         return functions.delta(self.plan, self.weights, adapter)
 
     def bias_deltas(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-        """{site: change of its layer's bias} where a method changes it, in fp32 or wider; no bias counts as zeros."""
+        """Return the change of each bias that a method at its layer's weight changes.
+
+        Args:
+            adapter: a tree like that of `init`.
+
+        Returns:
+            {site: tensor [out]}, in fp32 or wider. A missing bias counts as zeros.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0": pf.LoRA(rank=2, lora_bias=True)})
+            assert net.bias_deltas(net.init())["0.weight"].shape == (4,)
+        """
         self.plan.check(adapter)
         return functions.bias_deltas(self.plan, self.weights, adapter)
 
     def merge(
         self, adapter: Mapping[str, Any], *, check_finite: bool = False, untied: bool = False
     ) -> dict[str, Tensor]:
-        """The model's parameters with the adapter folded in: {name: tensor}, to load into, or call, a plain model.
+        """Return the model's parameters with the adapter folded in, for `load_state_dict` or `functional_call`.
 
         Adapted parameters are new tensors, computed in fp32 and rounded once to their dtype; the others are the
-        model's own. All names of one tensor (a shared submodule, tied weights) get one tensor, so that
+        model's own. All names of one tensor (a shared submodule, tied weights) map to one tensor, so that
         `torch.func.functional_call(model, net.merge(adapter), …)` works on any model.
 
         Args:
-            check_finite: whether to look for a NaN or an infinity.
-            untied: whether slots that share a tensor (tied weights) may come out different, for a model that does not
-                tie them; one that does would keep only one of the two.
+            adapter: a tree like that of `init`.
+            check_finite: whether to raise if a merged parameter has a NaN or an infinity.
+            untied: whether slots that share a tensor (tied weights) may become different, for a model that does not
+                tie them; one that ties them would keep only one of the two.
+
+        Returns:
+            {name: tensor} for every name of every parameter.
 
         Raises:
-            ValueError: the adapter gives a bias to a layer without one; or makes tied weights different, and `untied`
-                is not set; or, with check_finite, a merged parameter has a NaN or an infinity.
+            ValueError: the adapter adds a bias to a layer without one; or it makes tied weights different and `untied`
+                is False; or, with check_finite, a merged parameter is not finite.
+
+        Example:
+            model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+            y = torch.func.functional_call(model, net.merge(net.init()), (torch.randn(3, 8),))
         """
         self.plan.check(adapter)
         known = Model.of(self.model)
@@ -178,7 +282,7 @@ class Adapted:
             if check_finite and not merged.isfinite().all():
                 bad = int((~merged.isfinite()).sum())
                 raise ValueError(
-                    f"{name}: merging gives {bad} values that are not finite; the adapter or the base has them"
+                    f"{name}: the merged parameter has {bad} values that are not finite; so has the adapter or the base"
                 )
             if isinstance(old := weights.get(name), QuantisedWeight):
                 merged = old.requantise(merged)
@@ -189,19 +293,37 @@ class Adapted:
         return out
 
     def prepare(self, adapter: Mapping[str, Any]) -> Adapter:
-        """The adapter with everything done that depends on parameters alone (DoRA's norms, OFT's rotations).
+        """Compute in advance what depends on parameters alone (DoRA's norms, OFT's rotations).
 
-        It is used like the adapter it was made from, and is right until that, or the base, changes.
+        Args:
+            adapter: a tree like that of `init`.
+
+        Returns:
+            A prepared adapter. Use it in place of `adapter`. It is valid until the adapter or the base changes.
+
+        Raises:
+            ValueError: a sum or scaling without a closed form.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.DoRA(rank=2)})
+            p = net.prepare(net.init())
+            y = net.apply(p, torch.randn(3, 8))
         """
         self.plan.check(adapter)
         return functions.prepare(self.plan, self.weights, adapter)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """`context_fn` for a torch.utils.checkpoint in the model's own code, with use_reentrant=False.
+        """Return the `context_fn` for torch.utils.checkpoint in the model's own code, with use_reentrant=False.
 
-        The recomputation, which comes in backward, then sees the tensors of the call that is running now. Outside of a
-        call of this net it does nothing, so the bare model may use it too. (Checkpointing that transformers does
-        needs no help.)
+        The recomputation in the backward pass then uses the tensors of the call that is running now. Outside a call of
+        this net it does nothing, so the base may use it too. (The checkpointing of transformers does not need it.)
+
+        Returns:
+            Two context managers.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            forward, recomputation = net.checkpoint_context()
         """
         skeleton = self._runner.innermost
         return (nullcontext(), nullcontext()) if skeleton is None else skeleton.checkpoint_context()

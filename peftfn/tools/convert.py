@@ -1,4 +1,4 @@
-"""Any adapter as a LoRA: the truncated singular value decomposition of its change of each weight."""
+"""Convert any adapter to LoRAs: the truncated singular value decomposition of its change of each weight."""
 
 import re
 from collections.abc import Mapping
@@ -18,27 +18,37 @@ from peftfn.tensors.precision import wide
 def to_lora(
     net: Adapted, adapter: Mapping[str, Any], *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapted, Adapter]:
-    """(net, adapter) of LoRAs with the best approximation of every delta: B = U_r √S_r, A = √S_r V_rᵀ, scale 1.
+    """Convert an adapter to LoRAs with the best approximation of every delta: B = U_r √S_r, A = √S_r V_rᵀ, scale 1.
 
-    A change of a layer's bias becomes the LoRA's bias, exactly; sites that are no matrix (norms, biases) become `Full`,
-    exactly. What has rank r already is exact up to rounding.
+    A change of a layer's bias becomes the LoRA's bias, exactly. Sites that are not matrices (norms, biases) become
+    `Full`, exactly. A delta of rank r or less is exact up to rounding.
 
     Args:
-        rank: of every site.
-        energy: in (0, 1]: for each site the smallest rank whose singular values hold this share of Σ σ².
+        net: the adapter's net.
+        adapter: an adapter of it.
+        rank: the rank at every site.
+        energy: in (0, 1]: at each site, the smallest rank whose singular values hold this share of Σ σ².
+
+    Returns:
+        (net, adapter): a net of LoRAs on the same model, and its adapter.
 
     Raises:
-        ValueError: both or neither of rank and energy, a rank above a site's matrix, or a method whose change depends
-            on the input.
+        ValueError: both or neither of rank and energy, a rank above the size of a site's matrix, or a method whose
+            change depends on the input.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoHa(rank=2)})
+        lora_net, lora = pf.to_lora(net, net.init(), rank=4)
+        assert lora["0.weight"]["a"].shape == (4, 8)
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"to_lora: rank is {rank} and energy is {energy}; give exactly one of them")
+        raise ValueError(f"to_lora: rank is {rank} and energy is {energy}; give exactly one of the two")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"to_lora: energy is {energy}; it is a share of Σ σ²: 0 < energy <= 1")
+        raise ValueError(f"to_lora: energy is {energy}; it is a share of Σ σ²: give 0 < energy <= 1")
     for name, entry in net.plan.items():
         if not entry.method.mergeable:
             raise ValueError(
-                f"{name}: {entry.method} depends on the input, so no LoRA is equal to it; leave this site out"
+                f"{name}: {entry.method} depends on the input, so no LoRA approximates it; leave this site out"
             )
         shape = entry.site.matrix_shape()
         if rank is not None and entry.site.kind in MATRIX and not 0 < rank <= min(shape):

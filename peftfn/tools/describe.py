@@ -1,4 +1,4 @@
-"""What a model offers to adapt: every site with kind, shape, dtype and what it is tied with, as data and as a table."""
+"""List what a model offers to adapt: every site with its kind, shape, dtype and ties, as data and as a table."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,20 @@ from peftfn.tools.table import table
 
 @dataclass(frozen=True)
 class Described:
-    """One site: what a rule of `adapt` can take.
+    """One site: a parameter that a rule of `adapt` can take.
 
-    kind: linear, linear_t (transformers' Conv1D), embedding, conv, conv_t, stack and stack_t (experts), or other
-        (norms, biases).
-    shape: the parameter's own; its dtype and device. quantised: its values are packed in another form.
-    aliases: other names of this very slot (a submodule that the model has twice): they are adapted together.
-    tied: names of other slots that hold the same tensor: each is adapted on its own, the others stay as they are.
+    Args:
+        name: the parameter's dotted name.
+        kind: linear, linear_t (transformers' Conv1D), embedding, conv, conv_t, stack and stack_t (experts), or other
+            (norms, biases).
+        shape, dtype, device: the parameter's.
+        aliases: other names of the same slot (a submodule that the model has twice): they are adapted together.
+        tied: names of other slots that hold the same tensor. Each is adapted alone; the others do not change.
+        quantised: whether its values are packed in another form.
+
+    Example:
+        site = pf.describe(torch.nn.Sequential(torch.nn.Linear(8, 4)))[0]
+        assert (site.name, site.kind, site.shape) == ("0.weight", "linear", (4, 8))
     """
 
     name: str
@@ -40,7 +47,12 @@ class Described:
 
 
 class Description(Sequence[Described]):
-    """The sites of a model, in its own order; `str` gives the table, in which layers that are alike have one line."""
+    """The sites of a model, in the model's order. It prints as a table, with one line for layers that are alike.
+
+    Example:
+        sites = pf.describe(torch.nn.Sequential(torch.nn.Linear(8, 4)))
+        assert len(sites) == 2 and sites.numel == 8 * 4 + 4
+    """
 
     def __init__(self, found: Sequence[Described]):
         self._sites = tuple(found)
@@ -95,19 +107,31 @@ class Description(Sequence[Described]):
 
 
 def describe(model: nn.Module, pattern: str | None = None) -> Description:
-    """Every site of the model, or those that `pattern`, read as a rule of `adapt`, finds.
+    """List the sites of a model, or those that a pattern matches.
 
-    `print(describe(model))` shows what there is to adapt; a rule's pattern is tried without adapting anything.
+    `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything.
+
+    Args:
+        model: any module.
+        pattern: a name pattern, as in the rules of `adapt`; None lists every site.
+
+    Returns:
+        A sequence of `Described`, which prints as a table.
 
     Raises:
-        ValueError: the pattern is no valid regular expression, or a parameter is not initialised (a lazy module).
+        ValueError: the pattern is not a valid regular expression, or a parameter is not initialised (a lazy module).
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
+        print(pf.describe(model))
+        assert [site.name for site in pf.describe(model, "bias")] == ["0.bias", "1.bias"]
     """
     known, found = Model.of(model), []
     for s in known.sites.values():
         try:
             wanted = pattern is None or any(matches(pattern, n) for n in (s.name, *s.aliases))
         except re.error as e:
-            raise ValueError(f"describe: {pattern!r} is no valid regular expression: {e}") from e
+            raise ValueError(f"describe: {pattern!r} is not a valid regular expression: {e}") from e
         if wanted:
             w = known.weights[s.name]
             more = (s.aliases, s.tied, s.quantised)

@@ -1,7 +1,7 @@
 """Optimizers for adapters: parameter groups for LoRA+ and for weight decay, and LoRA-FA.
 
-Each takes what `as_module` gave, or a plain adapter whose tensors require gradients. A plain adapter does not know its
-methods; where they matter, give its net too.
+Each takes the module that `as_module` returned, or a plain adapter whose tensors require gradients. A plain adapter
+does not know its methods; where they matter, pass its net too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +19,8 @@ from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.net.net import Adapted
 from peftfn.view.module import parameters_of, plan_of
 
+__all__ = ["LoRAFA", "decay", "lora_fa", "lora_plus"]
+
 Group = dict[str, Any]
 """A parameter group of torch.optim."""
 
@@ -33,22 +35,34 @@ def lora_plus(
     net: Adapted | None = None,
     name: str | None = None,
 ) -> list[Group]:
-    """Parameter groups in which B learns `ratio` times as fast as A: lr_B = ratio · lr_A.
+    """Return parameter groups in which B learns `ratio` times as fast as A: lr_B = ratio · lr_A.
 
     Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, arXiv:2402.12354. As in the authors'
-    code, vectors (biases, norms, magnitudes) learn as fast as B, without weight decay; all else learns like A.
+    code, vectors (biases, norms, magnitudes) learn as fast as B, without weight decay; all other tensors learn like A.
 
     Args:
         adapter: a module, or a plain adapter.
-        lr, ratio: see above; both above 0.
-        lr_embedding: of all tensors at embeddings (the authors': 1e-6); None treats them like the others.
+        lr: the learning rate of A, above 0.
+        ratio: lr_B / lr_A, above 0.
+        lr_embedding: the rate of all tensors at embeddings (the authors use 1e-6); None treats them like the others.
         weight_decay: of matrices; see `decay`.
         net: the plain adapter's net; needed for lr_embedding.
-        name: which of the module's adapters; None is the one in force.
+        name: which of the module's adapters; None is the active one.
+
+    Returns:
+        Parameter groups for a torch.optim optimizer.
+
+    Raises:
+        ValueError: a rate is not above 0, `net` is missing, or no tensor requires a gradient.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        optimizer = torch.optim.AdamW(pf.optim.lora_plus(m, lr=1e-4, ratio=16))
     """
     _positive("lora_plus", lr=lr, ratio=ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding}))
     if lr_embedding is not None and net is None and not isinstance(adapter, nn.Module):
-        raise ValueError("lora_plus: lr_embedding needs to know which sites are embeddings: give net=net")
+        raise ValueError("lora_plus: lr_embedding needs the kinds of the sites: pass net=net")
     rates: dict[tuple[float, float], list[Tensor]] = {}
     for leaf in _leaves(adapter, net, name, "lora_plus"):
         rate = lr * ratio if leaf.is_b or leaf.is_vector else lr
@@ -65,17 +79,29 @@ def decay(
     net: Adapted | None = None,
     name: str | None = None,
 ) -> list[Group]:
-    """Two parameter groups: what weight decay may shrink, and what it must leave alone.
+    """Return two parameter groups: tensors with weight decay, and tensors without.
 
-    Shrinking a matrix of a low-rank product shrinks the change of the weight, which is what is meant. Shrinking a norm,
-    a bias, a magnitude (vectors), or the rows of `TrainableTokens`, which are weights and no change of them, would
-    pull the model itself towards zero.
+    Shrinking a matrix of a low-rank product shrinks the change of the weight, as intended. Shrinking a norm, a bias, a
+    magnitude (vectors), or the rows of `TrainableTokens`, which are weights and not changes of weights, would pull the
+    model itself towards zero.
 
     Args:
         adapter, net, name: as in `lora_plus`; a plain adapter needs its net.
+        weight_decay: of the first group; the second has 0.
+
+    Returns:
+        Parameter groups for a torch.optim optimizer.
+
+    Raises:
+        ValueError: a plain adapter without its net, or no tensor requires a gradient.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0": pf.Full()})
+        m = pf.as_module(net, net.init())
+        optimizer = torch.optim.AdamW(pf.optim.decay(m, 0.01), lr=1e-3)
     """
     if net is None and not isinstance(adapter, nn.Module):
-        raise ValueError("decay: which tensors are weights, and not changes of them, the methods tell: give net=net")
+        raise ValueError("decay: a plain adapter does not say which of its tensors are weights: pass net=net")
     groups: dict[float, list[Tensor]] = {}
     for leaf in _leaves(adapter, net, name, "decay"):
         groups.setdefault(weight_decay if leaf.decays else 0.0, []).append(leaf.tensor)
@@ -83,14 +109,27 @@ def decay(
 
 
 def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, Any]:
-    """LoRA-FA as a gradient transformation: A stays, and B's gradient becomes g_B (A Aᵀ)⁺ / s².
+    """Transform gradients as LoRA-FA does: A's becomes zero, and B's becomes g_B (A Aᵀ)⁺ / s².
 
     s·g_B' A is then the change of the weight nearest to its full gradient among those that B can make.
     Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", 2023,
     arXiv:2308.03303.
 
     Args:
-        grads: a tree like `adapter`, from torch.func.grad(…) say. LoRA's leaves are transformed, others pass.
+        net, adapter: where the gradients were computed.
+        grads: a tree like `adapter`, from torch.func.grad, say. Only LoRA's leaves are transformed.
+
+    Returns:
+        A tree like `grads`.
+
+    Raises:
+        ValueError: the adapter has no LoRA.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a, x = net.init(), torch.randn(3, 8)
+        g = torch.func.grad(lambda a: net.apply(a, x).square().sum())(a)
+        g = pf.optim.lora_fa(net, a, g)
     """
     out = dict(grads)
     for site, scale in _loras(net.plan, adapter).items():
@@ -100,13 +139,25 @@ def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) 
 
 
 class LoRAFA(torch.optim.AdamW):
-    """AdamW on B with LoRA-FA's gradient, see `lora_fa`; A is frozen here (`requires_grad_(False)`), and so needs no
-    gradient and no saved input. What is not LoRA's is trained by plain AdamW. Its state is saved like any optimizer's.
+    """AdamW on B with LoRA-FA's gradient, see `lora_fa`.
+
+    It freezes A (`requires_grad_(False)`), which so needs no gradient and no saved input. Tensors of other methods are
+    trained by plain AdamW. Its state saves like any optimizer's.
 
     Args:
         adapter: a module, or a plain adapter (which needs its net).
+        lr: the learning rate.
         weight_decay: as in `decay`.
-        others: of AdamW.
+        net, name: as in `lora_plus`.
+        others: further arguments of AdamW.
+
+    Raises:
+        ValueError: a plain adapter without its net, or the adapter has no LoRA.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        optimizer = pf.optim.LoRAFA(m, lr=1e-3)
     """
 
     def __init__(
@@ -124,7 +175,7 @@ class LoRAFA(torch.optim.AdamW):
         elif net is not None:
             tree, plan = dict(adapter), net.plan
         else:
-            raise ValueError("LoRAFA: a plain adapter does not know its scales: give net=net")
+            raise ValueError("LoRAFA: a plain adapter does not say its scales: pass net=net")
         pairs = {tree[site]["b"]: (tree[site]["a"], scale) for site, scale in _loras(plan, tree).items()}
         for a, _ in pairs.values():
             a.requires_grad_(False)
@@ -133,6 +184,18 @@ class LoRAFA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, as torch.optim.Optimizer.step.
+
+        Returns:
+            The loss that `closure` returned, or None.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            m = pf.as_module(net, net.init())
+            optimizer = pf.optim.LoRAFA(m, lr=1e-3)
+            m(torch.randn(3, 8)).sum().backward()
+            optimizer.step()
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,7 +222,7 @@ def _loras(plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, f
         if isinstance(entry.method, Ranked) and {"a", "b"} <= adapter[site].keys()
     }
     if not found:
-        raise ValueError("LoRA-FA: the adapter has no LoRA in it, so there is no A to freeze")
+        raise ValueError("LoRA-FA: the adapter has no LoRA, so it has no A to freeze")
     return found
 
 

@@ -1,7 +1,9 @@
-"""What a net trains, in PEFT's one line and in a table by site."""
+"""What a net trains: PEFT's line, and a table by site."""
 
 from collections import Counter
 from math import prod
+
+from torch import nn
 
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
@@ -25,18 +27,32 @@ def counts(net: Adapted) -> tuple[int, int]:
 
 
 def summary(net: Adapted, *, by_site: bool = True) -> str:
-    """What one adapter of the net trains, as text: PEFT's line, then a table of the sites.
+    """Return what one adapter of the net trains, as text: PEFT's line, then a table of the sites.
 
         trainable params: 256 || all params: 22,944 || trainable%: 1.1158
         site                                    kind    shape  method        trainable
         model.layers.0.self_attn.q_proj.weight  linear  32×32  LoRA(rank=4)  256
 
-    Of a method's fields the first is shown, and those that do not have their default. "all params" are the base's and
-    the adapter's; tied tensors count once.
+    Of a method's fields it shows the first, and those that differ from their default. "all params" counts the base and
+    the adapter; tied tensors count once.
 
     Args:
-        by_site: if False, the first line alone.
+        net: what `adapt` returned.
+        by_site: if False, the first line only.
+
+    Returns:
+        The text, to print.
+
+    Raises:
+        TypeError: `net` is a module; for one that `as_module` made, call `status`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        assert pf.summary(net, by_site=False).startswith("trainable params: 24 ")
     """
+    if not isinstance(net, Adapted):
+        cure = "; for a module that as_module made, print(peftfn.status(m))" if isinstance(net, nn.Module) else ""
+        raise TypeError(f"summary: give a net, which peftfn.adapt returns, not {type(net).__name__}{cure}")
     trained, total = counts(net)
     head = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
     if not by_site:

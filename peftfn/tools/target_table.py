@@ -1,4 +1,4 @@
-"""Which layers PEFT adapts in a model of a known architecture, if one says nothing: the tables behind `targets`.
+"""Which layers PEFT adapts in a model of a known architecture by default: the tables behind `targets`.
 
 Names are separated by spaces, each as `target_modules` has it; * marks layers whose inputs IA3 scales. They are those
 of PEFT 0.21.2, with which the tests compare them. An architecture that a method's own table lacks is looked up in

@@ -1,4 +1,4 @@
-"""PEFT's way to say which modules are adapted, as rules: names, a regular expression, "all-linear", layers."""
+"""PEFT's options for choosing modules, as rules: names, a regular expression, "all-linear", layers."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -28,22 +28,32 @@ def targets(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, Method]:
-    """Rules for `adapt` from what PEFT calls target_modules, exclude_modules, layers_to_transform, and so on.
+    """Return rules for `adapt` from what PEFT calls target_modules, exclude_modules, layers_to_transform, and so on.
 
     Args:
+        model: the model to adapt.
+        method: the method of every rule.
         modules: names, each of which takes the modules of that name and those that end in it after a dot; or one
-            regular expression that must match a whole name; or "all-linear"; or a function of the name. Without it (and
-            without `parameters`), what PEFT adapts in a model of this `model.config.model_type`.
+            regular expression that must match a whole name; or "all-linear"; or a function of the name. None (and no
+            `parameters`): the modules that PEFT adapts by default in a model of this `model.config.model_type`.
         exclude: modules to leave out, written as `modules`.
-        layers: indices of layers to keep, the number after `layers_pattern`, or the first number in the name.
-        parameters: parameters that are no layer's weight (experts), by suffix.
+        layers: indices of layers to keep: the number after `layers_pattern`, or else the first number in the name.
+        layers_pattern: the name, or names, before a layer's index ("layers", "h").
+        parameters: parameters that are not the weight of a layer (experts), by suffix.
         rank_pattern, alpha_pattern: name or regular expression → value, for the modules whose name it matches to the
-            end, from the start or from a dot on; the first that matches counts.
+            end, from the start or from a dot on; the first match counts.
+
+    Returns:
+        {pattern: method}, one rule for each rank and alpha.
 
     Raises:
-        ValueError: nothing is found by `modules`, by a name in `exclude`, or by a key of a pattern; or what is found
-            belongs to an adapter that another library put into the model, or to a parametrization, and is not named
-            itself.
+        ValueError: `modules`, a name in `exclude`, or a key of a pattern matches no module; or a module belongs to an
+            adapter that another library put into the model, or to a parametrization, and is not named itself.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        rules = pf.targets(model, pf.LoRA(rank=2), ["0"])
+        net = pf.adapt(model, rules)
     """
     inputs: list[str] = []
     known = Model.of(model)
@@ -57,7 +67,7 @@ def targets(
     params = [n for n in first.values() if any(n == p or n.endswith(f".{p}") for p in parameters)]
     if not chosen and not params:
         raise ValueError(
-            f"targets: {modules or list(parameters)!r} takes no module of the model{near(str(modules), names)}"
+            f"targets: {modules or list(parameters)!r} matches no module of the model{near(str(modules), names)}"
         )
     _refuse_unused(names, exclude, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, [*chosen, *params])
     words = [modules] if isinstance(modules, str) else [] if modules is None or callable(modules) else modules
@@ -74,7 +84,7 @@ def targets(
         odd = given.keys() - {f.name for f in fields(method)}
         if odd:
             raise ValueError(
-                f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern gives at {name}"
+                f"targets: {type(method).__name__} has no {sorted(odd)[0]}, which a pattern sets at {name}"
             )
         own = replace(method, **given, **({"feedforward": True} if inputs and matches(inputs, name) else {}))
         rules.setdefault(own, []).append(re.escape(name) + ("" if name in params else r"\.(weight|in_proj_weight)"))
@@ -84,17 +94,17 @@ def targets(
 def _refuse_unused(
     names: list[str], exclude: Modules | None, patterns: Mapping[str, Mapping[str, Any] | None], chosen: list[str]
 ) -> None:
-    """ValueError for a name in `exclude` that no module has, and for a key of a pattern that finds nothing chosen."""
+    """ValueError for a name in `exclude` that matches no module, and for a pattern's key that matches no chosen one."""
     given = [exclude] if isinstance(exclude, str) else [] if exclude is None or callable(exclude) else list(exclude)
     whole = isinstance(exclude, str)
     for name in given:
         if name.lower() != "all-linear" and not any(matches(name if whole else [name], n) for n in names):
-            raise ValueError(f"targets: exclude has {name!r}, which takes no module of the model{near(name, names)}")
+            raise ValueError(f"targets: exclude has {name!r}, which matches no module of the model{near(name, names)}")
     for pattern, keys in patterns.items():
         for key in keys or {}:
             if not any(_first({key: True}, n) for n in chosen):
                 raise ValueError(
-                    f"targets: {pattern} has {key!r}, and none of the {len(chosen)} chosen modules is called so"
+                    f"targets: {pattern} has {key!r}, which matches none of the {len(chosen)} chosen modules"
                     f"{near(key, chosen)}"
                 )
 
@@ -111,7 +121,7 @@ def defaults(model: Model, method: Method) -> tuple[Modules, list[str]]:
     found = found or USUAL.get(str(kind))
     if found is None:
         raise ValueError(
-            f"targets: no default modules for a model of type {kind!r}; name them, or say modules='all-linear'"
+            f"targets: no default modules for a model of type {kind!r}; name them, or pass modules='all-linear'"
         )
     if found.startswith(".*"):
         return found, []

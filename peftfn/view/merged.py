@@ -1,4 +1,4 @@
-"""merged: the parameters of a module view with its adapter folded in, one at a time."""
+"""merged: iterate over the parameters of a module view with its adapter folded in."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,19 +16,30 @@ from peftfn.view.module import parameters_of, status
 
 
 def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name in the base, parameter with the adapter folded in), one at a time, of a module that `as_module` made.
+    """Iterate over the parameters of a module that `as_module` made, with the active adapter folded in.
 
-    They are sharded as the module's parameters are: `gather(merged(m), rank=0)` never holds more than one of them
-    whole on an accelerator. For a net, `gather(net.merge(adapter))` does the same.
+    They are sharded like the module's parameters: `gather(merged(m), rank=0)` never holds more than one of them whole
+    on an accelerator. For a net, `gather(net.merge(adapter))` does the same.
 
     Args:
-        untied: as in `net.merge`: whether tied weights may come out different.
+        module: what `as_module` returned, or a wrapper around it, in eval mode.
+        untied: whether tied weights may become different, as in `net.merge`.
 
-    Raises ValueError in train mode, or where the adapter gives a bias to a layer without one, or makes tied weights
-    different.
+    Returns:
+        An iterator of (name in the base, parameter), which computes one at a time.
+
+    Raises:
+        ValueError: the module is in train mode, the adapter adds a bias to a layer without one, or it makes tied
+            weights different and `untied` is False.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval()
+        net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        model.load_state_dict(dict(pf.merged(m)))
     """
     if module.training:
-        raise ValueError("merged: the module is in train mode, where a method may act otherwise; call m.eval() first")
+        raise ValueError("merged: the module is in train mode, where dropout and the like may act; call m.eval() first")
     reshard_(module)
     sharded = any(is_sharded(p) for p in module.parameters())
     ours = {id(t) for row in status(module).adapters for t in leaves(parameters_of(module, row.name))}
@@ -43,8 +54,8 @@ def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Te
             held: Any = slots[attr].original if attr in slots else None
             if is_sharded(held) and not held.is_floating_point():
                 raise ValueError(
-                    f"{name}: its weight is quantised and sharded, and a part of it cannot be dequantised. Merge "
-                    "peftfn.gather(peftfn.adapter_of(m), rank=0) into the model as it is without sharding, net.merge"
+                    f"{name}: its weight is quantised and sharded, and one shard of it cannot be dequantised. Use "
+                    "net.merge(peftfn.gather(peftfn.adapter_of(m), rank=0)) with a net on the model without sharding"
                 )
             constants = [module, *slots.modules()] if is_sharded(held) else []
             with torch.no_grad(), _plain_constants(sharded), _whole(constants, getattr(held, "device_mesh", None)):
@@ -52,7 +63,9 @@ def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Te
             if value is None or id(value) in ours:
                 continue
             if attr in slots and getattr(slots[attr][0], "missing", False):
-                raise ValueError(f"{name}: the adapter gives this layer a bias, and the base has none to merge it into")
+                raise ValueError(
+                    f"{name}: the adapter adds a bias, and the layer of the base has none to merge it into"
+                )
             source = layer._parameters[attr] if held is None else held
             if names[id(source)] > 1 and not untied:
                 other, theirs = tied.setdefault(id(source), (name, value))
@@ -74,8 +87,8 @@ def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _whole(modules: Iterable[nn.Module], mesh: Any) -> Iterator[None]:
-    """Inside, buffers that are sharded on another mesh are whole: FSDP2 adds a dimension to that of the parameters, and
-    leaves buffers on tensor parallelism's."""
+    """Replicate buffers that are sharded on another mesh, until the block ends: FSDP2 adds a mesh dimension to
+    parameters only, and leaves buffers on the mesh of tensor parallelism."""
     others = [
         (m._buffers, k, t)
         for m in modules

@@ -1,8 +1,8 @@
 """as_module: an adapter in an `nn.Module`, for the tools that want one. Trainer, generate, DDP, FSDP, export.
 
-The module is a copy of the model's structure that shares the storage of its parameters. At each site stands a
-`torch.nn.utils.parametrize` parametrization, which holds the leaves of the site and gives the adapted weight
-(`view.py`). Functions whose names end in `_` change the module, or the adapter, that they are given.
+The module is a copy of the model's structure that shares the storage of its parameters. Each site has a
+`torch.nn.utils.parametrize` parametrization, which holds the leaves of the site and returns the adapted weight
+(`view.py`). Functions whose names end in `_` change the module, or the adapter, that they are passed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,39 +31,50 @@ def as_module(
 ) -> Any:
     """The adapted model as an `nn.Module` of the model's own class: isinstance, generate, config, signature.
 
-    It shares the storage of the base's parameters, which do not require gradients in it. The leaves are parameters of
-    its own, copies of the adapter's tensors, and the only ones that train. Its buffers, hooks, settings and modes are
-    its own too, so adapter dropout follows its train() and eval(). The base stays as it is, and usable.
+    It shares the storage of the base's parameters, which do not require gradients in it. The leaves are its own
+    parameters, copies of the adapter's tensors, and the only ones that train. It also has its own buffers, hooks,
+    settings and modes, so adapter dropout follows its train() and eval(). The base does not change and stays usable.
 
-    Two names of one tied tensor are two sites, as in `adapt`: an adapted embedding leaves the head it is tied to as it
-    is, unless a rule takes both.
+    Two names of one tied tensor are two sites, as in `adapt`: adapting an embedding does not change the head it is
+    tied to, unless a rule takes both.
 
-    Whoever writes to the module's base parameters writes to the base, and so to every other module made of it. Tools
-    that average all parameters do: an EMA, a target or reference network. Give such a module `copy_base=True`.
+    Writing to the module's base parameters writes to the base, and so to every other module made of it. Tools that
+    average all parameters do so: an EMA, a target or reference network. Make such a module with `copy_base=True`.
 
     Args:
-        adapter: what stands in the module; its name there is "default".
-        named: in its place, several by name: an adapter of `net`, or a pair (another net of the same model, its
-            adapter). The first is in force until `use` says otherwise.
-        copy_base: whether the module has parameters of its own, which nobody shares, for the memory of a second base.
+        net: what `adapt` returned.
+        adapter: the adapter to hold; its name in the module is "default".
+        named: instead of `adapter`, several by name: an adapter of `net`, or a pair (another net of the same model, its
+            adapter). The first is active until `use` says otherwise.
+        copy_base: whether the module copies the base's parameters instead of sharing them; it then takes the memory of
+            a second base.
 
     Returns:
         The module, with two methods more than the model has:
-        `with m.use(name): …`: for this thread, the adapter `name` is in force; None is the base.
-        `m.checkpoint_context`: `context_fn` for a torch.utils.checkpoint of your own.
+        `with m.use(name): …`: the adapter `name` is active in this thread; None is the base.
+        `m.checkpoint_context`: `context_fn` for your own calls of torch.utils.checkpoint.
 
     Raises:
-        ValueError: no adapter, a name that cannot be one, a net of another model, of such a module, or of a model whose
+        ValueError: no adapter, an invalid name, a net of another model, of such a module, or of a model whose
             parameters have other shapes now, or a layer that cannot hold an adapter: parametrized already, or with
-            weights that a hook puts there for each call (offload).
-        TypeError: the model cannot be copied.
+            weights that a hook loads for each call (offload).
+        TypeError: the model cannot be copied, or `net` is not a net.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, one=net.init(seed=1), two=net.init(seed=2))
+        with m.use("two"):
+            y = m(torch.randn(3, 8))
     """
+    if not isinstance(net, Adapted):
+        raise TypeError(f"as_module takes (net, adapter), and the first is a {type(net).__name__}; call adapt first")
     if (adapter is None) == (not named):
         raise ValueError("as_module: give an adapter, as_module(net, a), or several by name, as_module(net, x=a, y=b)")
     if isinstance(net.model, View):
         raise ValueError(
-            "as_module: the net's model is a module that as_module made. Several adapters of one model are given by "
-            "name, as_module(net, x=a, y=(another net, b)); to build on what one of them does, merge it first"
+            "as_module: the net's model is a module that as_module made. Several adapters of one model are passed by "
+            "name, as_module(net, x=a, y=(another net, b)); to adapt an adapted model again, merge its adapter first"
         )
     pairs = named if adapter is None else {DEFAULT: adapter}
     given = {name: v if isinstance(v, tuple) else (net, v) for name, v in pairs.items()}
@@ -81,11 +92,23 @@ def as_module(
 
 
 def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:
-    """The leaves in a module, as a plain adapter whose tensors share their storage.
+    """Return the leaves in a module as a plain adapter, whose tensors share the module's storage.
 
     Args:
-        module: what `as_module` gave, or a wrapper around it (DDP, torch.compile, …).
-        name: which adapter; None is the one in force.
+        module: what `as_module` returned, or a wrapper around it (DDP, torch.compile, …).
+        name: which adapter; None is the active one.
+
+    Returns:
+        {site: {name: tensor}}, detached.
+
+    Raises:
+        KeyError: the module has no adapter of this name.
+        ValueError: there is no module view in `module`, or no adapter is active and `name` is None.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        y = net.apply(pf.adapter_of(m), torch.randn(3, 8))
     """
     return mapped(parameters_of(module, name), Tensor.detach)
 
@@ -100,10 +123,24 @@ def parameters_of(module: nn.Module, name: str | None = None) -> dict[str, Any]:
 
 
 def base_of(module: nn.Module) -> dict[str, Tensor]:
-    """The base in a module: {name in the model: parameter or persistent buffer}, each tensor once, sharing storage.
+    """Return the base in a module: {name in the model: parameter or persistent buffer}, sharing storage.
 
-    These are the names that a checkpoint of the model has, for loading one into a module that was made on the meta
-    device: `copy_(base_of(m), load_file("model.safetensors"))`.
+    Each tensor occurs once, under the name that a checkpoint of the model has. Use it to load a checkpoint into a
+    module that was made on the meta device: `copy_(base_of(m), load_file("model.safetensors"))`.
+
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+
+    Returns:
+        {name: tensor}, detached.
+
+    Raises:
+        ValueError: there is no module view in `module`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        assert list(pf.base_of(m)) == ["0.bias", "0.weight"]
     """
     view, _ = _view(module, None, any_name=True)
     reshard_(module)
@@ -126,58 +163,90 @@ def base_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plan_of(module: nn.Module, name: str | None = None) -> Plan:
-    """The plan of one adapter in a module, without the constants, which are buffers there."""
+    """The plan of one adapter in a module, without its constants, which are buffers of the module."""
     view, name = _view(module, name)
     plan: Plan = view._peftfn.plans[name]
     return plan
 
 
 def copy_(dst: Any, src: Mapping[str, Any], name: str | None = None) -> None:
-    """Overwrite an adapter with another, in place: no new storage, and nothing is compiled anew.
+    """Overwrite an adapter with another, in place: no new storage, and no compiled function compiles again.
 
     Args:
-        dst: an adapter, or a module with adapters (then `name` says which; None is the one in force). Any other tree
-            of tensors will do, `base_of(m)` for one.
-        src: a tree of the same structure, shapes and dtypes. Whole tensors for sharded ones must be the same on every
-            rank: each takes its part.
+        dst: an adapter, any other tree of tensors (`base_of(m)`, say), or a module with adapters.
+        src: a tree of the same structure, shapes and dtypes. Where `dst` is sharded and `src` is not, `src` must be
+            the same on every rank, and each rank takes its part.
+        name: which adapter, if `dst` is a module; None is the active one.
 
     Raises:
-        KeyError, ValueError, TypeError: the two do not match. Nothing has been written then.
+        KeyError, ValueError, TypeError: the two do not match. Nothing has been written.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init(seed=0))
+        pf.copy_(m, net.init(seed=1))
     """
     if isinstance(dst, nn.Module):
         dst = adapter_of(dst, name)
     elif name is not None:
-        raise TypeError(f"copy_: a plain adapter has no names, and name is {name!r}")
+        raise TypeError(f"copy_: dst is a plain adapter, so it has no adapter {name!r}: leave name out")
     pairs = list(_pairs(dst, src, "copy_"))
     for where, to, value in pairs:
         if to.is_meta or value.is_meta:
             raise ValueError(
-                f"{where}: no data (it is on meta). An offloaded adapter comes back with onload_, a module that was "
-                "made on meta with to_empty"
+                f"{where}: no data (it is on meta). Bring an offloaded adapter back with onload_; give a module "
+                "that was made on meta storage with to_empty"
             )
         if is_sharded(value) and not is_sharded(to):
-            raise ValueError(f"{where}: the source is sharded, and what it goes to is not: give peftfn.gather(source)")
+            raise ValueError(f"{where}: the source is sharded, and the destination is not: pass peftfn.gather(source)")
     with torch.no_grad():
         for _, to, value in pairs:
             to.copy_(laid_out(value, to))
 
 
 def trainable_(module: nn.Module, name: str | None = None, flag: bool = True) -> None:
-    """Have the leaves of one adapter (None: the one in force) require gradients, or not."""
+    """Make the leaves of one adapter require gradients, or not.
+
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+        name: which adapter; None is the active one.
+        flag: whether they require gradients.
+
+    Raises:
+        KeyError: the module has no adapter of this name.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, one=net.init(seed=1), two=net.init(seed=2))
+        pf.trainable_(m, "two", False)
+    """
     for p in leaves(parameters_of(module, name)):
         p.requires_grad_(flag)
 
 
 def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -> Adapter:
-    """Move the leaves of an idle adapter to "cpu", or to "meta", which keeps no data, until `onload_`.
+    """Move the leaves of an idle adapter to another device, until `onload_`.
 
-    Returns the adapter as it was, which `onload_` wants after "meta".
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+        name: which adapter.
+        device: "cpu", or "meta", which keeps no data.
 
-    Raises ValueError for the adapter in force in this thread, and for the module's default.
+    Returns:
+        The adapter with its former tensors. Pass it to `onload_` after "meta".
+
+    Raises:
+        ValueError: the adapter is active in this thread, or is the module's default.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, one=net.init(seed=1), two=net.init(seed=2))
+        kept = pf.offload_(m, "two", "meta")
+        pf.onload_(m, "two", kept)
     """
     view, name = _view(module, name)
     if name in (view._peftfn.choice.name, view._peftfn.choice.default):
-        raise ValueError(f"offload_: adapter {name!r} is in force, or will be after a use; offload an idle one")
+        raise ValueError(f"offload_: adapter {name!r} is active, or is the default; offload an idle one")
     before = adapter_of(view, name)
     view._peftfn.offloaded.add(name)
     for p in leaves(parameters_of(view, name)):
@@ -186,16 +255,29 @@ def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -
 
 
 def onload_(module: nn.Module, name: str, adapter: Mapping[str, Any] | None = None) -> None:
-    """Bring an offloaded adapter back to the device of the weights it changes.
+    """Move an offloaded adapter back to the device of the weights it changes.
 
-    adapter: its values, where the module has none ("meta") or they should be others.
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+        name: which adapter.
+        adapter: its values, needed if it was offloaded to "meta"; None keeps those it has.
+
+    Raises:
+        ValueError: the module has no values for it, and `adapter` is None.
+        KeyError, ValueError, TypeError: `adapter` does not match. Nothing has been written.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, one=net.init(seed=1), two=net.init(seed=2))
+        pf.offload_(m, "two")
+        pf.onload_(m, "two")
     """
     view, name = _view(module, name)
     plan, held = view._peftfn.plans[name], parameters_of(view, name)
     pairs = list(_pairs(held, held if adapter is None else adapter, "onload_"))
     for where, _, value in pairs:
         if value.is_meta:
-            raise ValueError(f"{where}: no data (it was offloaded to meta): give the adapter that offload_ returned")
+            raise ValueError(f"{where}: no data (it was offloaded to meta): pass the adapter that offload_ returned")
     home = {site: _weight(view, site).device for site in plan}
     home |= {bank: next(home[n] for n in plan if plan[n].bank == bank) for bank in plan.banks}
     devices = [home[entry] for entry, tree in held.items() for _ in leaves(tree)]
@@ -210,10 +292,10 @@ class AdapterStatus:
     """One adapter of a module."""
 
     name: str
-    in_force: bool  # in this thread
+    active: bool  # in this thread
     trainable: bool | None  # None: some leaves are, some not
     sites: int
-    numbers: int  # of all its leaves
+    parameters: int  # in all its leaves
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     offloaded: bool
@@ -225,27 +307,42 @@ class Status:
     """What a module holds; prints as a table."""
 
     model: str
-    base: int  # numbers of the base
+    base: int  # parameters of the base
     base_trainable: int
     adapters: tuple[AdapterStatus, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: base of {self.base:,} numbers, {self.base_trainable:,} of them trainable"]
+        lines = [f"{self.model}: base of {self.base:,} parameters, {self.base_trainable:,} of them trainable"]
         for a in self.adapters:
             marks = [
                 {True: "trainable", False: "frozen", None: "partly trainable"}[a.trainable],
-                *(["in force"] if a.in_force else []),
+                *(["active"] if a.active else []),
                 *(["offloaded"] if a.offloaded else []),
             ]
             lines.append(
-                f"  {a.name}: {', '.join(marks)}; {a.numbers:,} numbers at {a.sites} sites, "
+                f"  {a.name}: {', '.join(marks)}; {a.parameters:,} parameters at {a.sites} sites, "
                 f"{'/'.join(a.dtypes)} on {'/'.join(a.devices)}; {', '.join(a.methods)}"
             )
         return "\n".join(lines)
 
 
 def status(module: nn.Module) -> Status:
-    """What adapters a module holds, which is in force in this thread, which train, and where they are."""
+    """Return which adapters a module holds, which is active in this thread, which train, and where they are.
+
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+
+    Returns:
+        A `Status`, which prints as a table; `status(m).adapters` has one row for each adapter.
+
+    Raises:
+        ValueError: there is no module view in `module`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        assert pf.status(m).adapters[0].parameters == 2 * 8 + 4 * 2
+    """
     view, _ = _view(module, None, any_name=True)
     state = view._peftfn
     rows, ours = [], set()
@@ -256,10 +353,10 @@ def status(module: nn.Module) -> Status:
         rows.append(
             AdapterStatus(
                 name=name,
-                in_force=name == state.choice.name,
+                active=name == state.choice.name,
                 trainable=flags.pop() if len(flags) == 1 else None,
                 sites=len(plan),
-                numbers=sum(t.numel() for t in ts),
+                parameters=sum(t.numel() for t in ts),
                 devices=tuple(sorted({str(t.device) for t in ts})),
                 dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in ts})),
                 offloaded=name in state.offloaded,
@@ -272,21 +369,24 @@ def status(module: nn.Module) -> Status:
 
 
 def _pairs(dst: Any, src: Any, where: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(place, tensor, tensor) of two adapters of one structure."""
+    """(place, tensor, tensor) of two adapters of the same structure."""
     if isinstance(dst, Mapping) and isinstance(src, Mapping):
         if dst.keys() != src.keys():
             odd = min(dst.keys() ^ src.keys())
-            who = "the source lacks" if odd in dst else "only the source has"
-            raise KeyError(f"{where}: {who} {odd!r}; both must be adapters of one net")
+            who = "the source has no" if odd in dst else "only the source has"
+            raise KeyError(f"{where}: {who} {odd!r}; both must be adapters of the same net")
         for k in dst:
             yield from _pairs(dst[k], src[k], f"{where}{'/' if ': ' in where else ': '}{k}")
         return
     if not isinstance(dst, Tensor) or not isinstance(src, Tensor):
-        raise TypeError(f"{where}: {type(src).__name__} for {type(dst).__name__}; adapters are dicts of tensors")
+        raise TypeError(
+            f"{where}: the source has a {type(src).__name__}, and the destination a {type(dst).__name__}; "
+            "adapters are dicts of tensors"
+        )
     if dst.shape != src.shape or dst.dtype != src.dtype:
         raise ValueError(
             f"{where}: {src.dtype} {list(src.shape)} does not fit {dst.dtype} {list(dst.shape)}. Cast another dtype "
-            "first; another rank needs a module of its own, as_module(net, …)"
+            "first; for another rank, make another module, as_module(net, …)"
         )
     yield where, dst, src
 
@@ -306,13 +406,17 @@ def _weight(view: Any, site: str) -> Tensor:
 
 def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[Any, str]:
     """The one view in a module, and the name of an adapter of it."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"give the module that as_module(net, adapter) returned, not {type(module).__name__}")
     found: list[Any] = [m for m in module.modules() if isinstance(m, View)]
     if len(found) != 1:
-        raise ValueError(f"this {type(module).__name__} holds {len(found)} modules that as_module made; give one")
+        raise ValueError(
+            f"this {type(module).__name__} holds {len(found)} modules that as_module made; pass one that it returned"
+        )
     state = found[0]._peftfn
     name = state.choice.name if name is None else name
     if name is None and not any_name:
-        raise ValueError("no adapter is in force here, use(None); say which one is meant: name=…")
+        raise ValueError("no adapter is active (inside use(None)); say which one you mean: name=…")
     if name is not None and name not in state.plans:
         raise KeyError(f"the module has no adapter {name!r}{near(name, list(state.plans))}")
     return found[0], name or ""

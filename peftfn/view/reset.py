@@ -1,4 +1,4 @@
-"""reset_: fresh values in a module that `as_module` made, for one whose storage was made only after it was."""
+"""reset_: write fresh values into a module that `as_module` made, for one that was made on the meta device."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,16 +17,24 @@ from peftfn.view.view import leaf_at, owner
 
 
 def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_seed: int = 0) -> None:
-    """Give an adapter in a module the values of `net.init(seed)`, its constants those of `adapt(…, seed=plan_seed)`.
+    """Overwrite an adapter in a module with the values of `net.init(seed)`, and its constants with those of `adapt`.
 
-    After `m.to_empty(device=…)` neither holds anything. Load the base first: some methods start from its weights, which
-    are gathered one at a time where they are sharded. Every rank must call this then.
+    Use it after `m.to_empty(device=…)`, which leaves both uninitialised. Load the base first: some methods start from
+    its weights, which are gathered one at a time if they are sharded. Every rank must call this then.
 
     Args:
-        module: what `as_module` gave, or a wrapper around it.
-        name: which adapter; None is the one in force.
+        module: what `as_module` returned, or a wrapper around it.
+        seed: the seed of `net.init`.
+        name: which adapter; None is the active one.
+        plan_seed: the seed of `adapt`.
 
-    Raises ValueError if the base has no values (it is on meta), or the adapter is a sum or a scaling of others.
+    Raises:
+        ValueError: the base has no values (it is on meta), or the adapter is a sum or a scaling of others.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init(seed=0))
+        pf.reset_(m, seed=1)
     """
     view, name = _view(module, name)
     plan: Plan = view._peftfn.plans[name]
@@ -35,7 +43,7 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
         if _weight(view, at).is_meta:
             raise ValueError(f"{at}: no data (it is on meta); call m.to_empty(device=…) and load the base first")
         if held[at].keys() != entry.spec.keys():
-            raise ValueError(f"{at}: the adapter here is a sum, a scaling or prepared, which no seed gives; use copy_")
+            raise ValueError(f"{at}: the adapter is a sum, a scaling or prepared, which no seed determines; use copy_")
     sites = {at: entry.site for at, entry in plan.items()}
     for rule, method in plan.rules.items():
         if method.overrides("shared"):

@@ -1,4 +1,4 @@
-"""What `as_module` builds: at each site a parametrization, which holds the leaves and gives the adapted weight."""
+"""What `as_module` builds: a parametrization at each site, which holds the leaves and returns the adapted weight."""
 
 import threading
 from collections import Counter
@@ -61,7 +61,7 @@ def _hold(module: nn.Module, tree: Mapping[str, Any], prefix: str = "") -> Paths
 
 
 class _Choice(threading.local):
-    """Which adapter is in force in this thread. pinned: a `use` says so."""
+    """Which adapter is active in this thread. pinned: a `use` says so."""
 
     def __init__(self, default: str, several: bool):
         self.name: str | None = default
@@ -117,13 +117,13 @@ class _Site(nn.ModuleDict):
         self.read: Callable[[Tensor], Any] = read  # the parameter ↦ what methods take for the weight
 
     def leaf(self) -> Any:
-        """The leaf in force, or None."""
+        """The leaf of the active adapter, or None."""
         choice = self.choice
         if choice.several and not choice.pinned and not torch.compiler.is_compiling() and backward_task() != -1:
             raise RuntimeError(
-                f"{self.site}: recomputed in a backward pass, where it is not known which of the module's adapters was "
-                "in force in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or give "
-                "torch.utils.checkpoint context_fn=m.checkpoint_context with use_reentrant=False"
+                f"{self.site}: recomputed in a backward pass, which does not know which of the module's adapters was "
+                "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
+                "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
         return self._modules.get(choice.name) if choice.name is not None else None
 
@@ -155,12 +155,23 @@ class _Bias(nn.Module):
 
 @dataclass
 class _State:
-    """What a view knows of its adapters."""
+    """What a view stores about its adapters."""
 
     plans: dict[str, Plan]
     banks: dict[str, dict[str, Paths]]
     choice: _Choice
     offloaded: set[str]
+
+
+CURES = {
+    "set_adapter": 'write `with m.use("x"): …`, which makes the adapter active in this thread until the block ends',
+    "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
+    "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
+    "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
+    "merge_and_unload": "net.merge(peftfn.adapter_of(m)) returns the merged parameters",
+    "print_trainable_parameters": "print(peftfn.status(m))",
+}
+"""Methods of PEFT's models, which also transformers' have → what to write instead."""
 
 
 class View:
@@ -170,7 +181,12 @@ class View:
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """In this thread, the adapter `name` is in force; None is the base."""
+        """Make the adapter `name` active in this thread, until the block ends; None is the base."""
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"use: {name!r} is not a name; one adapter is active at a time. For a sum of two, make a module of it, "
+                "as_module(net, both=peftfn.add(a, b)); for one adapter per row, net.mixed"
+            )
         if name is not None and name not in self._peftfn.plans:
             raise KeyError(f"use: the module has no adapter {name!r}{near(name, list(self._peftfn.plans))}")
         if name in self._peftfn.offloaded:
@@ -184,14 +200,14 @@ class View:
             choice.name, choice.pinned = before
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is in force now."""
+        """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is active now."""
         return nullcontext(), self.use(self._peftfn.choice.name)
 
 
 def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before a layer loads its part of a state, however that came to it, from a wrapper around the view, say: where
-    the base has other values than those given, they go to storage of the layer's own. The base keeps what it has.
-    ValueError while an adapter of the view is offloaded to meta.
+    """Before a layer loads its part of a state dict, also through a wrapper around the view: a tensor whose values
+    differ from the base's gets its own storage, so that the base does not change. ValueError while an adapter of the
+    view is offloaded to meta.
     """
     ours: set[str] = set()
     if isinstance(module, View):
@@ -205,7 +221,7 @@ def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -
 
 
 def refuse_empty(view: Any, what: str) -> None:
-    """ValueError if an adapter of the view has no values, having been offloaded to meta."""
+    """Raise ValueError if an adapter of the view has no values because it was offloaded to meta."""
     for module in view.modules():
         for name, leaf in module._modules.items() if isinstance(module, _Site) else ():
             if name in view._peftfn.offloaded and any(p.is_meta for p in leaf.parameters()):
@@ -232,7 +248,7 @@ def _checkpointing(cls: Any) -> Callable[..., None]:
 
 
 def _saving(cls: Any) -> Callable[..., Any]:
-    """transformers' `save_pretrained`, which Trainer makes its checkpoints with, of all but the frozen base."""
+    """transformers' `save_pretrained`, which Trainer writes checkpoints with: everything but the frozen base."""
 
     @wraps(cls.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
@@ -250,9 +266,9 @@ def _saving(cls: Any) -> Callable[..., Any]:
 
 
 def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
-    """transformers' functions that give the embeddings other parameters, which an adapted one cannot take.
+    """transformers' functions that replace the parameters of the embeddings, which an adapted layer cannot allow.
 
-    Those that are tied are so since `as_module`, so `tie_weights` has nothing to do then.
+    Tied layers are tied since `as_module`, so `tie_weights` has nothing to do.
     """
     original = getattr(cls, name)
 
@@ -265,8 +281,8 @@ def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
         if name == "tie_weights":
             return None
         raise ValueError(
-            f"{held.parametrizations.weight[0].site}: {name} would give it another parameter, and it is adapted. Call "
-            "it on the model first, and adapt the model then"
+            f"{held.parametrizations.weight[0].site}: {name} would replace this parameter, and it is adapted. Call "
+            "it on the model first, and then adapt the model"
         )
 
     return function
@@ -320,6 +336,15 @@ def _slot(name: str) -> type:
     return type(f"_{name}", (), {name: property(get, refuse)})
 
 
+def _refusal(word: str, cure: str) -> Callable[..., Any]:
+    """A method of PEFT's models, which a view does not have."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(f"a module that as_module made has no {word}, which is PEFT's: {cure}")
+
+    return refuse
+
+
 @cache
 def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
     """A subclass of `cls` whose attributes `names` are parametrized; the root of a view has the methods of one."""
@@ -340,6 +365,7 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
     if view:
         body["__qualname__"] = cls.__qualname__
+        body |= {word: _refusal(word, cure) for word, cure in CURES.items()}
         if hasattr(cls, "_set_gradient_checkpointing"):
             body["_set_gradient_checkpointing"] = _checkpointing(cls)
         if hasattr(cls, "save_pretrained"):

@@ -220,18 +220,18 @@ def own_memory() -> int:
 
 
 BAD_MERGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no base": (lambda p: (p / "base").rename(p / "gone"), "base is no folder"),
+    "no base": (lambda p: (p / "base").rename(p / "gone"), "base is not a folder"),
     "no adapter": (lambda p: (p / "adapter").rename(p / "gone"), "adapter does not exist"),
     "out is there": (lambda p: (p / "out" / "x").mkdir(parents=True), "out exists; name a new folder"),
     "no weights": (lambda p: [f.unlink() for f in (p / "base").glob("*.safetensors*")], "no \\*.safetensors to merge"),
     "truncated": (
         lambda p: [f.write_bytes(f.read_bytes()[:900]) for f in (p / "base").glob("*.safetensors")],
-        "model.*safetensors: no valid safetensors file",
+        "model.*safetensors: not a valid safetensors file",
     ),
-    "index outside": (lambda p: edit(p, "../x.safetensors"), "is no file in this folder"),
+    "index outside": (lambda p: edit(p, "../x.safetensors"), "is not a file in this folder"),
     "index of nothing": (lambda p: edit(p, None), "weight_map is"),
     "config of another size": (lambda p: config(p, hidden_size=32), "config.json says"),
-    "unknown model": (lambda p: config(p, model_type="nope"), "transformers .* does not know it"),
+    "unknown model": (lambda p: config(p, model_type="nope"), "transformers .* does not support it"),
     "unknown class": (lambda p: config(p, architectures=["Nope"]), "has no Nope"),
     "adapter of another model": (lambda p: config(p, num_hidden_layers=1), "layers.1"),
 }
@@ -295,7 +295,7 @@ def test_merge_refuses_what_is_not_finite(tmp_path: Path, capsys: Any) -> None:
     huge = {n: {k: torch.full_like(t, 1e30) for k, t in p.items()} for n, p in net.init().items()}
     pf.save(tmp_path / "adapter", net, huge)
     line = fails(capsys, "merge", folder, tmp_path / "adapter", tmp_path / "out")
-    assert "k_proj.weight: merging gives" in line and "not finite" in line
+    assert "k_proj.weight: the merged tensor has" in line and "not finite" in line
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
 
@@ -354,7 +354,7 @@ def test_convert_options_reach_the_format(tmp_path: Path, capsys: Any) -> None:
     adapter(tmp_path / "b", model, {KV: pf.LoRA(rank=2)})
     assert run("convert", tmp_path / "b", tmp_path / "s", *to, "swift", "--name", "mine") == 0
     assert (tmp_path / "s" / "mine" / "adapter_config.json").is_file()
-    assert "--name is no option of peft" in fails(
+    assert "--name is not an option of peft" in fails(
         capsys, "convert", tmp_path / "b", tmp_path / "p", *to, "peft", "--name", "x"
     )
 
@@ -448,11 +448,11 @@ def test_inspect_of_bad_input_says_so_in_one_line(tmp_path: Path, capsys: Any) -
     assert "nothing does not exist" in fails(capsys, "inspect", tmp_path / "nothing")
     assert "no adapter of a known format" in fails(capsys, "inspect", tmp_path)
     for files, message in [
-        ({"peftfn.json": "{}", "adapter.safetensors": ""}, "no valid safetensors"),
-        ({"adapter_config.json": "[]"}, "no PEFT configuration"),
-        ({"adapter_config.json": "{", "adapter_model.safetensors": "x"}, "no valid JSON"),
+        ({"peftfn.json": "{}", "adapter.safetensors": ""}, "not a valid safetensors"),
+        ({"adapter_config.json": "[]"}, "not a PEFT configuration"),
+        ({"adapter_config.json": "{", "adapter_model.safetensors": "x"}, "not valid JSON"),
         ({"adapter_config.json": '{"peft_type": "LORA"}'}, "adapter_model.safetensors is missing"),
-        ({FILE: "no"}, "no valid safetensors file"),
+        ({FILE: "no"}, "not a valid safetensors file"),
     ]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -492,7 +492,7 @@ def test_help_and_a_wrong_command() -> None:
     """As a program: the exit codes are the process's; each command has help."""
     done = subprocess.run([sys.executable, "-m", "peftfn", "inspect", "/no/such"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "peftfn inspect: /no/such does not exist, and is no hub's owner/name\n"
+    assert done.stderr == 'peftfn inspect: /no/such does not exist and is not a Hub repository ("owner/name")\n'
     for command in ("demo", "inspect", "convert", "merge"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
@@ -530,7 +530,7 @@ def test_what_a_configuration_says_beside_the_method_stays(tmp_path: Path, capsy
     file.write_text(json.dumps(json.loads(file.read_text()) | extra))
     assert run("inspect", tmp_path / "a", "--model", folder) == 0
     out = capsys.readouterr().out
-    assert "beside   alora_invocation_tokens [5]\nbeside   layer_replication [[1, 2], [0, 1]]\nfits" in out
+    assert "extra    alora_invocation_tokens [5]\nextra    layer_replication [[1, 2], [0, 1]]\nfits" in out
     args = "convert", tmp_path / "a", tmp_path / "b", "--model", folder, "--to"
     for to in ("native", "swift", "kohya"):
         assert "activated LoRA" in fails(capsys, *args, to)
@@ -538,7 +538,7 @@ def test_what_a_configuration_says_beside_the_method_stays(tmp_path: Path, capsy
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()).items() >= extra.items()
     del extra["alora_invocation_tokens"]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alora_invocation_tokens": None}))
-    assert "layers are repeated" in fails(capsys, "merge", folder, tmp_path / "a", tmp_path / "m")
+    assert "a model with repeated layers" in fails(capsys, "merge", folder, tmp_path / "a", tmp_path / "m")
 
 
 def test_an_adapter_of_the_hub(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_scale_and_add() -> None:
         pf.add()
     with pytest.raises(ValueError, match=r"q_proj\.weight.*scale"):
         net.apply(pf.scale(a, torch.ones(2)), noise(3, 6))
-    with pytest.raises(ValueError, match=r"VeRA.*own rule"):
+    with pytest.raises(ValueError, match=r"VeRA.*separate rule"):
         pf.chain(LoRA(2), VeRA(2))
 
 

@@ -170,7 +170,7 @@ def test_a_model_that_adapters_were_taken_out_of_is_loaded_onto(tmp_path: Path) 
 
 
 def test_a_module_that_peft_trains_whole_is_not_adapted() -> None:
-    """Nor its copy: which of the two is in force is PEFT's to say."""
+    """Nor its copy: which of the two is active is PEFT's to say."""
     model = peft.get_peft_model(llama(), lora(target_modules=["o_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"lm_head is a ModulesToSaveWrapper that PEFT put there.*unload"):
         pf.adapt(model, {"lm_head": pf.LoRA(2)})
@@ -242,7 +242,7 @@ def test_a_layer_is_adapted_or_trained_whole_not_both(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 2 tensors: .*o_proj"):
         pf.load(tmp_path, llama())
     model = llama()
-    with pytest.raises(ValueError, match=r"'lm_head' comes too late.*lm_head\.weight first"):
+    with pytest.raises(ValueError, match=r"'lm_head' never applies.*lm_head\.weight first"):
         pf.adapt(model, {"q_proj|lm_head": pf.LoRA(2), "lm_head": pf.Full()})
     layers = nn.ModuleDict({n: nn.Linear(3, 3) for n in ("lin", "my_lin")})  # PEFT takes modules to save by their ends
     net = pf.adapt(layers, {r"^lin\.": pf.Full(), r"^my_lin\.weight": pf.LoRA(1)})
@@ -351,7 +351,7 @@ def test_modules_to_save_that_the_model_lacks(tmp_path: Path) -> None:
     model = llama()
     with pytest.raises(ValueError, match=r"'nope' matches none of the model's"):
         pf.adapt(model, {"q_proj": pf.LoRA(2), "nope": pf.Full()})
-    with pytest.raises(ValueError, match=r"\['nope'\] takes no module"):
+    with pytest.raises(ValueError, match=r"\['nope'\] matches no module"):
         targets(model, pf.LoRA(2), ["nope"])
     theirs = saved(tmp_path, llama(), lora(target_modules=QV, modules_to_save=["nope"]))
     with pytest.raises(ValueError, match=r"lacks 1 tensors: 'base_model\.model\.nope'.*strict=False"):
@@ -538,13 +538,13 @@ def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         other = pf.load(tmp_path / name, model)
         with pytest.raises(ValueError, match=message):
             pf.conform(other.adapter, other.net, A.net)
-        with pytest.raises((KeyError, ValueError), match=r"v_proj|lacks"):
+        with pytest.raises((KeyError, ValueError), match=r"v_proj|has no"):
             pf.copy_(held, other.adapter)
     assert torch.equal(logits(held), before)
 
 
 def test_two_methods_in_one_model(tmp_path: Path) -> None:
-    """C6.5 112, 114: in PEFT's mixed model both must be set, and it cannot be saved; a plan has both in force, and is
+    """C6.5 112, 114: in PEFT's mixed model both must be set, and it cannot be saved; a plan has both active, and is
     saved in one file."""
     configs = {"A": lora(target_modules=QV), "B": peft.LoHaConfig(r=3, alpha=2, target_modules=["q_proj", "up_proj"])}
     for seed, (name, config) in enumerate(configs.items()):
@@ -593,7 +593,7 @@ def test_status_of_a_partly_frozen_adapter() -> None:
     held = pf.as_module(net, A=net.init(0), B=net.init(1))
     one = next(n for n, p in held.named_parameters() if p.requires_grad and ".A." in n)
     held.get_parameter(one).requires_grad_(False)
-    assert {a.name: (a.in_force, a.trainable) for a in pf.status(held).adapters} == {
+    assert {a.name: (a.active, a.trainable) for a in pf.status(held).adapters} == {
         "A": (True, None),
         "B": (False, True),
     }

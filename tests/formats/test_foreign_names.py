@@ -218,7 +218,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     shuffled.mkdir()
     (tmp_path / TENSORS).rename(shuffled / TENSORS)
     for path in (shuffled, shuffled / TENSORS):
-        with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is there, and adapter_config\.json"):
+        with pytest.raises(FileNotFoundError, match=r"it has adapter_model\.safetensors, but not adapter_config\.json"):
             pf.load(path, llama())
     (shuffled / TENSORS).rename(shuffled / "lora.safetensors")
     with pytest.raises(ValueError, match=r"PEFT's keys, and adapter_config\.json says"):

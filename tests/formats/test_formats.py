@@ -122,7 +122,7 @@ def test_modules_to_save_that_are_not_there_are_missing(folder: Path) -> None:
 
 def test_other_shapes_are_an_error_also_if_not_strict(folder: Path) -> None:
     retensor(folder, lambda t: t.update({A: torch.zeros(2, 5)}))
-    with pytest.raises(ValueError, match=r"has shape \[2, 5\], and the model wants \[2, 16\]"):
+    with pytest.raises(ValueError, match=r"has shape \[2, 5\], and the model needs \[2, 16\]"):
         pf.load(folder, llama(), strict=False)
 
 
@@ -147,7 +147,7 @@ def test_a_key_mapping_renames_and_a_wrong_one_is_an_error(folder: Path) -> None
         for strict in (True, False):
             with pytest.raises(ValueError, match="have no place"):
                 pf.load(folder, llama(), key_mapping=wrong, strict=strict)
-    with pytest.raises(ValueError, match="are both"):
+    with pytest.raises(ValueError, match="both become"):
         pf.load(folder, llama(), key_mapping={r"^decoder\.blocks\.\d": "model.layers.0"})
 
 
@@ -446,7 +446,7 @@ def test_what_cannot_be_saved_writes_nothing(tmp_path: Path) -> None:
     net = pf.adapt(llama(), {"q_proj": pf.LoRA(2), "v_proj": pf.IA3()})
     with pytest.raises(ValueError, match="one method in a folder"):
         pf.save(tmp_path, net, net.init(), format="peft")
-    with pytest.raises(ValueError, match="no format 'pickle'"):
+    with pytest.raises(ValueError, match="'pickle' is not a format"):
         pf.save(tmp_path, net, net.init(), format="pickle")
     assert not list(tmp_path.iterdir())
 
@@ -597,7 +597,7 @@ def test_wrappers_leave_names_in_keys(how: str, folder: Path) -> None:
     same(again.adapter, want)
     twice = {WRAPPED[how](k): t.clone() for k, t in tensors.items()} | tensors
     save_file(twice, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"are both|are the same tensor"):
+    with pytest.raises(ValueError, match=r"both become|are the same tensor"):
         pf.load(folder, llama())
 
 
@@ -673,7 +673,7 @@ def test_a_repository_of_several_folders_says_so(folder: Path) -> None:
     for name in ("checkpoint-10", "checkpoint-20"):
         shutil.copytree(folder, folder.parent / "run" / name)
     (folder.parent / "run" / "trainer_state.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter.*checkpoint-10, checkpoint-20: give subfolder="):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter.*checkpoint-10, checkpoint-20 do: pass subfolder="):
         pf.load(folder.parent / "run", llama())
 
 
@@ -801,7 +801,7 @@ def test_repeated_layers_are_repeated(name: str, spans: list[list[int]], tmp_pat
         same(again.adapter, b)
         compare(out(again.net.apply(b, *args, **kwargs)), want)
     assert same_model.net.model is net.model
-    with pytest.raises(ValueError, match=r"repeated layers.*'swift' cannot say"):
+    with pytest.raises(ValueError, match=r"repeated layers.*'swift' cannot express"):
         pf.save(tmp_path / "no", net, adapter, format="swift")
 
 
@@ -813,8 +813,8 @@ def test_repeated_layers_are_repeated(name: str, spans: list[list[int]], tmp_pat
         ({"layer_replication": "all"}, "give spans"),
         ({"layer_replication": [[0, True]]}, "give spans"),
         ({"layer_replication": [[0, 1]]}, "no place in this model"),
-        ({"alora_invocation_tokens": "ab"}, "list of tokens"),
-        ({"alora_invocation_tokens": [1.5]}, "list of tokens"),
+        ({"alora_invocation_tokens": "ab"}, "list of token ids"),
+        ({"alora_invocation_tokens": [1.5]}, "list of token ids"),
         ({"arrow_config": {"top_k": 2}}, r"router over other adapters.*net\.gated"),
     ],
     ids=str,

@@ -266,7 +266,7 @@ def test_one_part_of_a_file_is_read_with_strict_false(tmp_path: Path) -> None:
     loaded = pf.load(file, small(), strict=False)
     assert loaded.unexpected == tuple(sorted(theirs))
     assert list(loaded.net.plan) == ["mid_block.to_q.weight"]
-    with pytest.raises(ValueError, match="no adapter in it"):
+    with pytest.raises(ValueError, match="no adapter tensors that fit"):
         pf.load(put(tmp_path, theirs), small(), strict=False)
 
 
@@ -384,7 +384,7 @@ def test_key_mapping_renames_modules(tmp_path: Path) -> None:
     file = put(tmp_path, lora("lora_unet_middle_attn", "lora_up.weight", "lora_down.weight"))
     net, _ = pf.load(file, small(), key_mapping={"middle_attn$": "mid_block_to_q"})
     assert list(net.plan) == ["mid_block.to_q.weight"]
-    with pytest.raises(ValueError, match="key_mapping has '\\(', which is no regular expression"):
+    with pytest.raises(ValueError, match="key_mapping has '\\(', which is not a regular expression"):
         pf.load(file, small(), key_mapping={"(": ""})
 
 
@@ -497,24 +497,24 @@ Q = "lora_unet_mid_block_to_q"
 IA3 = {UP: None, DOWN: None, f"{Q}.weight": torch.ones(6), f"{Q}.on_input": torch.tensor(0)}
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half of a LoRA": ({UP: None}, "lacks 1 tensors: 'lora_unet_mid_block_to_q.lora_up.weight'"),
-    "wrong size": ({UP: torch.zeros(5, 2)}, r"lora_up.weight has shape \[5, 2\], and LoRA.* wants \[6, 2\]"),
+    "wrong size": ({UP: torch.zeros(5, 2)}, r"lora_up.weight has shape \[5, 2\], and LoRA.* needs \[6, 2\]"),
     "one axis": ({DOWN: torch.zeros(12)}, r"lora_down.weight has shape \[12\]; it must be a matrix"),
     "no rank": ({UP: torch.zeros(6, 0), DOWN: torch.zeros(0, 6)}, "must be a matrix, not empty"),
     "integers": ({UP: torch.zeros(6, 2, dtype=torch.int32)}, "lora_up.weight is torch.int32"),
-    "NaN": ({UP: torch.full((6, 2), float("nan"))}, "lora_up.weight has 12 values that are no numbers"),
+    "NaN": ({UP: torch.full((6, 2), float("nan"))}, "lora_up.weight contains 12 NaN"),
     "alpha is 0": ({f"{Q}.alpha": torch.tensor(0.0)}, "alpha is 0.0; it must be a finite number above 0"),
     "alpha is infinite": ({f"{Q}.alpha": torch.tensor(float("inf"))}, "alpha is inf"),
-    "alphas": ({f"{Q}.alpha": torch.ones(3)}, r"alpha has shape \[3\]; it is one number"),
+    "alphas": ({f"{Q}.alpha": torch.ones(3)}, r"alpha has shape \[3\]; it must be one number"),
     "two methods": ({f"{Q}.hada_w1_a": torch.zeros(6, 2)}, "are not the tensors of one method"),
     "two spellings": ({"unet.mid_block.to_q.lora_B.weight": torch.zeros(6, 2)}, "are the same tensor"),
     "alpha alone": ({"lora_unet_head.alpha": torch.tensor(1.0)}, "are not the tensors of one method"),
-    "odd magnitude": ({f"{Q}.dora_scale": torch.ones(1, 5)}, r"dora_scale has shape \[1, 5\], and .* wants \[6\]"),
+    "odd magnitude": ({f"{Q}.dora_scale": torch.ones(1, 5)}, r"dora_scale has shape \[1, 5\], and .* needs \[6\]"),
     "a turned magnitude of no layer": ({f"{Q}.dora_scale": torch.ones(5, 1)}, r"dora_scale has shape \[5, 1\]"),
     "a model's own weight": ({f"{Q}.weight": torch.ones(6, 6)}, "are not the tensors of one method"),
     "a model's weights": ({UP: None, DOWN: None, f"{Q}.weight": torch.ones(6, 6)}, "1 tensors have no place"),
-    "an IA3 on neither side": ({**IA3, f"{Q}.on_input": torch.tensor(2)}, "on_input is 2.0; it is 0 or 1"),
-    "an IA3 of another size": ({**IA3, f"{Q}.weight": torch.ones(7)}, r"weight has shape \[7\].*wants \[6\]"),
-    "a BOFT": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(1, 2, 3, 3)}, r"\[n, b, b\] is what is read"),
+    "an IA3 on neither side": ({**IA3, f"{Q}.on_input": torch.tensor(2)}, "on_input is 2.0; it must be 0 or 1"),
+    "an IA3 of another size": ({**IA3, f"{Q}.weight": torch.ones(7)}, r"weight has shape \[7\].*needs \[6\]"),
+    "a BOFT": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(1, 2, 3, 3)}, r"\[n, b, b\]"),
     "blocks of another size": ({UP: None, DOWN: None, f"{Q}.oft_blocks": torch.ones(2, 4, 4)}, "block_size is 4"),
     "half of a GLoRA": ({UP: None, DOWN: None, f"{Q}.a1.weight": torch.ones(6, 2)}, r"lacks 3 tensors.*a2\.weight"),
     "core at a linear layer": ({f"{Q}.lora_mid.weight": torch.ones(2, 2)}, "lora_mid.weight is"),

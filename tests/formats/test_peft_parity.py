@@ -673,7 +673,7 @@ def test_bad_json(folder: Path, text: str) -> None:
 def test_a_truncated_file(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="no valid safetensors"):
+    with pytest.raises(ValueError, match="not a valid safetensors"):
         pf.load(folder, by_name["llama"].build())
 
 

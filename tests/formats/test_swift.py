@@ -171,7 +171,7 @@ def test_names_are_renamed_exactly(tmp_path: Path) -> None:
             torch.testing.assert_close(net.apply(adapter, IDS), want[name](IDS), rtol=1e-5, atol=1e-5)
     with pytest.raises(FileNotFoundError, match="no adapter 'x'; it has lora, q_proj"):
         pf.load_all(tmp_path / "both", base, ["x"])
-    with pytest.raises(ValueError, match="one name to two adapters"):
+    with pytest.raises(ValueError, match="two adapters have the same name"):
         pf.load_all(tmp_path / "both", base, {"lora": "a", "q_proj": "a"})
 
 
@@ -262,7 +262,9 @@ def test_keys_of_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "default" / "adapter_model.safetensors")
     more = {k.replace("lora_B.default", "lora_B.other"): t for k, t in tensors.items()}
     put(tmp_path / "two" / "default", more, config(folder))
-    with pytest.raises(ValueError, match=r"lora_A\.default\.weight' and '.*lora_B\.other\.weight' are of two adapters"):
+    with pytest.raises(
+        ValueError, match=r"lora_A\.default\.weight' and '.*lora_B\.other\.weight' belong to two adapters"
+    ):
         pf.load(tmp_path / "two", Net())
 
 

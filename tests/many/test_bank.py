@@ -231,7 +231,7 @@ def test_a_file_saved_with_another_plan_is_refused_before_it_is_used(tmp_path: P
     pf.save(tmp_path / "p", elsewhere, random(elsewhere))
     with pytest.raises(ValueError, match=r"one\.weight: the file was saved with .*alpha=64.*peftfn\.load"):
         bank.put("a", net, tmp_path / "a")
-    with pytest.raises(ValueError, match=r"one\.weight: its constant .* is another than the net's"):
+    with pytest.raises(ValueError, match=r"one\.weight: its constant .* differs from the net's"):
         pf.Bank([pissa], 1).put("p", pissa, tmp_path / "p")
     dropped = pf.adapt(model, {"weight": LoRA(4, dropout=0.1)})  # how it was trained does not matter
     pf.save(tmp_path / "a", dropped, random(dropped, 3))
@@ -252,11 +252,11 @@ def test_a_file_that_is_gone_or_cut_short_is_told_by_name_and_leaves_the_slots(t
     want, file = bank.apply(["b"] * 4, X), tmp_path / "adapter.safetensors"
     whole = file.read_bytes()
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"'on disk': there is no .*bank\.remove\('on disk'\)"):
+    with pytest.raises(FileNotFoundError, match=r"'on disk': .* no longer exists.*bank\.remove\('on disk'\)"):
         bank.apply(["on disk"] * 4, X)
     for cut in (whole[:50], b""):
         file.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"'on disk': .*no valid safetensors file"):
+        with pytest.raises(ValueError, match=r"'on disk': .*not a valid safetensors file"):
             bank.apply(["on disk"] * 4, X)
     assert bank.resident == ("b",)
     assert torch.equal(bank.apply(["b"] * 4, X), want)
@@ -386,7 +386,7 @@ def test_threads_that_wait_for_slots_all_get_them() -> None:
     assert not wrong
     with bank.holding([str(i) for i in range(4)]):
         for timeout in (0.0, 0.05):
-            with pytest.raises(BankBusy, match=r"'4': all 4 slots .*timeout=seconds"):
+            with pytest.raises(BankBusy, match=r"'4': .* all 4 slots.*timeout=seconds"):
                 bank.apply(["4"] * 4, X, timeout=timeout)
     assert not any(slots.pins for slots in bank._slots)
 
@@ -449,7 +449,7 @@ def test_what_is_held_is_not_overwritten() -> None:
         before = {k: t.clone() for k, t in stacks[0]["one.weight"].items()}
         bank.put("a", net, b)
         bank.put("c", net, a)
-        with pytest.raises(ValueError, match=r"'c': all 2 slots are read by running calls"):
+        with pytest.raises(ValueError, match=r"'c': running calls read all 2 slots"):
             bank.apply(["c"] * 4, X)
         with pytest.raises(ValueError, match="no resident adapter is idle"):
             bank.evict()
@@ -465,7 +465,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown name": (lambda bank, net: bank.apply(["a", "aa", "a", "a"], X), KeyError, r"row 1: .*'aa'.*near: a"),
     "too many": (lambda bank, net: bank.apply([*list("abc"), "a"], X), ValueError, r"'c': .*3 adapters.*2 slots"),
     "wrong length": (lambda bank, net: bank.apply(["a"] * 3, X), ValueError, r"3 entries.*\[4, 8\]"),
-    "reserved": (lambda bank, net: bank.put("__base__", net, net.init()), ValueError, "no name"),
+    "reserved": (lambda bank, net: bank.put("__base__", net, net.init()), ValueError, "cannot name an adapter"),
     "no file": (lambda bank, net: bank.put("f", net, "/no/such/folder"), FileNotFoundError, "f: "),
     "too wide": (
         lambda bank, net: bank.put("w", pf.adapt(net.model, {"weight": LoRA(5)}), {}),
@@ -485,14 +485,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a net": (lambda bank, net: pf.Bank(net, 2), TypeError, r"Bank: give a list of nets.*this is a Adapted"),
     "no nets": (lambda bank, net: pf.Nets([net, net.model]), TypeError, r"Nets: give a list of nets.*this is a Tiny"),
     "no net": (lambda bank, net: bank.put("w", net.model, net.init()), TypeError, "'w': net is a Tiny"),
-    "one string": (lambda bank, net: bank.apply("aaaa", X), TypeError, "names is 'aaaa'; give a list"),
+    "one string": (lambda bank, net: bank.apply("aaaa", X), TypeError, "names is the string 'aaaa'; give a list"),
     "no pairs": (lambda bank, net: pf.bank({"a": net.init()}), TypeError, r"name → \(net, adapter\)"),
     "one stack": (
         lambda bank, net: bank.nets.mixed(pf.stack([net.init()]), [0], X),
         ValueError,
-        "give one stack a net",
+        "give a list, one stack a net",
     ),
-    "stacks": (lambda bank, net: bank.nets.mixed([], [0], X), ValueError, "1 nets, and 0 stacks"),
+    "stacks": (lambda bank, net: bank.nets.mixed([], [0], X), ValueError, "1 nets, and you gave 0 stacks"),
 }
 
 

@@ -91,7 +91,7 @@ WORDS: list[tuple[type[pf.Method], dict[str, Any], str]] = [
     (pf.DoRA, {"use_rslora": True}, "PEFT's use_rslora is rslora here"),
     (pf.DyLoRA, {"r": 8}, "PEFT's r is rank here"),  # which PEFT does not have
     (pf.AdaLoRA, {"init_r": 8}, "PEFT's init_r is rank here"),
-    (pf.LoRA, {"use_dora": True}, r"use_dora=True is a method of its own here: give peftfn\.DoRA"),
+    (pf.LoRA, {"use_dora": True}, r"use_dora=True is a separate method here: give peftfn\.DoRA"),
     (pf.LoRA, {"init_lora_weights": "pissa"}, r"give peftfn\.PiSSA"),
     (pf.IA3, {"target_modules": ["q_proj"]}, r"peftfn\.adapt\(model, \{'q_proj\|v_proj': peftfn\.IA3\(\)\}"),
     (pf.LoRA, {"modules_to_save": ["lm_head"]}, r"peftfn\.Full\(\)"),

@@ -85,7 +85,7 @@ def test_it_reads_no_value_and_takes_meta_models() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"'\(' is no valid regular expression"):
+    with pytest.raises(ValueError, match=r"'\(' is not a valid regular expression"):
         pf.describe(Tied(), "(")
     assert len(pf.describe(Tied(), "nothing")) == 0
     with pytest.raises(ValueError, match="not initialised yet"):

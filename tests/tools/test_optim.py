@@ -267,11 +267,11 @@ def test_errors() -> None:
     for make, match in [
         (lambda: lora_plus(given, 0.0), "lr is 0.0"),
         (lambda: lora_plus(given, 1e-3, -1), "ratio is -1"),
-        (lambda: lora_plus(given, 1e-3, lr_embedding=1e-6), "give net=net"),
+        (lambda: lora_plus(given, 1e-3, lr_embedding=1e-6), "pass net=net"),
         (lambda: lora_plus(a, 1e-3), "requires_grad_"),
-        (lambda: decay(given, 0.1), "give net=net"),
-        (lambda: LoRAFA(given), "give net=net"),
-        (lambda: LoRAFA(of("module", *llama({"norm": Full()}))[0]), "no LoRA in it"),
+        (lambda: decay(given, 0.1), "pass net=net"),
+        (lambda: LoRAFA(given), "pass net=net"),
+        (lambda: LoRAFA(of("module", *llama({"norm": Full()}))[0]), "has no LoRA"),
     ]:
         with pytest.raises(ValueError, match=match):
             make()

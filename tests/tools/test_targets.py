@@ -232,14 +232,14 @@ def test_layers_that_no_pattern_finds_are_an_error() -> None:
     model = by_name["llama"].build()
     assert len(pf.adapt(model, targets(model, pf.LoRA(2), ["q_proj"], layers=[0])).plan) == 1
     for options in ({"layers": [0], "layers_pattern": "blocks"}, {"layers": [7]}):
-        with pytest.raises(ValueError, match="takes no module"):
+        with pytest.raises(ValueError, match="matches no module"):
             targets(model, pf.LoRA(2), ["q_proj"], **options)
 
 
 def test_parameters_that_are_no_matrix_are_an_error() -> None:
     """SEMANTICS C6.1 12."""
     model = by_name["llama"].build()
-    with pytest.raises(ValueError, match="no meaning for their kinds"):
+    with pytest.raises(ValueError, match="does not support their kinds"):
         pf.adapt(model, targets(model, pf.LoRA(2), parameters=["norm.weight"]))
 
 
@@ -299,6 +299,6 @@ def test_patterns_that_make_re_backtrack_for_hours_end_at_once(source: str) -> N
 )
 def test_patterns_that_are_refused(source: str) -> None:
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"too long|nested|not read|flags|no regular"):
+    with pytest.raises(ValueError, match=r"too long|nested|not allowed|flags|not a regular"):
         Pattern(source).matches("a" * 59)
     assert time.perf_counter() - start < 1

@@ -490,17 +490,17 @@ def test_status_trainable_offload_onload() -> None:
     case, _, net, want, m = several()
     pf.trainable_(m, "one", False)
     status = pf.status(m)
-    assert [(a.name, a.in_force, a.trainable, a.offloaded) for a in status.adapters] == [
+    assert [(a.name, a.active, a.trainable, a.offloaded) for a in status.adapters] == [
         ("one", True, False, False),
         ("two", False, True, False),
         ("other", False, True, False),
     ]
-    assert status.adapters[0].numbers == sum(t.numel() for t in leaves(net.init()))
+    assert status.adapters[0].parameters == sum(t.numel() for t in leaves(net.init()))
     assert status.base == sum(p.numel() for p in net.model.parameters()) and status.base_trainable == 0
-    assert "one: frozen, in force" in str(status) and "LoRA(rank=2" in str(status)
+    assert "one: frozen, active" in str(status) and "LoRA(rank=2" in str(status)
     with m.use("two"):
         weighted(called(m, case)).backward()
-        assert [a.in_force for a in pf.status(m).adapters] == [False, True, False]
+        assert [a.active for a in pf.status(m).adapters] == [False, True, False]
     assert all(p.grad is None for name in ("one", "other") for p in leaves(parameters_of(m, name)))
     parameters = leaves(parameters_of(m, "two"))
     kept = pf.offload_(m, "two", "meta")
@@ -519,9 +519,9 @@ def test_status_trainable_offload_onload() -> None:
     pf.onload_(m, "two")
     with m.use("two"):
         same(called(m, case), want["two"])
-        with pytest.raises(ValueError, match="'two' is in force"):
+        with pytest.raises(ValueError, match="'two' is active"):
             pf.offload_(m, "two")
-    with pytest.raises(ValueError, match="'one' is in force"):
+    with pytest.raises(ValueError, match="'one' is active"):
         pf.offload_(m, "one")
 
 
@@ -652,7 +652,7 @@ def test_errors() -> None:
         (lambda: pf.as_module(net, {"0.weight": a["0.weight"]}), KeyError, "lacks 1 of the plan's 2 sites"),
         (lambda: pf.adapter_of(model), ValueError, "holds 0 modules that as_module made"),
         (lambda: pf.adapter_of(pf.as_module(net, a), "b"), KeyError, "no adapter 'b'"),
-        (lambda: pf.copy_(a, a, "b"), TypeError, "no names"),
+        (lambda: pf.copy_(a, a, "b"), TypeError, "no adapter"),
     ]:
         with pytest.raises(error, match=match):
             make()

@@ -80,7 +80,7 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path) -> None:
     assert not equal(pf.adapter_of(m), net.init())
 
     held = load_file(tmp_path / "whole" / "checkpoint-12" / "model.safetensors")
-    assert sum(t.numel() for t in held.values()) == pf.status(m).adapters[0].numbers, "a checkpoint holds the base"
+    assert sum(t.numel() for t in held.values()) == pf.status(m).adapters[0].parameters, "a checkpoint holds the base"
     again = pf.as_module(net, net.init(3))
     resumed = trainer(again, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-12"))

@@ -1,0 +1,42 @@
+"""What to write here in place of PEFT's names."""
+
+from collections.abc import Iterable
+
+from peftfn.core.method import registry
+from peftfn.model.names import near
+
+ADAPT = "net = peftfn.adapt(model, {'q_proj': peftfn.LoRA(rank=8)}); adapter = net.init()"
+CURES = {
+    "get_peft_model": ADAPT,
+    "inject_adapter_in_model": ADAPT,
+    "PeftModel": f"{ADAPT}. For an nn.Module, peftfn.as_module(net, adapter); for a checkpoint, "
+    "net, adapter = peftfn.load(path, model)",
+    "PeftConfig": "a method is its own configuration, like peftfn.LoRA(rank=8)",
+    "get_peft_model_state_dict": "an adapter is a dict of tensors already; peftfn.save(path, net, adapter, "
+    "format='peft') writes PEFT's files",
+    "set_peft_model_state_dict": "net, adapter = peftfn.load(path, model)",
+    "prepare_model_for_kbit_training": "nothing: the base is never trained, and peftfn.adapt takes a quantised model",
+    "TaskType": "nothing: a rule names the head to train, {'lm_head': peftfn.Full()}",
+}
+"""PEFT's name → what to write instead."""
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """The message for a name that peftfn does not have.
+
+    Args:
+        name: what was asked for.
+        known: the names there are.
+    """
+    head = f"module 'peftfn' has no attribute {name!r}"
+    alike = {c.casefold(): c for c in registry}
+    method = alike.get(name.removesuffix("Config").casefold())
+    if name in CURES:
+        return f"{head}, which is PEFT's. Write {CURES[name]}"
+    if name.startswith(("PeftModelFor", "PeftMixedModel", "AutoPeftModel")):
+        return f"{head}, which is PEFT's. Write {CURES['PeftModel']}"
+    if name.endswith("Config") and method:
+        return f"{head}, which is PEFT's. Write the method, peftfn.{method}(…), in the rules of peftfn.adapt"
+    if name.startswith("_"):
+        return head
+    return f"{head}; did you mean {method!r}?" if method else head + near(name, list(known))

@@ -1,0 +1,73 @@
+"""What someone types who knows PEFT: each error says what to write here instead, and what it says works."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import by_name
+from torch import nn
+
+import peftfn as pf
+
+Case = tuple[Callable[[Any, Any, Any], Any], type[Exception], str]
+
+
+def made() -> tuple[Any, Any, Any]:
+    net = pf.adapt(nn.Sequential(nn.Linear(6, 4)), {"0.weight": pf.LoRA(rank=2)})
+    a = net.init()
+    return net, a, pf.as_module(net, one=a, two=net.init(seed=1))
+
+
+CASES: dict[str, Case] = {
+    "get_peft_model": (lambda n, a, m: pf.get_peft_model(n.model), AttributeError, r"pf|peftfn\.adapt\(.*init"),
+    "PeftModel": (lambda n, a, m: pf.PeftModel, AttributeError, r"peftfn\.adapt.*as_module.*peftfn\.load"),
+    "PeftModelForCausalLM": (lambda n, a, m: pf.PeftModelForCausalLM, AttributeError, r"peftfn\.adapt.*as_module"),
+    "LoraConfig": (lambda n, a, m: pf.LoraConfig(r=8), AttributeError, r"peftfn\.LoRA\(.*adapt"),
+    "IA3Config": (lambda n, a, m: pf.IA3Config(), AttributeError, r"peftfn\.IA3\("),
+    "Lora": (lambda n, a, m: pf.Lora(8), AttributeError, r"'LoRA'"),
+    "a misspelt name": (lambda n, a, m: pf.as_modul(n, a), AttributeError, r"near.*as_module"),
+    "a method for rules": (lambda n, a, m: pf.adapt(n.model, pf.LoRA()), TypeError, r"LoRA.*\{'q_proj'.*targets"),
+    "net(x)": (lambda n, a, m: n(torch.ones(1, 6)), TypeError, r"net\.apply\(adapter"),
+    "apply(x)": (lambda n, a, m: n.apply(torch.ones(1, 6)), TypeError, r"first argument is the adapter.*Tensor.*init"),
+    "load(model, path)": (lambda n, a, m: pf.load(n.model, "x"), TypeError, r"\(path, model\).*Sequential.*first"),
+    "summary(m)": (lambda n, a, m: pf.summary(m), TypeError, r"peftfn\.status\(m\)"),
+    "status(net)": (lambda n, a, m: pf.status(n), TypeError, r"as_module.*Adapted"),
+    "as_module(model, a)": (lambda n, a, m: pf.as_module(n.model, a), TypeError, r"\(net, adapter\).*adapt first"),
+    "use of two": (lambda n, a, m: m.use(["one", "two"]).__enter__(), TypeError, r"use.*peftfn\.add.*net\.mixed"),
+    "one adapter to Nets": (lambda n, a, m: pf.Nets([n]).mixed(a, [0], torch.ones(1, 6)), ValueError, r"list"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errors_say_what_to_write(name: str) -> None:
+    call, kind, match = CASES[name]
+    with pytest.raises(kind, match=match):
+        call(*made())
+
+
+WORDS = {
+    "set_adapter": r'with m\.use\("x"\)',
+    "disable_adapter": r"with m\.use\(None\)",
+    "add_adapter": r"as_module\(net, x=a, y=b\)",
+    "load_adapter": r"peftfn\.load\(path, model\)",
+    "merge_and_unload": r"net\.merge\(peftfn\.adapter_of\(m\)\)",
+    "print_trainable_parameters": r"print\(peftfn\.status\(m\)\)",
+}
+
+
+@pytest.mark.parametrize("kind", ["a plain model", "a model of transformers"])
+@pytest.mark.parametrize("word", WORDS)
+def test_words_of_a_wrapped_model(word: str, kind: str) -> None:
+    """transformers' models have some of these methods, which would look for adapters of another kind."""
+    if kind == "a plain model":
+        m = made()[2]
+    else:
+        net = pf.adapt(by_name["llama"].build(), {"q_proj": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+    with pytest.raises(AttributeError, match=WORDS[word]):
+        getattr(m, word)("x")
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    assert not hasattr(pf, "zzz") and not hasattr(pf, "__zzz__")
