@@ -315,7 +315,7 @@ def carries_gradients(c: Case) -> None:
 
 
 def maps(c: Case) -> None:
-    """Under vmap over adapters a function gives what it gives for each, also one that calls have a faster way around."""
+    """Under vmap over adapters a function gives what it gives for each, also one that calls have a faster way for."""
     for at, other in zip(places(c), places(c, 1), strict=True):
         method = at.method.eval()
         p, q = replace_method(at, method).prepared(), replace_method(other, method).prepared()
