@@ -32,7 +32,7 @@ def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
         method, w, b = entry.method.eval(), weights[name].detach(), weights.get(entry.site.bias or "")
         p = _prepared(method, entry, adapter, entry.site.canonical(w))
         if method.mergeable:
-            new[name] = entry.site.original(entry.site.canonical(w) + _delta(method, p, entry.site.canonical(w)))
+            new[name] = entry.site.original(entry.site.canonical(w) + _delta(method, entry, p, entry.site.canonical(w)))
         else:
             model = copy.deepcopy(model)
             model.set_submodule(entry.site.module, _ByInput(method, p[0], w, b))
@@ -51,10 +51,10 @@ def _prepared(method: Weight, entry: Entry, adapter: pf.Adapter, m: Tensor) -> l
     return [method.prepare(p, w) for p, w in zip(experts, m, strict=True)]
 
 
-def _delta(method: Weight, p: list[Leaf], m: Tensor) -> Tensor:
-    return (
-        method.delta(p[0], m) if m.dim() == 2 else torch.stack([method.delta(*each) for each in zip(p, m, strict=True)])
-    )
+def _delta(method: Weight, entry: Entry, p: list[Leaf], m: Tensor) -> Tensor:
+    if not entry.site.stacked:
+        return method.delta(p[0], m)
+    return torch.stack([method.delta(*expert) for expert in zip(p, m, strict=True)])
 
 
 class _ByInput(nn.Module):
