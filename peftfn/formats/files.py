@@ -262,5 +262,5 @@ def refuse_sharded(plan: Plan, adapter: Mapping[str, Any]) -> None:
         if any(map(is_sharded, e.frozen.values())):
             raise ValueError(
                 f"{name}: its constants are sharded like the model, and a file holds whole tensors. Save with a net "
-                "of the model before sharding, peftfn.adapt(model, rules)"
+                "of the model without sharding, peftfn.adapt(model, rules)"
             )
