@@ -81,7 +81,21 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Every parameter of the model as a site, one for each slot, in the model's own order."""
+    """Return every parameter of the model as a site, one for each slot, in the model's own order.
+
+    Args:
+        model: any module.
+
+    Returns:
+        {name: Site}.
+
+    Raises:
+        ValueError: a parameter of a lazy module is not initialised yet.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        assert list(pf.sites(model)) == ["0.weight", "0.bias"]
+    """
     return dict(Model.of(model).sites)
 
 

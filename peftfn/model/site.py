@@ -16,7 +16,12 @@ _CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class Site:
-    """One parameter of the model, as something that can be adapted."""
+    """One parameter of the model, as something that can be adapted.
+
+    Example:
+        site = pf.sites(torch.nn.Sequential(torch.nn.Linear(8, 4)))["0.weight"]
+        assert site.kind == "linear" and site.bias == "0.bias"
+    """
 
     name: str  # "layers.0.q_proj.weight"
     kind: str  # see KINDS
@@ -31,11 +36,11 @@ class Site:
         return self.name.rpartition(".")[0]
 
     def canonical(self, w: Tensor) -> Tensor:
-        """The parameter as [out, in] (or [e, out, in]); a view wherever one exists."""
+        """Return the parameter w as [out, in] (or [e, out, in]); a view wherever one exists."""
         return KINDS[self.kind][0](w)
 
     def original(self, m: Tensor) -> Tensor:
-        """Back from the canonical orientation to the parameter's own shape."""
+        """Return the canonical m in the parameter's own shape."""
         return KINDS[self.kind][1](m, self.shape)
 
     @property
@@ -43,7 +48,7 @@ class Site:
         return self.kind in ("stack", "stack_t")
 
     def matrix_shape(self) -> torch.Size:
-        """Shape of what a method sees: canonical, without the expert axis."""
+        """Return the shape of what a method sees: canonical, without the expert axis."""
         shape = self.canonical(torch.empty(self.shape, device="meta")).shape
         return shape[1:] if self.stacked else shape
 

@@ -20,10 +20,21 @@ if TYPE_CHECKING:
 
 
 def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
-    """An adapter of plain tensors, the same on every rank, for a model whose weights are sharded (DTensors).
+    """Place an adapter of plain tensors for a model whose weights are sharded (DTensors).
 
-    Leaves are sharded as their weight is; leaves of weights that are no DTensors stay as they are. `net.init` gives
-    such adapters by itself, and so does `load`. Nothing is sent: each rank takes its part.
+    Leaves are sharded as their weight is; leaves of weights that are not DTensors stay as they are. `net.init` and
+    `load` return such adapters by themselves. Nothing is sent: each rank takes its part.
+
+    Args:
+        net: the net of the sharded model.
+        adapter: one of its adapters, with the same values on every rank.
+
+    Returns:
+        The adapter, with DTensors.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a = pf.distribute(net, net.init())  # of a model that is not sharded: the same tensors
     """
     net.plan.check(adapter)
     weights = net.weights
@@ -43,12 +54,18 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
 
 
 def gather(tree: Mapping[str, Any] | Iterable[tuple[str, Any]], rank: int | None = None) -> dict[str, Any]:
-    """Whole tensors on the CPU, gathered one at a time: of an adapter, merged parameters, or pairs (name, tensor).
-
-    Every rank of the mesh must call this.
+    """Gather whole tensors on the CPU, one at a time. Every rank of the mesh must call this.
 
     Args:
+        tree: an adapter, merged parameters, or pairs (name, tensor).
         rank: the only rank that keeps them, and the others get {}; None: each does.
+
+    Returns:
+        {name: tensor, or a dict of them}.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        whole = pf.gather(net.init())
     """
     keep = rank is None or torch.distributed.get_rank() == rank
     out: dict[str, Any] = {}
