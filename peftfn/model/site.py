@@ -36,11 +36,19 @@ class Site:
         return self.name.rpartition(".")[0]
 
     def canonical(self, w: Tensor) -> Tensor:
-        """Return the parameter w as [out, in] (or [e, out, in]); a view wherever one exists."""
+        """Turn the parameter w into the one orientation that methods see.
+
+        Returns:
+            [out, in], or [e, out, in] for a stack; a view wherever one exists.
+        """
         return KINDS[self.kind][0](w)
 
     def original(self, m: Tensor) -> Tensor:
-        """Return the canonical m in the parameter's own shape."""
+        """Turn m back from the canonical orientation.
+
+        Returns:
+            m in the parameter's own shape.
+        """
         return KINDS[self.kind][1](m, self.shape)
 
     @property
@@ -48,7 +56,11 @@ class Site:
         return self.kind in ("stack", "stack_t")
 
     def matrix_shape(self) -> torch.Size:
-        """Return the shape of what a method sees: canonical, without the expert axis."""
+        """Tell what a method sees.
+
+        Returns:
+            The canonical shape, without the expert axis.
+        """
         shape = self.canonical(torch.empty(self.shape, device="meta")).shape
         return shape[1:] if self.stacked else shape
 
