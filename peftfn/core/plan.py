@@ -61,7 +61,8 @@ class Entry:
 
     def axes(self, p: Mapping[str, Any]) -> dict[str, Any]:
         """`in_dims` of p over the experts of a stacked site."""
-        return {k: None if (name := own_name(k)) in self.common or name == "scale" else 0 for k in p}
+        shared = {*self.common, "scale"}  # no assignment inside the comprehension: the compiler cannot trace one
+        return {k: None if own_name(k) in shared else 0 for k in p}
 
     def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Weight, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import peftfn as pf
 from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VeRA
+from peftfn.testing.models import MODELS
 
 
 def under(name: str, run: Callable[[Any, Tensor], Tensor]) -> Callable[..., Any]:
@@ -101,6 +102,20 @@ def test_a_compiled_function_sees_what_changed_in_the_base(change: str) -> None:
         raise
     close(got, net.apply(a, x))
     assert (got - old).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["stack", "stack_t"])
+@pytest.mark.parametrize("method", [LoRA(2), DoRA(2)], ids=lambda m: type(m).__name__)
+def test_stacks_of_experts_compile(kind: str, method: pf.Method) -> None:
+    torch._dynamo.reset()
+    model, x = MODELS[kind].build(0), MODELS[kind].x(2, 0)
+    net = pf.adapt(model, {"layer.weight": method})
+    a = random(net)
+    loss = lambda a, x: net.apply(a, x).square().sum()  # noqa: E731
+    compiled = torch.compile(lambda a, x: (net.apply(a, x), grad(loss)(a, x)), fullgraph=True, backend="aot_eager")
+    y, g = compiled(a, x)
+    close(y, net.apply(a, x))
+    trees_close(g, grad(loss)(a, x))
 
 
 # Derivatives agree with each other.
