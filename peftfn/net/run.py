@@ -110,13 +110,12 @@ class Runner:
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
         made = kind.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
-        if (k := made.only) is not None:  # it is `apply`, and costs as little
-            part = next(part for part in given if k < part.start + part.size)
-            return self.run(
-                [Given(part.plan, unstacked(part.adapter, k - part.start))], None, args, kwargs, params, method
-            )
-        sites = dict.fromkeys(name for plan in self.plans for name in plan)
-        return self.run(given, made.with_common(common, sites), args, kwargs, params, method)
+        made = made.with_common(common, dict.fromkeys(name for plan in self.plans for name in plan))
+        if (k := made.only) is None:
+            return self.run(given, made, args, kwargs, params, method)
+        plan, stacked, start, _ = next(part for part in given if k < part.start + part.size)
+        alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
+        return self.run([alone], None, args, kwargs, params, method)
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

@@ -26,7 +26,8 @@ from peftfn.model.names import near
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
 from peftfn.model.written import written_by
-from peftfn.slots.slot import OUTLIVED, Slot, plus
+from peftfn.net.released import Bypass, Released
+from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
 from peftfn.tensors.quantised import Parts, QuantisedWeight
@@ -62,7 +63,7 @@ class Skeleton:
         own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
         self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
         aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
-        aliases |= {id(p): _Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
+        aliases |= {id(p): Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
         self.root, copies = copy_structure(self.base, modules, aliases)
         self.pairs = list(zip(modules, copies, strict=True))
         self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
@@ -86,7 +87,7 @@ class Skeleton:
                 self.slots[f"{name.removesuffix('weight')}{k}"] = (slots, k)
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
-                slots[k] = _Released.of(name)
+                slots[k] = Released.of(name)
         owners = {id(s._parameters): s for _, s in self.pairs}
         self.lanes: dict[str, dict[str, Any]] = {  # adapted layers whose forward a slot may stand in for: their vars
             name: vars(layer)
@@ -439,7 +440,7 @@ def _is_data(v: Any) -> bool:
 def _state(v: Any, above: tuple[int, ...] = ()) -> Any:
     """What is in nested lists, dicts, sets and objects now, to compare with what is in them later."""
     if isinstance(v, Tensor):
-        return id(v), None if isinstance(v, _Released) or v.is_inference() else v._version
+        return id(v), None if isinstance(v, Released) or v.is_inference() else v._version
     if id(v) in above:
         return id(v)
     above = (*above, id(v))
@@ -462,50 +463,6 @@ def _equal(v: Any, was: Any) -> bool:
 def _own(attributes: dict[str, Any]) -> list[str]:
     """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
     return [k for k in attributes if k not in STANDARD]
-
-
-class _Released(Tensor):
-    """Stands in a parameter's slot between calls: whatever computes with it has outlived its call.
-
-    An empty tensor on the meta device rather than any object, because the compiler takes stock of all parameters.
-    """
-
-    site: str
-
-    @classmethod
-    def of(cls, name: str) -> "_Released":
-        t = torch.empty(0, device="meta").as_subclass(cls)
-        t.site = name
-        return t
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        view = getattr(getattr(func, "__self__", None), "__name__", "") in _VIEWS
-        if (getattr(func, "__name__", "") in _LOOKS and not view) or torch.compiler.is_compiling():
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        found = next((t for t in [*args, *(kwargs or {}).values()] if isinstance(t, _Released)), None)
-        raise RuntimeError(found.told(found.site) if found is not None else cls.told("an adapted weight"))
-
-    @classmethod
-    def told(cls, name: str) -> str:
-        return OUTLIVED.format(name=name)
-
-
-class _Bypass(_Released):
-    """Stands for an adapted parameter in a list or dict of the model, where a call would read it unadapted."""
-
-    @classmethod
-    def told(cls, name: str) -> str:
-        return (
-            f"{name}: the model reads this parameter from a list, a dict or a function of its own, and not from its "
-            "module, so no adapter would reach it. Read it from the module, or leave this site out of the rules."
-        )
-
-
-_LOOKS = frozenset(
-    ["__get__", "__set__", "size", "stride", "dim", "storage_offset", "is_floating_point", "is_complex", "numel"]
-)
-_VIEWS = frozenset(["T", "mT", "H", "mH", "data"])  # attributes that are the values themselves
 
 
 def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:

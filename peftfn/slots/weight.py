@@ -41,6 +41,7 @@ class AdaptedWeight(Slot):
             and isinstance(x, Tensor)
             and x.dtype is w.dtype is low.down.dtype
             and not isinstance(bias, Operand)
+            and not self.entry.site.quantised
         )
         if low is None or not alike or torch._C._is_any_autocast_enabled():
             return super().forward(x)

@@ -440,18 +440,21 @@ def half_precision(c: Case) -> None:
 
 
 def compiled(c: Case) -> None:
-    """torch.compile(fullgraph=True) of apply, and of all transforms in one (vmap of jvp of grad), gives what eager
-    gives."""
-    adapters, directions = [c.adapter(0), c.adapter(1)], [c.adapter(5), c.adapter(6)]
+    """torch.compile(fullgraph=True) of apply and of the transforms, all in one graph, gives what eager gives."""
+    adapters, along = [c.adapter(0), c.adapter(1)], c.adapter(5)
 
-    def everything(a: Any, stack: Any, along: Any, x: Tensor) -> Any:
-        def curved(a: Any, u: Any) -> Any:
-            return jvp(grad_and_value(lambda a: c.loss(a, x)), (a,), (u,))  # type: ignore[misc]
+    def everything(a: Any, stack: Any, u: Any, x: Tensor) -> Any:
+        def valued(a: Any) -> Any:
+            return grad_and_value(lambda a: c.loss(a, x))(a)  # type: ignore[misc]
 
-        (slope, value), (hvp, change) = vmap(curved)(stack, along)
-        return {"apply": c.net.apply(a, x), "vmap": value, "vmap(grad)": slope, "jvp": change, "hvp": hvp}
+        slopes, values = vmap(valued)(stack)
+        (slope, value), (hvp, change) = jvp(valued, (a,), (u,))
+        return {
+            **{"apply": c.net.apply(a, x), "vmap": values, "vmap(grad)": slopes},
+            **{"grad": slope, "value": value, "jvp": change, "hvp": hvp},
+        }
 
-    given = adapters[0], pf.stack(adapters), pf.stack(directions), c.x
+    given = adapters[0], pf.stack(adapters), along, c.x
     want = everything(*given)
     torch._dynamo.reset()
     got = torch.compile(everything, fullgraph=True, backend="aot_eager")(*given)

@@ -211,7 +211,7 @@ class LowRankWritesP(Good):
         return LowRank(p["a"], p["b"], dropout=self.dropout)
 
 
-@planted(5, "bias", r"writes to w or b")
+@planted(5, "bias", r"writes to its argument w or b")
 @dataclass(frozen=True)
 class BiasWritesB(GoodBias):
     def bias(self, p: Leaf, b: Tensor | None) -> Tensor | None:
@@ -492,7 +492,7 @@ class NumpyInDelta(Good):
         return torch.from_numpy(np.outer(p["b"].numpy()[:, 0], p["a"].numpy()[0]))
 
 
-@planted(16, "init", r"device of its own")
+@planted(16, "init", r"on another device than the weight")
 @dataclass(frozen=True)
 class CpuInit(Good):
     def init(self, rng: pf.Rng, w: Tensor) -> Leaf:

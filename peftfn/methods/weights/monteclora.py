@@ -55,7 +55,7 @@ class MonteCLoRA(Drawn):
     )
 
     in_eval = (("dropout", 0.0), ("random", False))
-    outside = frozenset({"kl", "entropy"})
+    outside = frozenset({"kl", "entropy", "prior"})
     peft = replace(
         LORA,
         keys={**LORA.keys, **{"std": f"{_SAMPLER}.std_prior", "mix": f"{_SAMPLER}.expert_weights_prior"}},
