@@ -155,7 +155,7 @@ class OtherLinear(Good):
         return F.linear(x, w) + 2 * self.scale * F.linear(F.linear(self.dropped(x), p["a"]), p["b"])
 
 
-@planted(5, "delta", r"writes (in)?to (w|p\[)")
+@planted(5, "delta", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class DeltaWritesW(Good):
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class DeltaWritesW(Good):
         return super().delta(p, w)
 
 
-@planted(5, "delta", r"writes (in)?to (w|p\[)")
+@planted(5, "delta", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class DeltaWritesP(Good):
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class DeltaWritesP(Good):
         return super().delta(p, w)
 
 
-@planted(5, "linear", r"writes (in)?to (w|p\[)")
+@planted(5, "linear", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class LinearWritesW(Good):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class LinearWritesW(Good):
         return F.linear(x, w)
 
 
-@planted(5, "linear", r"writes (in)?to (w|p\[)")
+@planted(5, "linear", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class LinearWritesP(Good):
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class LinearWritesP(Good):
         return self.product(p, w, x, F.linear)
 
 
-@planted(5, "product", r"writes (in)?to (w|p\[)")
+@planted(5, "product", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class ProductWritesP(Good):
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
@@ -195,7 +195,7 @@ class ProductWritesP(Good):
         return super().product(p, w, x, dot)
 
 
-@planted(5, "prepare", r"writes (in)?to (w|p\[)")
+@planted(5, "prepare", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class PrepareWritesW(Good):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
@@ -203,7 +203,7 @@ class PrepareWritesW(Good):
         return p
 
 
-@planted(5, "low_rank", r"writes (in)?to (w|p\[)")
+@planted(5, "low_rank", r"writes (in)?to (its argument )?(w|p\[)")
 @dataclass(frozen=True)
 class LowRankWritesP(Good):
     def low_rank(self, p: Leaf) -> LowRank:
