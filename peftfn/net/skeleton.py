@@ -54,11 +54,7 @@ class Skeleton:
         named = modules_of(self.base)
         modules, loose = reachable(named)
         opaque = quantised_in(named)
-        layers = {id(w.layer): w for w in opaque.values()}
-        for name in self.sites:
-            module, _, key = name.rpartition(".")
-            if module not in named or (key not in named[module]._parameters and id(named[module]) not in layers):
-                raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
+        self._check_sites(named, {id(w.layer) for w in opaque.values()})
         adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
         own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
         self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
@@ -66,14 +62,28 @@ class Skeleton:
         aliases |= {id(p): Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
         self.root, copies = copy_structure(self.base, modules, aliases)
         self.pairs = list(zip(modules, copies, strict=True))
+        self._name_slots(named, opaque)
+        self._sort_slots()
+        self.idle = self.snapshot()
+        for _, s in self.pairs:
+            if s._parameters:
+                vars(s)["_apply"] = partial(self._move, s)
+            if _CHECKPOINT in vars(s):
+                vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
+        self._watch()
+
+    def _check_sites(self, named: Mapping[str, nn.Module], opaque: set[int]) -> None:
+        for name in self.sites:
+            module, _, key = name.rpartition(".")
+            if module not in named or (key not in named[module]._parameters and id(named[module]) not in opaque):
+                raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
+
+    def _name_slots(self, named: Mapping[str, nn.Module], opaque: Mapping[str, QuantisedWeight]) -> None:
+        """Where each parameter and buffer stands in the base and here, and the slots by name, released for now."""
         self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
         self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
         self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if is_plain(t)]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
-        self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
-        self.flags = [
-            (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
-        ]
         copied = {id(b): s for b, s in self.pairs}
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
             f"{prefix}.{k}" if prefix else k: (copied[id(b)]._parameters, k)
@@ -81,13 +91,16 @@ class Skeleton:
             for k in b._parameters
         }
         self.originals: dict[int, Mapping[str, Any]] = {id(s._parameters): b._parameters for b, s in self.pairs}
-        stands = {id(b): self._stand_in(layers[id(b)], s) for b, s in self.pairs if id(b) in layers}
+        stands = {id(w.layer): self._stand_in(w, copied[id(w.layer)]) for w in opaque.values()}
         for name, w in opaque.items():
             for k, slots in stands[id(w.layer)].items():
                 self.slots[f"{name.removesuffix('weight')}{k}"] = (slots, k)
         for name, (slots, k) in self.slots.items():
             if slots[k] is not None or name in self.sites:
                 slots[k] = Released.of(name)
+
+    def _sort_slots(self) -> None:
+        """Which slots a call fills in which way, and what of the modules it has to look at."""
         owners = {id(s._parameters): s for _, s in self.pairs}
         self.lanes: dict[str, dict[str, Any]] = {  # adapted layers whose forward a slot may stand in for: their vars
             name: vars(layer)
@@ -96,22 +109,18 @@ class Skeleton:
             and (layer := owners.get(id(self.slots[name][0]))) is not None
             and runs_linear(layer)
         }
-        self.moved: set[tuple[int, str]] = set()
-        for _, s in self.pairs:
-            if s._parameters:
-                vars(s)["_apply"] = partial(self._move, s)
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
         self.constants = [p for p in self.parameters if (id(p[1]), p[2]) in sites]
-        marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
-        self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
-        self.idle = self.snapshot()
-        for _, s in self.pairs:
-            if _CHECKPOINT in vars(s):
-                vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
-        self._watch()
+        marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
+        self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
+        self.moved: set[tuple[int, str]] = set()
+        self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
+        self.flags = [
+            (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
+        ]
 
     def _stand_in(self, weight: QuantisedWeight, copied: nn.Module) -> dict[str, MutableMapping[str, Any]]:
         """Slots for a quantised layer: where they are, by the name of what they hold."""

@@ -448,7 +448,7 @@ def compiled(c: Case) -> None:
             return grad_and_value(lambda a: c.loss(a, x))(a)  # type: ignore[misc]
 
         slopes, values = vmap(valued)(stack)
-        (slope, value), (hvp, change) = jvp(valued, (a,), (u,))
+        (slope, value), (hvp, change) = jvp(valued, (a,), (u,))  # type: ignore[misc]
         return {
             **{"apply": c.net.apply(a, x), "vmap": values, "vmap(grad)": slopes},
             **{"grad": slope, "value": value, "jvp": change, "hvp": hvp},
