@@ -11,6 +11,7 @@ from peftfn.kernels import choose, use
 from peftfn.kernels import mixed_lora as module
 from peftfn.kernels.mixed_lora import Stack, mixed_embedding, mixed_lora, reference
 from peftfn.kernels.segments import segments
+from peftfn.slots import gates
 from peftfn.testing import close
 
 assert choose.INTERPRETED, "test_kernels_interpreter.py runs this file"
@@ -269,3 +270,18 @@ def test_nets_of_embeddings_take_the_kernels(index: list[int], monkeypatch: Any)
     with torch.no_grad(), use("triton"):
         close(pf.Nets(nets).mixed(stacks, index, ids), want, "embedding", 1e-5)
     assert len(calls) == (len(set(index)) > 1)  # rows that all have one adapter are `apply`
+
+
+def test_an_index_that_nobody_can_look_at_takes_the_kernels(monkeypatch: Any) -> None:
+    """As while a CUDA graph is captured: the index stays on the device, and no value of it is read."""
+    torch.manual_seed(0)
+    net = pf.adapt(nn.Linear(40, 37), {"weight": pf.LoRA(3, init_weights="random")})
+    stacked, x = pf.stack([net.init(s) for s in range(3)]), torch.randn(9, 40)
+    index, calls = torch.tensor([0, 2, -1, 1, 0, 0, -1, 2, 1]), []
+    want, real = net.mixed(stacked, index, x), module.mixed_lora
+    monkeypatch.setattr(module, "mixed_lora", lambda *args: (calls.append(args), real(*args))[1])
+    monkeypatch.setattr(gates, "hidden", lambda t: True)
+    monkeypatch.setattr(Tensor, "tolist", None)
+    with torch.no_grad(), use("triton"):
+        close(net.mixed(stacked, index, x), want.detach(), "mixed", 1e-5)
+    assert len(calls) == 1

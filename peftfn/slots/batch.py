@@ -123,9 +123,11 @@ def _fused(gates: Index, layer: Layer, x: Tensor) -> tuple[Tensor | None, Sequen
 
 def _short(gates: Index, part: Part, x: Tensor, kind: str) -> bool:
     """Whether the part has rows, and not so many for each of its adapters that these should be taken one by one."""
+    if gates.known is None:
+        return True
     key, kept = ("rows each", part.start, part.size), gates.kept
     if key not in kept:
-        mine = [k for k in gates.known or () if part.start <= k < part.start + part.size]
+        mine = [k for k in gates.known if part.start <= k < part.start + part.size]
         kept[key] = len(mine) / max(1, len(set(mine)))
     rows: float = kept[key]
     if not rows or kind != "linear":
@@ -137,8 +139,9 @@ def _short(gates: Index, part: Part, x: Tensor, kind: str) -> bool:
 
 def _masked(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     """Nobody can look at the index: each row with its own copy of its leaf, or every adapter on all rows."""
-    y, every = layer.base(x), torch.arange(gates.size, device=x.device)
-    for part in layer.parts:
+    fused, parts = _fused(gates, layer, x)
+    y, every = layer.base(x) if fused is None else fused, torch.arange(gates.size, device=x.device)
+    for part in parts:
         local = gates.index.to(x.device) - part.start
         mine = ((local >= 0) & (local < part.size)).view(-1, *[1] * (y.dim() - 1))
         local = local.clamp(0, part.size - 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfn.model.names import matches, near
-from peftfn.tensors.arguments import batched, storages, tensors
+from peftfn.tensors.arguments import hidden, storages, tensors
 from peftfn.tensors.transform import under_transform
 
 
@@ -100,8 +100,7 @@ class Index(Gates):
                 f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows]"
             )
         t = t.long()  # uint8 would select as a mask does
-        if torch.compiler.is_compiling() or batched(t):
-            # nobody can look at it now; taking from a table raises for an adapter there is none of
+        if hidden(t):  # taking from a table raises for an adapter there is none of
             table = torch.arange(-1, count, device=t.device)
             return cls(count, table[torch.where(t < -1, count, t) + 1], None, copies=copies)
         known = t.tolist()
@@ -162,7 +161,7 @@ class Weights(Gates):
                 f"gated: gates of shape {list(g.shape)} are for {g.shape[-1]} adapters, and the stack has {count}: "
                 "the last dimension counts adapters"
             )
-        free = torch.compiler.is_compiling() or under_transform() or g.requires_grad
+        free = hidden(g) or under_transform() or g.requires_grad
         if torch.compiler.is_compiling():
             return cls(count, g, stepwise, (None,) * count, copies=copies)
         given = tensors(inputs)

@@ -50,6 +50,14 @@ def batched(t: Tensor) -> bool:
     return False
 
 
+def hidden(t: Tensor) -> bool:
+    """Whether nobody can look at t's values now: while compiling, under a vmap over it, or in the capture of a graph,
+    whose replays have other values in it."""
+    if torch.compiler.is_compiling() or batched(t):
+        return True
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def picked(x: Tensor, rows: Tensor) -> Tensor:
     """The rows of x that `rows` names."""
     return x[rows] if is_sharded(x) else x.index_select(0, rows)  # whose gradient torch gives a wrong size there
