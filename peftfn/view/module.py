@@ -94,6 +94,9 @@ def as_module(
 def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:
     """Return the leaves in a module as a plain adapter, whose tensors share the module's storage.
 
+    An adapter has no buffers. BatchNorm's running statistics, which training changes in `module`, are not in it, nor in
+    a file of it: keep the module's `state_dict()` too, or train with the norms in eval mode.
+
     Args:
         module: what `as_module` returned, or a wrapper around it (DDP, torch.compile, …).
         name: which adapter; None is the active one.
