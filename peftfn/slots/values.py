@@ -33,7 +33,7 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
     now = moment()
     held: dict[str, AdaptedWeight] = {}
     for name, entry in (plan.entries if training else plan.meant).items():
-        w = slot(name)
+        w = slot(name)  # `current`, `bank_of` and `canonical` are written out: this runs once a site and call
         if w is None or w.shape != entry.site.shape:
             current(entry, w)  # raises
         m = w if entry.to_matrix is None else entry.to_matrix(w)

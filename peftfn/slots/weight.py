@@ -70,9 +70,7 @@ class AdaptedWeight(Slot):
             return plus(F.linear(x, self._matrix().to(m.dtype)), bias)
         if self.low is not None and (y := self._low_rank(x, m, dtype, self.low, bias)) is not None:
             return y
-        # p is prepared in fp32 already, but for an fp64 weight
-        p = self.p if dtype is torch.float32 and m.dtype is not torch.float64 else cast(self.p, dtype)
-        return plus(self.method.linear(p, m, x), bias)
+        return plus(self.method.linear(self._operands(dtype), m, x), bias)
 
     def _low_rank(self, x: Tensor, m: Tensor, dtype: torch.dtype, low: LowRank, bias: Any) -> Tensor | None:
         """`linear` where it is a low-rank change of a matrix; None where it is one of a stack.
