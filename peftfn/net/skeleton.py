@@ -35,7 +35,7 @@ from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
 Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
-_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
+CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -68,8 +68,8 @@ class Skeleton:
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
-            if _CHECKPOINT in vars(s):
-                vars(s)[_CHECKPOINT] = partial(self._checkpoint, vars(s)[_CHECKPOINT])
+            if CHECKPOINT in vars(s):
+                vars(s)[CHECKPOINT] = partial(self._checkpoint, vars(s)[CHECKPOINT])
         self._watch()
 
     def _check_sites(self, named: Mapping[str, nn.Module], opaque: set[int]) -> None:

@@ -17,13 +17,12 @@ from torch.nn.utils import parametrize
 from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.site import Site
+from peftfn.net.skeleton import CHECKPOINT
 from peftfn.slots.slot import plus
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
 from peftfn.tensors.transform import backward_task
-
-_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 
 # A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
 # does not allow there.
@@ -290,8 +289,8 @@ def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
 
 def _wrap_checkpoints(view: Any) -> None:
     for module in view.modules():
-        if _CHECKPOINT in vars(module):
-            vars(module)[_CHECKPOINT] = partial(_checkpoint, view, vars(module)[_CHECKPOINT])
+        if CHECKPOINT in vars(module):
+            vars(module)[CHECKPOINT] = partial(_checkpoint, view, vars(module)[CHECKPOINT])
 
 
 def _checkpoint(view: View, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
