@@ -204,7 +204,7 @@ class _Probe:
         parts = [self.common, own, self.bank, leaf]
         p = {k: t.to(self.dtype) if t.is_floating_point() else t for part in parts for k, t in part.items()}
         if len(p) != sum(map(len, parts)):
-            raise ValueError(f"{self.method} gives one name to two of its tensors: {sorted(p)}")
+            raise ValueError(f"{self.method} has one name for two of its tensors: {sorted(p)}")
         return p
 
     def used(self, p: Leaf) -> tuple[bool, bool]:
@@ -214,13 +214,13 @@ class _Probe:
         ready = called(method, "prepare", method.prepare, p, w, p=source)
         change = called(method, "delta", method.delta, ready, wide(w), p=source) if method.mergeable else w
         if change.shape != w.shape:
-            raise ValueError(f"{cls}.delta gives {list(change.shape)} for a weight {list(w.shape)}")
+            raise ValueError(f"{cls}.delta returns {list(change.shape)} for a weight {list(w.shape)}")
         adds_bias = called(method, "bias", method.bias, ready, None, p=source) is not None
         b = torch.empty(len(w), device="meta") if self.site.bias else None
         new = called(method, "bias", method.bias, ready, b, p=source)
         if b is not None and (new is None or new.shape != b.shape):
             raise ValueError(
-                f"{cls}.bias gives {None if new is None else list(new.shape)} for a bias {list(b.shape)}: return the "
+                f"{cls}.bias returns {None if new is None else list(new.shape)} for a bias {list(b.shape)}: return the "
                 "adapted bias, or b itself where it stays as it is"
             )
         return adds_bias, new is not b
