@@ -97,7 +97,7 @@ def planted(number: int, function: str, text: str, **fields: Any) -> Any:
 KEPT: dict[Any, Tensor] = {}
 
 
-@planted(1, "delta", r"gives \[8, 6\] for a weight \[6, 8\]")
+@planted(1, "delta", r"returns \[8, 6\] for a weight \[6, 8\]")
 @dataclass(frozen=True)
 class Transposed(Good):
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
