@@ -94,7 +94,7 @@ def _remat(f: Flat) -> Flat:
             inputs = ctx.saved_tensors
             at = [i for i, t in enumerate(tangents) if t is not None and inputs[i].is_floating_point()]
             given, along = tuple(inputs[i] for i in at), tuple(tangents[i] for i in at)
-            primals, out = jvp(_at(f, inputs, at), given, along)
+            primals, out, *_ = jvp(_at(f, inputs, at), given, along)
             return tuple(t if y.is_floating_point() else None for y, t in zip(primals, out, strict=True))
 
     return Rematerialised.apply  # type: ignore[no-any-return]
