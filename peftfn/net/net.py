@@ -36,7 +36,8 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
         ValueError: a rule matches no parameter that its method supports, or sizes do not fit; it names the site, the
             value, the constraint and the cure. No large tensor has been allocated at that point. Or accelerate keeps a
             layer's weights elsewhere between calls (offload).
-        TypeError: the model cannot be deep-copied, or `rules` is not a dict of methods.
+        TypeError: `rules` is not a dict of methods. (The first call raises it where the model's structure cannot be
+            copied.)
 
     Example:
         model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -286,7 +287,8 @@ class Adapted:
                 )
             if isinstance(old := weights.get(name), QuantisedWeight):
                 merged = old.requantise(merged)
-            for alias in self._runner.first.names(name):
+            site = known.named[name]
+            for alias in (site.name, *site.aliases):
                 out[alias] = merged
         if not (untied or under_transform() or torch.compiler.is_compiling()):  # there, values cannot be compared
             functions.tie(self.plan, held, out)

@@ -29,8 +29,8 @@ class Runner:
     def __init__(self, model: nn.Module, plans: Sequence[Plan]):
         self.model, self.plans = model, plans
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
-        self.first = Skeleton(model, self.slots)
-        self._idle = [self.first]
+        self._idle: list[Skeleton] = []
+        self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
         self._running = _Running()
 
     @property
@@ -119,11 +119,19 @@ class Runner:
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():
-            return self.first  # traced code leaves a skeleton as it found it, so all traces can have the same
+            self._make_first()
+            return self._first[0]  # traced code leaves a skeleton as it found it, so all traces can have the same
         try:
             return self._idle.pop()
         except IndexError:
             return Skeleton(self.model, self.slots)
+
+    def _make_first(self) -> None:
+        if not self._first:
+            self._first.append(Skeleton(self.model, self.slots))
+
+    # While compiling it runs as it is, before the trace (see `Skeleton._take_hooks`).
+    _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
