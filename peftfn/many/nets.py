@@ -37,7 +37,8 @@ class Nets:
                     "Nets: the nets adapt different models; call adapt on one model object for each rule set"
                 )
         self.nets = tuple(nets)
-        self._runner = Runner(nets[0].model, [net.plan for net in nets])
+        again = dict.fromkeys(name for net in nets for name in net.again)
+        self._runner = Runner(nets[0].model, [net.plan for net in nets], list(again))
 
     def mixed(
         self,

@@ -148,7 +148,9 @@ def copy_structure(
                 for key in MOVES & vars(copied).keys():
                     del vars(copied)[key]
         for hooks in own.values():
-            hooks.update({k: follow(hook, memo) for k, hook in hooks.items()})
+            now = followed(hooks, memo)
+            hooks.clear()
+            hooks.update(now)
         return root, copies
     except Exception as e:
         raise TypeError(
@@ -191,6 +193,16 @@ def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The module's dictionaries of hooks, in one order for all modules."""
     attributes = vars(module)
     return [attributes[k] for k in HOOKS if k in attributes]
+
+
+_NEEDLESS = frozenset(["make_inputs_require_grads", "make_inputs_require_grad"])
+"""Hooks of transformers and PEFT that make the embeddings' output require a gradient, for reentrant checkpoints of
+layers with frozen weights. A call has no use for them, and torch.func does not allow what they do."""
+
+
+def followed(hooks: Mapping[int, Any], copies: dict[int, Any]) -> dict[int, Any]:
+    """A module's hooks as a copy of the model has them."""
+    return {k: follow(hook, copies) for k, hook in hooks.items() if getattr(hook, "__name__", "") not in _NEEDLESS}
 
 
 def follow(hook: Any, copies: dict[int, Any]) -> Any:

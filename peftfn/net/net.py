@@ -12,6 +12,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
+from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
 from peftfn.slots.gates import Index, Weights
 from peftfn.slots.values import Given
@@ -59,12 +60,13 @@ class Adapted:
         assert isinstance(net, pf.Adapted) and list(net.plan) == ["0.weight"]
     """
 
-    def __init__(self, model: nn.Module, plan: Plan):
-        self.model, self.plan = model, plan
-        self._runner = Runner(model, [plan])
+    def __init__(self, model: nn.Module, plan: Plan, again: Sequence[str] = ()):
+        """again: modules that are rematerialised (`checkpointed`)."""
+        self.model, self.plan, self.again = model, plan, tuple(again)
+        self._runner = Runner(model, [plan], self.again)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Adapted, (self.model, self.plan)
+        return Adapted, (self.model, self.plan, self.again)
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{pattern!r}: {method}" for pattern, method in self.plan.rules.items())
@@ -313,6 +315,33 @@ class Adapted:
         """
         self.plan.check(adapter)
         return functions.prepare(self.plan, self.weights, adapter)
+
+    def checkpointed(self, pattern: str) -> "Adapted":
+        """Return the net that keeps of some modules nothing but their inputs: backward passes run them again.
+
+        This is rematerialisation (gradient checkpointing) under every transform: `grad`, `vmap(grad)`, gradients of
+        single samples, `jvp`, Hessian-vector products, any nesting of them, and `.backward()`. Outputs and gradients
+        are those of the net without it, dropout's masks too. A transformers model with `gradient_checkpointing_enable`
+        does the same without it. While compiling, the compiler decides what is kept.
+
+        Args:
+            pattern: names of modules, as in rules. Of modules in one another the outermost is taken, so "layers" finds
+                each layer of a transformer.
+
+        Returns:
+            A net of the same model and plan: adapters of one are adapters of the other.
+
+        Raises:
+            ValueError: no module that has parts matches.
+
+        Example:
+            layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4))
+            net = pf.adapt(torch.nn.Sequential(*layers), {r"0\\.weight": pf.LoRA(rank=2)})
+            less = net.checkpointed(r"^\\d$")
+            a, x = net.init(), torch.randn(3, 8)
+            g = torch.func.grad(lambda a: less.apply(a, x).sum())(a)
+        """
+        return Adapted(self.model, self.plan, [*self.again, *layers_of(self.model, pattern)])
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return the `context_fn` for torch.utils.checkpoint in the model's own code, with use_reentrant=False.

@@ -26,8 +26,9 @@ from peftfn.tensors.tree import stack_size, unstacked
 class Runner:
     """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own."""
 
-    def __init__(self, model: nn.Module, plans: Sequence[Plan]):
-        self.model, self.plans = model, plans
+    def __init__(self, model: nn.Module, plans: Sequence[Plan], again: Sequence[str] = ()):
+        """again: modules that are rematerialised."""
+        self.model, self.plans, self.again = model, plans, again
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
@@ -124,11 +125,11 @@ class Runner:
         try:
             return self._idle.pop()
         except IndexError:
-            return Skeleton(self.model, self.slots)
+            return Skeleton(self.model, self.slots, self.again)
 
     def _make_first(self) -> None:
         if not self._first:
-            self._first.append(Skeleton(self.model, self.slots))
+            self._first.append(Skeleton(self.model, self.slots, self.again))
 
     # While compiling it runs as it is, before the trace (see `Skeleton._take_hooks`).
     _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ it writes there. One skeleton serves one call at a time, so threads cannot colli
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
@@ -24,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
 from peftfn.model.site import runs_linear
-from peftfn.model.structure import HOOKS, STANDARD, copy_structure, follow, hooks_of, is_plain, is_setting, reachable
+from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, hooks_of, is_plain, is_setting, reachable
 from peftfn.model.written import written_by
+from peftfn.net.again import rematerialised
 from peftfn.net.released import Bypass, Released
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
@@ -42,8 +43,9 @@ _PLAIN = (bool, int, float, str, type(None))
 class Skeleton:
     """One copy of `base`, with the slots named in `sites` to be filled by the caller."""
 
-    def __init__(self, base: nn.Module, sites: list[str]):
-        self.base, self.sites, self.lock = base, sites, RLock()
+    def __init__(self, base: nn.Module, sites: list[str], again: Sequence[str] = ()):
+        """again: modules that keep nothing for the backward pass but what goes in."""
+        self.base, self.sites, self.again, self.lock = base, sites, again, RLock()
         self._build()
 
     def _build(self) -> None:
@@ -64,12 +66,16 @@ class Skeleton:
         self.pairs = list(zip(modules, copies, strict=True))
         self._name_slots(named, opaque)
         self._sort_slots()
+        self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
             if CHECKPOINT in vars(s):
                 vars(s)[CHECKPOINT] = partial(self._checkpoint, vars(s)[CHECKPOINT])
+        for name in self.again:
+            layer = self.root.get_submodule(name)
+            vars(layer)["forward"] = partial(self._checkpoint, None, layer.forward)
         self._watch()
 
     def _check_sites(self, named: Mapping[str, nn.Module], opaque: set[int]) -> None:
@@ -198,7 +204,7 @@ class Skeleton:
         copies = {id(b): s for b, s in self.pairs}
         for b, s in self.pairs:
             for theirs, ours in zip(hooks_of(b), hooks_of(s), strict=True):
-                now = {k: follow(hook, copies) for k, hook in theirs.items()}
+                now = followed(theirs, copies)
                 if ours != now:
                     ours.clear()
                     ours.update(now)
@@ -409,12 +415,31 @@ class Skeleton:
 
     def _checkpoint(self, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
-        if under_transform():  # torch.func differentiates without saved-tensor hooks: nothing to save, nothing to redo
+        if not under_transform() and not torch.is_grad_enabled():  # nothing is kept
             return run(*args, **kwargs)
+        if torch.compiler.is_compiling() and under_transform():  # the compiler decides what it keeps
+            return run(*args, **kwargs)
+        if under_transform():  # which has no hooks on saved tensors
+            return rematerialised(run, args, kwargs, self._slots_of, partial(self._filled, self.snapshot()))
         options = {
             k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")
         }
         return checkpoint(run, *args, use_reentrant=False, context_fn=self.checkpoint_context, **options, **kwargs)
+
+    def _slots_of(self, layer: nn.Module) -> dict[str, Any]:
+        """What the slots of a layer and its parts hold, by one name of each."""
+        if id(layer) not in self.inside:
+            prefix = next(f"{n}." if n else "" for n, m in self.root.named_modules() if m is layer)
+            names = {(id(slots), k): n for n, (slots, k) in self.slots.items() if n.startswith(prefix)}
+            self.inside[id(layer)] = list(names.values())
+        return {n: self[n] for n in self.inside[id(layer)]}
+
+    @contextmanager
+    def _filled(self, held: Held, values: Mapping[str, Any]) -> Iterator[None]:
+        """While it lasts, the slots have what they had in a call, with other values in some of them."""
+        with self._holding(held):
+            self.fill(values)
+            yield
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around a checkpointed forward pass, and around its recomputation."""

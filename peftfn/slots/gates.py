@@ -7,7 +7,7 @@ method: a gate of 1 is the adapter and 0 the base; between them the output is on
 f_k is linear in the change of the weight, that is the change scaled by g_k; at a norm, say, it is not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -81,6 +81,10 @@ class Gates:
         """Whether any row may use one of these adapters."""
         return True
 
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Gates":
+        """The same with f of its tensor."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Index(Gates):
@@ -129,6 +133,10 @@ class Index(Gates):
 
     def uses(self, start: int, size: int) -> bool:
         return self.known is None or any(start <= k < start + size for k in self.known)
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Index":
+        index = f(self.index)
+        return self if index is self.index else replace(self, index=index, held={})
 
     @property
     def kept(self) -> dict[Any, Any]:
@@ -199,6 +207,9 @@ class Weights(Gates):
             for rows in self.active
         )
         return replace(self, g=self.g.repeat_interleave(n, 0), active=active, copies=1)
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Weights":
+        return replace(self, g=f(self.g))
 
     def over(self, y: Tensor, what: str) -> Tensor:
         """The gates of an output y [rows, …]: [rows, 1 …, K], or [rows, tokens, 1 …, K], with as many dimensions."""

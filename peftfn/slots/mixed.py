@@ -4,6 +4,7 @@ What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch,
 `Gates`, which say which of them act on which rows. It finds the rows in a layer's input; batch.py computes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,20 @@ from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.arguments import mapped, storages, tensors, visit
 from peftfn.tensors.precision import operand_dtype, wide
-from peftfn.tensors.transform import backward_task
+from peftfn.tensors.transform import moment
 
 
 class _Mixed(Slot):
     """A slot whose value depends on the row. `value(k)` is adapter k's, value(-1) the base's."""
 
-    __slots__ = ("rows",)
+    __slots__ = ("inside", "rows")
     rows: Gates
+
+    def _gates(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Gates:
+        """The gates with f of their tensor: one object for all slots, since it keeps what they share."""
+        if id(self.rows) not in made:
+            made[id(self.rows)] = self.rows.mapped(f)
+        return made[id(self.rows)]  # type: ignore[no-any-return]
 
     def value(self, k: int) -> Any:
         raise NotImplementedError
@@ -102,7 +109,11 @@ class MixedWeight(_Mixed):
 
     def __init__(self, parts: list[Part], w: Tensor, rows: Gates):
         self.parts, self.entry, self.w, self.rows = parts, parts[0].entry, w, rows
-        self.task = -1 if torch.compiler.is_compiling() else backward_task()
+        self.task, self.inside = moment()
+
+    def mapped(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> "MixedWeight":
+        w = f(self.w) if isinstance(self.w, Tensor) else self.w
+        return MixedWeight([part.mapped(f) for part in self.parts], w, self._gates(f, made))
 
     def value(self, k: int) -> Tensor:
         for part in self.parts:
@@ -198,11 +209,14 @@ class MixedBias(_Mixed):
 
     def __init__(self, label: str, values: Tensor, w: Tensor, rows: Gates):
         self.label, self.values, self.w, self.rows = label, values, w, rows
-        self.task = -1 if torch.compiler.is_compiling() else backward_task()
+        self.task, self.inside = moment()
 
     @property
     def name(self) -> str:
         return self.label
+
+    def mapped(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> "MixedBias":
+        return MixedBias(self.label, f(self.values), f(self.w), self._gates(f, made))
 
     def value(self, k: int) -> Tensor:
         return self.w if k < 0 else self.values[k]

@@ -1,5 +1,6 @@
 """Adapters of one method and shape at one site, and their outputs on the rows that use them."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,11 +32,22 @@ class Part:
         self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor, start: int, size: int
     ):
         self.entry, self.w, self.start, self.size = entry, w, start, size
-        self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
-        low = None if entry.site.stacked else self.method.low_rank(self.p)
+        self.method, p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
+        self._has(p)
+
+    def _has(self, p: dict[str, Any]) -> None:
+        self.p = p
+        low = None if self.entry.site.stacked else self.method.low_rank(p)
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
         self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
         self.level = torch._C._functorch.maybe_current_level()
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Part":
+        """The same with f of each tensor in it."""
+        part = copy.copy(self)
+        part.w = f(self.w) if isinstance(self.w, Tensor) else self.w
+        part._has({k: f(t) for k, t in self.p.items()})
+        return part
 
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""

@@ -50,6 +50,10 @@ class Slot(Operand):
     def name(self) -> str:
         return self.entry.site.name
 
+    def mapped(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> "Slot":
+        """The same with f of each tensor in it. made: what the slots of a layer share, by identity of the original."""
+        raise NotImplementedError
+
     def canonical(self) -> Tensor:
         m = self.entry.to_matrix
         return self.w if m is None else m(self.w)

@@ -1,5 +1,6 @@
 """The adapted weight: w + delta, for one parameter during one call."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class AdaptedWeight(Slot):
         if low.gain is None and not low.dropout and not (x.is_cuda or choose.INTERPRETED) and eager(x):
             return lora_first(x, m, low.down, low.up, low.scale, bias)
         return lora_linear(x, m, low.down, low.up, low.scale, c=low.gain, bias=bias, dropout=low.dropout)
+
+    def mapped(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> "AdaptedWeight":
+        w = f(self.w) if isinstance(self.w, Tensor) else self.w
+        return AdaptedWeight(self.entry, self.method, {k: f(t) for k, t in self.p.items()}, w)
 
     def dense(self) -> Tensor:
         return self.entry.dense(self.method, self.p, self.w)

@@ -1,15 +1,14 @@
 """Rematerialised functions: values and derivatives of every order are those of the function, and the memory is less."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support import Live
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftfn.tensors.remat import remat
@@ -127,35 +126,6 @@ def test_an_output_that_is_an_input_keeps_its_gradient() -> None:
     torch.testing.assert_close(got, 10 * X)
 
 
-class _Live(TorchDispatchMode):
-    """The most bytes of memory that tensors made inside had at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._see(t.untyped_storage())
-        return out
-
-    def _see(self, storage: Any) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
 def deep(p: Tensor, again: bool) -> Tensor:
     def layer(x: Tensor, p: Tensor) -> Tensor:
         for _ in range(8):
@@ -173,7 +143,7 @@ def test_it_keeps_less_memory(transform: Any) -> None:
     p = torch.randn(3, 16, 16) / 4 if transform is not grad else torch.randn(16, 16) / 4
     most = {}
     for again in (True, False):
-        with _Live() as live:
+        with Live() as live:
             transform(deep)(p, again)
         most[again] = live.most
     assert most[False] > 4 * most[True], most
