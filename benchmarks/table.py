@@ -42,6 +42,12 @@ SECTIONS = {
         "`pf.load` of a LoRA that PEFT wrote, against PEFT's `load_adapter` of the same file, with the others there "
         "already. Ours reads the file and binds it to the model anew each time; PEFT adds layers to its model.",
     ),
+    "memory": (
+        "Memory of gradients",
+        '`net.checkpointed("layers")` against the same net without: its layers keep their inputs alone, and run again '
+        "in the backward pass, also under `grad` and `vmap(grad)`. Peak memory is that of the tensors which the "
+        "gradient makes, counted operation by operation.",
+    ),
     "methods": (
         "Every method",
         "Each method on the same small Llama (3 layers, d 256, 2×32 tokens, fp32) against PEFT's same method at the "

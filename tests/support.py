@@ -1,6 +1,5 @@
 """What tests in several folders need."""
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import peftfn as pf
 from peftfn.core.method import Method, registry
@@ -103,32 +101,3 @@ def compare(mine: Any, theirs: Any, bound: float = 2e-5) -> None:
     scale = max(1.0, float(theirs.detach().abs().max()))
     error = float((mine - theirs).detach().abs().max())
     assert error <= bound * scale, f"differs by {error:.3g} where values reach {scale:.3g}"
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of memory that tensors made inside had at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._see(t.untyped_storage())
-        return out
-
-    def _see(self, storage: Any) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size

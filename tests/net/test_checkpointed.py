@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import Live
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
+from benchmarks.memory import peak
 
 RULES = {
     r"[qv]_proj": pf.LoRA(rank=2, dropout=0.2),
@@ -168,9 +168,7 @@ def test_it_takes_less_memory(many: bool) -> None:
     most = {}
     for name, n in (("less", net.checkpointed(r"^\d$")), ("all", net)):
         f = grad(lambda a, n=n: n.apply(a, x).square().sum())
-        with Live() as live:
-            vmap(f)(pf.stack([a, a, a])) if many else f(a)
-        most[name] = live.most
+        most[name] = peak(vmap(f), pf.stack([a, a, a])) if many else peak(f, a)
     assert most["all"] > 2.5 * most["less"], most
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import Live
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import peak
 from peftfn.tensors.remat import remat
 
 D, LAYERS = 6, 3
@@ -143,7 +143,5 @@ def test_it_keeps_less_memory(transform: Any) -> None:
     p = torch.randn(3, 16, 16) / 4 if transform is not grad else torch.randn(16, 16) / 4
     most = {}
     for again in (True, False):
-        with Live() as live:
-            transform(deep)(p, again)
-        most[again] = live.most
+        most[again] = peak(transform(deep), p, again)
     assert most[False] > 4 * most[True], most
