@@ -153,10 +153,32 @@ def copy_structure(
             hooks.update(now)
         return root, copies
     except Exception as e:
-        raise TypeError(
-            f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
-            f"{type(e).__name__}: {e}. Keep such objects out of the module, or give their class a __deepcopy__."
-        ) from e
+        raise _uncopied(model, keep, e) from e
+
+
+def check_copy(model: nn.Module) -> None:
+    """Raise what `copy_structure` would raise, without making the copy."""
+    modules, _ = reachable(modules_of(model))
+    keep = [t for m in modules for t in (m, *m._parameters.values(), *m._buffers.values(), *held(m))]
+    memo = {id(v): v for v in keep}
+    for module in modules:
+        for key, value in vars(module).items():
+            if key in STANDARD or value.__class__ in _SIMPLE or is_plain(value) or is_setting(value):
+                continue
+            try:
+                copy.deepcopy(value, memo)
+            except Exception as e:
+                raise _uncopied(model, keep, e) from e
+
+
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def _uncopied(model: nn.Module, keep: list[Any], e: Exception) -> TypeError:
+    return TypeError(
+        f"the model cannot be copied, and calls run on a copy of its structure: {_culprit(model, keep)} raises "
+        f"{type(e).__name__}: {e}. Keep such objects out of the module, or give their class a __deepcopy__."
+    )
 
 
 def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:

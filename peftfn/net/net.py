@@ -37,8 +37,7 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
         ValueError: a rule matches no parameter that its method supports, or sizes do not fit; it names the site, the
             value, the constraint and the cure. No large tensor has been allocated at that point. Or accelerate keeps a
             layer's weights elsewhere between calls (offload).
-        TypeError: `rules` is not a dict of methods. (The first call raises it where the model's structure cannot be
-            copied.)
+        TypeError: the model cannot be deep-copied, or `rules` is not a dict of methods.
 
     Example:
         model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))

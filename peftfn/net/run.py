@@ -14,6 +14,7 @@ from torch import nn
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
+from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.gates import Gates
@@ -30,6 +31,7 @@ class Runner:
         """again: modules that are rematerialised."""
         self.model, self.plans, self.again = model, plans, again
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
+        check_copy(model)
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
         self._running = _Running()
