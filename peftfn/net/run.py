@@ -14,6 +14,7 @@ from torch import nn
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
+from peftfn.model.place import TOKENS
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.gates import Gates
@@ -29,7 +30,8 @@ class Runner:
     def __init__(self, model: nn.Module, plans: Sequence[Plan]):
         self.model, self.plans = model, plans
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
-        self.first = Skeleton(model, self.slots)
+        self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
+        self.first = self._skeleton()
         self._idle = [self.first]
         self._running = _Running()
 
@@ -84,7 +86,7 @@ class Runner:
             return dense(out)
         except Exception as e:
             for plan, adapter, *_ in given:
-                if problem := misplaced(plan, weights_of(self.model), adapter, e):
+                if problem := misplaced(plan, weights_of(self.model, plan.places), adapter, e):
                     raise ValueError(problem) from e
             raise
         finally:
@@ -123,7 +125,10 @@ class Runner:
         try:
             return self._idle.pop()
         except IndexError:
-            return Skeleton(self.model, self.slots)
+            return self._skeleton()
+
+    def _skeleton(self) -> Skeleton:
+        return Skeleton(self.model, self.slots, self.backbones)
 
     def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
