@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftfn.core.combine import Chain, add, chain, scale
 from peftfn.core.method import Method, Weight, registry
+from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
@@ -25,6 +26,7 @@ from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
 from peftfn.model.model import sites
+from peftfn.model.place import Place
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
@@ -49,9 +51,13 @@ __all__ = [
     "Description",
     "Loaded",
     "Method",
+    "ModuleMethod",
     "Nets",
+    "Place",
+    "Prefix",
     "Rng",
     "Site",
+    "Tokens",
     "Weight",
     "adapt",
     "adapter_of",

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.method import Leaf, Method, Product, Weight
+from peftfn.core.modules import ModuleMethod
 from peftfn.core.rng import Rng
+from peftfn.model.place import Place
 
 
 def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
@@ -103,19 +105,21 @@ def terms(leaf: Mapping[str, Any], name: str, lead: int = 0) -> list[Mapping[str
     return [leaf]
 
 
-def resolve(method: Weight, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Weight, Any]:
+def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], plain: Any) -> tuple[Any, Any]:
     """Return (method, prepared tensors) of an expression; `plain(leaf, bank)` prepares a plain leaf."""
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
         closed = m.scaled(p, leaf["scale"])
-        return (m, closed) if closed is not None else (_Scaled(m), {"scale": leaf["scale"]} | _nested("of", p))
+        scaling: Any = _FORMS[m.family][0]
+        return (m, closed) if closed is not None else (scaling(m), {"scale": leaf["scale"]} | _nested("of", p))
     if "add.0" in leaf:
         parts = [resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()]
         ms, ps = [m for m, _ in parts], [p for _, p in parts]
         closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
         if closed is not None:
             return ms[0], closed
-        return _Sum(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
+        sum_: Any = _FORMS[ms[0].family][1]
+        return sum_(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
     return method, plain(leaf, bank)
 
 
@@ -172,6 +176,39 @@ class _Sum(Weight):
         new = [m.bias(q, b) for m, q in self._parts(p)]
         changes = [n if b is None else n - b for n in new if n is not None and n is not b]
         return sum(changes, b) if b is not None else (sum(changes[1:], changes[0]) if changes else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScaledModule(ModuleMethod):
+    """x + s (before(x) − x) and y + s (after(y) − y)."""
+
+    method: ModuleMethod
+
+    def before(self, p: Any, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
+        return x + p["scale"] * (self.method.before(_inside("of", p), m, x, *seen) - x)
+
+    def after(self, p: Any, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return y + p["scale"] * (self.method.after(_inside("of", p), m, x, y, *seen) - y)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SumModule(ModuleMethod):
+    """x + Σ (before_i(x) − x) and y + Σ (after_i(y) − y)."""
+
+    methods: tuple[ModuleMethod, ...]
+
+    def _parts(self, p: Any) -> list[tuple[ModuleMethod, Any]]:
+        return [(m, _inside(f"add.{i}", p)) for i, m in enumerate(self.methods)]
+
+    def before(self, p: Any, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
+        return sum((f.before(q, m, x, *seen) - x for f, q in self._parts(p)), x)
+
+    def after(self, p: Any, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return sum((f.after(q, m, x, y, *seen) - y for f, q in self._parts(p)), y)
+
+
+_FORMS: dict[type[Method], tuple[type, type]] = {Weight: (_Scaled, _Sum), ModuleMethod: (_ScaledModule, _SumModule)}
+"""Family → (what a scaling is, what a sum is)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.made import check_own
+from peftfn.core.made import check_own, held_at
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.core.rng import Rng
@@ -31,11 +31,12 @@ UNTIED = (
 
 
 def current(entry: Entry, w: Any) -> Any:
-    """Return w, the model's parameter at a site. ValueError if its shape has changed since `adapt`."""
+    """Return w, the model's parameter or `Place` at a site. ValueError if its shape has changed since `adapt`."""
     if w is None or w.shape != entry.site.shape:
+        what = "parameter" if entry.family is Weight else "module"
         now = "no longer exists" if w is None else f"has shape {list(w.shape)} now"
         raise ValueError(
-            f"{entry.site.name}: the model's parameter {now}; it had shape {list(entry.site.shape)} when it was "
+            f"{entry.site.label}: the model's {what} {now}; it had shape {list(entry.site.shape)} when it was "
             "adapted. Call adapt again."
         )
     return w
@@ -64,15 +65,20 @@ def init(plan: Plan, weights: Weights, seed: int, dtype: torch.dtype = torch.flo
 
 def leaf(entry: Entry, weights: Weights, seed: int, dtype: torch.dtype, constants: Mapping[str, Tensor]) -> Leaf:
     """Return the fresh leaf of one site."""
-    bias = weights.get(entry.site.bias or "")
+    bias = bias_at(entry.site, weights)
     return draw(entry.method.init, entry.site, weights[entry.site.name], seed, dtype, constants, bias)
+
+
+def bias_at(site: Site, weights: Weights) -> Any:
+    """The bias of the layer whose weight is at the site; None if it has none."""
+    return None if site.bias is None else weights.get(site.bias)
 
 
 def constants(entry: Entry, weights: Weights, seed: int) -> Leaf:
     """Return the constants that a method draws for one site alone."""
     if not entry.method.overrides("frozen"):
         return {}
-    bias = weights.get(entry.site.bias or "")
+    bias = bias_at(entry.site, weights)
     return draw(entry.method.frozen, entry.site, weights[entry.site.name], seed, bias=bias)
 
 
@@ -95,7 +101,7 @@ def draw(
         return {k: placed(t, m) for k, t in whole.items()}
     if not site.stacked:
         made = make(rng(site.name, constants=constants, bias=bias), m)
-        theirs = [("the weight w", m), ("the layer's bias", bias)]
+        theirs = [*held_at(m), ("the layer's bias", bias)]
         theirs += [(f"the constant {k!r}", t) for k, t in (constants or {}).items()]
         what = f"{site.name}: {type(make.__self__).__name__}.{make.__name__}"
         check_own(what, made, theirs, alike=make.__name__ == "frozen")
@@ -114,12 +120,13 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
     rng = Rng(seed, bank, sites={n: e.site for n, e in plan.items()}, dtype=dtype, device=w.device)
     method, mine = plan[first].method, Canonical(plan, entries, weights)
     made = method.bank(rng, mine)
-    check_own(f"{bank}: {type(method).__name__}.bank", made, [*mine.items(), *plan[first].frozen.items()])
+    theirs = [(f"{n}: {what}", t) for n, w in mine.items() for what, t in held_at(w)]
+    check_own(f"{bank}: {type(method).__name__}.bank", made, [*theirs, *plan[first].frozen.items()])
     return {k: on_mesh(t, w) for k, t in made.items()}
 
 
 class Canonical(Mapping[str, Tensor]):
-    """A mapping of the weights of some sites as methods see them, [out, in], each made on access."""
+    """A mapping of the weights of some sites as methods see them, [out, in] or a `Place`, each made on access."""
 
     def __init__(self, plan: Plan, names: Mapping[str, Any], weights: Weights):
         self.plan, self.names, self.weights = plan, names, weights
@@ -139,7 +146,7 @@ class Canonical(Mapping[str, Tensor]):
 # What an adapter means. All of these use eval mode: no dropout.
 
 
-def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Weight, dict[str, Any], Tensor]:
+def tensors(entry: Entry, weights: Weights, adapter: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
     """Return (method, prepared tensors, the parameter) at one site."""
     w = current(entry, weights.get(entry.site.name))
     method, p = entry.tensors(adapter[entry.site.name], bank_of(entry, adapter), entry.site.canonical(w))
@@ -171,7 +178,8 @@ def merge(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> Iterator[
     Raises ValueError, before the first, if the adapter adds a bias to a layer without one.
     """
     for name, entry in plan.items():
-        if entry.adds_bias and weights.get(entry.site.bias or "") is None:
+        entry.check_merge()
+        if entry.adds_bias and bias_at(entry.site, weights) is None:
             raise ValueError(
                 f"{name}: {entry.method} adds a bias and this layer has none to merge it into. Use net.apply, or "
                 "give the layer a bias of zeros first."
@@ -197,6 +205,8 @@ def tie(plan: Plan, weights: Weights, merged: dict[str, Tensor]) -> None:
 
 def delta(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return {site: change of the parameter, in its own shape}, in fp32 or wider."""
+    for entry in plan.values():
+        entry.check_merge()
     out = {}
     for name, entry in plan.meant.items():
         method, p, w = tensors(entry, weights, adapter)
@@ -218,9 +228,9 @@ def bias_deltas(plan: Plan, weights: Weights, adapter: Mapping[str, Any]) -> dic
 
 def prepared(
     entries: Mapping[str, Entry], weights: Weights, adapter: Mapping[str, Any]
-) -> dict[str, tuple[Weight, dict[str, Any]]]:
+) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return `Entry.tensors` of all sites; a method with `prepare_all` prepares sites of one shape together."""
-    out: dict[str, tuple[Weight, dict[str, Any]]] = {}
+    out: dict[str, tuple[Any, dict[str, Any]]] = {}
     alike: dict[Any, list[tuple[str, Leaf, Tensor]]] = {}
     for name, entry in entries.items():
         here, bank = adapter[name], bank_of(entry, adapter)

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+
+from peftfn.model.place import Place
 
 NAME = re.compile(r"(\d+\.)*[^\W\d_]\w*")  # the numbers are those of a chain's methods
 RESERVED = frozenset({"of", "scale", "tree", "adapted", "training"})
@@ -49,6 +52,14 @@ def check_own(what: str, made: Mapping[str, Tensor], others: Iterable[tuple[str,
             )
         if where is not None and not alike:
             held[where] = f"{k!r}"
+
+
+def held_at(w: Any) -> list[tuple[str, Any]]:
+    """(what it is, tensor) of all that the base has at a site: the weight, or what the module of a `Place` holds."""
+    if not isinstance(w, Place):
+        return [("the weight w", w)]
+    held = chain(w.module.named_parameters(), w.module.named_buffers())
+    return [(f"the module's {name}", t) for name, t in held]
 
 
 def memory(t: Any) -> int | None:

@@ -8,19 +8,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from peftfn.core import functions
-from peftfn.core.made import called, check_own, check_tensors
+from peftfn.core.made import called, check_own, check_tensors, held_at
 from peftfn.core.method import Leaf, Method, Weight
-from peftfn.core.plan import Entry, Plan
+from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
+from peftfn.core.plan import Entry, Plan, WeightEntry
 from peftfn.core.rng import Rng
-from peftfn.core.rules import checked, match
-from peftfn.model.model import Model
+from peftfn.core.rules import checked, match, offered
+from peftfn.model.model import Model, modules_of
+from peftfn.model.place import MODULE, TOKENS, Place
 from peftfn.model.site import Site, refuse_occupied
+from peftfn.model.structure import copy_structure, reachable
 from peftfn.tensors.precision import wide
 from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.sharded import on_mesh
@@ -54,13 +57,25 @@ class _Matched:
     """Rules that have found their sites."""
 
     model: Model
-    rules: Mapping[str, Weight]
-    taken: dict[str, str]  # site name → its rule, in the model's order
+    rules: Mapping[str, Method]
+    sites: dict[str, Site]  # those that a rule takes, in the model's order, the modules last
+    taken: Mapping[str, str]  # site name → its rule
 
     @cached_property
-    def canonical(self) -> dict[str, Tensor]:
-        """The adapted weights as methods see them."""
-        return {name: self.model.sites[name].canonical(self.model.weights[name]) for name in self.taken}
+    def weights(self) -> dict[str, Any]:
+        """The model's weights, and the places of the sites that are modules."""
+        places = [s for s in self.sites.values() if s.kind in (MODULE, TOKENS)]
+        return {**self.model.weights, **self.model.at(places)}
+
+    @property
+    def sites_known(self) -> dict[str, Site]:
+        """The model's parameters as sites, and the modules that a rule takes."""
+        return {**self.model.sites, **self.sites}
+
+    @cached_property
+    def canonical(self) -> dict[str, Any]:
+        """The adapted weights, and places, as methods see them."""
+        return {name: site.canonical(self.weights[name]) for name, site in self.sites.items()}
 
     @cached_property
     def banks(self) -> dict[str, str]:
@@ -72,8 +87,8 @@ class _Matched:
                 out[pattern] = type(method).__name__ + (f".{n}" if n else "")
         return out
 
-    def of_rule(self, pattern: str) -> dict[str, Tensor]:
-        """The canonical weights of a rule's sites."""
+    def of_rule(self, pattern: str) -> dict[str, Any]:
+        """What a rule's method sees at its sites."""
         return {name: self.canonical[name] for name, rule in self.taken.items() if rule == pattern}
 
 
@@ -90,12 +105,15 @@ def _matched(model: Model, given: Mapping[str, Method], taken: Mapping[str, str]
                 "fully_shard(m)"
             )
     rules = checked(given)
+    found = {pattern: offered(model, method) for pattern, method in rules.items()}
     if taken is None:
-        taken = match(rules, model.sites)
+        taken = match(rules, found)
         for name, pattern in taken.items():
             refuse_occupied(model.root, name, pattern)
-    for name in taken:
-        w = model.weights[name]
+    order = {name: None for sites in {id(v): v for v in (model.sites, *found.values())}.values() for name in sites}
+    matched = _Matched(model, rules, {n: found[taken[n]][n] for n in order if n in taken}, taken)
+    for name in matched.sites:
+        w = matched.weights[name]
         if isinstance(w, QuantisedWeight) and (problem := w.problem()):
             raise ValueError(f"{name}: {type(w.layer).__name__} cannot be adapted as it is: {problem}")
         if not w.is_floating_point():
@@ -103,7 +121,7 @@ def _matched(model: Model, given: Mapping[str, Method], taken: Mapping[str, str]
                 f"{name}: the weight is {w.dtype}, and a method needs a floating-point one: dequantise it, or leave "
                 "this site out of the rules"
             )
-    return _Matched(model, rules, {name: taken[name] for name in model.sites if name in taken})
+    return matched
 
 
 # Phase 2: shapes, by runs on the meta device.
@@ -121,54 +139,64 @@ def _shared_probe(matched: _Matched, pattern: str) -> _Shared:
     method = matched.rules[pattern]
     if not method.overrides("shared") and not method.overrides("bank"):
         return _Shared({}, {})
-    rng = Rng(0, pattern, sites=matched.model.sites, device="meta")
-    empty = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in matched.of_rule(pattern).items()}
+    rng = Rng(0, pattern, sites=matched.sites_known, device="meta")
+    empty = {n: sketch(w) for n, w in matched.of_rule(pattern).items()}
     return _Shared(method.shared(rng, empty), method.bank(rng, empty))
 
 
 def _probed(matched: _Matched, shared: Mapping[str, _Shared]) -> dict[str, Entry]:
-    """The entries without constants. Sites of one rule that a method cannot tell apart are probed once."""
+    """The entries without constants. Parameters of one rule that a method cannot tell apart are probed once."""
     model, probes, out = matched.model, dict[Any, Entry](), dict[str, Entry]()
-    for name, pattern in matched.taken.items():
-        site, w = model.sites[name], model.weights[name]
-        alike = pattern, site.kind, site.shape, w.dtype, site.bias is None, site.bias in model.weights
+    for name, site in matched.sites.items():
+        pattern, w = matched.taken[name], matched.weights[name]
+        biased = site.bias in model.weights
+        which = name if isinstance(w, Place) else None
+        alike = pattern, site.kind, site.shape, w.dtype, site.bias is None, biased, which
         if alike not in probes:
-            bank = matched.banks.get(pattern)
-            empty = torch.empty(matched.canonical[name].shape, dtype=w.dtype, device="meta")
-            probe = _Probe(site, matched.rules[pattern], empty, shared[pattern], site.bias in model.weights)
-            probes[alike] = probe.entry(pattern, bank)
+            method = matched.rules[pattern]
+            probe = PROBES[method.family](site, method, sketch(matched.canonical[name]), shared[pattern], biased)
+            entry = probe.entry(pattern, matched.banks.get(pattern))
+            probes[alike] = entry if which is None else replace(entry, companions=_companions(method, w, model))
         out[name] = replace(probes[alike], site=site)
     return out
+
+
+def _companions(method: Any, m: Place, model: Model) -> tuple[Companion, ...]:
+    """What the method needs at other modules."""
+    try:
+        found: tuple[Companion, ...] = method.companions(m, model)
+    except ValueError as e:
+        raise ValueError(f"{m.name or 'the model'}: {e}") from e
+    return found
 
 
 class _Probe:
     """A run of a method at a site on meta tensors: every function of it once, its results checked."""
 
-    def __init__(self, site: Site, method: Weight, empty: Tensor, shared: _Shared, biased: bool):
-        self.site, self.method, self.bank = site, method, shared.bank
+    made: ClassVar[type[Entry]] = Entry
+
+    def __init__(self, site: Site, method: Any, w: Any, shared: _Shared, biased: bool):
+        self.site, self.method, self.bank, self.w = site, method, shared.bank, w
         self.common = shared.frozen.get(site.name, {})
-        self.w = empty[0] if site.stacked else empty
-        self.dtype = torch.promote_types(self.w.dtype, torch.float32)
-        self.given = torch.empty(len(self.w), dtype=self.w.dtype, device="meta") if biased else None
+        self.given: Tensor | None = None  # the layer's bias
         self.source = dict.fromkeys(self.common, "shared") | dict.fromkeys(self.bank, "bank")  # tensor → its function
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.w.dtype, torch.float32)
 
     def entry(self, rule: str, bank: str | None) -> Entry:
         site, method = self.site, self.method
         try:
             leaf, own = self.drawn()
             p = self.joined(leaf, own)
-            adds_bias, changes_bias = self.used(p)
+            found = self.used(p)
         except ValueError as e:
-            raise ValueError(f"{site.name} {list(site.shape)}: {e}") from e
+            raise ValueError(f"{site.label} {list(site.shape)}: {e}") from e
         except Exception as e:
-            e.add_note(f"at {site.name} {list(site.shape)}: {method}")
+            e.add_note(f"at {site.label} {list(site.shape)}: {method}")
             raise
-        if adds_bias and site.bias is None:
-            raise ValueError(
-                f"{site.name}: {method} adds to the layer's bias, and a {site.kind} site has no place for one. Choose "
-                "a method without a bias here."
-            )
-        return Entry(
+        return self.made(
             site,
             rule,
             method,
@@ -177,8 +205,7 @@ class _Probe:
             prepared=self.prepared(p, own),
             common=frozenset({*self.common, *self.bank}),
             bank=bank,
-            adds_bias=adds_bias,
-            changes_bias=changes_bias,
+            **found,
         )
 
     def stacked(self, t: Tensor) -> Size:
@@ -192,7 +219,7 @@ class _Probe:
         for what, made in (("shared", self.common), ("bank", self.bank)):
             check_tensors(f"{cls}.{what}", made)
         leaf, own = (called(method, f, getattr(method, f), rng, self.w) for f in ("init", "frozen"))
-        theirs = [("the weight w", self.w), ("the layer's bias", self.given)]
+        theirs = [*held_at(self.w), ("the layer's bias", self.given)]
         for what, made in (("init", leaf), ("frozen", own)):
             check_tensors(f"{cls}.{what}", made)
             check_own(f"{cls}.{what}", made, theirs, alike=what == "frozen")
@@ -207,11 +234,37 @@ class _Probe:
             raise ValueError(f"{self.method} has one name for two of its tensors: {sorted(p)}")
         return p
 
-    def used(self, p: Leaf) -> tuple[bool, bool]:
-        """(whether the method adds a bias where there is none, whether it changes the one there is), after a run of
-        `prepare`, `delta` and `bias`."""
+    def ready(self, p: Leaf) -> Leaf:
+        """What `prepare` returns."""
+        made: Leaf = called(self.method, "prepare", self.method.prepare, p, self.w, p=self.source)
+        return made
+
+    def used(self, p: Leaf) -> dict[str, Any]:
+        """What else the entry is to have, after a run of `prepare` and of the functions that take what it returns."""
+        self.ready(p)
+        return {}
+
+    def prepared(self, p: Leaf, own: Leaf) -> dict[str, Size]:
+        """The shapes of a prepared leaf, which is one for eval mode: what `prepare` returns but for constants."""
+        made = self.method.eval().prepare(p, self.w)
+        constants = {*self.common, *own}
+        changed = {k: t for k, t in made.items() if k not in constants or t is not p[k]}
+        return {k: t.shape if k in self.bank and t is p[k] else self.stacked(t) for k, t in changed.items()}
+
+
+class _WeightProbe(_Probe):
+    """Of a method that changes a weight."""
+
+    made = WeightEntry
+
+    def __init__(self, site: Site, method: Weight, w: Tensor, shared: _Shared, biased: bool):
+        super().__init__(site, method, w[0] if site.stacked else w, shared, biased)
+        self.given = torch.empty(len(self.w), dtype=self.w.dtype, device="meta") if biased else None
+
+    def used(self, p: Leaf) -> dict[str, Any]:
+        """Whether the method adds a bias where there is none, and whether it changes the one there is."""
         method, w, cls, source = self.method, self.w, type(self.method).__name__, self.source
-        ready = called(method, "prepare", method.prepare, p, w, p=source)
+        ready = self.ready(p)
         change = called(method, "delta", method.delta, ready, wide(w), p=source) if method.mergeable else w
         if change.shape != w.shape:
             raise ValueError(f"{cls}.delta returns {list(change.shape)} for a weight {list(w.shape)}")
@@ -223,14 +276,69 @@ class _Probe:
                 f"{cls}.bias returns {None if new is None else list(new.shape)} for a bias {list(b.shape)}: return the "
                 "adapted bias, or b itself where it stays as it is"
             )
-        return adds_bias, new is not b
+        if adds_bias and self.site.bias is None:
+            raise ValueError(
+                f"{method} adds to the layer's bias, and a {self.site.kind} site has no place for one. Choose a method "
+                "without a bias here."
+            )
+        return {"adds_bias": adds_bias, "changes_bias": new is not b}
 
-    def prepared(self, p: Leaf, own: Leaf) -> dict[str, Size]:
-        """The shapes of a prepared leaf, which is one for eval mode: what `prepare` returns but for constants."""
-        made = self.method.eval().prepare(p, self.w)
-        constants = {*self.common, *own}
-        changed = {k: t for k, t in made.items() if k not in constants or t is not p[k]}
-        return {k: t.shape if k in self.bank and t is p[k] else self.stacked(t) for k, t in changed.items()}
+
+class _ModuleProbe(_Probe):
+    """Of a method around a module's forward."""
+
+    def used(self, p: Leaf) -> dict[str, Any]:
+        method, m = self.method, self.w
+        ready, dim = self.ready(p), getattr(method, "dim", 0)
+        seen = [torch.empty(2, 3, dtype=torch.bool, device="meta")] if method.sees_mask else []
+        if not (method.overrides("before") or method.overrides("after")):
+            return {}
+        x, y = (torch.empty(2, 3, dim or size, device="meta", dtype=self.dtype) for size in m.sizes)
+        for hook, xs in (("before", (x,)), ("after", (x, y))):
+            if not method.overrides(hook) or method.watched or not xs[-1].shape[-1]:
+                continue  # what watched modules return is not known, nor the size of some modules' hidden states
+            new = called(method, hook, getattr(method, hook), ready, m, *xs, *seen, p=self.source)
+            if not isinstance(new, Tensor) or new.shape != xs[-1].shape:
+                raise ValueError(
+                    f"{type(method).__name__}.{hook} returns {list(getattr(new, 'shape', ()))} for hidden states "
+                    f"{list(xs[-1].shape)}; it must return hidden states of that shape"
+                )
+        return {}
+
+
+PROBES: dict[type[Method], type[_Probe]] = {
+    Weight: _WeightProbe,
+    ModuleMethod: _ModuleProbe,
+    Tokens: _Probe,
+    Prefix: _Probe,
+}
+"""Family → what finds out what its methods need at a site."""
+
+
+class _Sketch(Place):
+    """A place without values: its module is a copy on the meta device, made when it is asked for."""
+
+    def __init__(self, m: Place):
+        vars(self).update({k: v for k, v in vars(m).items() if k not in ("module", "forward")})
+        self._of, self.device = m.module, torch.device("meta")
+
+    @cached_property
+    def module(self) -> Any:  # type: ignore[override]
+        root, copies = copy_structure(self._of, reachable(modules_of(self._of))[0], {})
+        for slots in (d for copied in copies for d in (copied._parameters, copied._buffers)):
+            for k, t in slots.items():
+                empty = None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta")
+                slots[k] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+        return root
+
+    @property
+    def forward(self) -> Any:  # type: ignore[override]
+        return self.module.forward
+
+
+def sketch(w: Any) -> Any:
+    """What stands for w without values: an empty tensor on the meta device, or a place without values."""
+    return _Sketch(w) if isinstance(w, Place) else torch.empty(w.shape, dtype=w.dtype, device="meta")
 
 
 # Phase 3: constants.
@@ -238,7 +346,7 @@ class _Probe:
 
 def _filled(matched: _Matched, entries: Mapping[str, Entry], seed: int) -> dict[str, Entry]:
     """The entries with their constants, on their weights' devices."""
-    weights, out = matched.model.weights, dict[str, Entry]()
+    weights, out = matched.weights, dict[str, Entry]()
     shared = {pattern: _shared(matched, pattern, seed) for pattern in matched.rules}
     moved: dict[tuple[int, torch.device], Tensor] = {}  # what several sites share, once for each device
     for name, entry in entries.items():
@@ -256,8 +364,7 @@ def _hollow(
     matched: _Matched, entries: Mapping[str, Entry], shared: Mapping[str, _Shared], seed: int
 ) -> dict[str, Entry]:
     """The entries with constants that have shapes and no values."""
-    weights = matched.model.weights
-    empty = {**weights, **{n: torch.empty_like(weights[n], device="meta") for n in entries}}
+    empty = {**matched.weights, **{n: sketch(matched.weights[n]) for n in entries}}
     return {
         name: replace(e, frozen={**shared[e.rule].frozen.get(name, {}), **functions.constants(e, empty, seed)})
         for name, e in entries.items()
@@ -270,7 +377,8 @@ def _shared(matched: _Matched, pattern: str, seed: int) -> Mapping[str, Leaf]:
     if not method.overrides("shared"):
         return {}
     weights = matched.of_rule(pattern)
-    made = method.shared(Rng(seed, pattern, sites=matched.model.sites), weights)
+    made = method.shared(Rng(seed, pattern, sites=matched.sites_known), weights)
     flat = {f"{name}: {k}": t for name, tensors in made.items() for k, t in tensors.items()}
-    check_own(f"{type(method).__name__}.shared", flat, [(f"the weight {n}", w) for n, w in weights.items()], alike=True)
+    theirs = [(f"{n}: {what}", t) for n, w in weights.items() for what, t in held_at(w)]
+    check_own(f"{type(method).__name__}.shared", flat, theirs, alike=True)
     return made

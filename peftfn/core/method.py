@@ -58,12 +58,13 @@ registry: dict[str, type["Method"]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What every method has, whatever it adapts. Derive from `Weight`, the family of methods that change a weight.
+    """What every method has, whatever it adapts. Derive from a family: `Weight` for methods that change a weight,
+    `ModuleMethod` for those around a module's forward, `Tokens` or `Prefix` for those on a backbone's inputs.
 
     A family (`class Weight(Method, family=True)`) says what its methods define; a method is a frozen dataclass whose
     fields are its hyper-parameters and whose functions are pure. w stands for what the method sees at a site: for
-    `Weight`, one canonical weight [out, in]. p is everything the method has at the site, by name: its trainable leaf,
-    its frozen tensors and what its rule shares.
+    `Weight`, one canonical weight [out, in]; for the other families, a `Place`. p is everything the method has at the
+    site, by name: its trainable leaf, its frozen tensors and what its rule shares.
 
     Example:
         assert isinstance(pf.LoRA(rank=2), pf.Method)
@@ -74,6 +75,9 @@ class Method:
 
     kinds: ClassVar[frozenset[str]] = frozenset()
     """Kinds of site that the method has a meaning for."""
+    adapts: ClassVar[str] = "parameter"
+    """What the pattern of a rule is matched against, for all methods of a family: the names of the model's parameters
+    ("parameter"), of its modules ("module"), or of its backbones ("backbone")."""
     outside: ClassVar[frozenset[str]] = frozenset()
     """Fields that no function here reads, because a schedule or a penalty in the training loop does."""
     cases: ClassVar[Cases] = ({},)
@@ -134,6 +138,26 @@ class Method:
         """Whether gradients are those of the output, with nothing in it held constant (as DoRA holds its norm)."""
         return True
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return x with features dropped at the rate of the field `dropout`; ids of an embedding are unchanged."""
+        rate = getattr(self, "dropout", 0.0)
+        return F.dropout(x, rate) if rate and x.is_floating_point() else x
+
+    # Algebra.
+
+    @property
+    def combines(self) -> bool:
+        """Whether adapters of the method can be scaled and added."""
+        return True
+
+    def scaled(self, p: Leaf, s: Tensor) -> Leaf | None:
+        """Return tensors whose change is s times that of p (both prepared), or None if there is no closed form."""
+        return None
+
+    def summed(self, ps: list[Leaf]) -> Leaf | None:
+        """Return tensors whose change is the sum of those of ps (all prepared), or None if there is no closed form."""
+        return None
+
     def eval(self) -> Self:
         """Return the method with the values that its fields have in eval mode."""
         changed = {f: v for f, v in self.in_eval if getattr(self, f, v) != v}
@@ -156,6 +180,8 @@ class Method:
 
     _family: ClassVar[bool] = True
     """Whether the class is a family of methods: what it defines is what its methods may override."""
+    family: ClassVar[type["Method"]]
+    """The family that the class belongs to: `Weight`, `ModuleMethod`, …"""
     _own: ClassVar[frozenset[str]] = frozenset()
     """What the class and its bases define beyond their family."""
 
@@ -164,13 +190,15 @@ class Method:
         super().__init_subclass__(**kwargs)
         cls._family = family
         families = [c for c in cls.__mro__ if vars(c).get("_family")]
+        cls.family = families[0]
         cls._own = frozenset(name for c in cls.__mro__ if c is not object and c not in families for name in vars(c))
         if family or abstract or cls.__name__.startswith("_"):
             return
         if families == [Method]:
             raise TypeError(
                 f"{cls.__name__} derives from Method, which has only what all families of methods share: derive from "
-                f"peftfn.Weight, class {cls.__name__}(peftfn.Weight), for a method that changes a weight"
+                f"peftfn.Weight, class {cls.__name__}(peftfn.Weight), for a method that changes a weight, or from "
+                "peftfn.ModuleMethod for one around a module's forward"
             )
         old = registry.get(cls.__name__)
         if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -249,11 +277,6 @@ class Weight(Method, family=True):
         batches run all adapters in two batched products. p may have a leading axis of adapters, or one in some of its
         tensors only."""
         return None
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return x with features dropped at the rate of the field `dropout`; ids of an embedding are unchanged."""
-        rate = getattr(self, "dropout", 0.0)
-        return F.dropout(x, rate) if rate and x.is_floating_point() else x
 
     @classmethod
     def fast_linear(cls) -> bool:

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
 from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name, resolve, terms
-from peftfn.core.method import Leaf, Weight
+from peftfn.core.method import Leaf, Method, Weight
+from peftfn.core.modules import Companion
 from peftfn.model.names import near
+from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
 from peftfn.tensors.precision import wide
 from peftfn.tensors.transform import exactly
@@ -22,12 +24,15 @@ Adapter = dict[str, Leaf]
 
 @dataclass(frozen=True)
 class Entry:
-    """One site of a plan: the method that stands there, and what of it does not depend on the adapter."""
+    """One site of a plan: the method that stands there, and what of it does not depend on the adapter.
+
+    It serves the methods at modules as it is; those that change a weight have a `WeightEntry`.
+    """
 
     # Where, and which method.
     site: Site
     rule: str  # the pattern that took the site
-    method: Weight
+    method: Any
     frozen: Leaf  # constants: the site's own and those its rule shares
     # What a run of the method on the meta device showed (`make.py`).
     spec: dict[str, Size]  # the shapes of a leaf
@@ -36,23 +41,19 @@ class Entry:
     bank: str | None = None  # the adapter's entry with the rule's trainable shared tensors
     adds_bias: bool = False  # gives a bias also to a layer that has none
     changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
+    companions: tuple[Companion, ...] = ()  # what the method puts at other modules
     # What a call would ask at every site, answered once, from the fields above.
+    family: type[Method] = field(init=False)
     prepares: bool = field(init=False)  # the method has a `prepare`
-    fast: bool = field(init=False)  # its `linear` is more than the product with the dense weight
-    low: bool = field(init=False)  # it has a `low_rank`
     plain: bool = field(init=False)  # it has no constants here
-    to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # the parameter ↦ canonical; None: it is
+
+    to_matrix: ClassVar[Any] = None  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
-        is_matrix = self.site.kind in ("linear", "stack", "other")
-        decided = {
-            "prepares": self.method.overrides("prepare"),
-            "fast": self.method.fast_linear(),
-            "low": self.method.overrides("low_rank"),
-            "plain": not self.frozen,
-            "to_matrix": None if is_matrix else self.site.canonical,
-        }
-        for name, value in decided.items():
+        self._decide(family=self.method.family, prepares=self.method.overrides("prepare"), plain=not self.frozen)
+
+    def _decide(self, **values: Any) -> None:
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -64,7 +65,7 @@ class Entry:
         shared = {*self.common, "scale"}  # no assignment inside the comprehension: the compiler cannot trace one
         return {k: None if own_name(k) in shared else 0 for k in p}
 
-    def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor) -> tuple[Weight, dict[str, Any]]:
+    def tensors(self, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Any) -> tuple[Any, dict[str, Any]]:
         """(method, prepared tensors) for `leaf` at the canonical weight w. Prepared in fp32 or better."""
         if "of" in leaf or "add.0" in leaf:
             with exactly(w):
@@ -104,23 +105,67 @@ class Entry:
                 p[k] = t.to(dtype)
         return p
 
+    # What an adapter changes of a weight: of these sites, nothing.
+
+    def check_merge(self) -> None:
+        """ValueError unless the method changes a weight, into which the change can be folded."""
+        raise ValueError(
+            f"{self.site.label}: {self.method} acts on what this module takes or returns, so it is no change of a "
+            "weight and cannot be merged. Use net.apply or as_module; for a merge of the rest, call adapt without this "
+            "rule, and merge the adapter without this site"
+        )
+
+    def delta(self, method: Any, p: dict[str, Any], w: Any) -> Tensor:
+        """The change of the canonical weight w, in fp32 or better; ValueError as in `check_merge`."""
+        self.check_merge()
+        raise NotImplementedError
+
+    def dense(self, method: Any, p: dict[str, Any], w: Any) -> Tensor:
+        """The adapted weight, in the shape and dtype of w (the parameter itself); ValueError as in `check_merge`."""
+        self.check_merge()
+        raise NotImplementedError
+
+    def new_bias(self, method: Any, p: dict[str, Any], b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What the method makes of the layer's bias b, in b's dtype; `dtype` is the weight's, for a layer without one.
+
+        None where the layer has no bias and gets none.
+        """
+        return b
+
+
+@dataclass(frozen=True)
+class WeightEntry(Entry):
+    """One site of a plan that is a parameter."""
+
+    fast: bool = field(init=False)  # the method's `linear` is more than the product with the dense weight
+    low: bool = field(init=False)  # it has a `low_rank`
+    to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_matrix = self.site.kind in ("linear", "stack", "other")
+        self._decide(
+            fast=self.method.fast_linear(),
+            low=self.method.overrides("low_rank"),
+            to_matrix=None if is_matrix else self.site.canonical,
+        )
+
+    def check_merge(self) -> None:
+        pass
+
     def delta(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
-        """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
+        """p prepared, expert by expert if stacked."""
         with exactly(w):
             if self.site.stacked:
                 return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))
             return method.delta(p, wide(w))
 
     def new_bias(self, method: Weight, p: dict[str, Any], b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What the method makes of the layer's bias b, in b's dtype; `dtype` is the weight's, for a layer without one.
-
-        None where the layer has no bias and gets none.
-        """
         new = method.bias(p, None if b is None else wide(b))
         return None if new is None else new.to(dtype if b is None else b.dtype)
 
     def dense(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
-        """The adapted weight, in the shape and dtype of w (the parameter itself): computed wide, rounded once."""
+        """Computed wide, rounded once."""
         m = self.site.canonical(w)
         return self.site.original((wide(m) + self.delta(method, p, m)).to(w.dtype))
 
@@ -128,13 +173,16 @@ class Entry:
 class Plan(Mapping[str, Entry]):
     """site name → Entry, in the model's order. Static: nothing in it is ever trained."""
 
-    def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Weight], banks: dict[str, Any]):
+    def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Method], banks: dict[str, Any]):
         self.entries, self.rules, self.banks = entries, dict(rules), banks
         # what delta, merge and prepare are about, and eval mode: no dropout
         self.meant = {name: replace(e, method=e.method.eval()) for name, e in entries.items()}
         # bias slot → the site whose method changes it
         self.owners = {e.site.bias: name for name, e in entries.items() if e.site.bias and e.changes_bias}
-        self.slots = list(dict.fromkeys([*entries, *self.owners]))
+        self.places = tuple(e.site for e in entries.values() if e.site.kind in (MODULE, TOKENS))
+        others = [c.at for e in entries.values() for c in e.companions]
+        self.accompanied = {name: e.companions for name, e in entries.items() if e.companions}
+        self.slots = list(dict.fromkeys([*entries, *self.owners, *others]))
 
     def __getitem__(self, name: str) -> Entry:
         return self.entries[name]
@@ -169,6 +217,10 @@ class Plan(Mapping[str, Entry]):
         spec, prepared = (entry.spec, entry.prepared) if entry else (self.banks[name], {})
         if not isinstance(leaf, Mapping):
             raise TypeError(f"{name}: its leaf is a {type(leaf).__name__}; give a dict of tensors {sorted(spec)}")
+        if entry is not None and is_expression(leaf) and not entry.method.combines:
+            raise ValueError(
+                f"{entry.site.label}: {entry.method} has no scaling and no sum: give an adapter with a plain leaf here"
+            )
         for part in terms(leaf, name, lead) if is_expression(leaf) else (leaf,):
             if part.keys() == spec.keys() or (entry and part.keys() == prepared.keys()):
                 want = spec if part.keys() == spec.keys() else prepared

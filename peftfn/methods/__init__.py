@@ -3,6 +3,7 @@
 "as" says to type checkers that a name is meant to be used from here.
 """
 
+from peftfn.methods.modules.bottleneck import Bottleneck as Bottleneck
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS
 from peftfn.methods.weights.bdlora import BDLoRA as BDLoRA

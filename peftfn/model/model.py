@@ -1,12 +1,13 @@
 """A model as a value: its modules, sites, parameters and buffers by name, read in one walk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from peftfn.model.place import TOKENS, Place, backbones_in, places_in
 from peftfn.model.site import Site, sites_in
 from peftfn.tensors.quantised import QuantisedWeight, quantised
 
@@ -51,6 +52,20 @@ class Model:
         return {name: module for module, name in first.items()}
 
     @cached_property
+    def places(self) -> dict[str, Site]:
+        """The modules as sites, each once, by its first name."""
+        return places_in(self.modules)
+
+    @cached_property
+    def backbones(self) -> dict[str, Site]:
+        """The backbones as sites, each once, by its first name."""
+        return backbones_in(self.modules)
+
+    def at(self, places: Iterable[Site]) -> dict[str, Place]:
+        """What methods see of the modules at these sites; of those that the model still has."""
+        return _at(self.root, self.modules, places)
+
+    @cached_property
     def named(self) -> dict[str, Site]:
         """The sites by every name."""
         return {n: s for s in self.sites.values() for n in (s.name, *s.aliases)}
@@ -74,10 +89,11 @@ def quantised_in(modules: Mapping[str, nn.Module]) -> dict[str, QuantisedWeight]
     return out
 
 
-def weights_of(model: nn.Module) -> dict[str, Any]:
-    """The `weights` of `Model.of(model)` alone: the model's parameters as they are now, as constants."""
+def weights_of(model: nn.Module, places: Iterable[Site] = ()) -> dict[str, Any]:
+    """The `weights` of `Model.of(model)` alone: the model's parameters as they are now, as constants; and the `Place`
+    of each of these sites that the model still has."""
     modules = modules_of(model)
-    return _weights(dict(_held(modules, "_parameters")), quantised_in(modules))
+    return _weights(dict(_held(modules, "_parameters")), quantised_in(modules)) | _at(model, modules, places)
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
@@ -106,6 +122,10 @@ def _held(modules: Mapping[str, nn.Module], kind: str) -> list[tuple[str, Any]]:
         for k, t in getattr(module, kind).items()
         if t is not None
     ]
+
+
+def _at(model: nn.Module, modules: Mapping[str, nn.Module], places: Iterable[Site]) -> dict[str, Place]:
+    return {s.name: Place.of(model, s.name, s.kind == TOKENS) for s in places if s.name in modules}
 
 
 def _weights(parameters: Mapping[str, nn.Parameter], stand_ins: Mapping[str, QuantisedWeight]) -> dict[str, Any]:

@@ -11,6 +11,13 @@ def matches(pattern: str, name: str) -> bool:
     return re.search(pattern, name) is not None
 
 
+def ends(pattern: str, name: str) -> bool:
+    """Like `matches`, at the end of the name alone: "mlp" finds "layers.0.mlp" and nothing that is inside of it."""
+    if re.fullmatch(r"[\w.]*", pattern):
+        return f".{name}".endswith(f".{pattern}")
+    return re.search(f"(?:{pattern})$", name) is not None
+
+
 def near(name: str, names: list[str], n: int = 3) -> str:
     """The names, or parts of names, most like `name`; for an error message."""
     parts = list(dict.fromkeys(part for full in names for part in full.split(".") if not part.isdigit()))

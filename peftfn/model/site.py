@@ -16,16 +16,16 @@ _CONV_T = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class Site:
-    """One parameter of the model, as something that can be adapted.
+    """One parameter or module of the model, as something that can be adapted.
 
     Example:
         site = pf.sites(torch.nn.Sequential(torch.nn.Linear(8, 4)))["0.weight"]
         assert site.kind == "linear" and site.bias == "0.bias"
     """
 
-    name: str  # "layers.0.q_proj.weight"
+    name: str  # "layers.0.q_proj.weight"; of a module "layers.0.mlp"
     kind: str  # see KINDS
-    shape: torch.Size  # the parameter's own shape
+    shape: torch.Size  # the parameter's own shape; of a module, [width of its hidden states]
     bias: str | None = None  # the slot that holds this layer's bias, also when it is empty
     aliases: tuple[str, ...] = field(default=(), compare=False)  # other names of the same slot (a shared submodule)
     tied: tuple[str, ...] = field(default=(), compare=False)  # names of other slots that hold the same tensor
@@ -34,6 +34,11 @@ class Site:
     @property
     def module(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """The name, for messages: the model itself, as a module, has none."""
+        return self.name or "the model"
 
     def canonical(self, w: Tensor) -> Tensor:
         """Turn the parameter w into the one orientation that methods see.
@@ -98,10 +103,13 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, torch.Size]
     "stack": (_same, _same),  # [e, out, in]: experts
     "stack_t": (_turn, _turn),  # [e, in, out]: experts stored transposed
     "other": (_same, _same),  # norms, biases, anything else
+    "module": (_same, _same),  # a module; what stands for its weight is a `Place`
+    "tokens": (_same, _same),  # a backbone, likewise
 }
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' transposed linear layer."""
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
@@ -123,7 +131,7 @@ def _kind(module: nn.Module, p: Tensor) -> str:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
     if p.dim() == 2:
-        return "linear_t" if _is_conv1d(module) else "linear"
+        return "linear_t" if is_conv1d(module) else "linear"
     if p.dim() == 3:
         return "stack_t" if getattr(module, "is_transposed", False) else "stack"
     return "other"

@@ -10,11 +10,26 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peftfn.model.names import matches, near
+from peftfn.slots.call import Call
 from peftfn.slots.slot import Slot
 from peftfn.tensors.arguments import mapped, visit
 from peftfn.tensors.remat import remat
 
-_PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, nn.Module)
+_PLAIN = (
+    Tensor,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    nn.Module,
+    FunctionType,
+    MethodType,
+)
 
 
 def rematerialised(
@@ -26,8 +41,9 @@ def rematerialised(
 ) -> Any:
     """run(*args, **kwargs), of which only the tensors that a transform is over are kept, for `run` to run again.
 
-    They are found in the arguments and in the slots of the layer whose forward `run` is. Where it is that of none, or
-    an argument is an object that may hold tensors (a cache), it runs as it is: more memory, no wrong value.
+    They are found in the arguments and in the slots of the layer whose forward `run` is. Where it is that of none, an
+    argument is an object that may hold tensors (a cache), or an adapter in it reads what other modules return, it runs
+    as it is: more memory, no wrong value.
 
     slots_of: a layer ↦ what its slots hold, by name. filled: a context in which they hold something else.
     """
@@ -38,6 +54,8 @@ def rematerialised(
     if not isinstance(layer, nn.Module) or not _transparent((args, kwargs)):
         return run(*args, **kwargs)
     slots = slots_of(layer)
+    if not all(v.by_itself for v in slots.values() if isinstance(v, Call)):
+        return run(*args, **kwargs)
     found: dict[int, Tensor] = {}
 
     def see(t: Tensor) -> Tensor:
@@ -60,7 +78,7 @@ def rematerialised(
 def _replaced(values: Iterable[Any], f: Callable[[Tensor], Tensor]) -> list[Any]:
     """What slots hold, with f of each tensor in it. What several of them share stays shared."""
     made: dict[int, Any] = {}
-    return [v.mapped(f, made) if isinstance(v, Slot) else f(v) if isinstance(v, Tensor) else v for v in values]
+    return [v.mapped(f, made) if isinstance(v, Slot | Call) else f(v) if isinstance(v, Tensor) else v for v in values]
 
 
 def _transparent(arguments: Any) -> bool:

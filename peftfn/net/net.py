@@ -12,6 +12,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
+from peftfn.model.place import Place
 from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
 from peftfn.slots.gates import Index, Weights
@@ -85,7 +86,13 @@ class Adapted:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
             assert net.weights["0.weight"].shape == (4, 8)
         """
-        return functions.checked(self.plan, weights_of(self.model))
+        weights = functions.checked(self.plan, weights_of(self.model, self.plan.places))
+        return {name: w for name, w in weights.items() if not isinstance(w, Place)}
+
+    @property
+    def _seen(self) -> Mapping[str, Any]:
+        """What the methods see at their sites: the base's parameters as they are now, and the places of modules."""
+        return functions.checked(self.plan, weights_of(self.model, self.plan.places))
 
     def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """Return a fresh adapter, each tensor on the device of its weight.
@@ -104,7 +111,7 @@ class Adapted:
             a = net.init(seed=0)
             assert a["0.weight"]["a"].shape == (2, 8) and a["0.weight"]["b"].shape == (4, 2)
         """
-        return functions.init(self.plan, self.weights, seed, dtype)
+        return functions.init(self.plan, self._seen, seed, dtype)
 
     def apply(
         self,
@@ -230,7 +237,7 @@ class Adapted:
             assert net.delta(net.init())["0.weight"].shape == (4, 8)
         """
         self.plan.check(adapter)
-        return functions.delta(self.plan, self.weights, adapter)
+        return functions.delta(self.plan, self._seen, adapter)
 
     def bias_deltas(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the change of each bias that a method at its layer's weight changes.
@@ -246,7 +253,7 @@ class Adapted:
             assert net.bias_deltas(net.init())["0.weight"].shape == (4,)
         """
         self.plan.check(adapter)
-        return functions.bias_deltas(self.plan, self.weights, adapter)
+        return functions.bias_deltas(self.plan, self._seen, adapter)
 
     def merge(
         self, adapter: Mapping[str, Any], *, check_finite: bool = False, untied: bool = False
@@ -277,7 +284,8 @@ class Adapted:
         """
         self.plan.check(adapter)
         known = Model.of(self.model)
-        weights, held = functions.checked(self.plan, known.weights), known.parameters
+        held = known.parameters
+        weights = functions.checked(self.plan, {**known.weights, **known.at(self.plan.places)})
         own = {id(p): p.detach() for p in held.values()}  # one tensor for all names of a tied one
         out = {n: own[id(p)] for n, p in held.items()}
         for name, merged in functions.merge(self.plan, weights, adapter):
@@ -313,7 +321,7 @@ class Adapted:
             y = net.apply(p, torch.randn(3, 8))
         """
         self.plan.check(adapter)
-        return functions.prepare(self.plan, self.weights, adapter)
+        return functions.prepare(self.plan, self._seen, adapter)
 
     def checkpointed(self, pattern: str) -> "Adapted":
         """Return the net that keeps of some modules nothing but their inputs: backward passes run them again.

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
+from peftfn.model.place import TOKENS
 from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
@@ -31,6 +32,7 @@ class Runner:
         """again: modules that are rematerialised."""
         self.model, self.plans, self.again = model, plans, again
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
+        self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
         check_copy(model)
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
@@ -87,7 +89,7 @@ class Runner:
             return dense(out)
         except Exception as e:
             for plan, adapter, *_ in given:
-                if problem := misplaced(plan, weights_of(self.model), adapter, e):
+                if problem := misplaced(plan, weights_of(self.model, plan.places), adapter, e):
                     raise ValueError(problem) from e
             raise
         finally:
@@ -127,14 +129,17 @@ class Runner:
         try:
             return self._idle.pop()
         except IndexError:
-            return Skeleton(self.model, self.slots, self.again)
+            return self._skeleton()
 
     def _make_first(self) -> None:
         if not self._first:
-            self._first.append(Skeleton(self.model, self.slots, self.again))
+            self._first.append(self._skeleton())
 
     # While compiling it runs as it is, before the trace (see `Skeleton._take_hooks`).
     _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _skeleton(self) -> Skeleton:
+        return Skeleton(self.model, self.slots, self.backbones, self.again)
 
     def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""

@@ -7,7 +7,7 @@ it writes there. One skeleton serves one call at a time, so threads cannot colli
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
@@ -23,11 +23,13 @@ from torch.utils.hooks import RemovableHandle
 
 from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
+from peftfn.model.place import Place
 from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, hooks_of, is_plain, is_setting, reachable
 from peftfn.model.written import written_by
 from peftfn.net.again import rematerialised
 from peftfn.net.released import Bypass, Released
+from peftfn.slots.call import Call, Gone, hooked
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
@@ -35,17 +37,20 @@ from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
-Place = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
+Spot = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 _PLAIN = (bool, int, float, str, type(None))
 
 
 class Skeleton:
-    """One copy of `base`, with the slots named in `sites` to be filled by the caller."""
+    """One copy of `base`, with the slots named in `sites` to be filled by the caller: of parameters, and of modules.
 
-    def __init__(self, base: nn.Module, sites: list[str], again: Sequence[str] = ()):
-        """again: modules that keep nothing for the backward pass but what goes in."""
-        self.base, self.sites, self.again, self.lock = base, sites, again, RLock()
+    backbones: those of the modules that stand for backbones. again: modules that keep nothing for the backward pass but
+    what goes in.
+    """
+
+    def __init__(self, base: nn.Module, sites: list[str], backbones: Collection[str] = (), again: Sequence[str] = ()):
+        self.base, self.sites, self.backbones, self.again, self.lock = base, sites, backbones, again, RLock()
         self._build()
 
     def _build(self) -> None:
@@ -56,8 +61,10 @@ class Skeleton:
         named = modules_of(self.base)
         modules, loose = reachable(named)
         opaque = quantised_in(named)
-        self._check_sites(named, {id(w.layer) for w in opaque.values()})
-        adapted = {id(named[m]._parameters.get(k)): n for n in self.sites for m, _, k in [n.rpartition(".")]}
+        self.called = [n for n in self.sites if n in named]
+        weights = [n for n in self.sites if n not in named]
+        self._check_sites(weights, named, {id(w.layer) for w in opaque.values()})
+        adapted = {id(named[m]._parameters.get(k)): n for n in weights for m, _, k in [n.rpartition(".")]}
         own = {id(p) for m in modules if isinstance(m, nn.RNNBase) for p in m._flat_weights}  # it looks anew each time
         self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
         aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
@@ -65,6 +72,7 @@ class Skeleton:
         self.root, copies = copy_structure(self.base, modules, aliases)
         self.pairs = list(zip(modules, copies, strict=True))
         self._name_slots(named, opaque)
+        self._name_calls()
         self._sort_slots()
         self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
@@ -75,19 +83,30 @@ class Skeleton:
                 vars(s)[CHECKPOINT] = partial(self._checkpoint, vars(s)[CHECKPOINT])
         for name in self.again:
             layer = self.root.get_submodule(name)
-            vars(layer)["forward"] = partial(self._checkpoint, None, layer.forward)
+            vars(layer)["forward"] = partial(self._checkpoint, None, partial(_forward, layer, layer.forward))
         self._watch()
 
-    def _check_sites(self, named: Mapping[str, nn.Module], opaque: set[int]) -> None:
-        for name in self.sites:
+    def _check_sites(self, weights: list[str], named: Mapping[str, nn.Module], opaque: set[int]) -> None:
+        for name in weights:
             module, _, key = name.rpartition(".")
             if module not in named or (key not in named[module]._parameters and id(named[module]) not in opaque):
-                raise ValueError(f"{name}: the model has no such parameter any more. Call adapt again.")
+                raise ValueError(f"{name}: the model has no such parameter or module any more. Call adapt again.")
+
+    def _name_calls(self) -> None:
+        """Call slots: where an adapted module's forward looks first."""
+        self.calls: list[Spot] = []
+        for name in self.called:
+            module = self.root.get_submodule(name)
+            place, slots = Place.of(self.root, name, name in self.backbones), {"call": Gone(name)}
+            vars(module)["forward"] = hooked(slots, place.forward)
+            self.slots[name] = (slots, "call")
+            self.calls.append(({"call": place}, slots, "call"))
+        self.filled = self.parameters + self.calls
 
     def _name_slots(self, named: Mapping[str, nn.Module], opaque: Mapping[str, QuantisedWeight]) -> None:
         """Where each parameter and buffer stands in the base and here, and the slots by name, released for now."""
-        self.parameters: list[Place] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
-        self.buffers: list[Place] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
+        self.parameters: list[Spot] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
+        self.buffers: list[Spot] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
         self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if is_plain(t)]
         self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
         copied = {id(b): s for b, s in self.pairs}
@@ -116,7 +135,7 @@ class Skeleton:
             and runs_linear(layer)
         }
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
-        self.constants = [p for p in self.parameters if (id(p[1]), p[2]) in sites]
+        self.constants = [p for p in self.filled if (id(p[1]), p[2]) in sites]
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
@@ -350,7 +369,7 @@ class Skeleton:
         """Fill slots with the caller's own parameters; one name of a tied tensor stands for all that are not named."""
         tied = {}
         for name, p in params.items():
-            if name not in self.slots:
+            if name not in self.slots or name in self.called:
                 raise KeyError(f"params has {name!r}, which is no parameter of the model{near(name, list(self.slots))}")
             slots, k = self.slots[name]
             theirs = self.originals[id(slots)][k]
@@ -364,9 +383,7 @@ class Skeleton:
     def snapshot(self) -> Held:
         """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
         buffers = self.buffers if torch.compiler.is_compiling() else []
-        return [ours[k] for _, ours, k in self.parameters + buffers], [
-            lane.get("forward") for lane in self.lanes.values()
-        ]
+        return [ours[k] for _, ours, k in self.filled + buffers], [lane.get("forward") for lane in self.lanes.values()]
 
     def identities(self) -> frozenset[int]:
         """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""
@@ -376,7 +393,7 @@ class Skeleton:
 
     def restore(self, held: Held) -> None:
         values, forwards = held
-        for (_, ours, k), value in zip(self.parameters + self.buffers, values, strict=False):
+        for (_, ours, k), value in zip(self.filled + self.buffers, values, strict=False):
             ours[k] = value
         for lane, forward in zip(self.lanes.values(), forwards, strict=True):
             if forward is None:
@@ -403,7 +420,7 @@ class Skeleton:
         with self.lock:
             before = self.snapshot()
             self.restore(held)
-            tasks = [(v, v.task) for v in held[0] if isinstance(v, Slot)]
+            tasks = [(v, v.task) for v in held[0] if isinstance(v, Slot | Call)]
             for v, _ in tasks:
                 v.task = backward_task()
             try:
@@ -448,6 +465,11 @@ class Skeleton:
 
 def _constant(p: Any) -> Any:
     return p.detach() if p is not None and p.requires_grad else p
+
+
+def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer as it stands there, which may be no method of it."""
+    return forward(*args, **kwargs)
 
 
 def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:

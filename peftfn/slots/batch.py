@@ -5,6 +5,7 @@ fast form runs under one `vmap` over its adapters. What is left runs once for ea
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from peftfn.kernels import choose
 from peftfn.kernels.mixed_lora import mixed_rows
 from peftfn.slots.gates import Gates, Index, Weights
-from peftfn.slots.part import Cut, Part, Run
+from peftfn.slots.part import Cut, One, Part, Run, Stack, Use
 from peftfn.slots.rows import Share, share
 from peftfn.tensors.arguments import picked
 from peftfn.tensors.precision import operand_dtype
@@ -62,6 +63,50 @@ def each(gates: Gates, run: Run) -> Tensor:
     return picked(out, torch.tensor(order).argsort().to(out.device))
 
 
+class Uses(NamedTuple):
+    """What a stack's adapters make of rows of `xs`."""
+
+    xs: Sequence[Tensor]
+    one: One  # with one adapter
+    many: Use | None  # the same as a function of its tensors, for a vmap over adapters; None: not to be run under one
+
+
+def around(gates: Gates, stacks: Sequence[Stack], name: str, base: Tensor, uses: Callable[[Stack], Uses]) -> Tensor:
+    """What each row's adapters make of `base` [rows, …], which is what rows without an adapter have."""
+    y = base
+    for stack in stacks:
+        xs, one, many = uses(stack)
+        if isinstance(gates, Weights):
+            run = partial(_cut_to, stack, xs, one)
+            y = _sum(gates, base, run, range(stack.start, stack.start + stack.size), name, y)
+            continue
+        assert isinstance(gates, Index)
+        if gates.known is None:
+            local, mine = _local(gates, stack, y)
+            if many is not None:
+                new = stack.vmapped(local, [x[:, None] for x in xs], many)[:, 0]
+            else:
+                every = torch.arange(gates.size, device=y.device)
+                new = torch.stack([one(k, *xs) for k in range(stack.size)])[local, every]
+            y = torch.where(mine, new.to(y.dtype), y)
+        elif (share := _share(gates, stack, y.device)) is not None:
+            new = stack.by_bucket(share, xs, many, one).to(y.dtype)
+            y = new if share.rows is None else y.index_copy(0, share.rows, new)
+    return y
+
+
+def _cut_to(stack: Stack, xs: Sequence[Tensor], one: One, k: int, cut: Cut) -> Tensor:
+    return one(k - stack.start, *map(cut, xs))
+
+
+def _local(gates: Index, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(which of the stack's adapters each row uses, any for those that use none; whether it uses one, as a mask of
+    y [rows, …])."""
+    local = gates.index.to(y.device) - stack.start
+    mine = ((local >= 0) & (local < stack.size)).view(-1, *[1] * (y.dim() - 1))
+    return local.clamp(0, stack.size - 1), mine
+
+
 def bias(gates: Gates, values: Tensor, base: Tensor, y: Tensor) -> Tensor:
     """y and a bias: of adapter k values[k] [out], of the base `base` [out]."""
     if isinstance(gates, Weights):
@@ -102,7 +147,7 @@ def _sorted(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-def _share(gates: Index, part: Part, device: torch.device) -> Share | None:
+def _share(gates: Index, part: Stack, device: torch.device) -> Share | None:
     """The rows of a part's adapters; None if there are none. Made once for all sites."""
     key, kept = (part.start, part.size, device), gates.kept
     if key not in kept:
@@ -142,11 +187,9 @@ def _masked(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     fused, parts = _fused(gates, layer, x)
     y, every = layer.base(x) if fused is None else fused, torch.arange(gates.size, device=x.device)
     for part in parts:
-        local = gates.index.to(x.device) - part.start
-        mine = ((local >= 0) & (local < part.size)).view(-1, *[1] * (y.dim() - 1))
-        local = local.clamp(0, part.size - 1)
+        local, mine = _local(gates, part, y)
         if part.is_low_rank(layer.kind) or part.vmaps(layer.kind):
-            new = part.vmapped(local, x, layer.adapted)
+            new = part.vmapped(local, (x,), part.using(layer.adapted))
         else:
             new = torch.stack([layer.adapted(part.one(k), x) for k in range(part.size)])[local, every]
         y = torch.where(mine, new.to(y.dtype), y)
@@ -163,13 +206,13 @@ def _weighted(gates: Weights, layer: Layer, x: Tensor) -> Tensor:
             y = y + _weighted_low_rank(gates, part, x, base, layer.name)
         else:
             ks = range(part.start, part.start + part.size)
-            y = y + _sum(gates, base, part.runs(x, layer.adapted), ks, layer.name) - base
+            y = _sum(gates, base, part.runs(x, layer.adapted), ks, layer.name, y)
     return y
 
 
-def _sum(gates: Weights, base: Tensor, run: Run, ks: Sequence[int], what: str) -> Tensor:
-    """base + Σ_k g_k ⊙ (run(k) − base), each adapter on the rows where its gate is not 0."""
-    y, g = base, None
+def _sum(gates: Weights, base: Tensor, run: Run, ks: Sequence[int], what: str, onto: Tensor | None = None) -> Tensor:
+    """base, or `onto`, + Σ_k g_k ⊙ (run(k) − base), each adapter on the rows where its gate is not 0."""
+    y, g = base if onto is None else onto, None
     for k in ks:
         rows = gates.active[k]
         if rows is not None and not len(rows):

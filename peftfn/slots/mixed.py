@@ -39,6 +39,10 @@ class _Mixed(Slot):
     def value(self, k: int) -> Any:
         raise NotImplementedError
 
+    def chosen(self, k: int) -> Any:
+        """What stands here where all rows use adapter k."""
+        return self.value(k)
+
     def lost(self, what: str, more: str = "") -> ValueError:
         return ValueError(
             f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows needs its rows in the first dimension. "
@@ -116,10 +120,11 @@ class MixedWeight(_Mixed):
         return MixedWeight([part.mapped(f) for part in self.parts], w, self._gates(f, made))
 
     def value(self, k: int) -> Tensor:
-        for part in self.parts:
-            if part.start <= k < part.start + part.size:
-                return part.one(k - part.start).dense()
-        return self.w
+        part = next((part for part in self.parts if part.has(k)), None)
+        return self.w if part is None else part.one(k - part.start).dense()
+
+    def chosen(self, k: int) -> Any:
+        return next((part.one(k - part.start) for part in self.parts if part.has(k)), self.w)
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
         table = not x.is_floating_point() and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == x.shape[1]))

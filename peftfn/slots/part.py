@@ -1,15 +1,15 @@
 """Adapters of one method and shape at one site, and their outputs on the rows that use them."""
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name
-from peftfn.core.method import LowRank, Weight
+from peftfn.core.method import LowRank
 from peftfn.core.plan import Entry
 from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.weight import AdaptedWeight
@@ -19,39 +19,86 @@ from peftfn.tensors.transform import eager
 
 Cut = Callable[[Tensor], Tensor]
 """x [rows, …] ↦ [some rows, …]"""
+Use = Callable[..., Tensor]
+"""(prepared tensors of one adapter, inputs …) ↦ an output"""
+One = Callable[..., Tensor]
+"""(number of one adapter in its stack, inputs …) ↦ an output"""
 Run = Callable[[int, Cut], Tensor]
 """(adapter, −1 the base; cut) ↦ the output of the rows that cut takes"""
 
 
-class Part:
+class Stack:
     """Adapters start … start + size − 1 of a batch, all of one method and one shape, at one site."""
 
-    __slots__ = ("axes", "entry", "level", "low", "made", "method", "p", "size", "start", "w")
+    __slots__ = ("axes", "entry", "method", "p", "seen", "size", "start", "w")
+    seen: dict[str, Tensor]  # of a method at a module: what its companions found in this call
 
-    def __init__(
-        self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Tensor, start: int, size: int
-    ):
+    def __init__(self, entry: Entry, leaf: Mapping[str, Any], bank: Mapping[str, Any], w: Any, start: int, size: int):
         self.entry, self.w, self.start, self.size = entry, w, start, size
-        self.method, p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
-        self._has(p)
+        self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
+        self._derive()
 
-    def _has(self, p: dict[str, Any]) -> None:
-        self.p = p
-        low = None if self.entry.site.stacked else self.method.low_rank(p)
+    def _derive(self) -> None:
+        """What follows from p."""
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> Self:
+        """The same with f of each tensor in it."""
+        out = copy.copy(self)
+        out.w, out.p = f(self.w) if isinstance(self.w, Tensor) else self.w, {k: f(t) for k, t in self.p.items()}
+        out._derive()
+        return out
+
+    def has(self, k: int) -> bool:
+        """Whether the batch's adapter k is one of these."""
+        return self.start <= k < self.start + self.size
+
+    def tensors(self, k: int) -> dict[str, Any]:
+        """The prepared tensors of this stack's adapter k."""
+        return take(self.p, self.axes, lambda t: t[k])
+
+    def vmapped(self, local: Any, xs: Sequence[Tensor], f: Use) -> Tensor:
+        """f(tensors of adapter local[i], xs[i]) for all i."""
+        p = take(self.p, self.axes, lambda t: t[local])
+        out: Tensor = vmap(f, (self.axes, *[0] * len(xs)), randomness="different")(p, *xs)
+        return out
+
+    def by_bucket(self, share: Share, xs: Sequence[Tensor], f: Use | None, one: One) -> Tensor:
+        """What the adapters make of their rows of xs, in the order of the share: f for many under one vmap, or, where
+        it is None, `one` for each."""
+        out, pieces = [], zip(*(share.take(x).split([b.rows for b in share.buckets]) for x in xs), strict=True)
+        for bucket, piece in zip(share.buckets, pieces, strict=True):
+            if bucket.number > 1 and f is not None:
+                rows = [x.unflatten(0, (bucket.number, bucket.each)) for x in piece]
+                out.append(self.vmapped(bucket.adapters, rows, f).flatten(0, 1))
+            else:
+                ks = (
+                    range(self.size)[bucket.adapters]
+                    if isinstance(bucket.adapters, slice)
+                    else bucket.adapters.tolist()
+                )
+                each = zip(*(x.split(bucket.each) for x in piece), strict=True)
+                out += [one(k, *rows) for k, rows in zip(ks, each, strict=True)]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class Part(Stack):
+    """Adapters of a batch that change one weight."""
+
+    __slots__ = ("level", "low", "made")
+
+    def _derive(self) -> None:
+        low = None if self.entry.site.stacked else self.method.low_rank(self.p)
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
         self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
         self.level = torch._C._functorch.maybe_current_level()
 
-    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Part":
-        """The same with f of each tensor in it."""
-        part = copy.copy(self)
-        part.w = f(self.w) if isinstance(self.w, Tensor) else self.w
-        part._has({k: f(t) for k, t in self.p.items()})
-        return part
-
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""
-        return AdaptedWeight(self.entry, self.method, take(self.p, self.axes, lambda t: t[k]), self.w)
+        return AdaptedWeight(self.entry, self.method, self.tensors(k), self.w)  # type: ignore[arg-type]
+
+    def using(self, adapted: Any) -> Use:
+        """`adapted`, a function of an adapted weight and x, as one of its tensors and x."""
+        return lambda p, x: adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)  # type: ignore[arg-type]
 
     def runs(self, x: Tensor, adapted: Any) -> Run:
         """(adapter, cut) ↦ its output on the rows of x that cut takes."""
@@ -65,32 +112,10 @@ class Part:
         fast = self.method.fast_linear() if kind == "linear" else self.method.overrides("product")
         return fast and self.method.per_row
 
-    def vmapped(self, local: Any, x: Tensor, adapted: Any) -> Tensor:
-        """adapted(adapter local[i], x[i]) for all i."""
-        p = take(self.p, self.axes, lambda t: t[local])
-
-        def one(p: Any, x: Tensor) -> Tensor:
-            out: Tensor = adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)
-            return out
-
-        out: Tensor = vmap(one, (self.axes, 0), randomness="different")(p, x)
-        return out
-
     def run(self, share: Share, x: Tensor, kind: str, adapted: Any) -> Tensor:
         """The adapters' outputs on their rows, in the order of the share."""
-        out, pieces = [], share.take(x).split([b.rows for b in share.buckets])
-        for bucket, piece in zip(share.buckets, pieces, strict=True):
-            if bucket.number > 1 and self.vmaps(kind):
-                piece = piece.unflatten(0, (bucket.number, bucket.each))
-                out.append(self.vmapped(bucket.adapters, piece, adapted).flatten(0, 1))
-            else:
-                ks = (
-                    range(self.size)[bucket.adapters]
-                    if isinstance(bucket.adapters, slice)
-                    else bucket.adapters.tolist()
-                )
-                out += [adapted(self.one(k), rows) for k, rows in zip(ks, piece.split(bucket.each), strict=True)]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        many = self.using(adapted) if self.vmaps(kind) else None
+        return self.by_bucket(share, (x,), many, lambda k, x: adapted(self.one(k), x))
 
     def factors(self, bucket: Bucket, dtype: torch.dtype) -> LowRank:
         """down [number, r, in], up [number, out, r] and gain [number, out] of a bucket, in `dtype`."""
@@ -165,7 +190,7 @@ class Part:
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _stacked(entry: Entry, leaf: Any, bank: Any, w: Tensor) -> tuple[Weight, dict[str, Any], dict[str, Any]]:
+def _stacked(entry: Entry, leaf: Any, bank: Any, w: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(method, prepared tensors, their `in_dims`) of a stack of leaves: what differs between adapters has an axis."""
     if not is_expression(leaf):
         ready = leaf.keys() == entry.prepared.keys() and leaf.keys() != entry.spec.keys()

@@ -4,10 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from peftfn.core.functions import bank_of, current
+from peftfn.core.method import Method, Weight
+from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Plan
+from peftfn.slots.call import alone, mixed
+from peftfn.slots.companions import accompany
 from peftfn.slots.gates import Gates
 from peftfn.slots.mixed import MixedWeight
-from peftfn.slots.part import Part
+from peftfn.slots.part import Part, Stack
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.transform import moment
 
@@ -23,22 +27,43 @@ class Given(NamedTuple):
     size: int = 1
 
 
+class Family(NamedTuple):
+    """How the methods of a family stand in the slots of a call."""
+
+    single: Any  # (entry, method, tensors, what the slot holds, moment) ↦ the value of one adapter
+    part: Any  # the adapters that one plan brings to a site of a call with gates
+    mixed: Any  # (parts, what the slot holds, gates) ↦ the value of all of them
+
+
+_AT_MODULES = Family(alone, Stack, mixed)
+FAMILIES: dict[type[Method], Family] = {
+    Weight: Family(AdaptedWeight, Part, MixedWeight),
+    ModuleMethod: _AT_MODULES,
+    Tokens: _AT_MODULES,
+    Prefix: _AT_MODULES,
+}
+
+
 def values(given: Sequence[Given], gates: Gates | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
     """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter."""
-    return _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
+    made = _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
+    for plan, *_ in given:
+        if plan.accompanied:
+            accompany(plan.accompanied, made, slot, gates)
+    return made
 
 
 def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
     plan, adapter = given.plan, given.adapter
-    now = moment()
-    held: dict[str, AdaptedWeight] = {}
+    now, families = moment(), FAMILIES
+    held: dict[str, Any] = {}
     for name, entry in (plan.entries if training else plan.meant).items():
         w = slot(name)  # `current`, `bank_of` and `canonical` are written out: this runs once a site and call
         if w is None or w.shape != entry.site.shape:
             current(entry, w)  # raises
         m = w if entry.to_matrix is None else entry.to_matrix(w)
         method, p = entry.tensors(adapter[name], adapter[entry.bank] if entry.bank else EMPTY, m)
-        held[name] = AdaptedWeight(entry, method, p, w, now)
+        held[name] = families[entry.family].single(entry, method, p, w, now)
     # norms, biases and other vectors stand there as plain tensors, so that fused norms work
     out: dict[str, Any] = {n: w.dense() if w.entry.site.kind == "other" else w for n, w in held.items()}
     for bias, name in plan.owners.items():
@@ -52,16 +77,19 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
 
 
 def _mixed(given: Sequence[Given], gates: Gates, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[Any]] = {}
     owners: dict[str, str] = {}
     for plan, stacked, start, size in given:
         if not gates.uses(start, size):
             continue
         for name, entry in (plan.entries if training else plan.meant).items():
             w = current(entry, slot(name))
-            parts.setdefault(name, []).append(Part(entry, stacked[name], bank_of(entry, stacked), w, start, size))
+            part = FAMILIES[entry.family].part(entry, stacked[name], bank_of(entry, stacked), w, start, size)
+            parts.setdefault(name, []).append(part)
         owners |= plan.owners
-    out: dict[str, Any] = {name: MixedWeight(some, slot(name), gates) for name, some in parts.items()}
+    out: dict[str, Any] = {
+        name: FAMILIES[some[0].entry.family].mixed(some, slot(name), gates) for name, some in parts.items()
+    }
     for bias, name in owners.items():
         new = out[name].bias(out.get(bias, slot(bias)))
         if new is not None:

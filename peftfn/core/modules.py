@@ -1,0 +1,166 @@
+"""The families of methods that act on modules: `ModuleMethod` around a forward, `Tokens` and `Prefix` on a backbone's
+inputs."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from peftfn.core.method import Leaf, Method
+from peftfn.core.rng import Rng
+from peftfn.model.model import Model
+from peftfn.model.place import MODULE, TOKENS, Place
+
+MASK = "mask"
+OUTPUT = "output"
+
+
+class Companion(NamedTuple):
+    """What a method puts at another module than its own, for the length of a call.
+
+    kind: a key of the table of `slots/companions.py`: what it does there.
+    """
+
+    at: str  # name of that module
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OfModule(Method, family=True):
+    """What the families at modules share: methods see a `Place` where those for weights see w."""
+
+    per_row: ClassVar[bool] = True
+    """Whether a mixed batch may run the method under vmap over rows; False: once for each adapter, on its rows."""
+
+    def init(self, rng: Rng, m: Place) -> Leaf:  # type: ignore[override]
+        """Return the fresh trainable tensors at the place m. Raise ValueError if a size does not fit.
+
+        rng may be on the meta device; m's module never is there because of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define init(rng, m)")
+
+    def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
+        """Return what the method needs at other modules. Raise ValueError if the model lacks one."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleMethod(OfModule, family=True):
+    """Base of every method around a module's forward. x and y are the hidden states [..., d] that go in and come out.
+
+    The site is a module, by its dotted name, and the pattern of a rule is matched against the end of it: "mlp" finds
+    layers.0.mlp, and not layers.0.mlp.up_proj. A method defines `init`, and `before` or `after`, or both; or `leave`,
+    which sees all arguments and the whole output. The hidden states are the first positional argument, or the keyword
+    argument hidden_states; and the output, or its first element.
+
+    A mixed batch runs the module's own forward once for all its rows. Gates weigh each function by itself: the module
+    sees x + Σ g_k (before_k(x) − x), and y + Σ g_k (after_k(y) − y) comes out.
+
+    Example:
+        class Shift(pf.ModuleMethod):
+            init = lambda self, rng, m: {"b": rng.zeros(m.width)}
+            after = lambda self, p, m, x, y: y + p["b"]
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0": Shift()})
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({MODULE})
+    adapts: ClassVar[str] = "module"
+
+    def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
+        """Return what goes into the module in place of x [..., d]. p is prepared, in the dtype of x."""
+        return x
+
+    def after(self, p: Leaf, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        """Return what comes out in place of y [..., d]. x is what went in, after `before`."""
+        return y
+
+    def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Return the output in place of `out`, from all arguments of the module, where `before` and `after` do not do.
+
+        In a mixed batch it runs once for each adapter, on the rows that use it, and the hidden states of what it
+        returns are kept. m.module has that adapter's weights while it runs.
+        """
+        return out
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of modules that run before this one: what each returned last in this call comes as `seen`, in order."""
+        return ()
+
+    sees_mask: ClassVar[bool] = False
+    """Whether `seen` begins with the attention mask that the backbone around the module runs with: bool [rows, past +
+    tokens], virtual tokens among them; all True if there is no mask."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether adapters can be scaled and added: `before` and `after` can, x + s (before(x) − x); `leave` cannot."""
+        return not self.overrides("leave")
+
+    def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
+        masks = (Companion(_around(self, m, model), MASK),) if self.sees_mask else ()
+        return (*masks, *(Companion(_first(self, name, model), OUTPUT) for name in self.watched))
+
+
+def _around(method: Method, m: Place, model: Model) -> str:
+    """The backbone around a module."""
+    found = [n for n in model.backbones if not n or n == m.name or m.name.startswith(f"{n}.")]
+    if not found:
+        raise ValueError(
+            f"{method} reads the attention mask, and no backbone is around this module: none whose forward takes "
+            "inputs_embeds and attention_mask"
+        )
+    return max(found, key=len)
+
+
+def _first(method: Method, name: str, model: Model) -> str:
+    """The first name of a watched module."""
+    found = next((n for n, s in model.places.items() if name in (n, *s.aliases)), None)
+    if found is None:
+        raise ValueError(f"{method} watches {name!r}, and the model has no such module that is called")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(OfModule, family=True):
+    """Base of every method with virtual tokens in front of a backbone's own. A method defines `init` and `tokens`.
+
+    The site is a backbone: the innermost module whose forward takes inputs_embeds and attention_mask.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
+    adapts: ClassVar[str] = "backbone"
+    combines = False  # type: ignore[assignment]  # a sum of tokens has no meaning
+
+    def tokens(self, p: Leaf, m: Place) -> Tensor:
+        """Return the virtual tokens [n, d], d being the width of the backbone's embeddings."""
+        return p["tokens"]
+
+    def prepare(self, p: Leaf, m: Place) -> Leaf:  # type: ignore[override]
+        return {"tokens": self.tokens(p, m)}
+
+    @classmethod
+    def overrides(cls, name: str) -> bool:
+        return super().overrides(name) or (name == "prepare" and super().overrides("tokens"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(OfModule, family=True):
+    """Base of every method with keys and values in front of those of each layer. A method defines `init` and `prefix`.
+
+    The site is a backbone, as for `Tokens`.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
+    adapts: ClassVar[str] = "backbone"
+    combines = False  # type: ignore[assignment]
+
+    def prefix(self, p: Leaf, m: Place) -> tuple[Tensor, Tensor]:
+        """Return (keys, values), each [layers, heads of keys, n, size of a head]."""
+        return p["keys"], p["values"]
+
+    def prepare(self, p: Leaf, m: Place) -> Leaf:  # type: ignore[override]
+        return dict(zip(("keys", "values"), self.prefix(p, m), strict=True))
+
+    @classmethod
+    def overrides(cls, name: str) -> bool:
+        return super().overrides(name) or (name == "prepare" and super().overrides("prefix"))

@@ -1,0 +1,1 @@
+"""Methods around the forward of a module, one a file."""

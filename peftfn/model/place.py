@@ -1,0 +1,223 @@
+"""Modules as sites: which modules a model has, and what a method that acts on one sees of it."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftfn.model.site import Site, is_conv1d
+
+MODULE, TOKENS = "module", "tokens"
+"""Kinds of site that are no parameters: any module, and a backbone, which embeds tokens."""
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_BYPASSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""torch's modules that compute with the weights of their parts, without calling them."""
+
+
+class Place:
+    """What a method sees of the module that it acts on: its sizes, its settings and, to read only, the module itself.
+
+    It stands where methods for weights have w: `init(rng, m)`, `frozen(rng, m)`, `prepare(p, m)`. In a call, the
+    module is the one that runs, so the weights that it holds are those of this call: adapted where the net adapts them.
+
+    Attributes:
+        name: the module's dotted name; "" is the model itself.
+        module: the module.
+        config: the configuration of the module, or of the nearest module around it that has one; None if none has.
+        dtype, device: of its first floating-point parameter; if it has none, of the model's.
+        forward: the module's own forward, without any adapter at this place.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        place = pf.Place.of(model, "0")
+        assert (place.width_in, place.width) == (8, 4)
+    """
+
+    is_meta, requires_grad, is_quantized = False, False, False  # what callers ask of a weight
+
+    def __init__(self, name: str, module: nn.Module, config: Any, widths: tuple[int, int], like: Tensor | None):
+        self.name, self.module, self.config, self._widths = name, module, config, widths
+        self.shape = Size((widths[1],))
+        self.dtype = torch.float32 if like is None else like.dtype
+        self.device = torch.device("cpu") if like is None else like.device
+        self.forward: Callable[..., Any] = module.forward
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, tokens: bool = False) -> "Place":
+        """The place of a module of the model. tokens: as a backbone, whose width is that of its embeddings."""
+        module, config = model, getattr(model, "config", None)
+        for part in name.split(".") if name else ():
+            module = getattr(module, part)
+            config = getattr(module, "config", None) or config
+        like = next((p for m in (module, model) for p in m.parameters() if p.is_floating_point()), None)
+        return cls(name, module, config, _embedded(module) if tokens else widths(module, config), like)
+
+    @property
+    def label(self) -> str:
+        """The name, for messages."""
+        return self.name or "the model"
+
+    @property
+    def width(self) -> int:
+        """The size of the hidden states that come out. ValueError if it cannot be told from the module."""
+        return self._known(1, "that come out of")
+
+    @property
+    def width_in(self) -> int:
+        """The size of the hidden states that go in. ValueError if it cannot be told from the module."""
+        return self._known(0, "that go into")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(width_in, width); 0 for one that is not known."""
+        return self._widths
+
+    def _known(self, which: int, what: str) -> int:
+        if not self._widths[which]:
+            raise ValueError(
+                f"the size of the hidden states {what} this {type(self.module).__name__} cannot be told from its "
+                "weights: give the method dim=…, if it has this field, or name another module"
+            )
+        return self._widths[which]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the arguments of the module's forward."""
+        return arguments_of(type(self.module))
+
+    def get(self, path: str) -> Any:
+        """A part of the module, by its dotted name; it may be called, and has the weights of this call."""
+        return self.module.get_submodule(path)
+
+    def embedding(self) -> nn.Module:
+        """The module that embeds a backbone's tokens."""
+        found: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
+        return found
+
+    def again(self, params: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The module's own forward once more, with other tensors for some of its parameters, by name."""
+        with swapped(self.module, params):
+            return self.forward(*args, **kwargs)
+
+    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What stands in a call slot has this method; without an adapter the module's own forward is all there is."""
+        return forward(*args, **kwargs)
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def dim(self) -> int:
+        return 1
+
+
+@contextmanager
+def swapped(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, parameters of a private module are these."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, t in params.items():
+            path, _, k = name.rpartition(".")
+            layer = module.get_submodule(path)
+            slots: Any = layer._parameters if k in layer._parameters else None
+            if slots is None:
+                raise ValueError(f"{type(module).__name__} has no parameter {name} that could be another for a call")
+            for where, key in ((vars(layer), "forward"), (slots, k)):  # the forward may be that of its adapted weight
+                if key in where:
+                    held.append((where, key, where[key]))
+            vars(layer).pop("forward", None)
+            slots[k] = t
+        yield
+    finally:
+        for where, key, value in reversed(held):
+            where[key] = value
+
+
+@cache
+def arguments_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the arguments of a class's forward."""
+    return tuple(n for n in inspect.signature(cls.forward).parameters if n != "self")
+
+
+def places_in(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
+    """Every module that is called as a site, by its first name; modules: every name of each."""
+    names: dict[nn.Module, list[str]] = {}
+    configs: dict[str, Any] = {}
+    hidden: set[str] = set()  # modules inside of those that do not call their parts
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
+        above = name.rpartition(".")[0]
+        configs[name] = getattr(module, "config", None) or (configs.get(above) if name else None)
+        if name and (above in hidden or isinstance(modules[above], _BYPASSED)):
+            hidden.add(name)
+    found = {
+        first: (module, others) for module, (first, *others) in names.items() if not isinstance(module, _CONTAINERS)
+    }
+    return {
+        name: Site(name, MODULE, Size((widths(module, configs[name])[1],)), aliases=tuple(others))
+        for name, (module, others) in found.items()
+        if name not in hidden
+    }
+
+
+def backbones_in(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
+    """The backbones: the innermost modules whose forward takes inputs_embeds and attention_mask, by their first name."""
+    wants = {"inputs_embeds", "attention_mask"}
+    takes = [n for n, m in modules.items() if wants <= set(arguments_of(type(m))) and _embedded(m)[1]]
+    names: dict[nn.Module, list[str]] = {}
+    for name in takes:
+        if not any(other != name and (not name or other.startswith(f"{name}.")) for other in takes):
+            names.setdefault(modules[name], []).append(name)
+    return {
+        name: Site(name, TOKENS, Size((_embedded(module)[1],)), aliases=tuple(others))
+        for module, (name, *others) in names.items()
+    }
+
+
+def _embedded(module: nn.Module) -> tuple[int, int]:
+    """The width of a backbone's embeddings, which may be narrower than its hidden states; 0 if it has none."""
+    try:
+        weight = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        return 0, 0
+    return weight.shape[-1], weight.shape[-1]
+
+
+def widths(module: nn.Module, config: Any = None) -> tuple[int, int]:
+    """The sizes of the hidden states that go into a module and come out of it, as far as its weights tell; 0: unknown.
+
+    A layer's weight says both. Of a module of several layers, the first weight says what goes in and the last what
+    comes out; but a module with a configuration, or of experts (whose last weight is the router's), has the
+    configuration's hidden_size, if a weight of it has this size.
+
+    config: the nearest configuration.
+    """
+    sizes = [s for m in module.modules() if (s := _sizes(m)) is not None]
+    if not sizes:
+        return 0, 0
+    if _sizes(module) is None:
+        own = getattr(module, "config", None)
+        experts = any(p.dim() == 3 for p in module.parameters())
+        size = getattr(own if own is not None else config if experts else None, "hidden_size", None)
+        if size is not None and any(size in p.shape for p in module.parameters()):
+            return int(size), int(size)
+    return sizes[0][0], sizes[-1][1]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of one layer; None if it has no weight of its own."""
+    w = module._parameters.get("weight")
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # also of quantised layers
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    if w is None:
+        return None
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return 0, module.embedding_dim
+    if is_conv1d(module):
+        return w.shape[0], w.shape[1]
+    if w.dim() == 1:
+        return w.shape[0], w.shape[0]
+    return (w.shape[1], w.shape[0]) if w.dim() == 2 else (0, 0)  # a convolution has its channels first
