@@ -50,9 +50,7 @@ class Entry:
     to_matrix: ClassVar[Any] = None  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
-        self._decide(
-            family=self.method.family, prepares=self.method.overrides("prepare"), plain=not self.frozen
-        )
+        self._decide(family=self.method.family, prepares=self.method.overrides("prepare"), plain=not self.frozen)
 
     def _decide(self, **values: Any) -> None:
         for name, value in values.items():

@@ -91,7 +91,8 @@ class Skeleton:
         self.calls: list[Spot] = []
         for name in self.called:
             module = self.root.get_submodule(name)
-            place, slots = Place.of(self.root, name, name in self.backbones), {"call": Gone(name)}
+            place = Place.of(self.base, name, name in self.backbones).within(module, module.forward)
+            slots: dict[str, Any] = {"call": Gone(name)}
             vars(module)["forward"] = hooked(slots, place.forward)
             self.slots[name] = (slots, "call")
             self.calls.append(({"call": place}, slots, "call"))
@@ -377,9 +378,7 @@ class Skeleton:
     def snapshot(self) -> Held:
         """What all slots hold (buffers only while compiling: eager calls leave theirs for the next to check)."""
         buffers = self.buffers if torch.compiler.is_compiling() else []
-        return [ours[k] for _, ours, k in self.filled + buffers], [
-            lane.get("forward") for lane in self.lanes.values()
-        ]
+        return [ours[k] for _, ours, k in self.filled + buffers], [lane.get("forward") for lane in self.lanes.values()]
 
     def identities(self) -> frozenset[int]:
         """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""

@@ -210,9 +210,7 @@ def _weighted(gates: Weights, layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-def _sum(
-    gates: Weights, base: Tensor, run: Run, ks: Sequence[int], what: str, onto: Tensor | None = None
-) -> Tensor:
+def _sum(gates: Weights, base: Tensor, run: Run, ks: Sequence[int], what: str, onto: Tensor | None = None) -> Tensor:
     """base, or `onto`, + Σ_k g_k ⊙ (run(k) − base), each adapter on the rows where its gate is not 0."""
     y, g = base if onto is None else onto, None
     for k in ks:

@@ -69,6 +69,11 @@ class Call:
             order, run = RUNS[family]
             self.add(order, functools.partial(run, some, gates))
 
+    def share(self, seen: dict[str, Tensor]) -> None:
+        """Let companions that run before this is made write to `seen`."""
+        for holder in (self, *self.parts):
+            holder.seen = seen
+
     def add(self, order: int, step: Step) -> None:
         """Let a step happen around the forward: outside of those of a higher order."""
         self.steps.append((order, step))
