@@ -27,8 +27,6 @@ _PLAIN = (
     torch.dtype,
     torch.device,
     nn.Module,
-    FunctionType,
-    MethodType,
 )
 
 
