@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftfn.core.combine import Chain, add, chain, scale
 from peftfn.core.method import Method, Weight, registry
+from peftfn.core.modulechain import ModuleChain
 from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
@@ -51,6 +52,7 @@ __all__ = [
     "Description",
     "Loaded",
     "Method",
+    "ModuleChain",
     "ModuleMethod",
     "Nets",
     "Place",
@@ -90,7 +92,7 @@ __all__ = [
     "to_lora",
     "trainable_",
     "unstack",
-    *sorted(registry.keys() - {"Chain"}),
+    *sorted(registry.keys() - {"Chain", "ModuleChain"}),
 ]
 
 

@@ -11,13 +11,14 @@ tensors like any other: it stacks, saves, and has gradients.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.method import Leaf, Method, Product, Weight
+from peftfn.core.modulechain import ModuleChain
 from peftfn.core.modules import ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
@@ -307,11 +308,15 @@ class Chain(Weight):
         return Chain(tuple(m.eval() for m in self.methods))
 
 
-def chain(*methods: Method) -> Weight:
-    """Return a method that applies the given ones in order at one site; see `Chain`.
+Some = TypeVar("Some", bound=Method)
+
+
+def chain(*methods: Some) -> Some:
+    """Return a method that applies the given ones in order at one site; see `Chain`, and `ModuleChain` for modules.
 
     Args:
-        methods: at least one. Chains among them are flattened; a single method is returned unchanged.
+        methods: at least one, all of one family. Chains among them are flattened; a single method is returned
+            unchanged.
 
     Returns:
         A method for the rules of `adapt`.
@@ -324,5 +329,9 @@ def chain(*methods: Method) -> Weight:
         method = pf.chain(pf.LoRA(rank=2), pf.IA3())
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": method})
     """
-    flat: tuple[Any, ...] = tuple(part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,)))
-    return flat[0] if len(flat) == 1 and isinstance(flat[0], Weight) else Chain(flat)
+    chains = (Chain, ModuleChain)
+    flat: tuple[Any, ...] = tuple(part for m in methods for part in (m.methods if isinstance(m, chains) else (m,)))
+    if len(flat) == 1 and isinstance(flat[0], Method):
+        return flat[0]  # type: ignore[return-value]
+    cls: Any = ModuleChain if flat and isinstance(flat[0], ModuleMethod) else Chain
+    return cls(flat)  # type: ignore[no-any-return]

@@ -120,7 +120,7 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
     rng = Rng(seed, bank, sites={n: e.site for n, e in plan.items()}, dtype=dtype, device=w.device)
     method, mine = plan[first].method, Canonical(plan, entries, weights)
     made = method.bank(rng, mine)
-    theirs = [(f"{n}: {what}", t) for n, w in mine.items() for what, t in held_at(w)]
+    theirs = [held for n, w in mine.items() for held in held_at(w, n)]
     check_own(f"{bank}: {type(method).__name__}.bank", made, [*theirs, *plan[first].frozen.items()])
     return {k: on_mesh(t, w) for k, t in made.items()}
 

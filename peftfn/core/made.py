@@ -54,12 +54,15 @@ def check_own(what: str, made: Mapping[str, Tensor], others: Iterable[tuple[str,
             held[where] = f"{k!r}"
 
 
-def held_at(w: Any) -> list[tuple[str, Any]]:
-    """(what it is, tensor) of all that the base has at a site: the weight, or what the module of a `Place` holds."""
+def held_at(w: Any, name: str = "w") -> list[tuple[str, Any]]:
+    """(what it is, tensor) of all that the base has at a site: the weight, or what the module of a `Place` holds.
+
+    name: what messages call the weight.
+    """
     if not isinstance(w, Place):
-        return [("the weight w", w)]
+        return [(f"the weight {name}", w)]
     held = chain(w.module.named_parameters(), w.module.named_buffers())
-    return [(f"the module's {name}", t) for name, t in held]
+    return [(f"{k} of the module {w.label}", t) for k, t in held]
 
 
 def memory(t: Any) -> int | None:

@@ -291,11 +291,11 @@ class _ModuleProbe(_Probe):
         method, m = self.method, self.w
         ready, dim = self.ready(p), getattr(method, "dim", 0)
         seen = [torch.empty(2, 3, dtype=torch.bool, device="meta")] if method.sees_mask else []
-        if not (method.overrides("before") or method.overrides("after")):
-            return {}
+        if not method.hooks:
+            raise ValueError(f"{type(method).__name__} must define before, after or leave: otherwise it does nothing")
         x, y = (torch.empty(2, 3, dim or size, device="meta", dtype=self.dtype) for size in m.sizes)
         for hook, xs in (("before", (x,)), ("after", (x, y))):
-            if not method.overrides(hook) or method.watched or not xs[-1].shape[-1]:
+            if hook not in method.hooks or method.watched or not xs[-1].shape[-1]:
                 continue  # what watched modules return is not known, nor the size of some modules' hidden states
             new = called(method, hook, getattr(method, hook), ready, m, *xs, *seen, p=self.source)
             if not isinstance(new, Tensor) or new.shape != xs[-1].shape:
@@ -384,6 +384,6 @@ def _shared(matched: _Matched, pattern: str, seed: int) -> Mapping[str, Leaf]:
     weights = matched.of_rule(pattern)
     made = method.shared(Rng(seed, pattern, sites=matched.sites_known), weights)
     flat = {f"{name}: {k}": t for name, tensors in made.items() for k, t in tensors.items()}
-    theirs = [(f"{n}: {what}", t) for n, w in weights.items() for what, t in held_at(w)]
+    theirs = [held for n, w in weights.items() for held in held_at(w, n)]
     check_own(f"{type(method).__name__}.shared", flat, theirs, alike=True)
     return made

@@ -83,7 +83,7 @@ class Method:
     cases: ClassVar[Cases] = ({},)
     """Hyper-parameters the laws run this method with, as keyword arguments. For weights as small as [6, 8]."""
 
-    def init(self, rng: Rng, w: Tensor) -> Leaf:
+    def init(self, rng: Rng, w: Any) -> Leaf:
         """Return the fresh trainable tensors for w [out, in]. Raise ValueError if a size does not fit.
 
         w may be on the meta device (then so is `rng`, and only shapes count).
@@ -92,25 +92,25 @@ class Method:
 
     # Sharing: constants, and tensors of several sites.
 
-    def frozen(self, rng: Rng, w: Tensor) -> Leaf:
+    def frozen(self, rng: Rng, w: Any) -> Leaf:
         """Return constants of this site, of any dtype: made once by `adapt`, never trained."""
         return {}
 
-    def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+    def shared(self, rng: Rng, weights: Mapping[str, Any]) -> Mapping[str, Leaf]:
         """Return constants that several sites share: {site: {name: tensor}} for all canonical weights of the rule.
 
         One tensor given to several sites is stored once.
         """
         return {}
 
-    def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
+    def bank(self, rng: Rng, weights: Mapping[str, Any]) -> Leaf:
         """Return trainable tensors that the sites of the rule share. They are one entry of the adapter, under the
         method's name, and every site of the rule has them in its p."""
         return {}
 
     # Speed.
 
-    def prepare(self, p: Leaf, w: Tensor) -> Leaf:
+    def prepare(self, p: Leaf, w: Any) -> Leaf:
         """Return what the other functions receive in place of p: compute here what depends on parameters alone.
 
         Runs in fp32 or better, once a call, or once for many calls through `net.prepare`. If it changes a value it
@@ -118,7 +118,7 @@ class Method:
         """
         return p
 
-    def prepare_all(self, ps: Sequence[Leaf], ws: Sequence[Tensor]) -> list[Leaf]:
+    def prepare_all(self, ps: Sequence[Leaf], ws: Sequence[Any]) -> list[Leaf]:
         """`prepare` at several sites whose weights have one shape. Override it where one step for all is faster:
         DoRA's norms of all layers of a shape are one launch on a GPU."""
         return [self.prepare(p, w) for p, w in zip(ps, ws, strict=True)]

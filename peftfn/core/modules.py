@@ -32,7 +32,7 @@ class OfModule(Method, family=True):
     per_row: ClassVar[bool] = True
     """Whether a mixed batch may run the method under vmap over rows; False: once for each adapter, on its rows."""
 
-    def init(self, rng: Rng, m: Place) -> Leaf:  # type: ignore[override]
+    def init(self, rng: Rng, m: Place) -> Leaf:
         """Return the fresh trainable tensors at the place m. Raise ValueError if a size does not fit.
 
         rng may be on the meta device; m's module never is there because of it.
@@ -92,9 +92,14 @@ class ModuleMethod(OfModule, family=True):
     tokens], virtual tokens among them; all True if there is no mask."""
 
     @property
+    def hooks(self) -> frozenset[str]:
+        """Which of `before`, `after` and `leave` the method has."""
+        return frozenset(h for h in ("before", "after", "leave") if self.overrides(h))
+
+    @property
     def combines(self) -> bool:
         """Whether adapters can be scaled and added: `before` and `after` can, x + s (before(x) − x); `leave` cannot."""
-        return not self.overrides("leave")
+        return "leave" not in self.hooks
 
     def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
         masks = (Companion(_around(self, m, model), MASK),) if self.sees_mask else ()
@@ -135,7 +140,7 @@ class Tokens(OfModule, family=True):
         """Return the virtual tokens [n, d], d being the width of the backbone's embeddings."""
         return p["tokens"]
 
-    def prepare(self, p: Leaf, m: Place) -> Leaf:  # type: ignore[override]
+    def prepare(self, p: Leaf, m: Place) -> Leaf:
         return {"tokens": self.tokens(p, m)}
 
     @classmethod
@@ -158,7 +163,7 @@ class Prefix(OfModule, family=True):
         """Return (keys, values), each [layers, heads of keys, n, size of a head]."""
         return p["keys"], p["values"]
 
-    def prepare(self, p: Leaf, m: Place) -> Leaf:  # type: ignore[override]
+    def prepare(self, p: Leaf, m: Place) -> Leaf:
         return dict(zip(("keys", "values"), self.prefix(p, m), strict=True))
 
     @classmethod

@@ -4,6 +4,7 @@
 """
 
 from peftfn.methods.modules.bottleneck import Bottleneck as Bottleneck
+from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS
 from peftfn.methods.weights.bdlora import BDLoRA as BDLoRA

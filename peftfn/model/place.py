@@ -29,6 +29,7 @@ class Place:
     Attributes:
         name: the module's dotted name; "" is the model itself.
         module: the module.
+        arguments: the names of the arguments of its forward.
         config: the configuration of the module, or of the nearest module around it that has one; None if none has.
 
     Example:
@@ -41,7 +42,7 @@ class Place:
 
     def __init__(self, name: str, module: nn.Module, config: Any, widths: tuple[int, int], like: "Where | None"):
         self.name, self.module, self.config, self._widths = name, module, config, widths
-        self.shape, self._like = Size((widths[1],)), like
+        self.shape, self._like, self.arguments = Size((widths[1],)), like, arguments_of(module)
         self._forward: Any = module.forward
 
     @classmethod
@@ -109,11 +110,6 @@ class Place:
                 "weights: give the method dim=…, if it has this field, or name another module"
             )
         return self._widths[which]
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The names of the arguments of the module's forward."""
-        return arguments_of(self.module)
 
     def get(self, path: str) -> Any:
         """A part of the module, by its dotted name; it may be called, and has the weights of this call."""

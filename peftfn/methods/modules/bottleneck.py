@@ -64,7 +64,7 @@ class Bottleneck(ModuleMethod):
     dim: int = 0
     init_weights: Literal["default", "random"] = "default"
 
-    def init(self, rng: Rng, m: Place) -> Leaf:  # type: ignore[override]
+    def init(self, rng: Rng, m: Place) -> Leaf:
         out, r = self.dim or m.width, self.rank
         size = out if self.of == "output" else self.dim or m.width_in
         up = rng.kaiming(out, r) if self.init_weights == "random" else rng.zeros(out, r)
