@@ -54,7 +54,7 @@ class Skeleton:
         self._build()
 
     def _build(self) -> None:
-        with lasting():
+        with lasting(), beneath():  # what is made now serves later calls, outside of this call's transforms
             self._copy()
 
     def _copy(self) -> None:
