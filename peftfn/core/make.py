@@ -319,21 +319,26 @@ class _Sketch(Place):
     """A place without values: its module is a copy on the meta device, made when it is asked for."""
 
     def __init__(self, m: Place):
-        vars(self).update({k: v for k, v in vars(m).items() if k not in ("module", "forward")})
-        self._of, self.device = m.module, torch.device("meta")
+        vars(self).update({k: v for k, v in vars(m).items() if k != "module"})
+        self._of = m.module
 
     @cached_property
     def module(self) -> Any:  # type: ignore[override]
         root, copies = copy_structure(self._of, reachable(modules_of(self._of))[0], {})
         for slots in (d for copied in copies for d in (copied._parameters, copied._buffers)):
             for k, t in slots.items():
-                empty = None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta")
-                slots[k] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+                if t is not None:
+                    empty: Any = torch.empty(t.shape, dtype=t.dtype, device="meta")
+                    slots[k] = nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
         return root
 
     @property
-    def forward(self) -> Any:  # type: ignore[override]
+    def forward(self) -> Any:
         return self.module.forward
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
 
 
 def sketch(w: Any) -> Any:

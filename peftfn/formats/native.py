@@ -13,6 +13,7 @@ from torch import Tensor
 from peftfn.core.make import make
 from peftfn.core.method import Method, registry
 from peftfn.core.plan import Entry, Plan
+from peftfn.core.rules import offered
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
 from peftfn.model.model import Model
@@ -54,11 +55,12 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     rules, taken = _rules(config, where)
     if REPLICATION in config:
         model = replicated(model, config[REPLICATION], where)
+    offers = {pattern: offered(model, method) for pattern, method in rules.items()}
     for name, site in config["sites"].items():
-        have = model.sites.get(name)
+        have = offers[taken[name]].get(name)
         if have is None or list(have.shape) != site["shape"]:
             raise ValueError(
-                f"{where}: made for another model: {name} is {site['shape']} in the file, and "
+                f"{where}: made for another model: {name or 'the model'} is {site['shape']} in the file, and "
                 + ("not in the model" if have is None else f"{list(have.shape)} in the model")
             )
         if have.kind not in rules[taken[name]].kinds:
@@ -225,7 +227,8 @@ def _filled(
 ) -> Loaded:
     """The net and adapter of a plan without constants, with the file's tensors."""
     places, missing, unexpected = _places(plan, constants, file, strict)
-    devices = {n: p.device for n, p in model.weights.items()}
+    weights = {**model.weights, **model.at(plan.places)}
+    devices = {n: w.device for n, w in weights.items()}
     devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
     once: dict[tuple[str, torch.device], Tensor] = {}
     entries: dict[str, Entry] = {}
@@ -233,7 +236,7 @@ def _filled(
         frozen = {}
         for k, key in _constant_keys(name, e, constants, file).items():
             if (key, devices[name]) not in once:
-                once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), model.weights[name])
+                once[key, devices[name]] = on_mesh(file.tensor(key, devices[name], exact=True), weights[name])
             frozen[k] = once[key, devices[name]]
         entries[name] = dataclasses.replace(e, frozen=frozen)
     net = Adapted(model.root, Plan(entries, plan.rules, plan.banks))

@@ -1,9 +1,11 @@
 """Modules as sites: which modules a model has, and what a method that acts on one sees of it."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,8 +30,6 @@ class Place:
         name: the module's dotted name; "" is the model itself.
         module: the module.
         config: the configuration of the module, or of the nearest module around it that has one; None if none has.
-        dtype, device: of its first floating-point parameter; if it has none, of the model's.
-        forward: the module's own forward, without any adapter at this place.
 
     Example:
         model = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -37,14 +37,12 @@ class Place:
         assert (place.width_in, place.width) == (8, 4)
     """
 
-    is_meta, requires_grad, is_quantized = False, False, False  # what callers ask of a weight
+    requires_grad = False  # as callers ask of a weight
 
-    def __init__(self, name: str, module: nn.Module, config: Any, widths: tuple[int, int], like: Tensor | None):
+    def __init__(self, name: str, module: nn.Module, config: Any, widths: tuple[int, int], like: "Where | None"):
         self.name, self.module, self.config, self._widths = name, module, config, widths
-        self.shape = Size((widths[1],))
-        self.dtype = torch.float32 if like is None else like.dtype
-        self.device = torch.device("cpu") if like is None else like.device
-        self.forward: Callable[..., Any] = module.forward
+        self.shape, self._like = Size((widths[1],)), like
+        self._forward: Any = module.forward
 
     @classmethod
     def of(cls, model: nn.Module, name: str, tokens: bool = False) -> "Place":
@@ -53,8 +51,36 @@ class Place:
         for part in name.split(".") if name else ():
             module = getattr(module, part)
             config = getattr(module, "config", None) or config
-        like = next((p for m in (module, model) for p in m.parameters() if p.is_floating_point()), None)
+        like = first_floats(module) or first_floats(model)
         return cls(name, module, config, _embedded(module) if tokens else widths(module, config), like)
+
+    def within(self, module: nn.Module, forward: Any, like: "Where | None" = None) -> "Place":
+        """The same place of a copy of the model. forward: the module's own, or the class that has it. like: where to
+        look for dtype and device."""
+        out = copy.copy(self)
+        out.module, out._forward, out._like = module, forward, like or self._like
+        return out
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The module's own forward, without any adapter at this place."""
+        own = self._forward
+        is_class = inspect.isclass(own) and issubclass(own, nn.Module)
+        return MethodType(own.forward, self.module) if is_class else own
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module's first floating-point parameter; if it has none, of the model's."""
+        return torch.float32 if self._like is None else self._like[0][self._like[1]].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As `dtype`."""
+        return torch.device("cpu") if self._like is None else self._like[0][self._like[1]].device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
 
     @property
     def label(self) -> str:
@@ -87,7 +113,7 @@ class Place:
     @property
     def arguments(self) -> tuple[str, ...]:
         """The names of the arguments of the module's forward."""
-        return arguments_of(type(self.module))
+        return arguments_of(self.module)
 
     def get(self, path: str) -> Any:
         """A part of the module, by its dotted name; it may be called, and has the weights of this call."""
@@ -114,6 +140,17 @@ class Place:
         return 1
 
 
+Where = tuple[Mapping[str, Any], str]
+"""(the parameters of a module, the name of one)"""
+
+
+def first_floats(module: nn.Module, but: type | tuple[type, ...] = ()) -> Where | None:
+    """Where a module's first floating-point parameter is; those of parts of the classes `but` do not count."""
+    layers = (layer for layer in module.modules() if not isinstance(layer, but))
+    held = ((m._parameters, k, p) for m in layers for k, p in m._parameters.items())
+    return next(((slots, k) for slots, k, p in held if p is not None and p.is_floating_point()), None)
+
+
 @contextmanager
 def swapped(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     """While it lasts, parameters of a private module are these."""
@@ -136,10 +173,14 @@ def swapped(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
             where[key] = value
 
 
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, as its class has it."""
+    return _arguments(type(module).forward)
+
+
 @cache
-def arguments_of(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the arguments of a class's forward."""
-    return tuple(n for n in inspect.signature(cls.forward).parameters if n != "self")
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(n for n in inspect.signature(forward).parameters if n != "self")
 
 
 def places_in(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
@@ -153,20 +194,20 @@ def places_in(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
         configs[name] = getattr(module, "config", None) or (configs.get(above) if name else None)
         if name and (above in hidden or isinstance(modules[above], _BYPASSED)):
             hidden.add(name)
-    found = {
-        first: (module, others) for module, (first, *others) in names.items() if not isinstance(module, _CONTAINERS)
-    }
     return {
         name: Site(name, MODULE, Size((widths(module, configs[name])[1],)), aliases=tuple(others))
-        for name, (module, others) in found.items()
-        if name not in hidden
+        for module, (name, *others) in names.items()
+        if name not in hidden and not isinstance(module, _CONTAINERS)
     }
 
 
 def backbones_in(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
-    """The backbones: the innermost modules whose forward takes inputs_embeds and attention_mask, by their first name."""
+    """The backbones, by their first name: the innermost modules whose forward takes inputs_embeds and attention_mask.
+
+    modules: every name of each module.
+    """
     wants = {"inputs_embeds", "attention_mask"}
-    takes = [n for n, m in modules.items() if wants <= set(arguments_of(type(m))) and _embedded(m)[1]]
+    takes = [n for n, m in modules.items() if wants <= set(arguments_of(m)) and _embedded(m)[1]]
     names: dict[nn.Module, list[str]] = {}
     for name in takes:
         if not any(other != name and (not name or other.startswith(f"{name}.")) for other in takes):

@@ -97,7 +97,8 @@ class Skeleton:
         self.calls: list[Spot] = []
         for name in self.called:
             module = self.root.get_submodule(name)
-            place, slots = Place.of(self.root, name, name in self.backbones), {"call": Gone(name)}
+            place = Place.of(self.base, name, name in self.backbones).within(module, module.forward)
+            slots: dict[str, Any] = {"call": Gone(name)}
             vars(module)["forward"] = hooked(slots, place.forward)
             self.slots[name] = (slots, "call")
             self.calls.append(({"call": place}, slots, "call"))

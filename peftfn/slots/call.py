@@ -73,6 +73,11 @@ class Call:
             self.add(order, functools.partial(run, some, gates))
         self.own = len(self.steps)
 
+    def share(self, seen: dict[str, Tensor]) -> None:
+        """Let companions that run before this is made write to `seen`."""
+        for holder in (self, *self.parts):
+            holder.seen = seen
+
     def add(self, order: int, step: Step) -> None:
         """Let a step happen around the forward: outside of those of a higher order."""
         self.steps.append((order, step))

@@ -177,10 +177,8 @@ def selected(module: nn.Module, k: int) -> Iterator[None]:
         forward = vars(layer).get("forward")
         if isinstance(getattr(forward, "__self__", None), Slot):  # the fast lane
             held.append((vars(layer), "forward", forward))
-        slots = getattr(forward, "slots", {})
-        held += [
-            (d, name, v) for d in (layer._parameters, slots) for name, v in d.items() if hasattr(type(v), "chosen")
-        ]
+        for d in (layer._parameters, getattr(forward, "slots", {})):
+            held += [(d, name, v) for name, v in d.items() if hasattr(type(v), "chosen")]
     try:
         for where, name, v in held:
             if name == "forward":

@@ -10,7 +10,7 @@ from torch.func import vmap
 
 from peftfn.core.combine import is_expression, own_name
 from peftfn.core.method import LowRank
-from peftfn.core.plan import Entry
+from peftfn.core.plan import Entry, WeightEntry
 from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.arguments import picked
@@ -85,6 +85,7 @@ class Part(Stack):
     """Adapters of a batch that change one weight."""
 
     __slots__ = ("level", "low", "made")
+    entry: WeightEntry
 
     def _derive(self) -> None:
         low = None if self.entry.site.stacked else self.method.low_rank(self.p)
@@ -94,11 +95,11 @@ class Part(Stack):
 
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""
-        return AdaptedWeight(self.entry, self.method, self.tensors(k), self.w)  # type: ignore[arg-type]
+        return AdaptedWeight(self.entry, self.method, self.tensors(k), self.w)
 
     def using(self, adapted: Any) -> Use:
         """`adapted`, a function of an adapted weight and x, as one of its tensors and x."""
-        return lambda p, x: adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)  # type: ignore[arg-type]
+        return lambda p, x: adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)
 
     def runs(self, x: Tensor, adapted: Any) -> Run:
         """(adapter, cut) ↦ its output on the rows of x that cut takes."""

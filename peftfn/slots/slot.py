@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.method import LINEAR
-from peftfn.core.plan import Entry
+from peftfn.core.plan import WeightEntry
 from peftfn.tensors.lent import LOST
 from peftfn.tensors.operand import Operand
 from peftfn.tensors.transform import autocast, backward_task, in_function
@@ -39,7 +39,7 @@ class Slot(Operand):
     task: int
     multiplies = True  # has `linear` and `product`
     inside: bool = False
-    entry: Entry
+    entry: WeightEntry
     w: Tensor
     held: Mapping[str, Any]
     shape = property(lambda self: self.w.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.method import LowRank, Product, Weight
-from peftfn.core.plan import Entry
+from peftfn.core.plan import WeightEntry
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import lora_first, lora_linear
 from peftfn.slots.slot import Slot, check, plus
@@ -26,7 +26,9 @@ class AdaptedWeight(Slot):
 
     __slots__ = ("fast", "inside", "low", "method", "p")
 
-    def __init__(self, entry: Entry, method: Weight, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None):
+    def __init__(
+        self, entry: WeightEntry, method: Weight, p: dict[str, Any], w: Tensor, now: tuple[int, bool] | None = None
+    ):
         self.entry, self.method, self.p, self.w = entry, method, p, w
         self.fast = entry.fast if method is entry.method else method.fast_linear()
         self.task, self.inside = now or moment()

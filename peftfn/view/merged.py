@@ -12,7 +12,8 @@ from peftfn.core.functions import UNTIED
 from peftfn.tensors.operand import dense
 from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
 from peftfn.tensors.tree import leaves
-from peftfn.view.module import parameters_of, status
+from peftfn.view.module import parameters_of, plan_of, status
+from peftfn.view.view import is_own
 
 
 def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -40,13 +41,16 @@ def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Te
     """
     if module.training:
         raise ValueError("merged: the module is in train mode, where dropout and the like may act; call m.eval() first")
+    if any(row.active for row in status(module).adapters):
+        for entry in plan_of(module).values():
+            entry.check_merge()
     reshard_(module)
     sharded = any(is_sharded(p) for p in module.parameters())
     ours = {id(t) for row in status(module).adapters for t in leaves(parameters_of(module, row.name))}
     tied: dict[int, tuple[str, Tensor]] = {}  # id of a parameter that several slots share → what the first made of it
     names = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for path, layer in module.named_modules(remove_duplicate=False):
-        if "parametrizations" in path.split("."):
+        if is_own(path):
             continue
         slots: Any = getattr(layer, "parametrizations", {})
         for attr in (*layer._parameters, *slots):

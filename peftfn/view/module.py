@@ -21,7 +21,8 @@ from peftfn.model.structure import lasting_copy
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
-from peftfn.view.view import Leaf, View, build, grown, leaf_at, owner
+from peftfn.view.held import TAKEN, Leaf, grown
+from peftfn.view.view import View, build, is_own, leaf_at, owner, weight_at
 
 DEFAULT = "default"
 
@@ -78,9 +79,10 @@ def as_module(
         )
     pairs = named if adapter is None else {DEFAULT: adapter}
     given = {name: v if isinstance(v, tuple) else (net, v) for name, v in pairs.items()}
-    weights = weights_of(net.model)
+    every = [other for other, _ in given.values() if isinstance(other, Adapted)]
+    weights = weights_of(net.model, {s.name: s for other in every for s in other.plan.places}.values())
     for name, (other, a) in given.items():
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in TAKEN:
             raise ValueError(f"as_module: an adapter cannot be named {name!r}, which torch does not allow for a module")
         if other.model is not net.model:
             raise ValueError(f"as_module: the net of {name!r} adapts another model; call adapt on this one")
@@ -151,7 +153,7 @@ def base_of(module: nn.Module) -> dict[str, Tensor]:
     constants = {name for leaf in view.modules() if isinstance(leaf, Leaf) for name in leaf._shared.values()}
     out: dict[str, Tensor] = {}
     for path, layer in view.named_modules():
-        if "parametrizations" in path.split("."):
+        if is_own(path):
             continue
         held: dict[str, Any] = dict(layer._parameters)
         for attr, slot in getattr(layer, "parametrizations", {}).items():
@@ -281,7 +283,7 @@ def onload_(module: nn.Module, name: str, adapter: Mapping[str, Any] | None = No
     for where, _, value in pairs:
         if value.is_meta:
             raise ValueError(f"{where}: no data (it was offloaded to meta): pass the adapter that offload_ returned")
-    home = {site: _weight(view, site).device for site in plan}
+    home = {name: weight_at(view, e.site).device for name, e in plan.items()}
     home |= {bank: next(home[n] for n in plan if plan[n].bank == bank) for bank in plan.banks}
     devices = [home[entry] for entry, tree in held.items() for _ in leaves(tree)]
     for p, (_, _, value), device in zip(leaves(held), pairs, devices, strict=True):
@@ -402,11 +404,6 @@ def _set(p: nn.Parameter, value: Tensor) -> None:
         torch.utils.swap_tensors(p, nn.Parameter(value, requires_grad=p.requires_grad))
 
 
-def _weight(view: Any, site: str) -> Tensor:
-    layer, attr = owner(view, site)
-    return layer.parametrizations[attr].original
-
-
 def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[Any, str]:
     """The one view in a module, and the name of an adapter of it."""
     if not isinstance(module, nn.Module):
@@ -426,7 +423,9 @@ def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[
 
 
 def _check_layer(model: nn.Module, site: str) -> None:
-    layer, _ = owner(model, site)
+    layer, attr = owner(model, site)
+    if attr in layer._modules or not attr:  # a module
+        return
     if parametrize.is_parametrized(layer):
         raise ValueError(
             f"{site}: its layer is parametrized already ({', '.join(layer.parametrizations)}). Make that permanent "

@@ -12,8 +12,8 @@ from peftfn.core.plan import Plan
 from peftfn.core.rng import Rng
 from peftfn.tensors.sharded import laid_out, whole
 from peftfn.tensors.tree import leaves
-from peftfn.view.module import _view, _weight, parameters_of
-from peftfn.view.view import leaf_at, owner
+from peftfn.view.module import _view, parameters_of
+from peftfn.view.view import leaf_at, owner, weight_at
 
 
 def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_seed: int = 0) -> None:
@@ -40,7 +40,7 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
     plan: Plan = view._peftfn.plans[name]
     held, weights = parameters_of(view, name), _Weights(view, plan)
     for at, entry in plan.items():
-        if _weight(view, at).is_meta:
+        if weight_at(view, entry.site).is_meta:
             raise ValueError(f"{at}: no data (it is on meta); call m.to_empty(device=…) and load the base first")
         if held[at].keys() != entry.spec.keys():
             raise ValueError(f"{at}: the adapter is a sum, a scaling or prepared, which no seed determines; use copy_")
@@ -66,6 +66,8 @@ class _Weights(Mapping[str, Any]):
         self.view, self.plan = view, plan
 
     def __getitem__(self, slot: str) -> Any:
+        if slot in self.plan and self.plan[slot].site in self.plan.places:
+            return weight_at(self.view, self.plan[slot].site)
         if slot in self.plan:
             layer, attr = owner(self.view, slot)
             held = layer.parametrizations[attr]

@@ -1,6 +1,5 @@
 """What `as_module` builds: a parametrization at each site, which holds the leaves and returns the adapted weight."""
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,124 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from peftfn.core.plan import Entry, Plan
+from peftfn.core.plan import Plan
 from peftfn.model.names import near
+from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
 from peftfn.net.skeleton import CHECKPOINT
 from peftfn.slots.slot import plus
-from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
-from peftfn.tensors.transform import backward_task
-
-# A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
-# does not allow there.
-
-Paths = list[tuple[tuple[str, ...], str]]
-"""(keys in the adapter's tree, name of the parameter), in order"""
-
-
-def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    for k, v in tree.items():
-        if isinstance(v, Mapping):
-            yield from _flat(v, (*path, k))
-        else:
-            yield (*path, k), v
-
-
-def grown(paths: Paths, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for (*nodes, last), name in paths:
-        at = out
-        for node in nodes:
-            at = at.setdefault(node, {})
-        at[last] = tensors[name]
-    return out
-
-
-def _hold(module: nn.Module, tree: Mapping[str, Any], prefix: str = "") -> Paths:
-    """Give the tensors of `tree` to `module`, as new parameters."""
-    paths = []
-    for path, t in _flat(tree):
-        name = prefix + "/".join(path).replace(".", ":")
-        module.register_parameter(name, nn.Parameter(t.detach().clone()))
-        paths.append((path, name))
-    return paths
-
-
-class _Choice(threading.local):
-    """Which adapter is active in this thread. pinned: a `use` says so."""
-
-    def __init__(self, default: str, several: bool):
-        self.name: str | None = default
-        self.default, self.several, self.pinned = default, several, False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Choice, (self.default, self.several)
-
-
-class Leaf(nn.Module):
-    """One adapter at one site."""
-
-    def __init__(self, entry: Entry, tree: Mapping[str, Any], root: nn.Module, names: Mapping[int, str], bank: Paths):
-        super().__init__()  # its own attributes have an underscore: the others' names belong to the methods
-        self._paths = _hold(self, tree)
-        self._plain = all(path == (name,) for path, name in self._paths)
-        self._shared = {k: names[id(t)] for k, t in entry.frozen.items() if id(t) in names}
-        for k, t in entry.frozen.items():
-            if k not in self._shared:
-                self.register_buffer(k, t.detach())
-        # The entry reads its constants where `.to` and load_state_dict put them.
-        self._entry = replace(entry, frozen=self._buffers)  # type: ignore[arg-type]
-        self._meant = replace(self._entry, method=entry.method.eval())
-        self._bank = bank
-        self._root = (root,) if self._shared or bank else ()  # in a tuple: no submodule of this one
-
-    def tree(self) -> dict[str, Any]:
-        return self._parameters if self._plain else grown(self._paths, self._parameters)  # type: ignore[return-value]
-
-    def extra_repr(self) -> str:
-        return str(self._entry.method)
-
-    def adapted(self, w: Tensor) -> AdaptedWeight:
-        entry, common = self._entry if self.training else self._meant, {}
-        if self._root:
-            buffers = self._root[0]._buffers
-            shared = {k: buffers[name] for k, name in self._shared.items()}
-            common = _with(grown(self._bank, self._root[0]._parameters), shared)
-        return AdaptedWeight(entry, *entry.tensors(self.tree(), common, entry.site.canonical(w)), w)
-
-
-def _with(bank: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    """The bank and the shared constants, at every term of a sum or scaling."""
-    return shared | {k: _with(v, shared) if isinstance(v, dict) else v for k, v in bank.items()}
-
-
-class _Site(nn.ModuleDict):
-    """The parametrization of an adapted parameter: adapter's name → its leaf here."""
-
-    def __init__(self, name: str, choice: _Choice, leaves: dict[str, nn.Module], read: Callable[[Tensor], Any]):
-        super().__init__(leaves)
-        self.site, self.choice = name, choice
-        self.read: Callable[[Tensor], Any] = read  # the parameter ↦ what methods take for the weight
-
-    def leaf(self) -> Any:
-        """The leaf of the active adapter, or None."""
-        choice = self.choice
-        if choice.several and not choice.pinned and not torch.compiler.is_compiling() and backward_task() != -1:
-            raise RuntimeError(
-                f"{self.site}: recomputed in a backward pass, which does not know which of the module's adapters was "
-                "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
-                "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
-            )
-        return self._modules.get(choice.name) if choice.name is not None else None
-
-    def forward(self, w: Tensor) -> Any:
-        leaf, w = self.leaf(), self.read(w)
-        if leaf is None:
-            return w
-        value = leaf.adapted(w)
-        return value.dense() if leaf._entry.site.kind == "other" else value
+from peftfn.view.called import CALL, calling, place_calls, places_of
+from peftfn.view.held import Choice, Held, Leaf, Paths, hold, itself
 
 
 class _Bias(nn.Module):
@@ -158,7 +49,7 @@ class _State:
 
     plans: dict[str, Plan]
     banks: dict[str, dict[str, Paths]]
-    choice: _Choice
+    choice: Choice
     offloaded: set[str]
 
 
@@ -222,7 +113,7 @@ def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -
 def refuse_empty(view: Any, what: str) -> None:
     """Raise ValueError if an adapter of the view has no values because it was offloaded to meta."""
     for module in view.modules():
-        for name, leaf in module._modules.items() if isinstance(module, _Site) else ():
+        for name, leaf in module._modules.items() if isinstance(module, Held) else ():
             if name in view._peftfn.offloaded and any(p.is_meta for p in leaf.parameters()):
                 raise ValueError(
                     f"{what}: adapter {name!r} is offloaded to meta and has no values at {module.site}; bring it back "
@@ -273,14 +164,15 @@ def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
 
     @wraps(original)
     def function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
-        held = next((m for m in layers if parametrize.is_parametrized(m, "weight")), None)
-        if held is None:
-            return original(self, *args, **kwargs)
+        layers: list[Any] = [m for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m is not None]
+        sites = [m.parametrizations.weight[0].site for m in layers if parametrize.is_parametrized(m, "weight")]
         if name == "tie_weights":
-            return None
+            return None if sites else original(self, *args, **kwargs)
+        sites += [m._modules[CALL].site for m in layers if CALL in m._modules]
+        if not sites:
+            return original(self, *args, **kwargs)
         raise ValueError(
-            f"{held.parametrizations.weight[0].site}: {name} would replace this parameter, and it is adapted. Call "
+            f"{sites[0]}: {name} would replace this parameter, and it is adapted. Call "
             "it on the model first, and then adapt the model"
         )
 
@@ -301,10 +193,6 @@ def _checkpoint(view: View, original: Any, run: Callable[..., Any], *args: Any, 
             return run(*args, **kwargs)
 
     return original(under, *args, **kwargs)
-
-
-def _itself(w: Tensor) -> Tensor:
-    return w
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
@@ -345,14 +233,17 @@ def _refusal(word: str, cure: str) -> Callable[..., Any]:
 
 
 @cache
-def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
-    """A subclass of `cls` whose attributes `names` are parametrized; the root of a view has the methods of one."""
+def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False) -> Any:
+    """A subclass of `cls` whose attributes `names` are parametrized; the root of a view has the methods of one.
+
+    called: its forward looks into its call slot first.
+    """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         _, _, state, *items = super(made, self).__reduce_ex__(protocol)
         if "_flat_weights" in state:  # an RNN keeps what its slots gave in the last call, graph and all; it looks anew
             state = state | {"_flat_weights": [torch.empty(0) for _ in state["_flat_weights"]]}
-        return _empty, (cls, names, view), state, *items
+        return _empty, (cls, names, view, called), state, *items
 
     def register_parameter(self: nn.Module, name: str, param: Any) -> None:
         if name in names and name not in self._parameters:
@@ -362,6 +253,8 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
     if names:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
+    if called:
+        body |= calling(cls)
     if view:
         body["__qualname__"] = cls.__qualname__
         body |= {word: _refusal(word, cure) for word, cure in CURES.items()}
@@ -377,19 +270,20 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
     return made
 
 
-def _empty(cls: type, names: tuple[str, ...], view: bool) -> Any:
-    made = _derived(cls, names, view)
+def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool) -> Any:
+    made = _derived(cls, names, view, called)
     return made.__new__(made)
 
 
 def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> Any:
     """The view of `model`, which is a copy of ours: parametrized in place."""
     plans = [plan for plan, _ in given.values()]
-    choice, names = _Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
+    choice, names = Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
     banks = {
-        name: {bank: _hold(model, a[bank], f"adapter_{name}_{bank}_".replace(".", ":")) for bank in plan.banks}
+        name: {bank: hold(model, a[bank], f"adapter_{name}_{bank}_".replace(".", ":")) for bank in plan.banks}
         for name, (plan, a) in given.items()
     }
+    places = places_of(model, plans)
     classes: dict[Any, Any] = {layer: type(layer) for layer in model.modules()}
     slots: dict[nn.Module, list[str]] = {model: []}
 
@@ -404,17 +298,21 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         parametrize.register_parametrization(layer, attr, parametrization, unsafe=True)
         layer.parametrizations[attr]._parameters["original"] = original
 
+    calls: dict[str, dict[str, nn.Module]] = {}
     for at in dict.fromkeys(at for plan in plans for at in plan):
         leaves: dict[str, nn.Module] = {}
         for name, (plan, a) in given.items():
             if at in plan:
                 leaves[name] = Leaf(plan[at], a[at], model, names, banks[name].get(plan[at].bank or "", []))
+        if at in places:
+            calls[at] = leaves
+            continue
         layer, _ = owner(model, at)
         opaque = quantised(layer, at)
         if opaque is not None and opaque.own_forward:
             vars(layer)["forward"] = partial(_linear, layer)
-        read = _itself if opaque is None else Bare(layer, classes[layer], at)
-        place(at, _Site(at, choice, leaves, read))
+        read = itself if opaque is None else Bare(layer, classes[layer], at)
+        place(at, Held(at, choice, leaves, read))
     biases: dict[Site, bool] = {}  # layers whose bias a method changes: whether it also gives one to a layer without
     for entry in (e for plan in plans for e in plan.values()):
         if entry.site.bias is not None and entry.changes_bias:
@@ -434,8 +332,9 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
             zeros = torch.zeros(site.matrix_shape()[0], dtype=w.dtype, device=w.device)
             layer._parameters[bias] = nn.Parameter(zeros, requires_grad=False)
         place(str(site.bias), _Bias(weight, missing))
-    for layer, attrs in slots.items():
-        layer.__class__ = _derived(classes[layer], tuple(attrs), layer is model)
+    called = place_calls(model, places, calls, plans, choice, classes)
+    for layer in {**slots, **dict.fromkeys(called)}:
+        layer.__class__ = _derived(classes[layer], tuple(slots.get(layer, ())), layer is model, layer in called)
     # The plans without their constants, which stand in the module now.
     kept = {
         name: Plan({site: replace(e, frozen={}) for site, e in plan.items()}, plan.rules, plan.banks)
@@ -455,9 +354,28 @@ def owner(model: nn.Module, slot: str) -> tuple[Any, str]:
 
 
 def leaf_at(view: nn.Module, site: str, name: str) -> Leaf:
-    layer, attr = owner(view, site)
-    leaf: Leaf = layer.parametrizations[attr][0]._modules[name]
+    entry = view._peftfn.plans[name][site]  # type: ignore[union-attr, index]
+    held: Any
+    if entry.site.kind in (MODULE, TOKENS):  # type: ignore[union-attr]
+        held = view.get_submodule(site)._modules[CALL]
+    else:
+        layer, attr = owner(view, site)
+        held = layer.parametrizations[attr][0]
+    leaf: Leaf = held._modules[name]
     return leaf
+
+
+def weight_at(view: Any, site: Site) -> Any:
+    """The base's parameter at a site of a view, or the place of its module."""
+    if site.kind in (MODULE, TOKENS):
+        return view.get_submodule(site.name)._modules[CALL].place[0]
+    layer, attr = owner(view, site.name)
+    return layer.parametrizations[attr].original
+
+
+def is_own(path: str) -> bool:
+    """Whether the module of a view at this path is one that `as_module` put there."""
+    return not {"parametrizations", CALL}.isdisjoint(path.split("."))
 
 
 def _share_constants(model: nn.Module, plans: list[Plan]) -> dict[int, str]:

@@ -1,0 +1,132 @@
+"""What a view holds at one site: the leaves of its adapters, and which of them is active."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core.plan import Entry
+from peftfn.slots.values import FAMILIES
+from peftfn.tensors.transform import backward_task, moment
+
+# A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
+# does not allow there.
+
+Paths = list[tuple[tuple[str, ...], str]]
+"""(keys in the adapter's tree, name of the parameter), in order"""
+
+
+def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    for k, v in tree.items():
+        if isinstance(v, Mapping):
+            yield from _flat(v, (*path, k))
+        else:
+            yield (*path, k), v
+
+
+def grown(paths: Paths, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for (*nodes, last), name in paths:
+        at = out
+        for node in nodes:
+            at = at.setdefault(node, {})
+        at[last] = tensors[name]
+    return out
+
+
+def hold(module: nn.Module, tree: Mapping[str, Any], prefix: str = "") -> Paths:
+    """Give the tensors of `tree` to `module`, as new parameters."""
+    paths = []
+    for path, t in _flat(tree):
+        name = prefix + "/".join(path).replace(".", ":")
+        module.register_parameter(name, nn.Parameter(t.detach().clone()))
+        paths.append((path, name))
+    return paths
+
+
+TAKEN = frozenset({"asked", "choice", "ends", "leaf", "place", "read", "run", "seen", "site", "value"})
+"""Names that the modules which hold leaves use themselves."""
+
+
+class Choice(threading.local):
+    """Which adapter is active in this thread. pinned: a `use` says so."""
+
+    def __init__(self, default: str, several: bool):
+        self.name: str | None = default
+        self.default, self.several, self.pinned = default, several, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Choice, (self.default, self.several)
+
+
+class Leaf(nn.Module):
+    """One adapter at one site."""
+
+    def __init__(self, entry: Entry, tree: Mapping[str, Any], root: nn.Module, names: Mapping[int, str], bank: Paths):
+        super().__init__()  # its own attributes have an underscore: the others' names belong to the methods
+        self._paths = hold(self, tree)
+        self._plain = all(path == (name,) for path, name in self._paths)
+        self._shared = {k: names[id(t)] for k, t in entry.frozen.items() if id(t) in names}
+        for k, t in entry.frozen.items():
+            if k not in self._shared:
+                self.register_buffer(k, t.detach())
+        # The entry reads its constants where `.to` and load_state_dict put them.
+        self._entry = replace(entry, frozen=self._buffers)  # type: ignore[arg-type]
+        self._meant = replace(self._entry, method=entry.method.eval())
+        self._bank = bank
+        self._root = (root,) if self._shared or bank else ()  # in a tuple: no submodule of this one
+
+    def tree(self) -> dict[str, Any]:
+        return self._parameters if self._plain else grown(self._paths, self._parameters)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return str(self._entry.method)
+
+    def adapted(self, w: Any) -> Any:
+        """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
+        entry, common = self._entry if self.training else self._meant, {}
+        if self._root:
+            buffers = self._root[0]._buffers
+            shared = {k: buffers[name] for k, name in self._shared.items()}
+            common = _with(grown(self._bank, self._root[0]._parameters), shared)
+        method, p = entry.tensors(self.tree(), common, entry.site.canonical(w))
+        return FAMILIES[entry.family].single(entry, method, p, w, moment())
+
+
+def _with(bank: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """The bank and the shared constants, at every term of a sum or scaling."""
+    return shared | {k: _with(v, shared) if isinstance(v, dict) else v for k, v in bank.items()}
+
+
+class Held(nn.ModuleDict):
+    """The parametrization of an adapted parameter: adapter's name → its leaf here."""
+
+    def __init__(self, name: str, choice: Choice, leaves: dict[str, nn.Module], read: Callable[[Tensor], Any]):
+        super().__init__(leaves)
+        self.site, self.choice = name, choice
+        self.read: Callable[[Tensor], Any] = read  # the parameter ↦ what methods take for the weight
+
+    def leaf(self) -> Any:
+        """The leaf of the active adapter, or None."""
+        choice = self.choice
+        if choice.several and not choice.pinned and not torch.compiler.is_compiling() and backward_task() != -1:
+            raise RuntimeError(
+                f"{self.site}: recomputed in a backward pass, which does not know which of the module's adapters was "
+                "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
+                "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
+            )
+        return self._modules.get(choice.name) if choice.name is not None else None
+
+    def forward(self, w: Tensor) -> Any:
+        leaf, w = self.leaf(), self.read(w)
+        if leaf is None:
+            return w
+        value = leaf.adapted(w)
+        return value.dense() if leaf._entry.site.kind == "other" else value
+
+
+def itself(w: Any) -> Any:
+    return w
