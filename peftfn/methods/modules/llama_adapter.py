@@ -47,8 +47,8 @@ class LlamaAdapter(ModuleMethod):
         lacking = [k for k in PARTS if not hasattr(m.module, k)]
         if lacking or not hasattr(m.module, "head_dim"):
             raise ValueError(
-                f"a {type(m.module).__name__} has no {', '.join(lacking) or 'head_dim'}: name an attention that is made "
-                "as Llama's is, with q_proj, k_proj, v_proj and o_proj; its usual name is self_attn"
+                f"a {type(m.module).__name__} has no {', '.join(lacking) or 'head_dim'}: name an attention made as "
+                "Llama's is, with q_proj, k_proj, v_proj and o_proj; its usual name is self_attn"
             )
         return {"prompt": rng.normal(self.n, m.width), "gate": rng.zeros(1)}
 
