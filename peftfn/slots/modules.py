@@ -21,7 +21,7 @@ def run(
     parts: Sequence[Any], gates: Gates | None, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """The module's output with its adapters, the module's own forward running once."""
-    befores, afters, leavers = ([q for q in parts if h in q.entry.method.hooks] for h in ("before", "after", "leave"))
+    befores, afters, leavers = ([q for q in parts if h in q.entry.hooks] for h in ("before", "after", "leave"))
     if befores:
         x, put = _in(m, args, kwargs)
         args, kwargs = put(_point(befores, gates, m, "before", x, (x,)))

@@ -50,10 +50,41 @@ class Sliced(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.weight)
 
 
+class Attention(nn.Module):
+    """Attention as Llama has it: called by keyword, with positions; it returns a tuple."""
+
+    head_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(IN, IN), nn.Linear(IN, self.head_dim)
+        self.v_proj, self.o_proj = nn.Linear(IN, self.head_dim), nn.Linear(IN, IN, bias=False)
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q = q.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+        y = torch.softmax(q @ k[..., None, :, :].mT / 2, -1) @ v[..., None, :, :]
+        return self.o_proj(y.transpose(-3, -2).flatten(-2)), None
+
+
+def positional(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of one tensor."""
+    out: Tensor = layer(x)
+    return out
+
+
+def attended(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer like `Attention`."""
+    angles = torch.linspace(0, 1, x.shape[-2] * 4, dtype=x.dtype).view(1, x.shape[-2], 4)
+    out: Tensor = layer(hidden_states=x, position_embeddings=(angles.cos(), angles.sin()))[0]
+    return out
+
+
 @dataclass(frozen=True)
 class Model:
-    """kind: of its interesting site `layer.weight`; rowed: whether mixed batches keep their rows there; more: layers
-    beside it, with the same input, whose outputs are added to its own; tied: all have one weight."""
+    """kind: of its interesting site `layer.weight`, or `layer` where it is a module; rowed: whether mixed batches keep
+    their rows there; more: layers beside it, with the same input, whose outputs are added to its own; tied: all have
+    one weight; call: how the layers are called."""
 
     kind: str
     layer: Callable[[], nn.Module]
@@ -61,11 +92,13 @@ class Model:
     rowed: bool = True
     more: tuple[Callable[[], nn.Module], ...] = ()
     tied: bool = False
+    call: Callable[[nn.Module, Tensor], Tensor] = positional
 
     def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _Wrap(self.layer(), [layer() for layer in self.more], self.tied).to(dtype).eval()
+            wrapped = _Wrap(self.layer(), [layer() for layer in self.more], self.tied, self.call)
+            return wrapped.to(dtype).eval()
 
     def x(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         with torch.random.fork_rng():
@@ -74,18 +107,22 @@ class Model:
 
 
 class _Wrap(nn.Module):
-    def __init__(self, layer: nn.Module, more: list[nn.Module], tied: bool):
+    def __init__(
+        self, layer: nn.Module, more: list[nn.Module], tied: bool, call: Callable[[nn.Module, Tensor], Tensor]
+    ):
         super().__init__()
-        self.layer = layer
+        self.layer, self.call = layer, call
         if more:
             self.more = nn.ModuleList(more)
         for other in more if tied else ():
             other.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
+        out = self.call(self.layer, x)
         for layer in getattr(self, "more", ()):
-            out = out + layer(x)[..., : out.shape[-1]]  # a sum, so that gates of outputs are gates of the layers'
+            out = (
+                out + self.call(layer, x)[..., : out.shape[-1]]
+            )  # a sum, so that gates of outputs are gates of the layers'
         return out
 
 
@@ -94,7 +131,7 @@ class _Twice(_Wrap):
 
     def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
         nn.Module.__init__(self)
-        self.mode = mode
+        self.mode, self.call = mode, model.call  # type: ignore[assignment]
         for name, layers in model.named_children():
             self.add_module(name, layers)
 
@@ -153,12 +190,19 @@ def _twice(name: str, tied: bool = False) -> Model:
     return replace(MODELS[name], more=(MODELS[name].layer,), tied=tied)
 
 
+AROUND = {
+    "module": Model("module", lambda: nn.Linear(IN, OUT), _features),
+    "module, attention": Model("module", Attention, _features, call=attended),
+    "module, of ids": Model("module", lambda: nn.Embedding(IN, OUT), _ids),
+}
+"""Those whose site is a module, for methods around a forward."""
 SEVERAL = {
     "linear, several": _linears(True, OUT, OUT + 2),
     "linear, no bias, several": _linears(False, OUT, OUT + 2),
     "embedding, several": _twice("embedding"),
     "conv2d, several": _twice("conv2d"),
     "stack, several": _twice("stack"),
+    "module, several": replace(AROUND["module"], more=(lambda: nn.Linear(IN, OUT),)),
 }
 """Models with several sites, for methods whose sites share tensors (`shared`, `bank`)."""
 ALIKE = {
