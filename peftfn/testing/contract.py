@@ -26,6 +26,7 @@ from peftfn.model.place import Place
 from peftfn.tensors.precision import cast, wide
 from peftfn.tensors.states import states_in, states_out
 from peftfn.testing.case import Case, close
+from peftfn.testing.routes import Seen
 
 Function = Callable[..., Any]
 
@@ -127,6 +128,7 @@ class AtModule(At):
     args: Any
     kwargs: Any
     out: Any
+    seen: list[Tensor]
 
     @classmethod
     def of(cls, c: Case, name: str, seed: int = 0) -> "AtModule":
@@ -136,23 +138,32 @@ class AtModule(At):
         def see(module: Any, args: Any, kwargs: Any, out: Any) -> None:
             found.append((args, kwargs, out))
 
-        hook = place.module.register_forward_hook(see, with_kwargs=True)
+        hook, seen = place.module.register_forward_hook(see, with_kwargs=True), Seen(model, entry.method)
         model(c.x)
         hook.remove()
+        values = [t.detach() for t in seen.values(c.x)]
+        seen.remove()
         raw = {k: t.detach().clone() for k, t in cls.joined(c, entry, seed, place).items()}
-        return cls(entry.method, entry, place, raw, *found[-1])
+        args, kwargs, out = found[-1]
+        return cls(entry.method, entry, place, raw, args, kwargs, out, values)
 
     @property
     def given(self) -> dict[str, Tensor]:
         x, y = states_in(self.args, self.kwargs)[0], states_out(self.out)[0]
         return {"x": x, "y": y, **{f"m.module.{k}": t for k, t in self.w.module.named_parameters()}}
 
-    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+    def points(self, method: Any = None) -> Iterator[tuple[str, Function, list[Tensor]]]:
+        """(name, (p, hidden states …) ↦ its result, the hidden states) of `before` and `after`."""
         m, x, y = method or self.method, states_in(self.args, self.kwargs)[0], states_out(self.out)[0]
         if "before" in m.hooks and x.is_floating_point():
-            yield "before", lambda p: m.before(cast(p, x.dtype), self.w, x)
+            yield "before", lambda p, x, *seen: m.before(cast(p, x.dtype), self.w, x, *seen), [x, *self.seen]
         if "after" in m.hooks:
-            yield "after", lambda p: m.after(cast(p, y.dtype), self.w, x, y)
+            yield "after", lambda p, x, y, *seen: m.after(cast(p, y.dtype), self.w, x, y, *seen), [x, y, *self.seen]
+
+    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+        m = method or self.method
+        for name, f, xs in self.points(m):
+            yield name, lambda p, f=f, xs=xs: f(p, *xs)  # type: ignore[misc]
         if "leave" in m.hooks:
             yield "leave", lambda p: states_out(m.leave(p, self.w, self.args, self.kwargs, self.out))[0]
 
@@ -168,7 +179,7 @@ def said(method: Any, name: str) -> str:
 
 def functions(c: Case) -> None:
     """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; they run
-    under vmap; low_rank is what linear and delta are."""
+    under vmap; low_rank is what linear and delta are; around a module, rows and later tokens are not mixed in."""
     for check in (
         own_draws,
         writes_nothing,
@@ -178,6 +189,7 @@ def functions(c: Case) -> None:
         carries_gradients,
         maps,
         low_rank_is_linear,
+        minds_rows_and_tokens,
     ):
         check(c)
 
@@ -423,6 +435,28 @@ def low_rank_is_linear(c: Case) -> None:
             )
         if "linear" in at.method.kinds and at.w.dim() == 2 and not at.entry.site.stacked:
             _drops(at)
+
+
+def minds_rows_and_tokens(c: Case) -> None:
+    """What a method around a module makes of a row depends on that row alone, and of a token on no later one; and the
+    place stays as it is."""
+    if isinstance(c.method, Weight):
+        return
+    for at in places(c):
+        method = at.method.eval()
+        p, before = replace_method(at, method).prepared(), dict(vars(at.w))
+        for name, f, xs in at.points(method):
+            y = f(p, *xs)
+            alone = torch.cat([f(p, *(x[i : i + 1] for x in xs)) for i in range(len(y))])
+            close(alone, y, f"{said(method, name)} mixes the rows of a batch: of each row alone")
+            first = f(p, *(x[:, :-1] for x in xs))
+            if method.causal:
+                what = f"{said(method, name)} reads later tokens (where that is meant, say causal = False)"
+                close(first, y[:, :-1], f"{what}: without the last token")
+        for name, f in at.uses(method):
+            f(p)
+            kept = sorted(k for k, v in vars(at.w).items() if before.get(k) is not v)
+            assert not kept, f"{said(method, name)} keeps {', '.join(kept)} on the place m, which other calls share"
 
 
 def _drops(at: AtWeight) -> None:

@@ -1,8 +1,10 @@
 """The smallest model of every kind of site, all with a canonical weight of [6, 8], so that one case fits them all."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -93,11 +95,12 @@ class Model:
     more: tuple[Callable[[], nn.Module], ...] = ()
     tied: bool = False
     call: Callable[[nn.Module, Tensor], Tensor] = positional
+    root: Callable[..., nn.Module] = lambda *args: _Wrap(*args)
 
     def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            wrapped = _Wrap(self.layer(), [layer() for layer in self.more], self.tied, self.call)
+            wrapped = self.root(self.layer(), [layer() for layer in self.more], self.tied, self.call)
             return wrapped.to(dtype).eval()
 
     def x(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,24 +129,38 @@ class _Wrap(nn.Module):
         return out
 
 
-class _Twice(_Wrap):
-    """A model that uses its layers in one mode first, for nothing, and then as usual."""
+class _Backbone(_Wrap):
+    """A backbone of one layer: it embeds tokens, and has a module before the layer, `stem`."""
 
-    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
-        nn.Module.__init__(self)
-        self.mode, self.call = mode, model.call  # type: ignore[assignment]
-        for name, layers in model.named_children():
-            self.add_module(name, layers)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.embed, self.stem = nn.Embedding(IN, IN), nn.Linear(IN, OUT)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with self.mode():
-            super().forward(x)
-        return super().forward(x)
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None) -> Tensor:
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.stem(x) + super().forward(x)
 
 
 def twice(model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]) -> nn.Module:
-    """One of these models, run in `mode` first."""
-    return _Twice(model, mode).eval()
+    """One of these models, which uses its layers in `mode` first, for nothing, and then as usual."""
+    out = copy.copy(model)
+    out.__class__ = _twice_class(type(model))  # type: ignore[arg-type]
+    out.mode = mode  # type: ignore[assignment]
+    return out.eval()
+
+
+@cache
+def _twice_class(cls: Any) -> Any:
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.mode():
+            cls.forward(self, *args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
+
+    return type(f"Twice{cls.__name__}", (cls,), {"forward": forward})
 
 
 def _features(rows: int, dtype: torch.dtype) -> Tensor:
@@ -193,6 +210,7 @@ def _twice(name: str, tied: bool = False) -> Model:
 AROUND = {
     "module": Model("module", lambda: nn.Linear(IN, OUT), _features),
     "module, attention": Model("module", Attention, _features, call=attended),
+    "module, in a backbone": Model("module", lambda: nn.Linear(IN, OUT), _ids, root=_Backbone),
     "module, of ids": Model("module", lambda: nn.Embedding(IN, OUT), _ids),
 }
 """Those whose site is a module, for methods around a forward."""

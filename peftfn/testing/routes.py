@@ -7,7 +7,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -73,35 +73,57 @@ class _ByInput(nn.Module):
         return self.run(x)
 
 
+class Seen:
+    """What a method around a module of the model sees of others: the mask, all True, and outputs, by hooks."""
+
+    def __init__(self, model: nn.Module, method: Any):
+        self.method, self.outputs = method, dict[str, Tensor]()
+        self.hooks = [
+            model.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in method.watched
+        ]
+
+    def _keep(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self.outputs[name] = states_out(out)[0]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """x: the model's input [rows, tokens, …]."""
+        masks = [torch.ones(x.shape[:2], dtype=torch.bool)] if self.method.sees_mask else []
+        return [*masks, *(self.outputs[name] for name in self.method.watched)]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
 class _Around(nn.Module):
     """A module with adapters around it, as their functions say: one after the other, each on all rows.
 
-    gates: [rows, …, adapters], or [adapters] for all rows.
+    adapters: (method, prepared tensors, what it sees of others). gates: [rows, …, adapters], or [adapters] for all.
     """
 
-    def __init__(self, module: nn.Module, place: pf.Place, adapters: list[tuple[Any, Leaf]], gates: Tensor):
+    def __init__(self, module: nn.Module, place: pf.Place, adapters: list[Any], gates: Tensor):
         super().__init__()
         self.module, self.place, self.adapters, self.gates = module, place, adapters, gates
 
-    def weighed(self, base: Tensor, f: Callable[[Any, Leaf], Tensor]) -> Tensor:
+    def weighed(self, base: Tensor, f: Callable[[Any, Leaf, list[Tensor]], Tensor]) -> Tensor:
         """base + Σ_k g_k (f(adapter k) − base)."""
         between = base.dim() - self.gates.dim() if self.gates.dim() > 1 else 0
         out = base
-        for k, (method, p) in enumerate(self.adapters[: self.gates.shape[-1]]):
+        for k, (method, p, seen) in enumerate(self.adapters[: self.gates.shape[-1]]):
             g = self.gates[..., k]
             g = g.view(*g.shape, *[1] * (between + 1)) if g.dim() else g
-            out = out + g * (f(method, p) - base)
+            out = out + g * (f(method, p, seen.values(base)) - base)
         return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         m, (x, put) = self.place, states_in(args, kwargs)
         if x.is_floating_point():
-            args, kwargs = put(self.weighed(x, lambda method, p: method.before(p, m, x)))
+            args, kwargs = put(self.weighed(x, lambda method, p, seen: method.before(p, m, x, *seen)))
         out, (x, _) = self.module(*args, **kwargs), states_in(args, kwargs)
         y, put_y = states_out(out)
-        y = self.weighed(y, lambda method, p: method.after(p, m, x, y))
+        y = self.weighed(y, lambda method, p, seen: method.after(p, m, x, y, *seen))
         out = put_y(y)
-        return put_y(self.weighed(y, lambda method, p: states_out(method.leave(p, m, args, kwargs, out))[0]))
+        return put_y(self.weighed(y, lambda method, p, _: states_out(method.leave(p, m, args, kwargs, out))[0]))
 
 
 def around(party: "Party", gates: Tensor) -> Tensor:
@@ -114,7 +136,7 @@ def around(party: "Party", gates: Tensor) -> Tensor:
                 entry = net.plan[name]
                 method: Any = entry.method.eval()
                 raw = entry.raw(a[name], a[entry.bank] if entry.bank else {}, place)
-                adapters.append((method, method.prepare(raw, place)))
+                adapters.append((method, method.prepare(raw, place), Seen(model, method)))
         model.set_submodule(name, _Around(model.get_submodule(name), place, adapters, gates))
     out: Tensor = model(party.x)
     return out
