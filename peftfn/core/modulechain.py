@@ -102,4 +102,4 @@ class ModuleChain(ModuleMethod):
 
     @property
     def hooks(self) -> frozenset[str]:
-        return frozenset[str]().union(*(m.hooks for m in self.methods))
+        return frozenset(hook for m in self.methods for hook in m.hooks)

@@ -9,6 +9,7 @@ from torch import Tensor
 from peftfn.core.method import Leaf, Method
 from peftfn.core.rng import Rng
 from peftfn.model.model import Model
+from peftfn.model.names import ends, near
 from peftfn.model.place import MODULE, TOKENS, Place
 
 MASK = "mask"
@@ -84,9 +85,12 @@ class ModuleMethod(OfModule, family=True):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Names of modules that run before this one: what each returned last in this call comes as `seen`, in order."""
+        """Names of modules that run before this one, or unique ends of names: what each returned last in this call
+        comes as `seen`, in order."""
         return ()
 
+    causal: ClassVar[bool] = True
+    """Whether what the method makes of a token depends on no later one, as a causal model asks for."""
     sees_mask: ClassVar[bool] = False
     """Whether `seen` begins with the attention mask that the backbone around the module runs with: bool [rows, past +
     tokens], virtual tokens among them; all True if there is no mask."""
@@ -119,10 +123,14 @@ def _around(method: Method, m: Place, model: Model) -> str:
 
 def _first(method: Method, name: str, model: Model) -> str:
     """The first name of a watched module."""
-    found = next((n for n, s in model.places.items() if name in (n, *s.aliases)), None)
-    if found is None:
-        raise ValueError(f"{method} watches {name!r}, and the model has no such module that is called")
-    return found
+    names = {n: s.name for s in model.places.values() for n in (s.name, *s.aliases)}
+    found = {names[name]} if name in names else {first for n, first in names.items() if ends(name, n)}
+    if len(found) != 1:
+        raise ValueError(
+            f"{method} watches {name!r}, and {len(found)} modules of the model that are called have this name, or end "
+            f"in it: name one{near(name, list(names))}"
+        )
+    return found.pop()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,13 +44,19 @@ class Entry:
     companions: tuple[Companion, ...] = ()  # what the method puts at other modules
     # What a call would ask at every site, answered once, from the fields above.
     family: type[Method] = field(init=False)
+    hooks: frozenset[str] = field(init=False)  # the functions that a method around a module has
     prepares: bool = field(init=False)  # the method has a `prepare`
     plain: bool = field(init=False)  # it has no constants here
 
     to_matrix: ClassVar[Any] = None  # the parameter ↦ canonical; None: it is
 
     def __post_init__(self) -> None:
-        self._decide(family=self.method.family, prepares=self.method.overrides("prepare"), plain=not self.frozen)
+        self._decide(
+            family=self.method.family,
+            hooks=getattr(self.method, "hooks", frozenset()),
+            prepares=self.method.overrides("prepare"),
+            plain=not self.frozen,
+        )
 
     def _decide(self, **values: Any) -> None:
         for name, value in values.items():
@@ -75,7 +81,7 @@ class Entry:
         with exactly(w):
             return self.method, self._prepare(leaf, bank, w=w)
 
-    def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Tensor) -> Leaf:
+    def _prepare(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], *, w: Any) -> Leaf:
         p = self.raw(leaf, bank, w)
         if not self.prepares or (leaf.keys() == self.prepared.keys() and leaf.keys() != self.spec.keys()):
             return p
@@ -90,7 +96,7 @@ class Entry:
 
         return {**vmap(one, (self.axes(p), 0), randomness="different")(p, w), **{k: p[k] for k in constant}}
 
-    def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Tensor) -> Leaf:
+    def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Any) -> Leaf:
         """Everything the method has at this site, in fp32 or better."""
         dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
         p: Any = leaf if self.plain and not bank else {**self.frozen, **bank, **leaf}

@@ -21,7 +21,7 @@ def run(
     parts: Sequence[Any], gates: Gates | None, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """The module's output with its adapters, the module's own forward running once."""
-    befores, afters, leavers = ([q for q in parts if h in q.entry.method.hooks] for h in ("before", "after", "leave"))
+    befores, afters, leavers = ([q for q in parts if h in q.entry.hooks] for h in ("before", "after", "leave"))
     if befores:
         x, put = _in(m, args, kwargs)
         args, kwargs = put(_point(befores, gates, m, "before", x, (x,)))
@@ -109,16 +109,16 @@ def _use(part: Any, m: Place, hook: str, dtype: Any) -> Use:
 
 def _seen(part: Any, m: Place) -> list[Tensor]:
     """What the method's companions found at other modules."""
-    if not part.entry.companions:
-        return []
-    method = part.entry.method
-    keys = [*([MASK] if method.sees_mask else []), *method.watched]
-    for k in keys:
-        if k not in part.seen:
+    found = []
+    for c in part.entry.companions:
+        key = MASK if c.kind == MASK else c.at
+        if key not in part.seen:
             raise ValueError(
-                f"{m.label}: {method} needs what {k} gives, and it has not run before this module in this call"
+                f"{m.label}: {part.entry.method} needs what {c.at or 'the model'} gives, which has not run before this "
+                "module in this call"
             )
-    return [plain(part.seen[k]) for k in keys]
+        found.append(plain(part.seen[key]))
+    return found
 
 
 def lost(m: Place, t: Tensor, gates: Gates) -> str:

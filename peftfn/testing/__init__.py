@@ -5,11 +5,12 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType
 
-from peftfn.core.method import Method, Weight
+from peftfn.core.method import Method
+from peftfn.core.modules import ModuleMethod
 from peftfn.model.model import sites
-from peftfn.testing.case import SITE, Case, close, leaves, shaken
+from peftfn.testing.case import Case, close, leaves, shaken
 from peftfn.testing.laws import CORE, FEW, LAWS, ONCE
-from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
+from peftfn.testing.models import ALIKE, AROUND, MODELS, SEVERAL, Model
 
 __all__ = [
     "CORE",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-_DIFFERENT = ("linear, no bias", "embedding", "other")
+_DIFFERENT = ("linear, no bias", "embedding", "other", "module, attention")
 """Models that differ from "linear" in what a function gets, and not only in how a call reaches it: for `FEW`."""
 
 
@@ -35,32 +36,54 @@ class LawBroken(AssertionError):
     """A method breaks a law; the message says which, and on what smallest case."""
 
 
-ADAPT = """`adapt` runs init, frozen, prepare, delta and bias on the meta device first, where tensors have shapes and no
-values: make tensors by `rng`, or from w and p, and read none of their values; init and frozen give dicts."""
+ADAPT = """`adapt` runs init, frozen, prepare, delta and bias (around a module: before and after) on the meta device
+first, where tensors have shapes and no values: make tensors by `rng`, or from w and p, and read none of their values;
+init and frozen give dicts."""
 
 
-def models_for(method: Weight) -> list[str]:
+def models_for(method: Method) -> list[str]:
     """The tiny models whose sites the method accepts: with one site, and, where sites share tensors, with several.
 
-    LawBroken if `adapt` fails on the first of them, or if the method refuses all those with several sites.
+    LawBroken if `adapt` fails on the first of them (of those with modules as sites: on all), or if the method refuses
+    all those with several sites.
     """
-    if not isinstance(method, Weight):
+    if not isinstance(method, Method):
         raise TypeError(f"the laws are about a method with its hyper-parameters, like LoRA(rank=2), not {method!r}")
-    names = [n for n, m in MODELS.items() if m.kind in method.kinds and (method.mergeable or n != "dense")]
+    names = [n for n, m in (MODELS | AROUND).items() if m.kind in method.kinds]
+    names = [n for n in names if n != "dense" or Case(method).merges]
+    if not names:
+        raise TypeError(f"there are no laws of methods at {', '.join(sorted(method.kinds))} yet: {method}")
+    names = _accepted(method, names)
     case = Case(method, names[0])
-    try:
-        first = case.net.plan[SITE]
-    except Exception as e:
-        raise LawBroken(_message("adapt", case, ADAPT, e)) from e
+    first = case.net.plan[case.site]
     if method.overrides("shared") or method.overrides("bank"):
         several = _several(method, SEVERAL) or _several(method, ALIKE)
         if not several:
             raise LawBroken(f"adapt: {method} shares tensors among sites, and refuses every model with several sites")
         names += several
-    return [n for n in names if not first.adds_bias or sites(Case(method, n).model)[SITE].bias is not None]
+    return [n for n in names if not first.adds_bias or sites(Case(method, n).model)[case.site].bias is not None]
 
 
-def _several(method: Weight, models: Mapping[str, Model]) -> list[str]:
+def _accepted(method: Method, names: list[str]) -> list[str]:
+    """Those of the models that the method can adapt: of those with weights all, the first of which is tried; of those
+    with modules all that `init` does not refuse with a ValueError."""
+    out: list[str] = []
+    failed: list[tuple[Case, Exception]] = []
+    for name in names if isinstance(method, ModuleMethod) else names[:1]:
+        case = Case(method, name)
+        try:
+            case.net  # noqa: B018
+            out.append(name)
+        except Exception as e:
+            failed.append((case, e))
+            if not isinstance(e, ValueError):
+                raise LawBroken(_message("adapt", case, ADAPT, e)) from e
+    if failed and not out:
+        raise LawBroken(_message("adapt", failed[0][0], ADAPT, failed[0][1])) from failed[0][1]
+    return out if isinstance(method, ModuleMethod) else names
+
+
+def _several(method: Method, models: Mapping[str, Model]) -> list[str]:
     """The models of several sites that the method accepts: all of its kinds but those that its `shared` or `bank`
     refuses with a ValueError."""
     names = []
@@ -77,12 +100,12 @@ def _several(method: Weight, models: Mapping[str, Model]) -> list[str]:
     return names
 
 
-def _functions(method: Weight, e: BaseException) -> list[str]:
+def _functions(method: Method, e: BaseException) -> list[str]:
     """The functions of the method that were running when e was raised, the innermost last."""
     codes = {
         f.__code__: n
         for c in type(method).__mro__
-        if c not in (Method, Weight)
+        if issubclass(c, Method) and not c._family
         for n, f in vars(c).items()
         if isinstance(f, FunctionType)
     }
@@ -90,7 +113,7 @@ def _functions(method: Weight, e: BaseException) -> list[str]:
     return [codes[frame.f_code] for frame, _ in frames if frame.f_code in codes]
 
 
-def check_law(law: str, method: Weight, examples: int | None = None, models: Sequence[str] | None = None) -> None:
+def check_law(law: str, method: Method, examples: int | None = None, models: Sequence[str] | None = None) -> None:
     """Check one law of `LAWS` on the simplest case of each kind of site, and on `examples` random cases.
 
     Args:
@@ -110,7 +133,7 @@ def _examples() -> int:
     return int(os.environ.get("PEFTFN_EXAMPLES", "0"))
 
 
-def _check(law: str, method: Weight, names: list[str], n: int) -> None:
+def _check(law: str, method: Method, names: list[str], n: int) -> None:
     for name in _some(law, names):
         _run(law, Case(method, name))
     if n and law not in ONCE:
@@ -119,7 +142,7 @@ def _check(law: str, method: Weight, names: list[str], n: int) -> None:
 
 def _some(law: str, names: list[str]) -> list[str]:
     """Those of the models that the law is checked on."""
-    several = [name for name in names if name not in MODELS]
+    several = [name for name in names if name not in MODELS | AROUND]
     if law in ONCE:
         return [*several, *names][:1]
     if law in CORE:
@@ -129,7 +152,7 @@ def _some(law: str, names: list[str]) -> list[str]:
     return names
 
 
-def _search(law: str, method: Weight, names: list[str], n: int) -> None:
+def _search(law: str, method: Method, names: list[str], n: int) -> None:
     """Check n random cases, and find the smallest that fails."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
@@ -165,13 +188,14 @@ def _message(law: str, case: Case, meaning: str | None, e: Exception) -> str:
     return "\n  ".join([*lines, *getattr(e, "__notes__", [])])
 
 
-def check_method(method: Weight, laws: Iterable[str] = tuple(LAWS)) -> None:
+def check_method(method: Method, laws: Iterable[str] = tuple(LAWS)) -> None:
     """Check that a method obeys every law, at every kind of site it accepts. Takes a few seconds.
 
         check_method(MyMethod(rank=2))
 
     Args:
-        method: with sizes that fit a weight of [6, 8] (`rank=2`, `block_size=2`).
+        method: with sizes that fit a weight of [6, 8] (`rank=2`, `block_size=2`); of a method around a module, one that
+            takes 8 features and returns 6, or 8.
         laws: names of some of `LAWS`, for those alone.
 
     Raises:

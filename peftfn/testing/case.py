@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.core.method import Weight
-from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
+from peftfn.testing.models import ALIKE, AROUND, MODELS, SEVERAL, Model
 
-SITE = "layer.weight"
+SITE, PLACE = "layer.weight", "layer"
 
 
 @dataclass(frozen=True)
 class Case:
     """One method on one tiny model, with inputs and random leaves."""
 
-    method: Weight
+    method: Any  # a Method
     model_name: str = "linear"
     seed: int = 0
     rows: int = 2
@@ -26,12 +26,23 @@ class Case:
 
     @property
     def kind(self) -> Model:
-        return (MODELS | SEVERAL | ALIKE)[self.model_name]
+        return (MODELS | AROUND | SEVERAL | ALIKE)[self.model_name]
+
+    @property
+    def site(self) -> str:
+        """The name of the interesting site."""
+        return SITE if self.method.adapts == "parameter" else PLACE
 
     @property
     def rule(self) -> str:
-        """The pattern that finds the model's sites: SITE, and those beside it."""
-        return SITE if self.model_name in MODELS else r"^(layer|more\.\d+)\.weight$"
+        """The pattern that finds the model's sites: `site`, and those beside it."""
+        several = r"^(layer|more\.\d+)" + self.site.removeprefix("layer").replace(".", r"\.") + "$"
+        return self.site if self.model_name in MODELS | AROUND else several
+
+    @property
+    def merges(self) -> bool:
+        """Whether the method has a `delta`."""
+        return isinstance(self.method, Weight) and self.method.mergeable
 
     @cached_property
     def model(self) -> nn.Module:

@@ -4,6 +4,7 @@ The laws of laws.py compare what nets do. A method that breaks one of them break
 come first and call `init`, `delta`, `linear`, … themselves, as the core does.
 """
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,40 +20,86 @@ from torch.nn import functional as F
 from peftfn.core import fields as fields_
 from peftfn.core.made import memory
 from peftfn.core.method import Leaf, Weight
-from peftfn.core.plan import Entry
 from peftfn.core.rng import Rng
-from peftfn.tensors.precision import wide
+from peftfn.model.model import weights_of
+from peftfn.model.place import Place
+from peftfn.tensors.precision import cast, wide
+from peftfn.tensors.states import states_in, states_out
 from peftfn.testing.case import Case, close
+from peftfn.testing.routes import Seen
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class At:
     """A method at one site of a case: what its functions get there. Of a stack of experts, the first expert."""
 
-    method: Weight
-    entry: Entry
-    w: Tensor  # canonical
-    b: Tensor | None
+    method: Any
+    entry: Any
+    w: Any  # canonical, or a `Place`
     raw: Leaf  # leaf, bank and constants, in fp32 or better
 
     @classmethod
-    def of(cls, c: Case, name: str, seed: int = 0) -> "Place":
-        entry, tensors = c.net.plan[name], dict(c.model.named_parameters(remove_duplicate=False))
-        w, b = entry.site.canonical(tensors[name].detach()).clone(), tensors.get(entry.site.bias or "")
+    def of(cls, c: Case, name: str, seed: int = 0) -> "At":
+        raise NotImplementedError
+
+    @staticmethod
+    def joined(c: Case, entry: Any, seed: int, w: Any) -> Leaf:
+        """All the method's tensors at a site."""
         a = c.adapter(seed)
-        raw = entry.raw(a[name], a[entry.bank] if entry.bank else {}, w)
-        if entry.site.stacked:
-            raw, w = {k: t if k in entry.common else t[0] for k, t in raw.items()}, w[0]
-        raw = {k: t.detach().clone() for k, t in raw.items()}
-        return cls(entry.method, entry, w, None if b is None else b.detach().clone(), raw)
+        raw: Leaf = entry.raw(a[entry.site.name], a[entry.bank] if entry.bank else {}, w)
+        return raw
 
     def prepared(self, raw: Leaf | None = None) -> Leaf:
-        return self.method.prepare(self.raw if raw is None else raw, self.w)
+        made: Leaf = self.method.prepare(self.raw if raw is None else raw, self.w)
+        return made
 
     def rng(self, seed: int) -> Rng:
         return Rng(seed, self.entry.site.name, site=self.entry.site, constants=self.entry.frozen, bias=self.b)
+
+    @property
+    def b(self) -> Tensor | None:
+        return None
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What no function may write to, by what messages call it."""
+        raise NotImplementedError
+
+    def drawn(self, name: str, seed: int) -> Leaf:
+        """What `init` or `frozen` gives here."""
+        made: Leaf = getattr(self.method, name)(self.rng(seed), self.w)
+        return made
+
+    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+        """(name, p ↦ its result) of the functions that take prepared tensors, those that the core would call."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AtWeight(At):
+    """Of a method that changes a weight."""
+
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, c: Case, name: str, seed: int = 0) -> "AtWeight":
+        entry, tensors = c.net.plan[name], dict(c.model.named_parameters(remove_duplicate=False))
+        w, b = entry.site.canonical(tensors[name].detach()).clone(), tensors.get(entry.site.bias or "")
+        raw = cls.joined(c, entry, seed, w)
+        if entry.site.stacked:
+            raw, w = {k: t if k in entry.common else t[0] for k, t in raw.items()}, w[0]
+        raw = {k: t.detach().clone() for k, t in raw.items()}
+        return cls(entry.method, entry, w, raw, None if b is None else b.detach().clone())
+
+    @property
+    def b(self) -> Tensor | None:
+        return self.bias
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        return {"w": self.w, **({} if self.b is None else {"b": self.b})}
 
     def features(self, method: Weight, dtype: torch.dtype) -> tuple[str, Function] | None:
         """(name, p ↦ its result) of what runs at a linear layer; None where that is the dense weight."""
@@ -61,13 +108,7 @@ class Place:
         x = torch.randn(2, 3, self.w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         return "linear" if method.overrides("linear") else "product", lambda p: method.linear(p, self.w, x)
 
-    def drawn(self, name: str, seed: int) -> Leaf:
-        """What `init` or `frozen` gives here."""
-        made: Leaf = getattr(self.method, name)(self.rng(seed), self.w)
-        return made
-
-    def uses(self, method: Weight | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
-        """(name, p ↦ its result) of the functions that take prepared tensors, those that the core would call."""
+    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
         m, w, dtype = method or self.method, self.w, dtype or self.w.dtype
         if m.mergeable and not m.only_bias():
             yield "delta", lambda p: m.delta(p, wide(w))
@@ -80,17 +121,65 @@ class Place:
             yield "product", lambda p: m.product(p, w, ids, lambda i, m: F.embedding(i, m.mT))
 
 
-def places(c: Case, seed: int = 0) -> list[Place]:
-    return [Place.of(c, name, seed) for name in c.net.plan]
+@dataclass(frozen=True)
+class AtModule(At):
+    """Of a method around a module: with what the module gets and returns in the case's model."""
+
+    args: Any
+    kwargs: Any
+    out: Any
+    seen: list[Tensor]
+
+    @classmethod
+    def of(cls, c: Case, name: str, seed: int = 0) -> "AtModule":
+        entry, model = c.net.plan[name], copy.deepcopy(c.model).requires_grad_(False)
+        place, found = Place.of(model, name), list[Any]()
+
+        def see(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            found.append((args, kwargs, out))
+
+        hook, seen = place.module.register_forward_hook(see, with_kwargs=True), Seen(model, entry.method)
+        model(c.x)
+        hook.remove()
+        values = [t.detach() for t in seen.values(c.x)]
+        seen.remove()
+        raw = {k: t.detach().clone() for k, t in cls.joined(c, entry, seed, place).items()}
+        args, kwargs, out = found[-1]
+        return cls(entry.method, entry, place, raw, args, kwargs, out, values)
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        x, y = states_in(self.args, self.kwargs)[0], states_out(self.out)[0]
+        return {"x": x, "y": y, **{f"m.module.{k}": t for k, t in self.w.module.named_parameters()}}
+
+    def points(self, method: Any = None) -> Iterator[tuple[str, Function, list[Tensor]]]:
+        """(name, (p, hidden states …) ↦ its result, the hidden states) of `before` and `after`."""
+        m, x, y = method or self.method, states_in(self.args, self.kwargs)[0], states_out(self.out)[0]
+        if "before" in m.hooks and x.is_floating_point():
+            yield "before", lambda p, x, *seen: m.before(cast(p, x.dtype), self.w, x, *seen), [x, *self.seen]
+        if "after" in m.hooks:
+            yield "after", lambda p, x, y, *seen: m.after(cast(p, y.dtype), self.w, x, y, *seen), [x, y, *self.seen]
+
+    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+        m = method or self.method
+        for name, f, xs in self.points(m):
+            yield name, lambda p, f=f, xs=xs: f(p, *xs)  # type: ignore[misc]
+        if "leave" in m.hooks:
+            yield "leave", lambda p: states_out(m.leave(p, self.w, self.args, self.kwargs, self.out))[0]
 
 
-def said(method: Weight, name: str) -> str:
+def places(c: Case, seed: int = 0) -> list[Any]:
+    kind: type[At] = AtWeight if isinstance(c.method, Weight) else AtModule
+    return [kind.of(c, name, seed) for name in c.net.plan]
+
+
+def said(method: Any, name: str) -> str:
     return f"{type(method).__name__}.{name}"
 
 
 def functions(c: Case) -> None:
     """Functions are pure and return new tensors of the right dtype; draws come from rng; gradients come back; they run
-    under vmap; low_rank is what linear and delta are."""
+    under vmap; low_rank is what linear and delta are; around a module, rows and later tokens are not mixed in."""
     for check in (
         own_draws,
         writes_nothing,
@@ -100,6 +189,7 @@ def functions(c: Case) -> None:
         carries_gradients,
         maps,
         low_rank_is_linear,
+        minds_rows_and_tokens,
     ):
         check(c)
 
@@ -115,7 +205,7 @@ def keeps(c: Case) -> None:
             "and files lose it: decorate the class with @dataclass(frozen=True), declare its hyper-parameters as "
             "fields, and keep nothing else"
         )
-    for k, v in [(k, v) for owner in cls.__mro__[: cls.__mro__.index(Weight)] for k, v in vars(owner).items()]:
+    for k, v in [(k, v) for owner in cls.__mro__[: cls.__mro__.index(cls.family)] for k, v in vars(owner).items()]:
         found = list(v.values()) if isinstance(v, Mapping) else list(v) if isinstance(v, list | tuple | set) else [v]
         assert not any(isinstance(t, Tensor) for t in found), (
             f"{cls.__name__} keeps a tensor in its class attribute {k}, which is then the same for every seed, site "
@@ -138,7 +228,8 @@ def own_draws(c: Case) -> None:
     if not (c.method.overrides("shared") or c.method.overrides("bank")):
         return
     sites = {n: e.site for n, e in c.net.plan.items()}
-    weights = {n: s.canonical(c.model.get_parameter(n).detach()) for n, s in sites.items()}
+    seen = weights_of(c.model, c.net.plan.places)
+    weights = {n: s.canonical(seen[n]) for n, s in sites.items()}
     rng = partial(Rng, c.seed, "rule", sites=sites)
 
     def shared() -> Leaf:
@@ -157,7 +248,7 @@ def own_draws(c: Case) -> None:
         )
 
 
-def _drawn_alike(method: Weight, name: str, make: Callable[[], Leaf]) -> None:
+def _drawn_alike(method: Any, name: str, make: Callable[[], Leaf]) -> None:
     """AssertionError unless two calls give the same values in different memory, and leave global generators alone."""
     what, before = said(method, name), random.getstate()
     with torch.random.fork_rng():
@@ -188,10 +279,10 @@ def writes_nothing(c: Case) -> None:
     """No function writes into w, p, b or x."""
     for at in places(c):
         p = at.prepared()
-        tensors = {"w": at.w, **({} if at.b is None else {"b": at.b}), **{f"p[{k!r}]": t for k, t in at.raw.items()}}
+        tensors = {**at.given, **{f"p[{k!r}]": t for k, t in at.raw.items()}}
         tensors |= {f"p[{k!r}]": t for k, t in p.items()}
         calls: list[tuple[str, Function]] = [("prepare", partial(_prepared, at)), *at.uses()]
-        calls += [("low_rank", at.method.low_rank)]
+        calls += [("low_rank", at.method.low_rank)] if isinstance(at.method, Weight) else []
         for name, function in calls:
             before = {k: (t._version, t.clone()) for k, t in tensors.items()}
             try:
@@ -203,7 +294,7 @@ def writes_nothing(c: Case) -> None:
                     )
 
 
-def _prepared(at: Place, p: Leaf) -> Leaf:
+def _prepared(at: At, p: Leaf) -> Leaf:
     return at.prepared()
 
 
@@ -233,17 +324,17 @@ def own_dtypes(c: Case) -> None:
                     "tensors: it must compute in fp32 or better"
                 )
             for name, function in at.uses():
-                fast = name in ("linear", "product")
+                fast = name not in ("delta", "bias")
                 y = function({k: t.to(dtype) if t.is_floating_point() else t for k, t in p.items()} if fast else p)
                 want = dtype if fast else torch.float32
                 assert y.dtype == want, (
                     f"{said(at.method, name)} gives {y.dtype} where its tensors and x are {want}: return that dtype"
                 )
-            if dtype == torch.float32:
+            if dtype == torch.float32 and isinstance(at.method, Weight):
                 _under_autocast(at, p)
 
 
-def _under_autocast(at: Place, p: Leaf) -> None:
+def _under_autocast(at: AtWeight, p: Leaf) -> None:
     features = at.features(at.method, torch.float32)
     if features is not None:
         half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in p.items()}
@@ -283,7 +374,7 @@ def repeats(c: Case) -> None:
                 )
 
 
-def replace_method(at: Place, method: Weight) -> Place:
+def replace_method(at: At, method: Any) -> Any:
     return replace(at, method=method)
 
 
@@ -329,6 +420,8 @@ def maps(c: Case) -> None:
 
 def low_rank_is_linear(c: Case) -> None:
     """`low_rank` means what delta and linear do, dropout too: kernels and mixed batches run it in their place."""
+    if not isinstance(c.method, Weight):
+        return
     for at in places(c):
         low = at.method.eval().low_rank(at.prepared()) if at.w.dim() == 2 else None
         if low is not None and at.method.mergeable:
@@ -344,7 +437,29 @@ def low_rank_is_linear(c: Case) -> None:
             _drops(at)
 
 
-def _drops(at: Place) -> None:
+def minds_rows_and_tokens(c: Case) -> None:
+    """What a method around a module makes of a row depends on that row alone, and of a token on no later one; and the
+    place stays as it is."""
+    if isinstance(c.method, Weight):
+        return
+    for at in places(c):
+        method = at.method.eval()
+        p, before = replace_method(at, method).prepared(), dict(vars(at.w))
+        for name, f, xs in at.points(method):
+            y = f(p, *xs)
+            alone = torch.cat([f(p, *(x[i : i + 1] for x in xs)) for i in range(len(y))])
+            close(alone, y, f"{said(method, name)} mixes the rows of a batch: of each row alone")
+            first = f(p, *(x[:, :-1] for x in xs))
+            if method.causal:
+                what = f"{said(method, name)} reads later tokens (where that is meant, say causal = False)"
+                close(first, y[:, :-1], f"{what}: without the last token")
+        for name, f in at.uses(method):
+            f(p)
+            kept = sorted(k for k, v in vars(at.w).items() if before.get(k) is not v)
+            assert not kept, f"{said(method, name)} keeps {', '.join(kept)} on the place m, which other calls share"
+
+
+def _drops(at: AtWeight) -> None:
     """The same dropout in `low_rank` as in `linear`."""
     method = _dropping(at.method)
     low = method.low_rank(replace_method(at, method).prepared())
@@ -363,12 +478,12 @@ def _drops(at: Place) -> None:
     )
 
 
-def _dropping(method: Weight) -> Weight:
+def _dropping(method: Any) -> Any:
     """The method with dropout, if it has that field and takes it."""
     return _with(method, "dropout", 0.5) or method
 
 
-def _with(method: Weight, field: str, value: Any) -> Weight | None:
+def _with(method: Any, field: str, value: Any) -> Any:
     """The method with another value of a field; None where it has no such field, or refuses the value."""
     if all(f.name != field for f in fields(method)):  # type: ignore[arg-type]
         return None
@@ -378,7 +493,7 @@ def _with(method: Weight, field: str, value: Any) -> Weight | None:
         return None
 
 
-def _variants(method: Weight) -> list[Weight]:
+def _variants(method: Any) -> list[Any]:
     """The method with dropout, and with each of its switches turned."""
     switches = [f.name for f in fields(method) if isinstance(getattr(method, f.name), bool)]  # type: ignore[arg-type]
     turned = [_with(method, name, not getattr(method, name)) for name in switches]
@@ -414,10 +529,12 @@ def every_field(c: Case) -> None:
         case.model.train()
         case.net.apply(case.net.init(), case.x)
         for at in places(case):
-            method.low_rank(at.prepared())
+            if isinstance(method, Weight):
+                method.low_rank(at.prepared())
             for _, function in at.uses():
                 function(at.prepared())
     assert not own - read, (
         f"{cls.__name__} has the field {', '.join(sorted(own - read))}, which none of init, frozen, shared, bank, "
-        "prepare, delta, linear, product, bias, low_rank reads: it changes nothing. Use it, or take it out"
+        "prepare and the family's own functions (delta, linear, product, bias, low_rank; before, after, leave) reads: "
+        "it changes nothing. Use it, or take it out"
     )

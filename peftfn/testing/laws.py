@@ -5,7 +5,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import peftfn as pf
 from peftfn.core.method import Weight
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
-from peftfn.testing.case import SITE, Case, close, dot, leaves, shaken
+from peftfn.testing.case import Case, close, dot, leaves, shaken
 from peftfn.testing.contract import every_field, functions, keeps
 from peftfn.testing.models import twice
-from peftfn.testing.routes import ROUTES, Party, meaning, wanted
+from peftfn.testing.routes import ROUTES, Party, meaning_of
 
 
 def identity(c: Case) -> None:
@@ -42,11 +42,11 @@ def effect(c: Case) -> None:
 
 def meaning_is_speed(c: Case) -> None:
     """linear and product equal the dense weight w + delta, in eval mode."""
-    entry = c.net.plan[SITE]
-    if not c.method.mergeable or entry.site.stacked or c.kind.kind == "other":
+    entry: Any = c.net.plan[c.site]
+    if not c.merges or entry.site.stacked or c.kind.kind == "other":
         return
-    a, m = c.adapter(), entry.site.canonical(c.model.get_parameter(SITE).detach())
-    method, p = entry.tensors(a[SITE], a.get(entry.bank or "", {}), m)
+    a, m = c.adapter(), entry.site.canonical(c.model.get_parameter(c.site).detach())
+    method, p = entry.tensors(a[c.site], a.get(entry.bank or "", {}), m)
     method = method.eval()
     dense, name = m + method.delta(p, m), type(method).__name__
     x = torch.randn(c.rows, 3, m.shape[1], generator=torch.Generator().manual_seed(c.seed))
@@ -62,12 +62,13 @@ def meaning_is_speed(c: Case) -> None:
 
 
 def routes(c: Case, among: Collection[str] = tuple(ROUTES)) -> None:
-    """Every way from an adapter to an output gives what the method means, the dense weight w + delta and the bias of
-    `bias`, in value and gradient: of `ROUTES`, each that the case has.
+    """Every way from an adapter to an output gives what the method means, in value and gradient: the dense weight
+    w + delta and the bias of `bias`, or `before`, `after` and `leave` around the module. Of `ROUTES`, each that the
+    case has.
     """
     party = Party.of(c)
     base, trained = c.model(party.x), party.trained
-    changes = torch.stack([meaning(net, a, party.x) for net, a in party.all], -1) - base[..., None]
+    wanted = meaning_of(party, base)
     weights = torch.linspace(-1, 1, base.numel()).view_as(base)
 
     def slope(y: Tensor, of: list[Tensor]) -> list[Tensor]:
@@ -82,7 +83,7 @@ def routes(c: Case, among: Collection[str] = tuple(ROUTES)) -> None:
         of = [*trained, gates] if gates.requires_grad else trained
         key = gates.shape, *gates.flatten().tolist()
         if key not in known:
-            want = wanted(base, changes, gates)
+            want = wanted(gates)
             known[key] = want.detach(), slope(want, of)
         want, slopes = known[key]
         got = route.run(party, gates)
@@ -93,24 +94,35 @@ def routes(c: Case, among: Collection[str] = tuple(ROUTES)) -> None:
 
 
 def merging(c: Case) -> None:
-    """merge keeps names, shapes and dtypes, and refuses a bias for a layer without one; delta is what it changes."""
-    if not c.method.mergeable:
-        return
+    """merge keeps names, shapes and dtypes, and refuses a bias for a layer without one; delta is what it changes. Of a
+    method that changes no weight, both are refused, with the site's name."""
     a = c.adapter()
-    if c.net.plan[SITE].adds_bias and "layer.bias" not in dict(c.model.named_parameters()):
-        try:
-            c.net.merge(a)
-        except ValueError as e:
-            assert SITE in str(e)
-            return
-        raise AssertionError("merged a bias into a layer that has none")
+    if not isinstance(c.method, Weight):
+        for refused in (c.net.merge, c.net.delta):
+            _refused(refused, a, naming=c.site)
+        return
+    if not c.merges:
+        return
+    if c.net.plan[c.site].adds_bias and "layer.bias" not in dict(c.model.named_parameters()):
+        _refused(c.net.merge, a, naming=c.site)
+        return
     merged = c.net.merge(a)
     base = dict(c.model.named_parameters(remove_duplicate=False))
     assert merged.keys() == base.keys()
     assert all(merged[n].shape == p.shape and merged[n].dtype == p.dtype for n, p in base.items())
     if not c.method.overrides("bias"):
-        w = c.model.get_parameter(SITE).detach()
-        close(c.net.delta(a)[SITE], wide(merged[SITE]) - wide(w), "delta")
+        w = c.model.get_parameter(c.site).detach()
+        close(c.net.delta(a)[c.site], wide(merged[c.site]) - wide(w), "delta")
+
+
+def _refused(f: Callable[..., Any], *args: Any, naming: str) -> None:
+    """AssertionError unless f(*args) is a ValueError that names the site."""
+    try:
+        f(*args)
+    except ValueError as e:
+        assert f"{naming}: " in str(e), f"the error names no site: {e}"
+        return
+    raise AssertionError(f"no ValueError from {getattr(f, '__name__', f)}, which has no meaning here")
 
 
 def purity(c: Case) -> None:
@@ -124,7 +136,7 @@ def purity(c: Case) -> None:
     c.loss({n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in c.adapter().items()}).backward()  # type: ignore[no-untyped-call]
     try:
         c.net.apply(a, object())
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ValueError):
         pass
     else:
         raise AssertionError("an object() went through the model")
@@ -154,9 +166,9 @@ class _Writing(nn.Module):
 
 def _writing_forward(c: Case) -> None:
     model = _Writing(c.model, True).eval()
-    plain = pf.adapt(_Writing(c.model, False).eval(), {SITE: c.method}, seed=c.seed)
+    plain = pf.adapt(_Writing(c.model, False).eval(), {c.site: c.method}, seed=c.seed)
     a = shaken(plain.init(c.seed, dtype=torch.promote_types(c.dtype, torch.float32)), c.seed)
-    net, before = pf.adapt(model, {SITE: c.method}, seed=c.seed), held(model)
+    net, before = pf.adapt(model, {c.site: c.method}, seed=c.seed), held(model)
     for _ in range(3):
         close(net.apply(a, c.x), plain.apply(a, c.x) + 1, "a model whose forward installs a hook")
     unchanged(held(model), before)
@@ -256,11 +268,11 @@ def conformed(c: Case) -> None:
     try:
         b = pf.conform(a, c.net, to)
     except ValueError as e:
-        assert SITE in str(e) and c.net.plan[SITE].frozen, f"{c.method} has padding, and conform says {e}"
+        assert c.site in str(e) and c.net.plan[c.site].frozen, f"{c.method} has padding, and conform says {e}"
         return
     to.plan.check(b)
-    if c.method.mergeable and not c.method.overrides("bias"):
-        close(to.delta(b)[SITE], c.net.delta(a)[SITE], f"delta of the wider adapter{by}")
+    if c.merges and not c.method.overrides("bias"):
+        close(to.delta(b)[c.site], c.net.delta(a)[c.site], f"delta of the wider adapter{by}")
     close(to.apply(b, c.x), c.net.apply(a, c.x), f"apply with the wider adapter{by}")
 
 
@@ -354,10 +366,10 @@ def structure(c: Case) -> None:
     empty = pf.adapt(c.kind.build(c.seed).to("meta"), {c.rule: c.method}).init()
     assert all(t.is_meta for t in leaves(empty))
     assert [t.shape for t in leaves(empty)] == [t.shape for t in leaves(a)], "other shapes on meta"
-    names = [n for n, s in pf.sites(c.model).items() if s.kind == "other" and n != SITE]
+    names = [n for n, s in pf.sites(c.model).items() if s.kind == "other" and n != c.site]
     if names:
         wider = pf.adapt(c.model, {"bias": pf.Full(), c.rule: c.method}, seed=c.seed)
-        close(wider.init(1)[SITE], a[SITE], "init beside another site", 0)
+        close(wider.init(1)[c.site], a[c.site], "init beside another site", 0)
 
 
 def round_trip(c: Case) -> None:
@@ -381,40 +393,56 @@ def values(c: Case) -> None:
     assert repr(m).startswith(f"{type(m).__name__}(")
     assert pickle.loads(pickle.dumps(m)) == m
     assert from_json(json.loads(json.dumps(to_json(m))), Path()) == m
-    assert {f.name for f in fields(m)}.isdisjoint(vars(Weight)), "a field hides one of Weight's functions"  # type: ignore[arg-type]
+    family = type(m).family
+    assert {f.name for f in fields(m)}.isdisjoint(vars(family)), f"a field hides one of {family.__name__}'s functions"  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Nothing(pf.ModuleMethod, abstract=True):
+    """y: the identity around a module, for `chain`."""
+
+    def init(self, rng: pf.Rng, m: pf.Place) -> dict[str, Tensor]:
+        return {"zero": rng.zeros(1)}
+
+    def after(self, p: Any, m: pf.Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return y + p["zero"]
 
 
 def algebra(c: Case) -> None:
     """scale(a, 0) is the base, scale(a, 1) is a; add commutes; adding or chaining nothing changes nothing."""
-    if not c.method.mergeable:
+    if not c.method.combines:
+        _refused(c.net.apply, pf.scale(c.adapter(), 0.5), c.x, naming=c.site)
         return
-    named, has = {*c.method.linear_in, *c.method.scales_with}, c.net.prepare(c.net.init())[SITE].keys()
+    if isinstance(c.method, Weight) and not c.merges:
+        return
+    linear_in, scales_with = (getattr(c.method, k, ()) for k in ("linear_in", "scales_with"))
+    named, has = {*linear_in, *scales_with}, c.net.prepare(c.net.init())[c.site].keys()
     assert not named or named & has, (
         f"linear_in or scales_with is {sorted(named)}; a prepared adapter has {sorted(has)}"
     )
     a, b = c.adapter(0), c.adapter(1)
-    scaled = f" (scales_with is {', '.join(c.method.scales_with)})" if c.method.scales_with else ""
+    scaled = f" (scales_with is {', '.join(scales_with)})" if scales_with else ""
     close(c.net.apply(pf.scale(a, 0.0), c.x), c.model(c.x), f"scale(a, 0){scaled}", 1e-5)
     close(c.net.apply(pf.scale(a, 1.0), c.x), c.net.apply(a, c.x), f"scale(a, 1){scaled}")
-    want = c.net.delta(a)[SITE]
-    close(c.net.delta(pf.scale(a, 0.5))[SITE], 0.5 * want, f"delta(a/2) against delta(a)/2{scaled}")
-    closed = (
-        f" (linear_in is {', '.join(c.method.linear_in)}: all else is taken for constant)" if c.method.linear_in else ""
-    )
+    if c.merges:
+        want = c.net.delta(a)[c.site]
+        close(c.net.delta(pf.scale(a, 0.5))[c.site], 0.5 * want, f"delta(a/2) against delta(a)/2{scaled}")
+    closed = f" (linear_in is {', '.join(linear_in)}: all else is taken for constant)" if linear_in else ""
     close(c.net.apply(pf.add(a, b), c.x), c.net.apply(pf.add(b, a), c.x), f"add commutes{closed}")
     close(c.net.apply(pf.add(a, pf.scale(b, 0.0)), c.x), c.net.apply(a, c.x), "a + 0·b")
     halves = pf.add(pf.scale(a, 0.5), pf.scale(a, 0.5))
     close(c.net.apply(halves, c.x), c.net.apply(a, c.x), f"a/2 + a/2{scaled}")
-    both = c.net.delta(pf.add(a, b))[SITE]
-    close(both, c.net.delta(a)[SITE] + c.net.delta(b)[SITE], f"delta(a + b){closed}")
+    if c.merges:
+        both = c.net.delta(pf.add(a, b))[c.site]
+        close(both, c.net.delta(a)[c.site] + c.net.delta(b)[c.site], f"delta(a + b){closed}")
     if c.method.overrides("shared") or c.method.overrides("bank"):
         return
-    chained = pf.chain(c.method, pf.Full())
-    then = pf.adapt(c.model, {SITE: chained}, seed=c.seed)
-    inside = "" if isinstance(c.method, pf.Chain) else "0."
-    leaf = {inside + k: t for k, t in a[SITE].items()}
-    last = {k: torch.zeros(shape) for k, shape in then.plan[SITE].spec.items() if k not in leaf}
-    close(then.apply({SITE: leaf | last}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
+    chained = pf.chain(c.method, pf.Full() if c.merges else Nothing())
+    then = pf.adapt(c.model, {c.site: chained}, seed=c.seed)
+    inside = "" if isinstance(c.method, pf.Chain | pf.ModuleChain) else "0."
+    leaf = {inside + k: t for k, t in a[c.site].items()}
+    last = {k: torch.zeros(shape) for k, shape in then.plan[c.site].spec.items() if k not in leaf}
+    close(then.apply({c.site: leaf | last}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
 
 
 def half_precision(c: Case) -> None:
@@ -430,10 +458,10 @@ def half_precision(c: Case) -> None:
         x = low.x.float() if low.x.is_floating_point() else low.x
         wide_net = pf.adapt(model, {c.rule: c.method}, seed=c.seed)
         close(y.float(), wide_net.apply(a, x), f"{dtype} apply", rtol)
-        if c.method.mergeable and not c.net.plan[SITE].adds_bias:
+        if c.merges and not c.net.plan[c.site].adds_bias:
             close(
-                low.net.merge(a)[SITE],
-                wide_net.merge(a)[SITE].to(dtype),
+                low.net.merge(a)[c.site],
+                wide_net.merge(a)[c.site].to(dtype),
                 f"{dtype} merge",
                 1e-2 if dtype == torch.bfloat16 else 2e-3,
             )

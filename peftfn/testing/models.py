@@ -1,8 +1,10 @@
 """The smallest model of every kind of site, all with a canonical weight of [6, 8], so that one case fits them all."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -50,10 +52,41 @@ class Sliced(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.weight)
 
 
+class Attention(nn.Module):
+    """Attention as Llama has it: called by keyword, with positions; it returns a tuple."""
+
+    head_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(IN, IN), nn.Linear(IN, self.head_dim)
+        self.v_proj, self.o_proj = nn.Linear(IN, self.head_dim), nn.Linear(IN, IN, bias=False)
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q = q.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+        y = torch.softmax(q @ k[..., None, :, :].mT / 2, -1) @ v[..., None, :, :]
+        return self.o_proj(y.transpose(-3, -2).flatten(-2)), None
+
+
+def positional(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of one tensor."""
+    out: Tensor = layer(x)
+    return out
+
+
+def attended(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer like `Attention`."""
+    angles = torch.linspace(0, 1, x.shape[-2] * 4, dtype=x.dtype).view(1, x.shape[-2], 4)
+    out: Tensor = layer(hidden_states=x, position_embeddings=(angles.cos(), angles.sin()))[0]
+    return out
+
+
 @dataclass(frozen=True)
 class Model:
-    """kind: of its interesting site `layer.weight`; rowed: whether mixed batches keep their rows there; more: layers
-    beside it, with the same input, whose outputs are added to its own; tied: all have one weight."""
+    """kind: of its interesting site `layer.weight`, or `layer` where it is a module; rowed: whether mixed batches keep
+    their rows there; more: layers beside it, with the same input, whose outputs are added to its own; tied: all have
+    one weight; call: how the layers are called."""
 
     kind: str
     layer: Callable[[], nn.Module]
@@ -61,11 +94,14 @@ class Model:
     rowed: bool = True
     more: tuple[Callable[[], nn.Module], ...] = ()
     tied: bool = False
+    call: Callable[[nn.Module, Tensor], Tensor] = positional
+    root: Callable[..., nn.Module] = lambda *args: _Wrap(*args)
 
     def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _Wrap(self.layer(), [layer() for layer in self.more], self.tied).to(dtype).eval()
+            wrapped = self.root(self.layer(), [layer() for layer in self.more], self.tied, self.call)
+            return wrapped.to(dtype).eval()
 
     def x(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         with torch.random.fork_rng():
@@ -74,39 +110,57 @@ class Model:
 
 
 class _Wrap(nn.Module):
-    def __init__(self, layer: nn.Module, more: list[nn.Module], tied: bool):
+    def __init__(
+        self, layer: nn.Module, more: list[nn.Module], tied: bool, call: Callable[[nn.Module, Tensor], Tensor]
+    ):
         super().__init__()
-        self.layer = layer
+        self.layer, self.call = layer, call
         if more:
             self.more = nn.ModuleList(more)
         for other in more if tied else ():
             other.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
+        out = self.call(self.layer, x)
         for layer in getattr(self, "more", ()):
-            out = out + layer(x)[..., : out.shape[-1]]  # a sum, so that gates of outputs are gates of the layers'
+            out = (
+                out + self.call(layer, x)[..., : out.shape[-1]]
+            )  # a sum, so that gates of outputs are gates of the layers'
         return out
 
 
-class _Twice(_Wrap):
-    """A model that uses its layers in one mode first, for nothing, and then as usual."""
+class _Backbone(_Wrap):
+    """A backbone of one layer: it embeds tokens, and has a module before the layer, `stem`."""
 
-    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]):
-        nn.Module.__init__(self)
-        self.mode = mode
-        for name, layers in model.named_children():
-            self.add_module(name, layers)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.embed, self.stem = nn.Embedding(IN, IN), nn.Linear(IN, OUT)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with self.mode():
-            super().forward(x)
-        return super().forward(x)
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None) -> Tensor:
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.stem(x) + super().forward(x)
 
 
 def twice(model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]) -> nn.Module:
-    """One of these models, run in `mode` first."""
-    return _Twice(model, mode).eval()
+    """One of these models, which uses its layers in `mode` first, for nothing, and then as usual."""
+    out = copy.copy(model)
+    out.__class__ = _twice_class(type(model))  # type: ignore[arg-type]
+    out.mode = mode  # type: ignore[assignment]
+    return out.eval()
+
+
+@cache
+def _twice_class(cls: Any) -> Any:
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.mode():
+            cls.forward(self, *args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
+
+    return type(f"Twice{cls.__name__}", (cls,), {"forward": forward})
 
 
 def _features(rows: int, dtype: torch.dtype) -> Tensor:
@@ -153,12 +207,20 @@ def _twice(name: str, tied: bool = False) -> Model:
     return replace(MODELS[name], more=(MODELS[name].layer,), tied=tied)
 
 
+AROUND = {
+    "module": Model("module", lambda: nn.Linear(IN, OUT), _features),
+    "module, attention": Model("module", Attention, _features, call=attended),
+    "module, in a backbone": Model("module", lambda: nn.Linear(IN, OUT), _ids, root=_Backbone),
+    "module, of ids": Model("module", lambda: nn.Embedding(IN, OUT), _ids),
+}
+"""Those whose site is a module, for methods around a forward."""
 SEVERAL = {
     "linear, several": _linears(True, OUT, OUT + 2),
     "linear, no bias, several": _linears(False, OUT, OUT + 2),
     "embedding, several": _twice("embedding"),
     "conv2d, several": _twice("conv2d"),
     "stack, several": _twice("stack"),
+    "module, several": replace(AROUND["module"], more=(lambda: nn.Linear(IN, OUT),)),
 }
 """Models with several sites, for methods whose sites share tensors (`shared`, `bank`)."""
 ALIKE = {

@@ -1,10 +1,13 @@
-"""Every way from an adapter to an output, and what each must give: what the method's own `delta` and `bias` mean."""
+"""Every way from an adapter to an output, and what each must give: what the method's own functions mean.
+
+They are `delta` and `bias` of a method that changes a weight; `before`, `after` and `leave` of one around a module.
+"""
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.func import functional_call, vmap
 import peftfn as pf
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Entry
+from peftfn.tensors.states import states_in, states_out
 from peftfn.testing.case import SITE, Case, leaves, shaken
 from peftfn.view.module import parameters_of
 
@@ -28,6 +32,7 @@ def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
     """The plain model with weights w + delta and the biases that `bias` makes of its own, in eval mode."""
     weights = dict(net.model.named_parameters(remove_duplicate=False))
     model, new = net.model, dict[str, Any]()
+    entry: Any
     for name, entry in net.plan.items():
         method, w, b = entry.method.eval(), weights[name].detach(), weights.get(entry.site.bias or "")
         p = _prepared(method, entry, adapter, entry.site.canonical(w))
@@ -68,6 +73,75 @@ class _ByInput(nn.Module):
         return self.run(x)
 
 
+class Seen:
+    """What a method around a module of the model sees of others: the mask, all True, and outputs, by hooks."""
+
+    def __init__(self, model: nn.Module, method: Any):
+        self.method, self.outputs = method, dict[str, Tensor]()
+        self.hooks = [
+            model.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in method.watched
+        ]
+
+    def _keep(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self.outputs[name] = states_out(out)[0]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """x: the model's input [rows, tokens, …]."""
+        masks = [torch.ones(x.shape[:2], dtype=torch.bool)] if self.method.sees_mask else []
+        return [*masks, *(self.outputs[name] for name in self.method.watched)]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Around(nn.Module):
+    """A module with adapters around it, as their functions say: one after the other, each on all rows.
+
+    adapters: (method, prepared tensors, what it sees of others). gates: [rows, …, adapters], or [adapters] for all.
+    """
+
+    def __init__(self, module: nn.Module, place: pf.Place, adapters: list[Any], gates: Tensor):
+        super().__init__()
+        self.module, self.place, self.adapters, self.gates = module, place, adapters, gates
+
+    def weighed(self, base: Tensor, f: Callable[[Any, Leaf, list[Tensor]], Tensor]) -> Tensor:
+        """base + Σ_k g_k (f(adapter k) − base)."""
+        between = base.dim() - self.gates.dim() if self.gates.dim() > 1 else 0
+        out = base
+        for k, (method, p, seen) in enumerate(self.adapters[: self.gates.shape[-1]]):
+            g = self.gates[..., k]
+            g = g.view(*g.shape, *[1] * (between + 1)) if g.dim() else g
+            out = out + g * (f(method, p, seen.values(base)) - base)
+        return out
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        m, (x, put) = self.place, states_in(args, kwargs)
+        if x.is_floating_point():
+            args, kwargs = put(self.weighed(x, lambda method, p, seen: method.before(p, m, x, *seen)))
+        out, (x, _) = self.module(*args, **kwargs), states_in(args, kwargs)
+        y, put_y = states_out(out)
+        y = self.weighed(y, lambda method, p, seen: method.after(p, m, x, y, *seen))
+        out = put_y(y)
+        return put_y(self.weighed(y, lambda method, p, _: states_out(method.leave(p, m, args, kwargs, out))[0]))
+
+
+def around(party: "Party", gates: Tensor) -> Tensor:
+    """The model with all adapters of the party around its modules, as `gates` weigh them."""
+    model = copy.deepcopy(party.net.model)
+    for name in party.net.plan:
+        place, adapters = pf.Place.of(model, name), []
+        for net, a in party.all:
+            if name in net.plan:
+                entry = net.plan[name]
+                method: Any = entry.method.eval()
+                raw = entry.raw(a[name], a[entry.bank] if entry.bank else {}, place)
+                adapters.append((method, method.prepare(raw, place), Seen(model, method)))
+        model.set_submodule(name, _Around(model.get_submodule(name), place, adapters, gates))
+    out: Tensor = model(party.x)
+    return out
+
+
 # The ways there are.
 
 
@@ -87,7 +161,7 @@ class Party:
     def of(cls, c: Case, net: pf.Adapted | None = None) -> "Party":
         """`net` in place of the case's own: one of the same sites and sizes on another model."""
         net = net or c.net
-        others = tuple(pf.adapt(net.model, {SITE: m}, seed=c.seed) for m in _companions(c)) if c.kind.rowed else ()
+        others = tuple(pf.adapt(net.model, {c.site: m}, seed=c.seed) for m in _companions(c)) if c.kind.rowed else ()
         groups = [c.adapter(i) for i in range(3)], *([shaken(other.init(i), i)] for i, other in enumerate(others))
         return cls((net, *others), tuple(_tracked(group) for group in groups), c.kind.x(5, c.seed, c.dtype), c.seed)
 
@@ -133,9 +207,11 @@ class Party:
         return pf.Nets(self.nets[::order]), stacks[::order], [k for group in numbers[::order] for k in group]
 
 
-def _companions(c: Case) -> list[Weight]:
+def _companions(c: Case) -> list[Any]:
     """Methods for the same site: one that leaves its layer's bias as it is and, where there can be one, one that makes
-    another."""
+    another; around a module, one of its output."""
+    if not isinstance(c.method, Weight):
+        return [pf.Bottleneck(rank=2, activation="tanh", init_weights="random")]
     plain: Weight = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
     bias = pf.sites(c.model)[SITE].bias
     if bias is None:
@@ -232,7 +308,7 @@ class Route:
 
 def _merges(c: Case) -> bool:
     has = dict(c.model.named_parameters(remove_duplicate=False))
-    return c.method.mergeable and all(not e.adds_bias or e.site.bias in has for e in c.net.plan.values())
+    return c.merges and all(not e.adds_bias or e.site.bias in has for e in c.net.plan.values())
 
 
 def _rowed(c: Case) -> bool:
@@ -240,7 +316,7 @@ def _rowed(c: Case) -> bool:
 
 
 def _tokens(c: Case) -> bool:
-    return c.kind.rowed and c.kind.kind in ("linear", "linear_t", "embedding", "other")
+    return c.kind.rowed and c.kind.kind in ("linear", "linear_t", "embedding", "other", "module")
 
 
 def _first(s: Party) -> Tensor:
@@ -290,7 +366,15 @@ ROUTES = {
 }
 
 
-def wanted(base: Tensor, changes: Tensor, gates: Tensor) -> Tensor:
+def meaning_of(party: Party, base: Tensor) -> Callable[[Tensor], Tensor]:
+    """gates ↦ what the party's adapters mean for its batch, weighed by them. base: what the model gives without."""
+    if not isinstance(next(iter(party.net.plan.values())).method, Weight):
+        return lambda gates: around(party, gates)
+    changes = torch.stack([meaning(net, a, party.x) for net, a in party.all], -1) - base[..., None]
+    return lambda gates: _wanted(base, changes, gates)
+
+
+def _wanted(base: Tensor, changes: Tensor, gates: Tensor) -> Tensor:
     """base + Σ_k gates_k changes_k; changes [rows, …, adapters]."""
     between = changes.dim() - gates.dim()
     if gates.dim() > 1:

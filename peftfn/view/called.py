@@ -98,7 +98,8 @@ def place_calls(
             slots[""] = Called("", choice, {}, place.within(model, vars(model).pop("forward", classes[model])))
         slots[""].ends = sources
     for at, slot in slots.items():
-        model.get_submodule(at).register_module(CALL, slot)
+        layer = model.get_submodule(at)
+        layer.register_module(CALL, slot.train(layer.training))
     return {model.get_submodule(at) for at in slots}
 
 

@@ -47,18 +47,14 @@ class LlamaAdapter(ModuleMethod):
         lacking = [k for k in PARTS if not hasattr(m.module, k)]
         if lacking or not hasattr(m.module, "head_dim"):
             raise ValueError(
-                f"a {type(m.module).__name__} has no {', '.join(lacking) or 'head_dim'}: LlamaAdapter needs an attention that "
-                "is made as Llama's is, with q_proj, k_proj, v_proj and o_proj; its usual name is self_attn"
+                f"a {type(m.module).__name__} has no {', '.join(lacking) or 'head_dim'}: name an attention made as "
+                "Llama's is, with q_proj, k_proj, v_proj and o_proj; its usual name is self_attn"
             )
         return {"prompt": rng.normal(self.n, m.width), "gate": rng.zeros(1)}
 
     def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        a: Any
-        (x, _), (y, put), a = (
-            states_in(args, kwargs),
-            states_out(out),
-            m.module,
-        )  # its projections are those of this call
+        a: Any = m.module  # its projections are those of this call
+        (x, _), (y, put) = states_in(args, kwargs), states_out(out)
         given = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
         h = a.head_dim
         prompt = p["prompt"].to(y.dtype)[None]
