@@ -26,7 +26,7 @@ from peftfn.many.nets import Nets
 from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
-from peftfn.model.model import sites
+from peftfn.model.model import places, sites
 from peftfn.model.place import Place
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
@@ -81,6 +81,7 @@ __all__ = [
     "offload_",
     "onload_",
     "optim",
+    "places",
     "reset_",
     "save",
     "scale",
