@@ -28,7 +28,7 @@ from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
-from peftfn.model.model import sites
+from peftfn.model.model import places, sites
 from peftfn.model.place import Place
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
@@ -86,6 +86,7 @@ __all__ = [
     "offload_",
     "onload_",
     "optim",
+    "places",
     "reset_",
     "routing",
     "save",

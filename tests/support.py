@@ -13,9 +13,10 @@ import peftfn as pf
 from peftfn.core.method import Method, registry
 
 ROOT = Path(__file__).parents[1]
-METHODS = [
-    cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases
-]
+OURS = [cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases]
+METHODS = [m for m in OURS if isinstance(m, pf.Weight)]
+AROUND = [m for m in OURS if isinstance(m, pf.ModuleMethod)]
+"""Methods around a module."""
 CHAINS: list[Method] = [
     pf.chain(pf.LoRA(rank=2), pf.IA3()),
     pf.chain(pf.IA3(feedforward=True), pf.DoRA(rank=2)),

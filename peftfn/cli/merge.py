@@ -92,6 +92,7 @@ class _Merge:
 
     def check(self, name: str, entry: Entry) -> None:
         """ValueError unless the site can be merged into the files."""
+        entry.check_merge()
         method, bias = entry.method, entry.site.bias
         if entry.site.quantised or not method.mergeable:
             why = "its weight is quantised" if entry.site.quantised else f"{method} depends on the input"

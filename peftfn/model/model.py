@@ -115,6 +115,26 @@ def sites(model: nn.Module) -> dict[str, Site]:
     return dict(Model.of(model).sites)
 
 
+def places(model: nn.Module, *, backbones: bool = False) -> dict[str, Site]:
+    """Return every module of the model that is called as a site, in the model's own order; the model itself is "".
+
+    Args:
+        model: any module.
+        backbones: whether to return the backbones alone: the innermost modules whose forward takes inputs_embeds and
+            attention_mask, where methods on a model's inputs stand.
+
+    Returns:
+        {name: Site}. A site's shape is the width of the hidden states that come out of the module, as far as its
+        weights tell it; 0 if they do not.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh())
+        assert pf.places(model)["0"].shape == (4,)
+    """
+    known = Model.of(model)
+    return dict(known.backbones if backbones else known.places)
+
+
 def _held(modules: Mapping[str, nn.Module], kind: str) -> list[tuple[str, Any]]:
     return [
         (f"{prefix}.{k}" if prefix else k, t)

@@ -4,28 +4,30 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from peftfn.model.model import Model
-from peftfn.model.names import matches
+from peftfn.model.names import ends, matches
 from peftfn.tools.table import table
 
 
 @dataclass(frozen=True)
 class Described:
-    """One site: a parameter that a rule of `adapt` can take.
+    """One site: a parameter, or a module, that a rule of `adapt` can take.
 
     Args:
-        name: the parameter's dotted name.
+        name: the dotted name of the parameter or module.
         kind: linear, linear_t (transformers' Conv1D), embedding, conv, conv_t, stack and stack_t (experts), or other
-            (norms, biases).
-        shape, dtype, device: the parameter's.
+            (norms, biases); module; tokens (a backbone).
+        shape, dtype, device: the parameter's. Of a module, the shape is the size of the hidden states that come out, as
+            far as its weights tell it (0: they do not), and the others are of its first parameter.
         aliases: other names of the same slot (a submodule that the model has twice): they are adapted together.
         tied: names of other slots that hold the same tensor. Each is adapted alone; the others do not change.
         quantised: whether its values are packed in another form.
+        type: the class of a module.
 
     Example:
         site = pf.describe(torch.nn.Sequential(torch.nn.Linear(8, 4)))[0]
@@ -40,14 +42,16 @@ class Described:
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     quantised: bool = False
+    type: str = ""
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        """Of a parameter, its size; a module is none."""
+        return 0 if self.type else prod(self.shape)
 
 
 class Description(Sequence[Described]):
-    """The sites of a model, in the model's order. It prints as a table, with one line for layers that are alike.
+    """Sites of a model, in the model's order. It prints as a table, with one line for layers that are alike.
 
     Example:
         sites = pf.describe(torch.nn.Sequential(torch.nn.Linear(8, 4)))
@@ -81,13 +85,16 @@ class Description(Sequence[Described]):
         return sum(s.numel for s in self if s.name not in again)
 
     def __str__(self) -> str:
-        rows = [("site", "kind", "shape", "dtype", "tied with")]
+        modules = any(s.type for s in self)
+        head = ("module", "class", "width", "dtype") if modules else ("site", "kind", "shape", "dtype", "tied with")
+        rows: list[tuple[str, ...]] = [head]
         for name, s in self._lines():
-            kind = f"{s.kind}, quantised" if s.quantised else s.kind
+            kind = s.type or (f"{s.kind}, quantised" if s.quantised else s.kind)
             alike = f" (= {', '.join(s.aliases)})" if s.aliases else ""
-            dtype = str(s.dtype).removeprefix("torch.")
-            rows.append((name + alike, kind, "×".join(map(str, s.shape)), dtype, ", ".join(s.tied)))
-        return f"{table(rows)}\n{len(self):,} sites, {self.numel:,} parameters"
+            dtype, shape = str(s.dtype).removeprefix("torch."), "×".join(map(str, s.shape))
+            line = (name + alike or "(the model itself)", kind, shape, dtype, ", ".join(s.tied))
+            rows.append(line[: len(rows[0])])
+        return f"{table(rows)}\n{len(self):,} " + ("modules" if modules else f"sites, {self.numel:,} parameters")
 
     __repr__ = __str__
 
@@ -97,7 +104,7 @@ class Description(Sequence[Described]):
         for s in self:
             general = re.sub(r"(?<![^.])\d+(?![^.])", "#", s.name, count=1)
             alone = s.name if s.tied or s.aliases else ""
-            groups.setdefault((general, alone, s.kind, s.shape, s.dtype, s.device, s.quantised), []).append(s)
+            groups.setdefault((general, alone, s.kind, s.shape, s.dtype, s.device, s.quantised, s.type), []).append(s)
         for (general, *_), group in groups.items():
             if len(group) == 1:
                 yield group[0].name, group[0]
@@ -106,35 +113,50 @@ class Description(Sequence[Described]):
             yield general.replace("#", f"[{_ranges(numbers)}]", 1), group[0]
 
 
-def describe(model: nn.Module, pattern: str | None = None) -> Description:
-    """List the sites of a model, or those that a pattern matches.
+def describe(
+    model: nn.Module,
+    pattern: str | None = None,
+    *,
+    what: Literal["parameters", "modules", "backbones"] = "parameters",
+) -> Description:
+    """List the sites of a model, or those that a pattern matches: its parameters, its modules or its backbones.
 
     `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything.
 
     Args:
         model: any module.
         pattern: a name pattern, as in the rules of `adapt`; None lists every site.
+        what: what methods adapt: "parameters" (methods that change a weight), "modules" (methods around a module's
+            forward) or "backbones" (methods on a model's inputs). Patterns of the last two are matched at the end.
 
     Returns:
         A sequence of `Described`, which prints as a table.
 
     Raises:
-        ValueError: the pattern is not a valid regular expression, or a parameter is not initialised (a lazy module).
+        ValueError: the pattern is not a valid regular expression, a parameter is not initialised (a lazy module), or
+            `what` is another word.
 
     Example:
         model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
         print(pf.describe(model))
         assert [site.name for site in pf.describe(model, "bias")] == ["0.bias", "1.bias"]
+        print(pf.describe(model, what="modules"))
     """
     known, found = Model.of(model), []
-    for s in known.sites.values():
+    listings = {"parameters": known.sites, "modules": known.places, "backbones": known.backbones}
+    if what not in listings:
+        raise ValueError(f"describe: what is {what!r}; choose one of {list(listings)}")
+    sites, fits = listings[what], matches if what == "parameters" else ends
+    seen = {**known.weights, **known.at(s for s in sites.values() if what != "parameters")}
+    for s in sites.values():
         try:
-            wanted = pattern is None or any(matches(pattern, n) for n in (s.name, *s.aliases))
+            wanted = pattern is None or any(fits(pattern, n) for n in (s.name, *s.aliases))
         except re.error as e:
             raise ValueError(f"describe: {pattern!r} is not a valid regular expression: {e}") from e
         if wanted:
-            w = known.weights[s.name]
-            more = (s.aliases, s.tied, s.quantised)
+            w = seen[s.name]
+            cls = type(w.module).__name__ if what != "parameters" else ""
+            more = (s.aliases, s.tied, s.quantised, cls)
             found.append(Described(s.name, s.kind, tuple(s.shape), w.dtype, w.device, *more))
     return Description(found)
 

@@ -58,9 +58,9 @@ def summary(net: Adapted, *, by_site: bool = True) -> str:
     if not by_site:
         return head
     rows = [("site", "kind", "shape", "method", "trainable")]
-    for name, e in net.plan.items():
+    for e in net.plan.values():
         n = sum(prod(shape) for shape in e.spec.values())
-        rows.append((name, e.site.kind, "×".join(map(str, e.site.shape)), str(e.method), f"{n:,}"))
+        rows.append((e.site.label, e.site.kind, "×".join(map(str, e.site.shape)), str(e.method), f"{n:,}"))
     for name, bank in net.plan.banks.items():
         sites = Counter(e.bank for e in net.plan.values())[name]
         rows.append((name, "bank", f"of {sites} sites", "", f"{sum(map(prod, bank.values())):,}"))

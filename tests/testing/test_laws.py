@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import pytest
-from support import CHAINS, FIRST, METHODS
+from support import AROUND, CHAINS, FIRST, METHODS, OURS
 from torch import Tensor
 
 import peftfn as pf
@@ -12,22 +12,23 @@ from peftfn.core.method import Method, Weight, registry
 from peftfn.testing import CORE, LAWS, ONCE, LawBroken, check_law, check_method, models_for
 
 kinds = cache(models_for)
+AROUND_BOTH = pf.chain(pf.Bottleneck(2), pf.Bottleneck(2, of="input"))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in CORE | ONCE or law == "values"])
-@pytest.mark.parametrize("method", METHODS + CHAINS, ids=str)
+@pytest.mark.parametrize("method", METHODS + CHAINS + AROUND + [AROUND_BOTH], ids=str)
 def test_law(method: Method, law: str) -> None:
     check_law(law, method, models=kinds(method))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law in CORE | ONCE and law != "values"])
-@pytest.mark.parametrize("method", FIRST, ids=str)
+@pytest.mark.parametrize("method", [*FIRST, *{type(m): m for m in AROUND}.values()], ids=str)
 def test_law_of_the_core(method: Method, law: str) -> None:
     check_law(law, method, models=kinds(method))
 
 
 def test_every_method_has_cases() -> None:
-    assert {type(m).__name__ for m in METHODS} >= {
+    assert {type(m).__name__ for m in OURS} >= {
         n for n, c in registry.items() if c.__module__.startswith("peftfn.methods")
     }
 
