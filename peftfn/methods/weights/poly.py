@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from peftfn.core.fields import PositiveInt
+from peftfn.core.fields import PositiveInt, divides
 from peftfn.core.method import LINEAR, Cases, Leaf
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import Factored
@@ -57,8 +57,7 @@ class Poly(Factored):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), q, n, r = w.shape, self.splits, self.skills, self.rank
-        if in_ % q or out % q:
-            raise ValueError(f"Poly: splits={q} does not divide in={in_} and out={out}; give a divisor of both")
+        divides(self, "splits", q, out=out, **{"in": in_})
         return {
             "a": rng.uniform(q, n, in_ // q, r, bound=(3 / in_) ** 0.5),
             "b": rng.zeros(q, n, r, out // q),
