@@ -14,8 +14,8 @@ _KNOWN: "WeakKeyDictionary[nn.Module, tuple[int, int, int]]" = WeakKeyDictionary
 
 
 def cache_sizes(m: Place) -> tuple[int, int, int]:
-    """(layers, heads of keys, size of a head): of the cache that one fake token leaves on a private copy of the backbone,
-    since configurations name these sizes in too many ways; what they say where a kernel has no fake form.
+    """(layers, heads of keys, size of a head) of the cache that one fake token leaves on a private copy of the
+    backbone, since configurations name these sizes in many ways; what they say where a kernel has no fake form.
 
     ValueError for a backbone that leaves no cache of keys and values.
     """
