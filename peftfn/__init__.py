@@ -10,6 +10,7 @@ Example:
 
 from typing import TYPE_CHECKING, Any
 
+from peftfn import routing
 from peftfn.core.combine import Chain, add, chain, scale
 from peftfn.core.method import Method, Weight, registry
 from peftfn.core.modulechain import ModuleChain
@@ -23,6 +24,7 @@ from peftfn.many.alora import alora_gates
 from peftfn.many.bank import Bank, BankBusy, bank
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets
+from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
@@ -31,6 +33,7 @@ from peftfn.model.place import Place
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
+from peftfn.slots.routes import PerForward
 from peftfn.tools import optim
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
@@ -55,9 +58,11 @@ __all__ = [
     "ModuleChain",
     "ModuleMethod",
     "Nets",
+    "PerForward",
     "Place",
     "Prefix",
     "Rng",
+    "Routed",
     "Site",
     "Tokens",
     "Weight",
@@ -83,6 +88,7 @@ __all__ = [
     "optim",
     "places",
     "reset_",
+    "routing",
     "save",
     "scale",
     "sites",

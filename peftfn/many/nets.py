@@ -7,7 +7,9 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.net.run import Runner
-from peftfn.slots.gates import Index, Weights
+from peftfn.slots import routes
+from peftfn.slots.gates import Index
+from peftfn.slots.routes import Gating
 
 
 class Nets:
@@ -70,12 +72,12 @@ class Nets:
             y = pf.Nets([one, two]).mixed(stacks, [1, 0], torch.randn(2, 8))
         """
         self._check(stacks)
-        return self._runner.batch(Index, stacks, index, args, kwargs, params, method, common)
+        return self._runner.batch(Index.of, stacks, index, args, kwargs, params, method, common)
 
     def gated(
         self,
         stacks: Sequence[Mapping[str, Any]],
-        gates: Tensor | list[Any],
+        gates: Gating,
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
@@ -86,7 +88,7 @@ class Nets:
 
         Args:
             stacks: one stack for each net, in the order of the nets.
-            gates: [K], [rows, K] or [rows, tokens, K], K being the number of adapters in all stacks.
+            gates: as for `Adapted.gated`, K being the number of adapters in all stacks.
             args, kwargs, params, method, common: as for `Adapted.mixed`.
 
         Returns:
@@ -102,7 +104,7 @@ class Nets:
             y = pf.Nets([one, two]).gated(stacks, [0.3, 0.7], torch.randn(2, 8))
         """
         self._check(stacks)
-        return self._runner.batch(Weights, stacks, gates, args, kwargs, params, method, common)
+        return self._runner.batch(routes.of, stacks, gates, args, kwargs, params, method, common)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):

@@ -34,12 +34,14 @@ from peftfn.methods.weights.lora import LoRA as LoRA
 from peftfn.methods.weights.mica import MiCA as MiCA
 from peftfn.methods.weights.miss import MiSS as MiSS
 from peftfn.methods.weights.missbat import MiSSBat as MiSSBat
+from peftfn.methods.weights.moelora import MoELoRA as MoELoRA
 from peftfn.methods.weights.monteclora import MonteCLoRA as MonteCLoRA
 from peftfn.methods.weights.oft import OFT as OFT
 from peftfn.methods.weights.olora import OLoRA as OLoRA
 from peftfn.methods.weights.osf import OSF as OSF
 from peftfn.methods.weights.peanut import PEANuT as PEANuT
 from peftfn.methods.weights.pissa import PiSSA as PiSSA
+from peftfn.methods.weights.poly import Poly as Poly
 from peftfn.methods.weights.psoft import PSOFT as PSOFT
 from peftfn.methods.weights.pvera import PVeRA as PVeRA
 from peftfn.methods.weights.qalora import QALoRA as QALoRA

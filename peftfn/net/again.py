@@ -40,8 +40,8 @@ def rematerialised(
     """run(*args, **kwargs), of which only the tensors that a transform is over are kept, for `run` to run again.
 
     They are found in the arguments and in the slots of the layer whose forward `run` is. Where it is that of none, an
-    argument is an object that may hold tensors (a cache), or an adapter in it reads what other modules return, it runs
-    as it is: more memory, no wrong value.
+    argument is an object that may hold tensors (a cache), or an adapter in it reads what other modules return, or has
+    gates that are a function, it runs as it is: more memory, no wrong value.
 
     slots_of: a layer ↦ what its slots hold, by name. filled: a context in which they hold something else.
     """
@@ -52,7 +52,7 @@ def rematerialised(
     if not isinstance(layer, nn.Module) or not _transparent((args, kwargs)):
         return run(*args, **kwargs)
     slots = slots_of(layer)
-    if not all(v.by_itself for v in slots.values() if isinstance(v, Call)):
+    if not all(v.by_itself for v in slots.values() if isinstance(v, Slot | Call)):
         return run(*args, **kwargs)
     found: dict[int, Tensor] = {}
 

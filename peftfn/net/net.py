@@ -15,7 +15,9 @@ from peftfn.model.model import Model, weights_of
 from peftfn.model.place import Place
 from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
-from peftfn.slots.gates import Index, Weights
+from peftfn.slots import routes
+from peftfn.slots.gates import Index
+from peftfn.slots.routes import Gating
 from peftfn.slots.values import Given
 from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.transform import under_transform
@@ -184,12 +186,12 @@ class Adapted:
             many = pf.stack([net.init(seed=0), net.init(seed=1)])
             y = net.mixed(many, [1, -1, 0], torch.randn(3, 8))
         """
-        return self._runner.batch(Index, [stacked], index, args, kwargs, params, method, common)
+        return self._runner.batch(Index.of, [stacked], index, args, kwargs, params, method, common)
 
     def gated(
         self,
         stacked: Mapping[str, Any],
-        gates: Tensor | list[Any],
+        gates: Gating,
         *args: Any,
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
@@ -202,7 +204,9 @@ class Adapted:
             stacked: `stack` of K adapters of this net; each tensor is [K, …].
             gates: [K] for all rows, [rows, K], or [rows, tokens, K]. 1 is the adapter, 0 the base. A batch whose rows
                 each have one gate of 1 and otherwise 0 costs as much as `mixed`. In `generate`, tokens after the given
-                ones use the gates of the last one.
+                ones use the gates of the last one. Or {pattern: gates}, each site having those of the first pattern
+                that matches its name; or a function (site, the site's input) ↦ gates; or a `PerForward`, whose function
+                makes gates anew for each forward pass.
             args, kwargs: as for the model.
             params, method, common: as for `mixed`.
 
@@ -218,7 +222,7 @@ class Adapted:
             many = pf.stack([net.init(seed=0), net.init(seed=1)])
             y = net.gated(many, torch.tensor([0.3, 0.7]), torch.randn(3, 8))
         """
-        return self._runner.batch(Weights, [stacked], gates, args, kwargs, params, method, common)
+        return self._runner.batch(routes.of, [stacked], gates, args, kwargs, params, method, common)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the change of each adapted parameter.

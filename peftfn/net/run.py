@@ -5,7 +5,8 @@ There is no other way to run a model with an adapter. `apply` is one plan with o
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,8 @@ class Runner:
                 made = values(given, gates, skeleton.__getitem__, self.model.training)
                 skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
-                out = call(*args, **kwargs)
+                with nullcontext() if gates is None else gates.during(skeleton.root):
+                    out = call(*args, **kwargs)
                 if not torch.compiler.is_compiling():
                     skeleton.check_in_place(made)
                 if gates is not None:
@@ -99,7 +101,7 @@ class Runner:
 
     def batch(
         self,
-        kind: type[Gates],
+        gates_of: Callable[..., Gates],
         stacks: Sequence[Mapping[str, Any]],
         gates: Any,
         args: Sequence[Any],
@@ -108,14 +110,15 @@ class Runner:
         method: str | None,
         common: Sequence[str] | None,
     ) -> Any:
-        """`run` with a stack of adapters of each plan, and gates of this kind over all of them."""
+        """`run` with a stack of adapters of each plan, and gates over all of them. gates_of: what makes them of what
+        the caller gave."""
         given, count = [], 0
         for plan, stacked in zip(self.plans, stacks, strict=True):
             plan.check(stacked, lead=1)
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
-        made = kind.of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
-        made = made.with_common(common, dict.fromkeys(name for plan in self.plans for name in plan))
+        made = gates_of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
+        made = made.bound(common, dict.fromkeys(name for plan in self.plans for name in plan))
         if (k := made.only) is None:
             return self.run(given, made, args, kwargs, params, method)
         plan, stacked, start, _ = next(part for part in given if k < part.start + part.size)

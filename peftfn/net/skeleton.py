@@ -13,6 +13,7 @@ from enum import Enum
 from functools import partial
 from itertools import chain
 from threading import RLock
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Skeleton:
         self._build()
 
     def _build(self) -> None:
-        with lasting():
+        with lasting(), beneath():  # what is made now serves later calls, outside of this call's transforms
             self._copy()
 
     def _copy(self) -> None:
@@ -83,7 +84,7 @@ class Skeleton:
                 vars(s)[CHECKPOINT] = partial(self._checkpoint, vars(s)[CHECKPOINT])
         for name in self.again:
             layer = self.root.get_submodule(name)
-            vars(layer)["forward"] = partial(self._checkpoint, None, partial(_forward, layer, layer.forward))
+            vars(layer)["forward"] = partial(self._checkpoint, None, _method(layer, layer.forward))
         self._watch()
 
     def _check_sites(self, weights: list[str], named: Mapping[str, nn.Module], opaque: set[int]) -> None:
@@ -468,9 +469,9 @@ def _constant(p: Any) -> Any:
     return p.detach() if p is not None and p.requires_grad else p
 
 
-def _forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a layer as it stands there, which may be no method of it."""
-    return forward(*args, **kwargs)
+def _method(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward that a layer has, which may be a function that somebody put there, as a method of the layer."""
+    return MethodType(lambda _, *args, **kwargs: forward(*args, **kwargs), layer)
 
 
 def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Layer(NamedTuple):
 
 def product(gates: Gates, layer: Layer, x: Tensor) -> Tensor:
     """The layer's output for x [rows, …], each row with the adapters that its gates name."""
+    gates = gates.here(x, layer.name)
     if isinstance(gates, Weights):
         return _weighted(gates, layer, x)
     assert isinstance(gates, Index)
@@ -42,6 +43,7 @@ def product(gates: Gates, layer: Layer, x: Tensor) -> Tensor:
 
 def each(gates: Gates, run: Run) -> Tensor:
     """The output of any function of the weight, from its outputs with single adapters."""
+    gates = gates.here(None, "a function of the weight")
     if isinstance(gates, Weights):
         base = run(-1, lambda x: x)
         return _sum(gates, base, run, range(gates.count), "a function of the weight")
@@ -76,6 +78,7 @@ def around(gates: Gates, stacks: Sequence[Stack], name: str, base: Tensor, uses:
     y = base
     for stack in stacks:
         xs, one, many = uses(stack)
+        gates = gates.here(xs[0], name)
         if isinstance(gates, Weights):
             run = partial(_cut_to, stack, xs, one)
             y = _sum(gates, base, run, range(stack.start, stack.start + stack.size), name, y)
@@ -109,6 +112,7 @@ def _local(gates: Index, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def bias(gates: Gates, values: Tensor, base: Tensor, y: Tensor) -> Tensor:
     """y and a bias: of adapter k values[k] [out], of the base `base` [out]."""
+    gates = gates.here(None, "a bias")
     if isinstance(gates, Weights):
         change = gates.over(y, "a bias").to(values.dtype) @ (values - base)
         return y + base.to(y.dtype) + change.to(y.dtype)

@@ -86,7 +86,8 @@ class Call:
     @property
     def by_itself(self) -> bool:
         """Whether it reads nothing at other modules, and nothing reads here."""
-        return len(self.steps) == self.own and not any(part.entry.companions for part in self.parts)
+        sealed = self.gates is None or self.gates.sealed
+        return sealed and len(self.steps) == self.own and not any(part.entry.companions for part in self.parts)
 
     def mapped(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> "Call":
         """As `Slot.mapped`."""

@@ -8,12 +8,13 @@ f_k is linear in the change of the weight, that is the change scaled by g_k; at 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfn.model.names import matches, near
 from peftfn.tensors.arguments import hidden, storages, tensors
@@ -30,8 +31,13 @@ class Gates:
     copies: int = field(default=1, kw_only=True)  # how often `generate` repeats each row: beams, sampled sequences
     common: frozenset[str] | None = field(default=None, kw_only=True)  # sites whose input has no rows; None: not said
 
-    def with_common(self, common: Sequence[str] | None, sites: Iterable[str]) -> Self:
-        """These gates with the sites that `common`'s patterns find. ValueError for a pattern that finds none."""
+    @property
+    def sealed(self) -> bool:
+        """Whether all its tensors are its own: a function may have others, which a rematerialisation does not see."""
+        return True
+
+    def bound(self, common: Sequence[str] | None, sites: Iterable[str]) -> Self:
+        """These gates for a call's sites; `common`'s patterns find some of them. ValueError for one that finds none."""
         if common is None:
             return self
         names = list(sites)
@@ -76,6 +82,14 @@ class Gates:
     def site(self, name: str) -> "Gates":
         """The gates at one site."""
         return self
+
+    def here(self, x: Tensor | None, what: str) -> "Gates":
+        """The gates of a site whose input is x; None: what has no input, such as a bias. what: the site, for errors."""
+        return self
+
+    def during(self, root: nn.Module) -> AbstractContextManager[None]:
+        """What surrounds the call of a model's skeleton."""
+        return nullcontext()
 
     def uses(self, start: int, size: int) -> bool:
         """Whether any row may use one of these adapters."""

@@ -30,6 +30,10 @@ class _Mixed(Slot):
     __slots__ = ("inside", "rows")
     rows: Gates
 
+    @property
+    def by_itself(self) -> bool:  # type: ignore[override]
+        return self.rows.sealed
+
     def _gates(self, f: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Gates:
         """The gates with f of their tensor: one object for all slots, since it keeps what they share."""
         if id(self.rows) not in made:

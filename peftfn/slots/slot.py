@@ -38,6 +38,7 @@ class Slot(Operand):
     __slots__ = ("__weakref__", "entry", "held", "task", "w")  # RNNs keep weak references to their weights
     task: int
     multiplies = True  # has `linear` and `product`
+    by_itself = True  # all that it computes with are its own tensors
     inside: bool = False
     entry: WeightEntry
     w: Tensor

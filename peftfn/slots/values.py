@@ -88,7 +88,7 @@ def _mixed(given: Sequence[Given], gates: Gates, slot: Callable[[str], Any], tra
             parts.setdefault(name, []).append(part)
         owners |= plan.owners
     out: dict[str, Any] = {
-        name: FAMILIES[some[0].entry.family].mixed(some, slot(name), gates) for name, some in parts.items()
+        name: FAMILIES[some[0].entry.family].mixed(some, slot(name), gates.site(name)) for name, some in parts.items()
     }
     for bias, name in owners.items():
         new = out[name].bias(out.get(bias, slot(bias)))
