@@ -3,6 +3,12 @@
 "as" says to type checkers that a name is meant to be used from here.
 """
 
+from peftfn.methods.inputs.cartridge import Cartridge as Cartridge
+from peftfn.methods.inputs.cpt import CPT as CPT
+from peftfn.methods.inputs.multitask import MultitaskPrompt as MultitaskPrompt
+from peftfn.methods.inputs.prefix import PrefixTuning as PrefixTuning
+from peftfn.methods.inputs.prompt import PromptTuning as PromptTuning
+from peftfn.methods.inputs.ptuning import PTuning as PTuning
 from peftfn.methods.modules.bottleneck import Bottleneck as Bottleneck
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
