@@ -138,9 +138,15 @@ def _first(method: Method, name: str, model: Model) -> str:
 class Tokens(OfModule, family=True):
     """Base of every method with virtual tokens in front of a backbone's own. A method defines `init` and `tokens`.
 
-    The site is a backbone: the innermost module whose forward takes inputs_embeds and attention_mask. A field `pooled`
-    that is "virtual" puts the first virtual token's state at position 0 of the output, in place of the first token's,
-    where attention is not causal.
+    The site is a backbone: the innermost module whose forward takes inputs_embeds and attention_mask. The pattern of a
+    rule is matched against the end of its name; ".*" finds all backbones. A field `pooled` that is "virtual" puts the
+    first virtual token's state at position 0 of the output, in place of the first token's, where attention is not
+    causal.
+
+    Example:
+        class Prompt(pf.Tokens):
+            init = lambda self, rng, m: {"tokens": rng.normal(3, m.width, std=0.02)}
+        assert Prompt().adapts == "backbone"
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
@@ -173,6 +179,11 @@ class Prefix(OfModule, family=True):
     """Base of every method with keys and values in front of those of each layer. A method defines `init` and `prefix`.
 
     The site is a backbone, as for `Tokens`.
+
+    Example:
+        class Cached(pf.Prefix):
+            init = lambda self, rng, m: {k: rng.zeros(2, 4, 3, 8) for k in ("keys", "values")}
+        assert Cached().adapts == "backbone"
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
