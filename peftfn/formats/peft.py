@@ -48,7 +48,7 @@ def save(
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
     """
-    more = peft_extra.given(extra, net)
+    more = {**peft_extra.mapping(net.model), **peft_extra.given(extra, net)}
     for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
