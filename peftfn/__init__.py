@@ -36,7 +36,7 @@ from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
 from peftfn.view.merged import merged
-from peftfn.view.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
+from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
 from peftfn.view.saving import save_pretrained
 from peftfn.view.view import View
@@ -64,6 +64,7 @@ __all__ = [
     "as_module",
     "bank",
     "base_of",
+    "buffers_of",
     "chain",
     "conform",
     "copy_",

@@ -49,7 +49,8 @@ def save(
             has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
             whole modules), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr; with layout="diffusers" as
             diffusers has it).
-        options: further options of the format; docs/checkpoints.md lists them.
+        options: further options of the format; docs/checkpoints.md lists them. For "native" and "peft", `buffers`: the
+            model's buffers that belong to the adapter, as `buffers_of` returns them.
 
     Raises:
         ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. Nothing has been
@@ -87,6 +88,7 @@ def load(
     pickled: bool = False,
     gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
+    buffers: bool = False,
 ) -> Loaded:
     """Read an adapter from a file, a folder or the Hugging Face Hub, and bind it to `model`.
 
@@ -108,6 +110,8 @@ def load(
             and `net.gated`, not with `net.apply`; the tokens are in the result's `extra["alora_invocation_tokens"]`.
         experts: the order of lora_B in a PEFT file, for experts that are one stacked parameter: "peft", rank by rank,
             or "unsloth", expert by expert. A file does not say which of the two it has.
+        buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
+            `buffers`; if False, they are an error.
 
     Returns:
         A `Loaded`: `net, adapter = load(…)`.
@@ -137,7 +141,7 @@ def load(
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
     if format is None:
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
-    options = Options(strict, key_mapping, pickled, gated, experts)
+    options = Options(strict, key_mapping, pickled, gated, experts, buffers)
     loaded: Loaded = _format(format).load(where, known, options)
     if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))

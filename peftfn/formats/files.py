@@ -52,6 +52,8 @@ class Loaded:
         unexpected: with strict=False, keys of the file that have no place in the model; these tensors are not used.
         extra: keys of a PEFT configuration that are not about the method: `task_type`, `base_model_name_or_path`, the
             `alora_invocation_tokens` of an activated LoRA, … `save(…, format="peft", extra=loaded.extra)` writes them.
+        buffers: with buffers=True, the file's buffers that differ from the model's, by the model's names. The adapter
+            was trained with them: `model.load_state_dict(loaded.buffers, strict=False)`.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -65,6 +67,7 @@ class Loaded:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.net, self.adapter))
@@ -79,6 +82,7 @@ class Options:
     pickled: bool = False
     gated: bool = False
     experts: Literal["peft", "unsloth"] = "peft"
+    buffers: bool = False
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):

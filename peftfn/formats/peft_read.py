@@ -15,7 +15,7 @@ from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Adapter, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
-from peftfn.formats.files import Loaded, Tensors, mismatch
+from peftfn.formats.files import Loaded, Options, Tensors, mismatch
 from peftfn.formats.peft_keys import PREFIX, PeftNames, Place
 from peftfn.formats.peft_names import cure
 from peftfn.formats.peft_sort import Sorted
@@ -30,9 +30,10 @@ from peftfn.tensors.precision import wide
 class PeftReader:
     """One load: each of the sorted places with its method, and the tensors in it."""
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, strict: bool):
-        self.where, self.config, self.file, self.model, self.strict = where, config, file, model, strict
-        at = Sorted(where, config, file, model)
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, options: Options):
+        self.where, self.config, self.file, self.model, self.strict = where, config, file, model, options.strict
+        at = Sorted(where, config, file, model, options.buffers)
+        self.buffers = at.buffers
         self.places, self.found, self.whole, self.shared, self.copies = (
             at.places,
             at.found,
@@ -127,6 +128,7 @@ class PeftReader:
         off = tuple(k.removesuffix("zeros") for k in found if k.endswith(".zeros") and k not in want)
         for part in off:
             del found[f"{part}zeros"]
+        self.across_groups(place, found)
         for k, t in want.items():
             if k in found:
                 self.file.check(found[k], t.shape, t.is_floating_point())
@@ -144,6 +146,16 @@ class PeftReader:
                 elif k in bank or not self.seeded:
                     self.missing.append(f"base_model.{r}")
         return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
+
+    def across_groups(self, place: Place, found: Mapping[str, str]) -> None:
+        """ValueError for PEFT's LoRA at a grouped convolution: its A reads all channels, so no weight is its change."""
+        groups = getattr(self.model.modules[place.site.module], "groups", 1)
+        a = self.file.meta[found["lora_A.weight"]] if "lora_A.weight" in found else None
+        if groups != 1 and a is not None and a.dim() > 2 and a.shape[1] == groups * place.site.shape[1]:
+            raise ValueError(
+                f"{self.where}: {place.site.name}: PEFT's LoRA at a convolution of {groups} groups mixes the groups, "
+                "which no weight of this layer does (PEFT cannot merge it either): train with LoHa or LoKr there"
+            )
 
     def meant(self, name: str, plan: Plan, method: Weight) -> None:
         """Let the method say what the file's tensors at a site mean, and check that it fits the plan."""
@@ -266,7 +278,8 @@ class PeftReader:
         if self.missing:
             adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
         net.plan.check(adapter)
-        return Loaded(net, adapter, tuple(dict.fromkeys(self.missing)), tuple(self.unexpected))
+        missing = tuple(dict.fromkeys(self.missing))
+        return Loaded(net, adapter, missing, tuple(self.unexpected), buffers=self.buffers)
 
 
 def pattern(names: Iterable[str], known: Iterable[str]) -> str:

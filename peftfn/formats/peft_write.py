@@ -16,6 +16,7 @@ from peftfn.core.method import Leaf, Method
 from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
+from peftfn.formats.buffers import statistics
 from peftfn.formats.peft_keys import BASE, PREFIX, TOKENS, PeftNames, Place, described, rows, tensors, ties
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
@@ -26,27 +27,48 @@ from peftfn.tensors.precision import wide
 
 
 def documents(
-    net: Adapted, adapter: Mapping[str, Any], *, split: bool = False, task: str | None = None
+    net: Adapted,
+    adapter: Mapping[str, Any],
+    *,
+    split: bool = False,
+    task: str | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """{folder below: (configuration, tensors)}: one, or with `split` one for each of PEFT's types in the plan.
 
-    task: PEFT's task_type, with some of which it looks for the model's head in the file.
+    task: PEFT's task_type, with some of which it looks for the model's head in the file. buffers: the model's that
+    belong to the adapter.
     """
+    statistics(net, buffers)
     net, adapter = _untied(net, adapter)
     types: dict[str, dict[str, Entry]] = {}
     for name, entry in net.plan.items():
         kind = entry.method.peft.type if entry.method.peft and not isinstance(entry.method, Full) else ""
         types.setdefault(kind, {})[name] = entry
     if not split or len(types.keys() - {""}) < 2:
-        return {"": document(net, adapter, task)}
+        config, tensors = document(net, adapter, task)
+        return {"": (config, _with_buffers(tensors, buffers or {}))}
     first = next(kind for kind in types if kind)
     types[first] |= types.pop("", {})
     out = {}
     for kind, entries in types.items():
         banks = {b: spec for b, spec in net.plan.banks.items() if b in {e.bank for e in entries.values()}}
         part = Adapted(net.model, Plan(entries, net.plan.rules, banks))
-        out[kind.lower()] = document(part, {n: adapter[n] for n in (*entries, *banks)}, task)
+        config, tensors = document(part, {n: adapter[n] for n in (*entries, *banks)}, task)
+        out[kind.lower()] = config, _with_buffers(tensors, buffers or {} if kind == first else {})
     return out
+
+
+def _with_buffers(tensors: dict[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with these values of buffers. ValueError for one whose module is not saved whole."""
+    keys = {f"{PREFIX}{name}": t for name, t in buffers.items()}
+    if odd := sorted(keys.keys() - tensors.keys()):
+        name = odd[0].removeprefix(PREFIX)
+        raise ValueError(
+            f"{name}: PEFT saves buffers of modules that are trained whole, and {name.rpartition('.')[0]} is not: "
+            "give it a rule, Full(), or save in the native format"
+        )
+    return tensors | keys
 
 
 def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[str, Any]]:

@@ -74,20 +74,24 @@ def folders(path: Path) -> dict[str, Path]:
 
 
 def save_view(
-    path: Path, adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], name: str, state: Mapping[str, Tensor]
+    path: Path,
+    adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]],
+    buffers: Mapping[str, Tensor],
+    name: str,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Write the adapters of a module view where `load_all` reads them, each in PEFT's format if it has a form there,
-    and else in the native one; and the view's `state` to the file `name`.
+    and else in the native one; and the view's `state` to the file `name`. buffers: as for `save`.
     """
-    formats = {n: "peft" if _in_peft(*pair) else "native" for n, pair in adapters.items()}
+    formats = {n: "peft" if _in_peft(*pair, buffers) else "native" for n, pair in adapters.items()}
     for n, (net, adapter) in adapters.items():
-        save(path if n == DEFAULT else path / n, net, adapter, format=formats[n])
+        save(path if n == DEFAULT else path / n, net, adapter, format=formats[n], buffers=buffers)
     write(path / name, state)
 
 
-def _in_peft(net: Adapted, adapter: Mapping[str, Any]) -> bool:
+def _in_peft(net: Adapted, adapter: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> bool:
     try:
-        documents(net, adapter)
+        documents(net, adapter, buffers=buffers)
     except ValueError:
         return False
     return True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
+from peftfn.view.module import buffers_of
 from peftfn.view.view import grown, leaf_at, leaves_of, refuse_empty
 
 STATE, CONFIG = "model.safetensors", "config.json"
@@ -22,8 +23,9 @@ STATE, CONFIG = "model.safetensors", "config.json"
 _IDLE = frozenset({"max_shard_size", "safe_serialization", "save_function", "save_original_format", "token", "variant"})
 """Options of transformers' method that say how a large model is written."""
 
-Writer = Callable[[Path, Mapping[str, tuple[Adapted, Mapping[str, Any]]], str, Mapping[str, Tensor]], None]
-"""(folder, {name: (net, adapter)}, a file's name, its tensors): how `save_pretrained` writes."""
+Named = Mapping[str, tuple[Adapted, Mapping[str, Any]]]
+Writer = Callable[[Path, Named, Mapping[str, Tensor], str, Mapping[str, Tensor]], None]
+"""(folder, {name: (net, adapter)}, changed buffers, a file's name, its tensors): how `save_pretrained` writes."""
 
 
 def save_pretrained(
@@ -49,23 +51,22 @@ def save_pretrained(
     if not is_main_process:
         return
     nets = {name: (_net(view, name), _adapter(view, name, held)) for name in view._peftfn.plans}
-    write(Path(folder), nets, STATE, dict(_state(view, held)))
-    if not (Path(folder) / "adapter_config.json").is_file():  # which names the base by itself
-        view.config.save_pretrained(folder)
+    write(Path(folder), nets, buffers_of(view), STATE, dict(_state(view, held)))
+    if (Path(folder) / "adapter_config.json").is_file() and getattr(view, "name_or_path", None):
+        (Path(folder) / CONFIG).unlink(missing_ok=True)  # from_pretrained follows the base's name in PEFT's
     else:
-        (Path(folder) / CONFIG).unlink(missing_ok=True)
+        view.config.save_pretrained(folder)
 
 
-def _state(view: nn.Module, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """What resuming needs, and an empty tensor for a frozen parameter: transformers, which would fill a whole model
     with random weights, refuses its shape, and `load_state_dict` of a view leaves it out."""
     ours = {id(p) for leaf in leaves_of(view) for p in leaf.parameters()} | {id(p) for p in _banks(view).values()}
     named = dict(view.named_parameters(remove_duplicate=False))
     frozen = {k: p for k, p in named.items() if not p.requires_grad and id(p) not in ours}
     yield from ((k, t) for k, t in held.items() if k not in frozen)
-    first = next((k for k in frozen if ".parametrizations." not in f".{k}"), None)
-    if first is not None and first in held:
-        yield first, torch.empty(0)
+    plain = (k for k in frozen if ".parametrizations." not in f".{k}")
+    yield next(plain, next(iter(next(iter(view._peftfn.plans.values()))))), torch.empty(0)
 
 
 def _banks(view: Any) -> dict[str, Tensor]:

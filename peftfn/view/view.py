@@ -160,6 +160,7 @@ class _State:
     banks: dict[str, dict[str, Paths]]
     choice: _Choice
     offloaded: set[str]
+    buffers: dict[str, Tensor]  # the base's own, that a checkpoint has and training may change
 
 
 CURES = {
@@ -213,17 +214,22 @@ def _unshare(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> N
     ours: set[str] = set()
     if isinstance(module, View):
         refuse_empty(module, "load_state_dict")
-        named = dict(module.named_parameters(remove_duplicate=False))
         ours = {name for banks in module._peftfn.banks.values() for paths in banks.values() for _, name in paths}
-        for name in [k for k, t in state_dict.items() if k.startswith(prefix) and getattr(t, "shape", None) == (0,)]:
-            p = named.get(name.removeprefix(prefix))
-            if p is None or p.shape != (0,):  # it stands for a parameter that `save_pretrained` left out
-                del state_dict[name]  # torch gives a dictionary of its own
+        for name in _stand_ins(module, state_dict, prefix):
+            del state_dict[name]  # of torch's own dictionary
     for name, t in chain(module._parameters.items(), module._buffers.items()):
         given = state_dict.get(prefix + name)
         if name in ours or t is None or type(t.data) is not Tensor or given is None or _equal(t, given):
             continue
         t.data = t.data.clone()
+
+
+def _stand_ins(view: Any, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """The empty tensors in a state that stand for a parameter of the base, which `save_pretrained` left out."""
+    empty = [k for k, t in state_dict.items() if k.startswith(prefix) and getattr(t, "shape", None) == (0,)]
+    held = {prefix + k: p.shape for k, p in view.named_parameters(remove_duplicate=False)} if empty else {}
+    held |= {prefix + site: None for plan in view._peftfn.plans.values() for site in plan}
+    return [k for k in empty if k in held and held[k] != (0,)]
 
 
 def refuse_empty(view: Any, what: str) -> None:
@@ -391,8 +397,8 @@ def _empty(cls: type, names: tuple[str, ...], view: bool) -> Any:
     return made.__new__(made)
 
 
-def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> Any:
-    """The view of `model`, which is a copy of ours: parametrized in place."""
+def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffers: dict[str, Tensor]) -> Any:
+    """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `_State`."""
     plans = [plan for plan, _ in given.values()]
     choice, names = _Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
     banks = {
@@ -450,7 +456,7 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         name: Plan({site: replace(e, frozen={}) for site, e in plan.items()}, plan.rules, plan.banks)
         for name, (plan, _) in given.items()
     }
-    model._peftfn = _State(kept, banks, choice, set())
+    model._peftfn = _State(kept, banks, choice, set(), buffers)
     for module in model.modules():
         if not isinstance(module, Leaf):  # whose tensors are the view's own
             module.register_load_state_dict_pre_hook(_unshare)
