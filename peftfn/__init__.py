@@ -17,6 +17,7 @@ from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
 from peftfn.formats.files import Loaded
+from peftfn.formats.memory import from_state_dict, state_dict
 from peftfn.formats.several import load_all, save_view
 from peftfn.many.alora import alora_gates
 from peftfn.many.bank import Bank, BankBusy, bank
@@ -70,6 +71,7 @@ __all__ = [
     "copy_",
     "describe",
     "distribute",
+    "from_state_dict",
     "gather",
     "load",
     "load_all",
@@ -83,6 +85,7 @@ __all__ = [
     "scale",
     "sites",
     "stack",
+    "state_dict",
     "status",
     "summary",
     "targets",

@@ -30,6 +30,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -182,8 +184,9 @@ class Tensors:
         A copy also on the CPU: a mapped tensor changes with its file, and is not aligned as torch aligns its own.
         """
         t = self.sources[key]()
-        if t.is_floating_point() and t.isnan().any():
-            count = int(t.isnan().sum())
+        values = t.float() if t.element_size() == 1 and t.is_floating_point() else t  # fp8 has no isnan
+        if t.is_floating_point() and values.isnan().any():
+            count = int(values.isnan().sum())
             raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
@@ -205,7 +208,7 @@ def mismatch(where: Path, missing: Iterable[str], unexpected: Iterable[str], mor
 def opened(where: Path) -> Iterator[Tensors]:
     """The tensors of a safetensors file, mapped. ValueError, naming the file, where it is none."""
     if not where.is_file():
-        raise FileNotFoundError(f"{where} is missing")
+        raise FileNotFoundError(f"{where} is missing{_shards(where)}")
     try:
         with safe_open(where, framework="pt") as file:
             meta: dict[str, Tensor] = {}
@@ -220,6 +223,18 @@ def opened(where: Path) -> Iterator[Tensors]:
             yield Tensors(where, meta, read, metadata=file.metadata())
     except SafetensorError as e:
         raise ValueError(f"{where}: not a valid safetensors file: {e}") from e
+
+
+def _shards(where: Path) -> str:
+    """What there is of a file that was written in parts, and the cure."""
+    parts = sorted(p.name for p in where.parent.glob(f"{where.stem}-*-of-*{where.suffix}"))
+    if not parts:
+        return ""
+    return (
+        f": it was written in {len(parts)} parts ({parts[0]}, …), and an adapter has one file: put their tensors "
+        "together, safetensors.torch.save_file({k: t for part in parts for k, t in load_file(part).items()}, "
+        f"{where.name!r})"
+    )
 
 
 def unpickled(where: Path) -> Tensors:

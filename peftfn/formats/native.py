@@ -77,6 +77,8 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         raise ValueError(f"{where}: its methods do not fit the model: {e}") from e
     with opened(folder / TENSORS) as file:
         _one_save(file, config, where)
+        if odd := [k for k, t in file.meta.items() if t.is_floating_point() and t.element_size() == 1]:
+            raise ValueError(f"{file.where}: {odd[0]} is {file.meta[odd[0]].dtype}, in which no adapter computes")
         file, buffers = compared(file, model.buffers, options.buffers, BUFFER)
         return replace(_filled(model, plan, config["constants"], file, options.strict), buffers=buffers)
 

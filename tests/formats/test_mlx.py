@@ -79,7 +79,7 @@ def test_whole_weights(tmp_path: Path) -> None:
     ("rules", "keys", "layers"),
     [
         ({r"layers\.[12].*q_proj": pf.LoRA(4, 3.0, dropout=0.1)}, ["self_attn.q_proj"], 2),
-        ({"embed_tokens|v_proj|lm_head": pf.LoRA(2)}, ["model.embed_tokens", "self_attn.v_proj", "lm_head"], 3),
+        ({"embed_tokens|v_proj|lm_head": pf.LoRA(2, 2.0)}, ["model.embed_tokens", "self_attn.v_proj", "lm_head"], 3),
         ({"down_proj": pf.DoRA(2, 8)}, ["mlp.down_proj"], 3),
     ],
     ids=["last layers", "embedding and head", "DoRA"],
