@@ -57,6 +57,19 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
     return m * (w + d) / (w + d).norm(dim=1 if len(m) == len(w) else 0, keepdim=True)
 
 
+def mlx(folder: Path, model: nn.Module) -> Weights:
+    """As `kohya`, of a folder of MLX-LM: W + s (a b)ᵀ, with a magnitude m of each row where there is one."""
+    s, found = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"], dict[str, Any]()
+    for key, t in load_file(folder / "adapters.safetensors").items():
+        name, _, end = key.rpartition(".")
+        found.setdefault(name, {})[end] = t.float()
+    out = {}
+    for name, t in found.items():
+        w = model.get_parameter(f"{name}.weight").detach() + s * (t["lora_a"] @ t["lora_b"]).T
+        out[f"{name}.weight"] = t["m"][:, None] * w / w.norm(dim=1, keepdim=True) if "m" in t else w
+    return out
+
+
 def swift(folder: Path, model: nn.Module) -> Weights | None:
     """The same of an adapter's folder; None where its configuration says more than this reader knows."""
     config = json.loads((folder / "adapter_config.json").read_text())
