@@ -219,6 +219,10 @@ class Sorted:
         if (value := differs(self.file, key, self.model.buffers[name], self.wanted)) is not None:
             self.buffers[name] = value
 
+    def inside(self, name: str) -> str:
+        """What stands before the method's names: it is the second of a chain where the site is saved whole too."""
+        return "1." if name in self.whole and name in self.places else ""
+
     @property
     def token_keys(self) -> set[str]:
         return {k for c in self.tokens if c.peft for k in c.peft.keys.values()}

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.formats import files
+from peftfn.formats.peft_common import targets
 from peftfn.formats.peft_table import PROMPTS
-from peftfn.formats.peft_write import targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

@@ -33,7 +33,8 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
     if "diff" in t:
         return w + t.pop("diff")
     if "on_input" in t:
-        return w * (1 + (t["weight"] if t["on_input"] else t["weight"][:, None]))
+        scale_of = t["weight"].flatten()  # [n] or [n, 1]: one number for each channel
+        return w * (1 + (scale_of if t["on_input"] else scale_of[:, None]))
     if "oft_blocks" in t:
         q = t["oft_blocks"] - t["oft_blocks"].mT
         bound = float(alpha) * len(w) if alpha is not None else 0.0
@@ -54,7 +55,8 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
         d = (scale(len(t[f"lokr_w{low[0]}_b"])) if low else 1.0) * torch.kron(one, two)
     if m is None:
         return w + d
-    return m * (w + d) / (w + d).norm(dim=1 if len(m) == len(w) else 0, keepdim=True)
+    rows = len(m) == len(w)
+    return (m.reshape(-1, 1) if rows else m) * (w + d) / (w + d).norm(dim=1 if rows else 0, keepdim=True)
 
 
 def mlx(folder: Path, model: nn.Module) -> Weights:
