@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra
 from peftfn.formats.card import write_card
@@ -41,15 +43,19 @@ def save(
     *,
     split: bool = False,
     extra: Mapping[str, Any] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one folder, or several, each with a model card (README.md), unless there is one.
 
     Args:
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
+        buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
     """
-    more = peft_extra.given(extra, net)
-    for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
+    more = {**peft_extra.mapping(net.model), **peft_extra.given(extra, net)}
+    for name, (config, tensors) in documents(
+        net, adapter, split=split, task=more.get("task_type"), buffers=buffers
+    ).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder / name, config | more, tensors, net.plan)
@@ -91,7 +97,7 @@ def build(
         ranked(config, file, known)
     stacked(config, file, known, where)
     flattened(config, file, known, where)
-    loaded = PeftReader(where, config, file, known, options.strict).load()
+    loaded = PeftReader(where, config, file, known, options).load()
     if peft_extra.INVOCATION in extra:
         peft_extra.check_gated(loaded.net.plan, where)
     return replace(loaded, extra=extra)
