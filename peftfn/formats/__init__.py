@@ -65,7 +65,7 @@ def save(
     module = _format(format)
     if not isinstance(net, Adapted):
         raise TypeError(f"save takes (path, net, adapter), and the second argument is a {type(net).__name__}")
-    net.plan.check(adapter)
+    net.plan.check(adapter, lead=int(options.get("tasks", False)))
     refuse_sharded(net.plan, adapter)
     if repetition(net.model) and format not in ("native", "peft"):
         raise ValueError(

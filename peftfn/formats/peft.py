@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from peftfn.formats import peft_config as configs
-from peftfn.formats import peft_extra
+from peftfn.formats import peft_extra, peft_inputs
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
@@ -44,6 +44,7 @@ def save(
     split: bool = False,
     extra: Mapping[str, Any] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    tasks: bool = False,
 ) -> None:
     """Write one folder, or several, each with a model card (README.md), unless there is one.
 
@@ -51,8 +52,19 @@ def save(
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
         buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
+        tasks: the adapter is a stack, one of multitask prompts for each task.
     """
     more = {**peft_extra.mapping(net.model), **peft_extra.given(extra, net)}
+    if peft_inputs.is_mine(net):
+        config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks)
+        write(folder / TENSORS, tensors)
+        write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
+        write_card(folder, config | more, tensors, net.plan)
+        return
+    if tasks:
+        raise ValueError(
+            "save: tasks=True is for multitask prompts; save the adapters of a stack one by one, in folders"
+        )
     for name, (config, tensors) in documents(
         net, adapter, split=split, task=more.get("task_type"), buffers=buffers
     ).items():
@@ -81,6 +93,8 @@ def build(
     options: Options,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
+    if config["peft_type"] in peft_inputs.TYPES:
+        return peft_inputs.load(config, file, model, where, options)
     extra = peft_extra.taken(config, where, options.gated)
     if spans := extra.get(peft_extra.REPLICATION):
         model = peft_extra.replicated(model, spans, where)

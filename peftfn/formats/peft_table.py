@@ -4,9 +4,6 @@ from typing import Any
 
 VERSION = "0.21.2"
 """The release of PEFT whose format, defaults and rules are written here."""
-PROMPTS = frozenset(
-    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"}
-)
 COUNTS = frozenset({"num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "depth"})
 """Keys that say how often something is done: a large number would keep a load busy for hours."""
 PATTERNS = {

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
+from peftfn.view.held import grown
 from peftfn.view.module import buffers_of
-from peftfn.view.view import grown, leaf_at, leaves_of, refuse_empty
+from peftfn.view.view import leaf_at, leaves_of, refuse_empty
 
 STATE, CONFIG = "model.safetensors", "config.json"
 """Trainer resumes from the first; transformers takes a folder with the second for a model."""
@@ -78,11 +79,10 @@ def _banks(view: Any) -> dict[str, Tensor]:
 def _adapter(view: Any, name: str, held: Mapping[str, Tensor]) -> dict[str, Any]:
     """The adapter in a state of the view."""
     out: dict[str, Any] = {}
+    names = {id(p): k for k, p in view.named_parameters(remove_duplicate=False)}
     for site in view._peftfn.plans[name]:
-        module, _, attr = site.rpartition(".")
-        path = f"{module}.parametrizations" if module else "parametrizations"
         leaf = leaf_at(view, site, name)
-        own = {k: held.get(f"{path}.{attr}.0.{name}.{k}", p).detach() for k, p in leaf._parameters.items()}  # type: ignore[union-attr]
+        own = {k: held.get(names[id(p)], p).detach() for k, p in leaf._parameters.items()}  # type: ignore[union-attr]
         out[site] = grown(leaf._paths, own)
     for bank, paths in view._peftfn.banks[name].items():
         out[bank] = grown(paths, {k: held.get(k, view._parameters[k]).detach() for _, k in paths})

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import peftfn as pf
 from peftfn.formats import files
 from peftfn.formats.peft_common import targets
-from peftfn.formats.peft_table import PROMPTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -283,13 +282,6 @@ def test_a_pickle_is_read_only_when_asked_and_never_run(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter_model\.bin"):
         pf.load(folder, llama(), pickled=True)
     assert not (folder / "ran").exists()
-
-
-@pytest.mark.parametrize("kind", sorted(PROMPTS))
-def test_prompts_are_refused_with_a_clear_word(folder: Path, kind: str) -> None:
-    edit(folder, peft_type=kind)
-    with pytest.raises(ValueError, match=f"{kind} trains a prompt"):
-        pf.load(folder, llama())
 
 
 def test_an_old_oft_is_refused(folder: Path) -> None:
