@@ -3,8 +3,21 @@
 "as" says to type checkers that a name is meant to be used from here.
 """
 
+from peftfn.methods.modules.adapterplus import AdapterPlus as AdapterPlus
 from peftfn.methods.modules.bottleneck import Bottleneck as Bottleneck
+from peftfn.methods.modules.compacter import Compacter as Compacter
+from peftfn.methods.modules.consreft import ConsReFT as ConsReFT
+from peftfn.methods.modules.direft import DiReFT as DiReFT
+from peftfn.methods.modules.layerdrop import LayerDrop as LayerDrop
+from peftfn.methods.modules.layergate import LayerGate as LayerGate
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
+from peftfn.methods.modules.lobireft import LobiReFT as LobiReFT
+from peftfn.methods.modules.loreft import LoReFT as LoReFT
+from peftfn.methods.modules.neftune import NEFTune as NEFTune
+from peftfn.methods.modules.noreft import NoReFT as NoReFT
+from peftfn.methods.modules.restuning import ResTuning as ResTuning
+from peftfn.methods.modules.scetuning import SCETuning as SCETuning
+from peftfn.methods.modules.side import Side as Side
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS
 from peftfn.methods.weights.bdlora import BDLoRA as BDLoRA
