@@ -43,8 +43,8 @@ class LayerDrop(ModuleMethod):
         before, after = m.sizes
         if before != after:
             raise ValueError(
-                f"LayerDrop puts what goes into a module in place of what comes out, and here {before or 'no'} features go in "
-                f"and {after} come out: name a module of one width, such as a whole layer"
+                f"LayerDrop puts what goes into a module in place of what comes out, and here {before or 'no'} "
+                f"features go in and {after} come out: name a module of one width, such as a whole layer"
             )
         return {}
 

@@ -45,8 +45,8 @@ class LayerGate(ModuleMethod):
         before, after = m.sizes
         if before != after:
             raise ValueError(
-                f"a LayerGate mixes what goes into a module with what comes out, and here {before or 'no'} features go in and "
-                f"{after} come out: name a module of one width, such as a whole layer"
+                f"a LayerGate mixes what goes into a module with what comes out, and here {before or 'no'} features "
+                f"go in and {after} come out: name a module of one width, such as a whole layer"
             )
         return {"g": rng.full(1, value=self.start)}
 

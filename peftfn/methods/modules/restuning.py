@@ -83,10 +83,10 @@ class ResTuning(ModuleMethod):
         return leaf
 
     def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
-        return self.path(p, x, seen)
+        return x if self.of == "output" else self.path(p, x, seen)
 
     def after(self, p: Leaf, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
-        return self.path(p, y, seen)
+        return y if self.of == "input" else self.path(p, y, seen)
 
     def path(self, p: Leaf, h: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
         """b, in place of h."""

@@ -57,12 +57,14 @@ class SCETuning(ModuleMethod):
         return {**down, "up": rng.zeros(d, r), "b": rng.zeros(d)}
 
     def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
+        if self.mode == "encoder":
+            return x
         axis, d = (-3 if x.dim() == 4 else -1), p["b"].shape[-1]
         kept, skipped = x.split([x.shape[axis] - d, d], axis)
         return torch.cat([kept, edited(p, skipped)], axis)
 
     def after(self, p: Leaf, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
-        return edited(p, y)
+        return edited(p, y) if self.mode == "encoder" else y
 
 
 def edited(p: Leaf, h: Tensor) -> Tensor:
