@@ -14,6 +14,7 @@ from peftfn.model.place import MODULE, TOKENS, Place
 
 MASK = "mask"
 OUTPUT = "output"
+CROSSED = "crossed"
 
 
 class Companion(NamedTuple):
@@ -137,16 +138,33 @@ def _first(method: Method, name: str, model: Model) -> str:
 class Tokens(OfModule, family=True):
     """Base of every method with virtual tokens in front of a backbone's own. A method defines `init` and `tokens`.
 
-    The site is a backbone: the innermost module whose forward takes inputs_embeds and attention_mask.
+    The site is a backbone: the innermost module whose forward takes inputs_embeds and attention_mask. The pattern of a
+    rule is matched against the end of its name; ".*" finds all backbones. A field `pooled` that is "virtual" puts the
+    first virtual token's state at position 0 of the output, in place of the first token's, where attention is not
+    causal.
+
+    Example:
+        class Prompt(pf.Tokens):
+            init = lambda self, rng, m: {"tokens": rng.normal(3, m.width, std=0.02)}
+        assert Prompt().adapts == "backbone"
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
     adapts: ClassVar[str] = "backbone"
     combines = False  # type: ignore[assignment]  # a sum of tokens has no meaning
 
+    keep: ClassVar[bool] = False
+    """Whether the output has the positions of the virtual tokens too (in `apply`; rows of a mixed batch are cut)."""
+
     def tokens(self, p: Leaf, m: Place) -> Tensor:
         """Return the virtual tokens [n, d], d being the width of the backbone's embeddings."""
         return p["tokens"]
+
+    def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
+        if not getattr(m.config, "is_encoder_decoder", False) or getattr(m.config, "is_decoder", False):
+            return ()
+        others = [n for n in model.backbones if getattr(getattr(model.modules[n], "config", None), "is_decoder", False)]
+        return tuple(Companion(n, CROSSED) for n in others)
 
     def prepare(self, p: Leaf, m: Place) -> Leaf:
         return {"tokens": self.tokens(p, m)}
@@ -161,6 +179,11 @@ class Prefix(OfModule, family=True):
     """Base of every method with keys and values in front of those of each layer. A method defines `init` and `prefix`.
 
     The site is a backbone, as for `Tokens`.
+
+    Example:
+        class Cached(pf.Prefix):
+            init = lambda self, rng, m: {k: rng.zeros(2, 4, 3, 8) for k in ("keys", "values")}
+        assert Cached().adapts == "backbone"
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})

@@ -3,11 +3,18 @@
 "as" says to type checkers that a name is meant to be used from here.
 """
 
+from peftfn.methods.inputs.cartridge import Cartridge as Cartridge
+from peftfn.methods.inputs.cpt import CPT as CPT
+from peftfn.methods.inputs.multitask import MultitaskPrompt as MultitaskPrompt
+from peftfn.methods.inputs.prefix import PrefixTuning as PrefixTuning
+from peftfn.methods.inputs.prompt import PromptTuning as PromptTuning
+from peftfn.methods.inputs.ptuning import PTuning as PTuning
 from peftfn.methods.modules.adapterplus import AdapterPlus as AdapterPlus
 from peftfn.methods.modules.bottleneck import Bottleneck as Bottleneck
 from peftfn.methods.modules.compacter import Compacter as Compacter
 from peftfn.methods.modules.consreft import ConsReFT as ConsReFT
 from peftfn.methods.modules.direft import DiReFT as DiReFT
+from peftfn.methods.modules.fusion import AdapterFusion as AdapterFusion
 from peftfn.methods.modules.layerdrop import LayerDrop as LayerDrop
 from peftfn.methods.modules.layergate import LayerGate as LayerGate
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter

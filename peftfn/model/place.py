@@ -4,8 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from types import MethodType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class Place:
         """The module's own forward, without any adapter at this place."""
         own = self._forward
         is_class = inspect.isclass(own) and issubclass(own, nn.Module)
-        return MethodType(own.forward, self.module) if is_class else own
+        return partial(own.forward, self.module) if is_class else own  # the compiler knows no MethodType
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Method
-from peftfn.core.modules import ModuleMethod
+from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Entry
 from peftfn.model.place import Place
-from peftfn.slots import modules
+from peftfn.slots import modules, prefix, tokens
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Stack
 from peftfn.slots.slot import OUTLIVED
@@ -27,7 +27,11 @@ Run = Callable[[Sequence[Any], Gates | None, Place, Callable[..., Any], Any, Any
 """(adapters, gates, place, forward, args, kwargs) ↦ the output. The adapters are `Stack`s of one family; without gates,
 one `Alone`."""
 
-RUNS: dict[type[Method], tuple[int, Run]] = {ModuleMethod: (20, modules.run)}
+RUNS: dict[type[Method], tuple[int, Run]] = {
+    Tokens: (5, tokens.run),
+    Prefix: (10, prefix.run),  # inside of tokens, which look whether the cache is empty
+    ModuleMethod: (20, modules.run),
+}
 """Family → (its place in the order of what happens, the lowest outermost; what it does around a forward)."""
 
 

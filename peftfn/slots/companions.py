@@ -1,16 +1,17 @@
 """What a method puts at other modules than its own, for the length of a call: it reads there, or changes arguments."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.core.modules import MASK, OUTPUT, Companion
+from peftfn.core.modules import CROSSED, MASK, OUTPUT, Companion
 from peftfn.model.place import Place
 from peftfn.slots.call import Call, Step
 from peftfn.slots.gates import Gates
+from peftfn.slots.tokens import crossed
 from peftfn.tensors.states import states_out
 from peftfn.tensors.transform import moment
 
@@ -39,13 +40,17 @@ def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: An
     return forward(*args, **kwargs)
 
 
-COMPANIONS: dict[str, tuple[int, Callable[..., Any]]] = {OUTPUT: (0, _output), MASK: (90, _mask)}
+COMPANIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    OUTPUT: (0, _output),
+    CROSSED: (3, crossed),
+    MASK: (90, _mask),
+}
 """Kind of companion → (its place in the order of what happens around a forward, the lowest outermost; what it does:
 (call of the method's own module, name of the other, place, forward, args, kwargs) ↦ the output)."""
 
 
 def accompany(
-    wanted: Mapping[str, Sequence[Companion]], made: dict[str, Any], slot: Callable[[str], Any], gates: Gates | None
+    wanted: Mapping[str, Iterable[Companion]], made: dict[str, Any], slot: Callable[[str], Any], gates: Gates | None
 ) -> None:
     """Put companions into `made`, slot → value: at each module those that the calls at the sites of `wanted` need."""
     for site, companions in wanted.items():

@@ -141,6 +141,7 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
     found = gates.at(y.shape[0]) if y.dim() else None
     if found is None:
         raise ValueError(lost(m, y, gates))
+    found = found.here(plain(_in(m, args, kwargs)[0]), m.label)
 
     def one(k: int, cut: Cut) -> Tensor:
         part = next((q for q in parts if q.has(k)), None)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from peftfn.core.functions import bank_of, current
 from peftfn.core.method import Method, Weight
-from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Plan
 from peftfn.slots.call import alone, mixed
 from peftfn.slots.companions import accompany
@@ -47,9 +47,12 @@ FAMILIES: dict[type[Method], Family] = {
 def values(given: Sequence[Given], gates: Gates | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
     """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter."""
     made = _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
+    wanted: dict[str, dict[Companion, None]] = {}  # once each, also where several plans want the same
     for plan, *_ in given:
-        if plan.accompanied:
-            accompany(plan.accompanied, made, slot, gates)
+        for site, companions in plan.accompanied.items():
+            wanted.setdefault(site, {}).update(dict.fromkeys(companions))
+    if wanted:
+        accompany(wanted, made, slot, gates)
     return made
 
 

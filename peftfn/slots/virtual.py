@@ -1,0 +1,168 @@
+"""What virtual tokens and prefixes have in common: which rows have how many, and the arguments that count tokens.
+
+A batch whose rows have different numbers of virtual tokens has the largest number for all, and masks the rest. Where
+attention is causal these holes stand in front, so that a plain slice takes the virtual part off and distances between
+real tokens stay (sliding windows, ALiBi). Elsewhere they stand at the end, so that position 0 is a row's first token
+(which poolers read) and positions count right.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftfn.model.place import Place
+from peftfn.slots.gates import Gates, Index
+
+BY_MASK = frozenset(["opt"])
+"""Types of models that count positions by the attention mask, so that positions given to them would be wrong."""
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """The virtual tokens of a batch."""
+
+    size: int  # of a row with the most
+    counts: Tensor | None  # [rows]; None: all rows have `size`
+    causal: bool
+
+    def mine(self, device: torch.device) -> Tensor:
+        """[rows or 1, size]: whether a position holds a virtual token, and no hole."""
+        j = torch.arange(self.size, device=device)
+        if self.counts is None:
+            return torch.ones(1, self.size, dtype=torch.bool, device=device)
+        n = self.counts.to(device)[:, None]
+        return j >= self.size - n if self.causal else j < n
+
+    def order(self, tokens: int, device: torch.device) -> Tensor | None:
+        """[rows, size + tokens]: what stands where, so that the holes come last; None where nothing moves."""
+        if self.counts is None or self.causal:
+            return None
+        j, n = torch.arange(self.size + tokens, device=device), self.counts.to(device)[:, None]
+        return torch.where(j < n, j, torch.where(j < n + tokens, self.size + j - n, j - tokens))
+
+    def joined(self, virtual: Tensor, own: Tensor) -> Tensor:
+        """[rows, size + tokens, …]: virtual [rows or 1, size, …] in front of own [rows, tokens, …], holes moved."""
+        out = torch.cat([virtual.expand(len(own), *virtual.shape[1:]), own], 1)
+        order = self.order(own.shape[1], own.device)
+        return out if order is None else moved(out, order)
+
+
+def moved(x: Tensor, order: Tensor) -> Tensor:
+    """x [rows, tokens, …] with the token order[i, j] of each row i at j."""
+    return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def named(m: Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, those that are None left out."""
+    given = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def past(m: Place, cache: Any) -> int:
+    """How many positions a cache holds. ValueError for one that has no room for more."""
+    if cache is None:
+        return 0
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"{m.label}: virtual tokens take places in the cache, and a {type(cache).__name__} has none for them: "
+            "generate with a dynamic cache (no cache_implementation)"
+        )
+    return int(cache.get_seq_length())
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether no token of a backbone attends to later ones."""
+    decoder = getattr(getattr(module, "config", None), "is_decoder", False)
+    return bool(decoder) or any(getattr(m, "is_causal", False) is True for m in module.modules())
+
+
+def is_decoder(m: Place) -> bool:
+    return bool(getattr(m.config, "is_decoder", False))
+
+
+def is_encoder_of_two(m: Place) -> bool:
+    """Whether another backbone attends to what this one returns, virtual tokens too."""
+    return bool(getattr(m.config, "is_encoder_decoder", False)) and not is_decoder(m)
+
+
+def gathered(
+    parts: Sequence[Any], gates: Gates | None, rows: int, names: Sequence[str], m: Place, causal: bool
+) -> tuple[dict[str, Tensor], Virtual]:
+    """({name: the tensor of each row, [rows or 1, …, size, d]}, the virtual tokens). Tokens are the second to last."""
+    if gates is None:
+        (part,) = parts
+        values = {k: part.p[k][None] for k in names}
+        return values, Virtual(values[names[0]].shape[-2], None, causal)
+    found = gates.at(rows)
+    if not isinstance(found, Index):
+        if found is None:
+            raise ValueError(f"{m.label}: its inputs have {rows} rows, and the batch has {gates.size}")
+        raise ValueError(
+            f"{m.label}: a fraction of a virtual token has no meaning: give gates with one 1 a row, or use net.mixed"
+        )
+    stacks = [{k: _whole(part, k) for k in names} for part in parts]
+    size = max(s[names[0]].shape[-2] for s in stacks)
+    index = found.index
+    at = torch.zeros(found.count + 1, dtype=torch.long)  # adapter → its row in the table; the last: −1, the base
+    counts = torch.zeros(found.count + 1, dtype=torch.long)
+    tables: dict[str, list[Tensor]] = {k: [] for k in names}
+    total = 0
+    for part, stack in zip(parts, stacks, strict=True):
+        n = stack[names[0]].shape[-2]
+        hole = (0, 0, size - n, 0) if causal else (0, 0, 0, size - n)
+        for k, t in stack.items():
+            tables[k].append(F.pad(t, hole))
+        counts[part.start : part.start + part.size] = n
+        at[part.start : part.start + part.size] = torch.arange(total, total + part.size)
+        total += part.size
+    at, counts = at.to(index.device), counts.to(index.device)
+    values = {k: torch.cat(ts)[at[index]] for k, ts in tables.items()}
+    return values, Virtual(size, counts[index], causal)
+
+
+def _whole(part: Any, name: str) -> Tensor:
+    """A prepared tensor of every adapter of a stack."""
+    t: Tensor = part.p[name]
+    return t.expand(part.size, *t.shape) if part.axes[name] is None else t
+
+
+def counted(
+    given: dict[str, Any], m: Place, virtual: Virtual, rows: int, tokens: int, before: int, first: bool
+) -> None:
+    """Change the arguments that count tokens: mask, positions, token types.
+
+    before: positions in the cache, virtual ones among them. first: this step has the virtual tokens in its input.
+    """
+    mask = given.get("attention_mask")
+    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
+        what = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(f"{m.label}: virtual tokens need an attention mask [rows, tokens], and this one is {what}")
+    device = m.device if mask is None else mask.device
+    if mask is not None or virtual.counts is not None:
+        if mask is None:
+            mask = torch.ones(rows, tokens + max(0, before - virtual.size), dtype=torch.long, device=device)
+        mine = virtual.mine(device).to(mask.dtype).expand(rows, virtual.size)
+        given["attention_mask"] = virtual.joined(mine, mask)
+    if first and "token_type_ids" in given:
+        types = given["token_type_ids"].expand(rows, tokens)
+        given["token_type_ids"] = virtual.joined(types.new_zeros(1, virtual.size), types)
+    given.pop("cache_position", None)
+    if "position_ids" not in m.arguments:
+        return
+    positions, holes = given.get("position_ids"), virtual.counts is not None and virtual.causal
+    if positions is None and (not holes or getattr(m.config, "model_type", "") in BY_MASK):
+        return  # the model counts by itself
+    if positions is None:
+        positions = torch.arange(tokens, device=device)[None] + max(0, before - virtual.size)
+    shift: Any = virtual.size if virtual.counts is None else virtual.counts.to(device)[:, None]
+    positions = (positions + shift).expand(rows, tokens)
+    if first:
+        own = torch.arange(virtual.size, device=device)[None]
+        if holes:
+            own = (own - (virtual.size - shift)).clamp(min=0)
+        positions = virtual.joined(own, positions)
+    given["position_ids"] = positions
