@@ -62,7 +62,7 @@ class CPT(Tokens):
         return {"delta": rng.zeros(len(self.ids), m.width)}
 
     def frozen(self, rng: Rng, m: Place) -> Leaf:
-        most = {0: 1e-10, 1: self.format_epsilon, 2: self.epsilon, 3: self.format_epsilon}
+        most = {0: 0.0, 1: self.format_epsilon, 2: self.epsilon, 3: self.format_epsilon}
         steps = [most[t % 4] * (m.width / 2048) ** 0.5 for t in self.types or [2] * len(self.ids)]
         bounds = torch.cat([rng.full(1, value=step) for step in steps])[:, None]
         if rng.meta:
@@ -73,7 +73,7 @@ class CPT(Tokens):
         return {"context": weight[torch.tensor(self.ids, device=weight.device)].to(rng.dtype), "bounds": bounds}
 
     def tokens(self, p: Leaf, m: Place) -> Tensor:
-        d, bounds = p["delta"], p["bounds"]
+        d, bounds = p["delta"] * (p["bounds"] > 0), p["bounds"]
         size = d.square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
         return p["context"] + d + (d * (bounds / size).clamp(max=1) - d).detach()
 
@@ -81,32 +81,33 @@ class CPT(Tokens):
 def cpt_loss(
     logits: Tensor, labels: Tensor, context: Sequence[int], types: Sequence[int], decay: float | None = None
 ) -> Tensor:
-    """Return CPT's loss: cross entropy over the answers, those of the context too, later examples weighing more.
+    """Return CPT's loss: the mean of weighted cross entropies over the answers, those of the context too.
 
     Args:
-        logits: [rows, n + tokens, vocabulary], the output for n tokens of context.
+        logits: [rows, n + tokens, vocabulary], the output for a context of n tokens.
         labels: [rows, tokens]; −100 does not count.
-        context, types: the ids and types of the `CPT` method. Tokens of type 0 (mod 4, but not 0 itself) are answers.
-        decay: an answer of the context weighs decay^(examples after it); None: all weigh 1.
+        context, types: the ids and types of the `CPT` method. Types above 0 that 4 divides are answers; each example
+            has a type of its own, later ones larger.
+        decay: an answer of the context weighs decay to the power of the answers after it, the row's own being the
+            last; None: all weigh 1.
 
     Returns:
-        The mean over the weighted tokens of each row, then over rows.
+        The mean over all tokens that count.
 
     Example:
         from peftfn.methods.inputs.cpt import cpt_loss
         loss = cpt_loss(torch.randn(2, 5, 9), torch.tensor([[1, 2], [3, 4]]), [1, 2, 3], [1, 2, 4])
     """
-    kinds = torch.tensor(list(types), device=labels.device)
-    answers = (kinds > 0) & (kinds % 4 == 0)
-    ids = torch.tensor(list(context), device=labels.device)
+    answers = [t > 0 and t % 4 == 0 for t in types]
+    later = sorted({t for t, answer in zip(types, answers, strict=True) if answer}, reverse=True)
+    weights = [
+        1.0 if decay is None or not a else decay ** (1 + later.index(t)) for t, a in zip(types, answers, strict=True)
+    ]
+    ids = [i if answer else -100 for i, answer in zip(context, answers, strict=True)]
     rows = len(labels)
-    every = torch.cat([torch.where(answers, ids, -100).expand(rows, -1), labels], 1)
-    weight = torch.ones(every.shape, dtype=logits.dtype, device=labels.device)
-    if decay is not None:
-        groups = torch.div(kinds, 4, rounding_mode="floor")
-        last = int(groups.max()) if len(groups) else 0
-        weight[:, : len(kinds)] = decay ** (last + 1 - groups).to(logits.dtype)
-    target, weight = every[:, 1:], weight[:, 1:]
+    target = torch.cat([torch.tensor(ids, device=labels.device).expand(rows, -1), labels], 1)[:, 1:]
+    front = torch.tensor(weights, dtype=logits.dtype, device=labels.device).expand(rows, -1)
+    weight = torch.cat([front, torch.ones(labels.shape, dtype=logits.dtype, device=labels.device)], 1)[:, 1:]
     each = F.cross_entropy(logits[:, :-1].transpose(1, 2), target, reduction="none", ignore_index=-100)
-    counted = weight * (target != -100)
-    return ((each * counted).sum(1) / counted.sum(1).clamp(min=1e-12)).mean()
+    counted = target != -100
+    return (each * weight * counted).sum() / counted.sum()

@@ -14,8 +14,8 @@ _KNOWN: "WeakKeyDictionary[nn.Module, tuple[int, int, int]]" = WeakKeyDictionary
 
 
 def cache_sizes(m: Place) -> tuple[int, int, int]:
-    """(layers, heads of keys, size of a head): of the cache that one token leaves on a private copy of the backbone,
-    with fake tensors where they do. Configurations name these sizes in too many ways.
+    """(layers, heads of keys, size of a head) of the cache that one fake token leaves on a private copy of the
+    backbone, since configurations name these sizes in many ways; what they say where a kernel has no fake form.
 
     ValueError for a backbone that leaves no cache of keys and values.
     """
@@ -26,16 +26,17 @@ def cache_sizes(m: Place) -> tuple[int, int, int]:
 
 def _sizes(m: Place) -> tuple[int, int, int]:
     own: Any = lasting_copy(m.module).eval()
-    more: dict[str, Any] = {"use_cache": True} if "use_cache" in m.arguments else {}
+    one = torch.ones(1, 1, dtype=torch.long, device=m.device)
+    more: dict[str, Any] = {"attention_mask": one, **({"use_cache": True} if "use_cache" in m.arguments else {})}
     if getattr(m.config, "is_encoder_decoder", False):
         more["encoder_hidden_states"] = torch.zeros(1, 1, m.config.hidden_size, dtype=m.dtype, device=m.device)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=m.device)
-    with torch.no_grad():
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                out = own(input_ids=ids, **more)
-        except RuntimeError:  # a kernel without a fake form
-            out = own(input_ids=ids, **more)
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            out = own(input_ids=one, **more)
+    except RuntimeError:  # a kernel without a fake form
+        c = m.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cache = getattr(out, "past_key_values", None)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
