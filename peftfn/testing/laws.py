@@ -534,5 +534,7 @@ ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
 """Laws that are checked at one kind of site: they are slow, or do not depend on it."""
 CORE = frozenset({"structure", "purity", "no_rows", "modes", "round_trip", "bad_leaves"})
 """Laws about what is around a method, at two kinds of site: with one site and, if its sites share, with several."""
+TRAINED = frozenset({"purity", "effect", "routes", "modes", "gradients", "per_sample", "compiled", "bad_leaves"})
+"""Laws about trainable tensors: a method that has none (noise) obeys them beside one that has some, in a chain."""
 FEW = frozenset({"functions", "identity", "effect", "merging", "conformed", "algebra", "half_precision", "per_sample"})
 """Laws that are checked where a function gets something else, and not where only a call reaches it differently."""

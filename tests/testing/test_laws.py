@@ -13,10 +13,11 @@ from peftfn.testing import CORE, LAWS, ONCE, LawBroken, check_law, check_method,
 
 kinds = cache(models_for)
 AROUND_BOTH = pf.chain(pf.Bottleneck(2), pf.Bottleneck(2, of="input"))
+AROUND_NOISE = pf.chain(pf.NEFTune(), pf.Bottleneck(2), pf.LoReFT(2, last=1))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in CORE | ONCE or law == "values"])
-@pytest.mark.parametrize("method", METHODS + CHAINS + AROUND + [AROUND_BOTH] + INPUTS, ids=str)
+@pytest.mark.parametrize("method", METHODS + CHAINS + AROUND + [AROUND_BOTH, AROUND_NOISE] + INPUTS, ids=str)
 def test_law(method: Method, law: str) -> None:
     check_law(law, method, models=kinds(method))
 
