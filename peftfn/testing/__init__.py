@@ -52,7 +52,7 @@ def models_for(method: Method) -> list[str]:
     names = [n for n, m in (MODELS | AROUND | INPUTS).items() if m.kind in method.kinds]
     names = [n for n in names if n != "dense" or Case(method).merges]
     if not names:
-        raise TypeError(f"there are no laws of methods at {', '.join(sorted(method.kinds))} yet: {method}")
+        raise TypeError(f"there are no laws of methods at {', '.join(sorted(method.kinds))}: {method}")
     names = _accepted(method, names)
     case = Case(method, names[0])
     first = case.net.plan[case.site]
