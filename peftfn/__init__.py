@@ -28,7 +28,7 @@ from peftfn.model.model import sites
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
-from peftfn.tools import optim
+from peftfn.tools import merging, optim
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
@@ -70,6 +70,7 @@ __all__ = [
     "load_all",
     "longlora",
     "merged",
+    "merging",
     "offload_",
     "onload_",
     "optim",
