@@ -105,7 +105,16 @@ class Entry:
         return p
 
     def delta(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
-        """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked."""
+        """The change of the canonical weight w, in fp32 or better; p prepared, expert by expert if stacked.
+
+        Raises:
+            ValueError: the method depends on the input, so that there is no such change.
+        """
+        if not self.method.mergeable:
+            raise ValueError(
+                f"{self.site.name}: {self.method} depends on the input, so it is no change of the weight and cannot be "
+                "merged. Use net.apply or net.gated, or leave this site out"
+            )
         with exactly(w):
             if self.site.stacked:
                 return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))

@@ -5,6 +5,7 @@
 
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS
+from peftfn.methods.weights.alora import ALoRA as ALoRA
 from peftfn.methods.weights.bdlora import BDLoRA as BDLoRA
 from peftfn.methods.weights.beft import BEFT as BEFT
 from peftfn.methods.weights.boft import BOFT as BOFT

@@ -35,7 +35,7 @@ def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
             new[name] = entry.site.original(entry.site.canonical(w) + _delta(method, entry, p, entry.site.canonical(w)))
         else:
             model = copy.deepcopy(model)
-            model.set_submodule(entry.site.module, _ByInput(method, p[0], w, b))
+            model.set_submodule(entry.site.module, _ByInput(method, p[0], entry.site.canonical(w), b))
         if entry.site.bias and (entry.adds_bias or (entry.changes_bias and b is not None)):
             new[entry.site.bias] = method.bias(p[0], None if b is None else b.detach())
     out: Tensor = functional_call(model, new, (x,), tie_weights=False)
