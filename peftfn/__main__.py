@@ -1,4 +1,4 @@
-"""The command line: `peftfn demo`, `inspect`, `convert` and `merge`; also as `python -m peftfn …`."""
+"""The command line: `peftfn demo`, `inspect`, `convert`, `merge` and `combine`; also as `python -m peftfn …`."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "an adapter's folder or file, or the hub's owner/name"
+MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
 FORMATS = ("native", "peft", "kohya", "swift")
 
 
@@ -89,6 +90,30 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("base", type=Path, metavar="BASE", help="a folder of safetensors")
     new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+
+    new = command(
+        "combine",
+        _combine,
+        "merge several adapters into one",
+        "Merges adapters of one base by a function of peftfn.merging, and writes one adapter. LoRAs in PEFT's format "
+        "need no model.",
+    )
+    new.add_argument("paths", metavar="ADAPTER", nargs="+", help=ADAPTER)
+    new.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
+    new.add_argument("--method", choices=MERGING, default="linear", help="%(default)s if not given")
+    new.add_argument("--weights", type=float, nargs="+", metavar="W", help="a number for each adapter (1)")
+    new.add_argument("--rank", type=_positive, metavar="R", help="the nearest LoRA of rank R")
+    new.add_argument("--energy", type=float, metavar="E", help="the smallest ranks that hold this share of Σ σ²")
+    new.add_argument(
+        "--density", type=float, metavar="D", help="magnitude, ties, dare, della: share of entries to keep"
+    )
+    new.add_argument("--epsilon", type=float, metavar="E", help="della: how far the probabilities reach around D")
+    new.add_argument("--elect", choices=("total", "frequency"), help="ties, dare, della: how signs are elected")
+    new.add_argument("--space", choices=("dense", "core", "knots"), help="where those rules' entries are")
+    new.add_argument("--keep", type=_positive, metavar="K", help="tsv: singular components of each adapter")
+    new.add_argument("--seed", type=int, metavar="N", help="dare, della: of what is dropped")
+    new.add_argument("--model", type=Path, metavar="MODEL", help="the base model: its folder, or its config.json")
+    new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
     return parser
 
 
@@ -137,6 +162,16 @@ def _merge(options: argparse.Namespace) -> int:
     done = merge(options.base, options.adapter, options.out)
     untied = f"; no longer tied: {', '.join(done['untied'])}" if done["untied"] else ""
     print(f"wrote {options.out}: {len(done['adapted'])} tensors changed, {len(done['files'])} files{untied}")
+    return 0
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from peftfn.cli.combine import combine
+
+    words = ("rank", "energy", "density", "epsilon", "elect", "space", "keep", "seed")
+    given = {k: v for k in words if (v := getattr(options, k)) is not None}
+    o = options
+    print(combine(o.paths, o.out, o.method, o.weights, o.model, o.to, **given))
     return 0
 
 
