@@ -32,8 +32,10 @@ from peftfn.tools import merging, optim
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
+from peftfn.tools.report import MergedSite, MergeReport, merge_report
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
+from peftfn.tools.verify import Verification, VerifiedSite, verify
 from peftfn.view.merged import merged
 from peftfn.view.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
@@ -48,10 +50,14 @@ __all__ = [
     "Described",
     "Description",
     "Loaded",
+    "MergeReport",
+    "MergedSite",
     "Method",
     "Nets",
     "Rng",
     "Site",
+    "Verification",
+    "VerifiedSite",
     "Weight",
     "adapt",
     "adapter_of",
@@ -69,6 +75,7 @@ __all__ = [
     "load",
     "load_all",
     "longlora",
+    "merge_report",
     "merged",
     "merging",
     "offload_",
@@ -85,6 +92,7 @@ __all__ = [
     "to_lora",
     "trainable_",
     "unstack",
+    "verify",
     *sorted(registry.keys() - {"Chain"}),
 ]
 

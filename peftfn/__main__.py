@@ -1,4 +1,4 @@
-"""The command line: `peftfn demo`, `inspect`, `convert`, `merge` and `combine`; also as `python -m peftfn …`."""
+"""The command line, `peftfn` followed by a command; also as `python -m peftfn …`."""
 
 import argparse
 import json
@@ -92,6 +92,25 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
 
     new = command(
+        "verify",
+        _verify,
+        "whether an adapter is applied, everywhere",
+        "Runs the model of the folder MODEL without and with ADAPTER, merged, and by PEFT; prints each site's change "
+        "and effect, and how far the ways differ. Exit code 1: there are problems.",
+    )
+    new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
+    new.add_argument("--model", type=Path, required=True, metavar="MODEL", help="the base model's folder")
+    new.add_argument(
+        "--against",
+        choices=("peft", "merged"),
+        help="compare with this alone; peft must be installed. Else with the merged model, and with PEFT if it can be",
+    )
+    new.add_argument("--inputs", type=Path, metavar="FILE", help="a .safetensors of the model's arguments by name")
+    new.add_argument("--tolerance", type=float, default=0.05, metavar="T", help="share of the effect (%(default)s)")
+    new.add_argument("--no-effects", action="store_true", help="do not run the model once for each site")
+    new.add_argument("--json", action="store_true", help="print JSON")
+
+    new = command(
         "combine",
         _combine,
         "merge several adapters into one",
@@ -163,6 +182,15 @@ def _merge(options: argparse.Namespace) -> int:
     untied = f"; no longer tied: {', '.join(done['untied'])}" if done["untied"] else ""
     print(f"wrote {options.out}: {len(done['adapted'])} tensors changed, {len(done['files'])} files{untied}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from peftfn.cli.verify import verify
+
+    o = options
+    found = verify(o.adapter, o.model, o.against, o.inputs, tolerance=o.tolerance, effects=not o.no_effects)
+    print(json.dumps(found.json(), indent=2, ensure_ascii=False) if o.json else found)
+    return int(not found.ok)
 
 
 def _combine(options: argparse.Namespace) -> int:
