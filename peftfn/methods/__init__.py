@@ -34,6 +34,7 @@ from peftfn.methods.weights.mica import MiCA as MiCA
 from peftfn.methods.weights.miss import MiSS as MiSS
 from peftfn.methods.weights.missbat import MiSSBat as MiSSBat
 from peftfn.methods.weights.monteclora import MonteCLoRA as MonteCLoRA
+from peftfn.methods.weights.offset_lora import OffsetLoRA as OffsetLoRA
 from peftfn.methods.weights.oft import OFT as OFT
 from peftfn.methods.weights.olora import OLoRA as OLoRA
 from peftfn.methods.weights.osf import OSF as OSF

@@ -11,6 +11,7 @@ from peftfn.core.combine import scale
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
 from peftfn.tensors.tree import leaves
+from peftfn.tools.observe import call_of, unadapted
 from peftfn.tools.report import MergedSite, merge_report, share, short
 from peftfn.tools.table import table
 
@@ -118,9 +119,9 @@ def verify(
         raise ValueError(
             "verify: the model is in train mode, where dropout makes calls differ; call model.eval() first"
         )
-    args, kwargs = _call(batch)
+    args, kwargs = call_of(batch)
     with torch.no_grad():
-        base = _output(_unadapted(net).apply({}, *args, **kwargs))
+        base = _output(unadapted(net).apply({}, *args, **kwargs))
         y = _output(net.apply(adapter, *args, **kwargs))
         sites = tuple(_sites(net, adapter, dtype, (lambda a: _output(net.apply(a, *args, **kwargs))), y, base, effects))
         whole = _norm(y - base)
@@ -132,7 +133,7 @@ def verify(
             problems.append(f"it cannot be merged: {e}")
         else:
             if not any(e.site.quantised for e in net.plan.values()):
-                merged = _output(_unadapted(net).apply({}, *args, params=params, **kwargs))
+                merged = _output(unadapted(net).apply({}, *args, params=params, **kwargs))
                 differs["merged"] = _norm(merged - y) / max(whole, _tiny(y))
         for name, other in (others or {}).items():
             theirs = _output(other)
@@ -145,11 +146,6 @@ def verify(
                 f"{name} differs from apply by {share(d)} of the adapter's effect, more than {share(tolerance)}"
             )
     return Verification(sites, whole / max(_norm(base), _tiny(y)), differs, tuple(problems))
-
-
-def _unadapted(net: Adapted) -> Adapted:
-    """A net without sites, which calls the model as it is, or with other parameters."""
-    return Adapted(net.model, Plan({}, {}, {}))
 
 
 def _sites(
@@ -196,13 +192,6 @@ def _some(names: list[str], of: int) -> str:
 
 def _finite(tree: Mapping[str, Any]) -> bool:
     return all(bool(t.isfinite().all()) for t in leaves(tree))
-
-
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(arguments, keyword arguments) of a batch."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 def _output(out: Any) -> Tensor:
