@@ -28,7 +28,7 @@ from peftfn.model.model import sites
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
-from peftfn.tools import merging, optim, starts
+from peftfn.tools import merging, optim, starts, steps
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
@@ -87,6 +87,7 @@ __all__ = [
     "sites",
     "stack",
     "starts",
+    "steps",
     "status",
     "summary",
     "targets",
