@@ -32,6 +32,8 @@ from peftfn.tools import merging, optim, starts, steps
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
+from peftfn.tools.extract import extract
+from peftfn.tools.intruders import intruders, reduce_intruders
 from peftfn.tools.report import MergedSite, MergeReport, merge_report
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
@@ -71,7 +73,9 @@ __all__ = [
     "copy_",
     "describe",
     "distribute",
+    "extract",
     "gather",
+    "intruders",
     "load",
     "load_all",
     "longlora",
@@ -81,6 +85,7 @@ __all__ = [
     "offload_",
     "onload_",
     "optim",
+    "reduce_intruders",
     "reset_",
     "save",
     "scale",

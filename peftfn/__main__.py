@@ -92,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
 
     new = command(
+        "extract",
+        _extract,
+        "a LoRA from a full fine-tune",
+        "Writes the nearest LoRA of what the model of the folder FULL changed of the model of the folder BASE.",
+    )
+    new.add_argument("full", type=Path, metavar="FULL", help="the fine-tuned model's folder of safetensors")
+    new.add_argument("base", type=Path, metavar="BASE", help="the base model's folder of safetensors")
+    new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    new.add_argument("--rank", type=_positive, metavar="R", help="the rank of each matrix")
+    new.add_argument("--energy", type=float, metavar="E", help="the smallest ranks that hold this share of Σ σ²")
+    new.add_argument(
+        "--pattern", default="", metavar="P", help="which matrices get a LoRA; others are saved whole (all)"
+    )
+    new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
+
+    new = command(
         "verify",
         _verify,
         "whether an adapter is applied, everywhere",
@@ -181,6 +197,14 @@ def _merge(options: argparse.Namespace) -> int:
     done = merge(options.base, options.adapter, options.out)
     untied = f"; no longer tied: {', '.join(done['untied'])}" if done["untied"] else ""
     print(f"wrote {options.out}: {len(done['adapted'])} tensors changed, {len(done['files'])} files{untied}")
+    return 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from peftfn.cli.extract import extract
+
+    o = options
+    print(extract(o.full, o.base, o.out, o.rank, o.energy, o.pattern, o.to))
     return 0
 
 
