@@ -1,5 +1,6 @@
 """extract: a LoRA from a full fine-tune."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,10 @@ def extract(
     if (rank is None) == (energy is None):
         raise ValueError(f"extract: rank is {rank} and energy is {energy}; give exactly one of the two")
     check_energy("extract", energy)
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"extract: {pattern!r} is not a valid regular expression: {e}") from e
     known = Model.of(model)
     theirs: Mapping[str, Any] = Model.of(full).parameters if isinstance(full, nn.Module) else full
     leaves: dict[str, Leaf] = {}

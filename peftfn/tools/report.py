@@ -68,7 +68,11 @@ class MergeReport(Sequence[MergedSite]):
     __repr__ = __str__
 
     def json(self) -> list[dict[str, Any]]:
-        """Return plain values, for `json.dumps`."""
+        """Return plain values, for `json.dumps`.
+
+        Returns:
+            The fields, as dicts and lists of numbers and strings.
+        """
         return [asdict(s) for s in self]
 
 

@@ -63,7 +63,11 @@ class Verification:
         return not self.problems
 
     def json(self) -> dict[str, Any]:
-        """Return plain values, for `json.dumps`."""
+        """Return plain values, for `json.dumps`.
+
+        Returns:
+            The fields, as dicts and lists of numbers and strings.
+        """
         return asdict(self) | {"differs": dict(self.differs), "ok": self.ok}
 
     def __str__(self) -> str:

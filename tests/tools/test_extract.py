@@ -67,6 +67,7 @@ def test_bad_input_of_extract() -> None:
         (lambda: pf.extract(model, new), "exactly one"),
         (lambda: pf.extract(model, new, rank=0), r"0\.weight: rank is 0"),
         (lambda: pf.extract(model, new, energy=2.0), "0 < energy"),
+        (lambda: pf.extract(model, new, rank=1, pattern="("), r"'\(' is not a valid regular expression"),
         (lambda: pf.extract(model, {}, rank=1), r"0\.weight is \[6, 8\] in the base, and missing"),
         (lambda: pf.extract(model, nn.Sequential(nn.Linear(4, 6)), rank=1), r"and \[6, 4\] in the fine-tune"),
         (lambda: pf.extract(model, copy.deepcopy(model), rank=1), "are the same"),
@@ -84,7 +85,7 @@ def test_intruders_are_what_the_paper_counts() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30, bias=False))
     net = pf.adapt(model, {"0.weight": pf.LoRA(rank=1)})
-    u, s, vh = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
+    u, _, vh = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
     own = {"0.weight": {"a": vh[:1], "b": 5 * u[:, :1]}}
     assert pf.intruders(net, own) == {"0.weight": 0}
     mixed = u.sum(-1, keepdim=True) / 30**0.5
