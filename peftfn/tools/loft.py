@@ -61,7 +61,8 @@ def loft(
         m = betas[0] * (state["m"] @ turn) + (1 - betas[0]) * u
         v = betas[1] * (turn.mT @ state["v"] @ turn) + (1 - betas[1]) * u[..., :, None] * u[..., None, :]
         full = m @ other.mT  # [n, m], the weight's first moment
-        square = ((other @ v) * other).sum(-1)  # [n, m], its second
+        two_of = (other[..., :, None] * other[..., None, :]).flatten(-2)  # [m, r²]
+        square = v.flatten(-2) @ two_of.mT  # [n, m], its second
         one, two = 1 - betas[0] ** count, 1 - betas[1] ** count
         full = full / one / ((square.clamp(min=0) / two).sqrt() + eps)
         return full @ other @ inverse, {"m": m, "v": v, "other": other}

@@ -29,9 +29,9 @@ class OffsetLoRA(FromWeight):
         ValueError: a rank above the weight's own.
 
     Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
+        net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.corda(net, [torch.randn(16, 8)])
-        assert type(net.plan["0.weight"].method) is pf.OffsetLoRA
+        assert net.plan["weight"].method == pf.OffsetLoRA(rank=2)
     """
 
     cases = ({"rank": 2, "alpha": 3.0}, {"rank": 3, "rslora": True})
