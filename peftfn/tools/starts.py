@@ -22,18 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftfn.core.make import make
-from peftfn.core.method import Leaf, Method
-from peftfn.core.plan import Adapter, Entry, Plan
+from peftfn.core.method import Leaf
+from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
-from peftfn.methods.weights.lora import LoRA
-from peftfn.methods.weights.offset_lora import OffsetLoRA
-from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
-from peftfn.tools.change import exactly
 from peftfn.tools.observe import gradients, see_inputs
 from peftfn.tools.pca import Pca
+from peftfn.tools.start_nets import loras_of, offset_from, same_alpha, with_leaves, with_methods
 
 __all__ = ["corda", "eva", "loftq", "lora_ga", "lora_one", "orthogonal"]
 
@@ -62,7 +58,7 @@ def orthogonal(net: Adapted, seed: int = 0) -> tuple[Adapted, Adapter]:
         net, adapter = pf.starts.orthogonal(net)
     """
     leaves: Adapter = {}
-    for name, (entry, m) in _loras("orthogonal", net).items():
+    for name, (entry, m) in loras_of("orthogonal", net).items():
         if m.rank % 2:
             raise ValueError(f"{name}: rank is {m.rank}, and orthogonal splits it in two: give an even rank")
         out, in_ = entry.site.matrix_shape()
@@ -71,7 +67,7 @@ def orthogonal(net: Adapted, seed: int = 0) -> tuple[Adapted, Adapter]:
         a = q[0::2].mT @ rng.normal(m.rank // 2, in_) / 10
         b = rng.normal(out, m.rank // 2) @ q[1::2] / 10
         leaves[name] = {"a": a, "b": b}
-    return net, _with(net, leaves)
+    return net, with_leaves(net, leaves)
 
 
 def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool = False) -> tuple[Adapted, Adapter]:
@@ -104,7 +100,7 @@ def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool 
     """
     if not 1 <= rho < float("inf"):
         raise ValueError(f"eva: rho is {rho}; a layer keeps at least its own rank: give rho >= 1")
-    loras = _loras("eva", net)
+    loras = loras_of("eva", net)
     most = {n: min(round(m.rank * rho), *e.site.matrix_shape()) for n, (e, m) in loras.items()}
     seen: dict[str, Pca] = {}
     shared: dict[str, str] = {}
@@ -126,8 +122,10 @@ def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool 
     ranks = dict.fromkeys(loras, 0)
     for _, _, n in sorted(ratios, key=lambda r: (-r[0], r[1]))[:budget]:
         ranks[n] += 1
-    methods = {n: replace(m, rank=r, alpha=_alpha(m, r)) if (r := ranks[n]) else None for n, (_, m) in loras.items()}
-    new = _net(net, methods)
+    methods = {
+        n: replace(m, rank=r, alpha=same_alpha(m, r)) if (r := ranks[n]) else None for n, (_, m) in loras.items()
+    }
+    new = with_methods(net, methods)
     leaves: Adapter = {}
     for n, m in methods.items():
         if m is not None:
@@ -135,7 +133,7 @@ def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool 
             a = pca.components[: m.rank]
             a = a / pca.values[: m.rank, None].sqrt() if whiten else a
             leaves[n] = {"a": a.clone(), "b": a.new_zeros(out, m.rank)}
-    return new, _with(new, leaves)
+    return new, with_leaves(new, leaves)
 
 
 def corda(
@@ -167,7 +165,7 @@ def corda(
     """
     if keep not in ("knowledge", "instruction"):
         raise ValueError(f"corda: keep is {keep!r}; choose 'knowledge' or 'instruction'")
-    loras = _loras("corda", net)
+    loras = loras_of("corda", net)
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def see(names: list[str], x: Tensor) -> None:
@@ -188,7 +186,7 @@ def corda(
         part = slice(0, m.rank) if keep == "instruction" else slice(len(s) - m.rank, len(s))
         root = (s[part] / m.scale).sqrt()
         starts[n] = {"a": root[:, None] * (vh[part] @ inverse), "b": u[:, part] * root}
-    return _offset(net, starts)
+    return offset_from(net, starts)
 
 
 def _invertible(c: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +229,7 @@ def lora_ga(
         net, adapter = pf.starts.lora_ga(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
     _above_zero("lora_ga", gamma)
-    loras = _loras("lora_ga", net)
+    loras = loras_of("lora_ga", net)
     for n, (entry, m) in loras.items():
         if 2 * m.rank > min(entry.site.matrix_shape()):
             most = min(entry.site.matrix_shape()) // 2
@@ -241,7 +239,7 @@ def lora_ga(
         r, size = loras[n][1].rank, g.shape[0] ** 0.25 / sqrt(gamma)
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
         starts[n] = {"a": size * vh[:r], "b": size * u[:, r : 2 * r]}
-    return _offset(net, starts)
+    return offset_from(net, starts)
 
 
 def lora_one(
@@ -271,14 +269,14 @@ def lora_one(
         net, adapter = pf.starts.lora_one(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
     _above_zero("lora_one", gamma)
-    loras = _loras("lora_one", net)
+    loras = loras_of("lora_one", net)
     leaves: Adapter = {}
     for n, g in gradients("lora_one", net, loras, batches, loss).items():
         r = loras[n][1].rank
         u, s, vh = torch.linalg.svd(-g, full_matrices=False)
         root = (s[:r] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
         leaves[n] = {"a": root[:, None] * vh[:r], "b": u[:, :r] * root}
-    return net, _with(net, leaves)
+    return net, with_leaves(net, leaves)
 
 
 def loftq(
@@ -312,7 +310,7 @@ def loftq(
     given = quantise if isinstance(quantise, Mapping) else None
     if steps < 1 or (given is not None and steps > 1):
         raise ValueError(f"loftq: steps is {steps}; give 1{'' if given is not None else ' or more'}")
-    loras, held = _loras("loftq", net, quantised=True), net.weights
+    loras, held = loras_of("loftq", net, quantised=True), net.weights
     out: dict[str, Tensor] = {}
     leaves: Adapter = {}
     for n, (entry, m) in loras.items():
@@ -330,72 +328,7 @@ def loftq(
         root = s[: m.rank].sqrt()
         leaves[n] = {"a": root[:, None] * vh[: m.rank], "b": u[:, : m.rank] * root / m.scale}
         out[n] = site.original(q).to(now.dtype)
-    return out, _with(net, leaves)
-
-
-# Nets and adapters.
-
-
-def _loras(where: str, net: Adapted, quantised: bool = False) -> dict[str, tuple[Entry, LoRA]]:
-    """The net's sites with LoRA. ValueError where one is at no linear layer, has a rank that does not fit, or there is
-    none."""
-    out: dict[str, tuple[Entry, LoRA]] = {}
-    for name, entry in net.plan.items():
-        if type(entry.method) is not LoRA:
-            continue
-        shape = entry.site.matrix_shape()
-        if entry.site.kind not in ("linear", "linear_t"):
-            raise ValueError(
-                f"{where}: {name} is a {entry.site.kind}; starting points are for LoRA at linear layers: give this "
-                "site another rule"
-            )
-        if entry.site.quantised and not quantised:
-            raise ValueError(f"{where}: {name} is quantised; use the model with its full weights, or starts.loftq")
-        if entry.method.rank > min(shape):
-            raise ValueError(f"{where}: {name}: rank is {entry.method.rank}, and the weight is {list(shape)}")
-        out[name] = entry, entry.method
-    if not out:
-        raise ValueError(f"{where}: the net has no LoRA; starting points are for LoRA at linear layers")
-    return out
-
-
-def _with(net: Adapted, leaves: Mapping[str, Leaf]) -> Adapter:
-    """A fresh adapter with these leaves, each in fp32 or wider, whole in memory, with the bias that a fresh one has."""
-    fresh = net.init()
-    return {n: {**leaf, **{k: t.contiguous() for k, t in leaves.get(n, {}).items()}} for n, leaf in fresh.items()}
-
-
-def _net(net: Adapted, methods: Mapping[str, Method | None]) -> Adapted:
-    """The net with other methods at some sites, None for none. Constants are those of the net where it has them."""
-    chosen = {n: methods.get(n, e.method) if n in methods else e.method for n, e in net.plan.items()}
-    kept = {n: m for n, m in chosen.items() if m is not None}
-    rules = {exactly(n) if n in methods else net.plan[n].rule: m for n, m in kept.items()}
-    taken = {n: exactly(n) if n in methods else net.plan[n].rule for n in kept}
-    plan = make(Model.of(net.model), rules, 0, taken=taken, constants=False)
-    entries = {n: e if n in methods else replace(e, frozen=net.plan[n].frozen) for n, e in plan.items()}
-    return Adapted(net.model, Plan(entries, plan.rules, plan.banks))
-
-
-def _offset(net: Adapted, starts: Mapping[str, Leaf]) -> tuple[Adapted, Adapter]:
-    """A net of `OffsetLoRA` with these constants, and the adapter that starts at them."""
-    methods: dict[str, Method] = {}
-    for n in starts:
-        m: Any = net.plan[n].method
-        if m.lora_bias:
-            raise ValueError(f"{n}: {m} has a bias, which an OffsetLoRA has not: give lora_bias=False")
-        methods[n] = OffsetLoRA(rank=m.rank, alpha=m.alpha, rslora=m.rslora, dropout=m.dropout)
-    new = _net(net, methods)
-    entries = dict(new.plan.items())
-    for n, leaf in starts.items():
-        frozen = {f"{k}0": t.float().contiguous() for k, t in leaf.items()}
-        entries[n] = replace(entries[n], frozen=frozen)
-    made = Adapted(net.model, Plan(entries, new.plan.rules, new.plan.banks))
-    return made, made.init()
-
-
-def _alpha(m: LoRA, rank: int) -> float:
-    """The alpha with which another rank has the same scale."""
-    return m.scale * (sqrt(rank) if m.rslora else rank)
+    return out, with_leaves(net, leaves)
 
 
 def _above_zero(where: str, gamma: float) -> None:
