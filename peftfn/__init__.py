@@ -36,12 +36,16 @@ from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
 from peftfn.slots.routes import PerForward
-from peftfn.tools import optim
+from peftfn.tools import merging, optim, starts, steps
 from peftfn.tools.convert import to_lora
 from peftfn.tools.cures import unknown
 from peftfn.tools.describe import Described, Description, describe
+from peftfn.tools.extract import extract
+from peftfn.tools.intruders import intruders, reduce_intruders
+from peftfn.tools.report import MergedSite, MergeReport, merge_report
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
+from peftfn.tools.verify import Verification, VerifiedSite, verify
 from peftfn.view.merged import merged
 from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
@@ -59,6 +63,8 @@ __all__ = [
     "Described",
     "Description",
     "Loaded",
+    "MergeReport",
+    "MergedSite",
     "Method",
     "ModuleChain",
     "ModuleMethod",
@@ -70,6 +76,8 @@ __all__ = [
     "Routed",
     "Site",
     "Tokens",
+    "Verification",
+    "VerifiedSite",
     "Weight",
     "adapt",
     "adapter_of",
@@ -85,15 +93,20 @@ __all__ = [
     "describe",
     "distribute",
     "from_state_dict",
+    "extract",
     "gather",
+    "intruders",
     "load",
     "load_all",
     "longlora",
+    "merge_report",
     "merged",
+    "merging",
     "offload_",
     "onload_",
     "optim",
     "places",
+    "reduce_intruders",
     "reset_",
     "routing",
     "save",
@@ -101,6 +114,8 @@ __all__ = [
     "sites",
     "stack",
     "state_dict",
+    "starts",
+    "steps",
     "status",
     "summary",
     "targets",
@@ -108,6 +123,8 @@ __all__ = [
     "trainable_",
     "unstack",
     *sorted(registry.keys() - {"Chain", "ModuleChain"}),
+    "verify",
+    *sorted(registry.keys() - {"Chain"}),
 ]
 
 

@@ -496,7 +496,7 @@ def test_help_and_a_wrong_command() -> None:
     done = subprocess.run([sys.executable, "-m", "peftfn", "inspect", "/no/such"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'peftfn inspect: /no/such does not exist and is not a Hub repository ("owner/name")\n'
-    for command in ("demo", "inspect", "convert", "merge"):
+    for command in ("demo", "inspect", "convert", "merge", "combine", "extract", "verify"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
@@ -505,6 +505,7 @@ def test_help_and_a_wrong_command() -> None:
     assert end.value.code == 2
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT asks for it
 def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "command_line.md").read_text()
