@@ -60,6 +60,7 @@ def run(out: Path, settings: Settings, console: Console | None = None) -> int:
     """Train, report into the folder `out`, check. The exit code: 0, or 1 if a check failed."""
     start, console = perf_counter(), console or Console()
     tasks = [t.smaller(settings.train_texts, settings.test_texts) for t in (news(), reviews())]
+    (out / "adapters").mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends it now
     base = Base(classes=max(len(t.labels) for t in tasks))
     before = checks.copy_of(base.model)
     nets = {HEAD: pf.adapt(base.model, {"head": pf.Full()})}
@@ -77,7 +78,6 @@ def run(out: Path, settings: Settings, console: Console | None = None) -> int:
         progress.update(bar, description="done")
     console.print(report.table(rows))
 
-    out.mkdir(parents=True, exist_ok=True)
     for name, net in nets.items():
         for task in tasks:
             for seed, adapter in enumerate(trained[name][task.name]):

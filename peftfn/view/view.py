@@ -24,6 +24,9 @@ from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
 from peftfn.tensors.transform import backward_task
 
+EXTRA = "_extra_state"
+"""How torch names what a module's get_extra_state gives."""
+
 # A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
 # does not allow there.
 
@@ -256,9 +259,11 @@ def _saving(cls: Any) -> Callable[..., Any]:
         banks = [name for of in self._peftfn.banks.values() for paths in of.values() for _, name in paths]
         leaves |= {id(self._parameters[name]) for name in banks}
         named = self.named_parameters(remove_duplicate=False)
-        frozen = {k for k, p in named if not p.requires_grad and id(p) not in leaves}
+        ours = {k for k, p in named if p.requires_grad or id(p) in leaves}
+        ours |= {k for k, _ in self.named_buffers(remove_duplicate=False)}
         held = self.state_dict() if state_dict is None else state_dict
-        kept = {k: t for k, t in held.items() if k not in frozen}
+        # the rest is the frozen base, or what its quantised layers write beside it
+        kept = {k: t for k, t in held.items() if k in ours or k.endswith(EXTRA)}
         return cls.save_pretrained(self, save_directory, *args, state_dict=kept, **kwargs)
 
     return save_pretrained
@@ -442,6 +447,10 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         for name, (plan, _) in given.items()
     }
     model._peftfn = _State(kept, banks, choice, set())
+    if vars(model).get("is_quantized"):
+        # What transformers keeps of a quantised model: Trainer refuses one without PEFT's adapters, and save_pretrained
+        # would write all of it. What a view trains and saves is not quantised.
+        model.is_quantized, model.hf_quantizer = False, None
     for module in model.modules():
         if not isinstance(module, Leaf):  # whose tensors are the view's own
             module.register_load_state_dict_pre_hook(_unshare)

@@ -117,12 +117,3 @@ def test_missing_packages_are_named_all_at_once(capsys, monkeypatch):
     assert f"pip install --no-deps {names}" in capsys.readouterr().err
     listed = {line.split("==")[0] for line in (ROOT / "requirements" / "nodeps.txt").read_text().splitlines()}
     assert listed >= set(names.split())
-
-
-def test_command_line(capsys):
-    with pytest.raises(SystemExit) as e:
-        main(["demo", "--steps", "0"])
-    assert e.value.code == 2
-    assert "0 is not positive" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([])
