@@ -21,8 +21,7 @@ __version__ = "0.1.0"
 
 def __dir__() -> list[str]:
     """What users call. The rooms of the package (`core`, `net`, …) are attributes too, and no part of the interface."""
-    names: list[str] = __getattr__("__all__")
-    return [*names, *(name for name in globals() if name.startswith("__"))]
+    return [*import_module("peftfn.api").__all__, *(name for name in globals() if name.startswith("__"))]
 
 
 if not TYPE_CHECKING:  # to a type checker, every name would exist

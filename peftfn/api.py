@@ -18,12 +18,13 @@ from peftfn.model.model import sites
 from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
+from peftfn.tensors.tree import leaves
 from peftfn.tools import optim
 from peftfn.tools.convert import to_lora
 from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
-from peftfn.view.merged import merged
+from peftfn.view.merged import merged, merged_model
 from peftfn.view.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
 
@@ -54,10 +55,12 @@ __all__ = [
     "describe",
     "distribute",
     "gather",
+    "leaves",
     "load",
     "load_all",
     "longlora",
     "merged",
+    "merged_model",
     "offload_",
     "onload_",
     "optim",

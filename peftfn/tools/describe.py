@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftfn.model.model import Model
-from peftfn.model.names import matches
+from peftfn.model.names import matches, near
 from peftfn.tools.table import table
 
 
@@ -54,8 +54,9 @@ class Description(Sequence[Described]):
         assert len(sites) == 2 and sites.numel == 8 * 4 + 4
     """
 
-    def __init__(self, found: Sequence[Described]):
+    def __init__(self, found: Sequence[Described], hint: str = ""):
         self._sites = tuple(found)
+        self._hint = hint  # what to print where there is no site
 
     @overload
     def __getitem__(self, index: int) -> Described: ...
@@ -81,6 +82,8 @@ class Description(Sequence[Described]):
         return sum(s.numel for s in self if s.name not in again)
 
     def __str__(self) -> str:
+        if not self._sites:
+            return f"0 sites{self._hint}"
         rows = [("site", "kind", "shape", "dtype", "tied with")]
         for name, s in self._lines():
             kind = f"{s.kind}, quantised" if s.quantised else s.kind
@@ -109,7 +112,8 @@ class Description(Sequence[Described]):
 def describe(model: nn.Module, pattern: str | None = None) -> Description:
     """List the sites of a model, or those that a pattern matches.
 
-    `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything.
+    `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything: where it
+    matches nothing, the names most like it are printed.
 
     Args:
         model: any module.
@@ -136,7 +140,9 @@ def describe(model: nn.Module, pattern: str | None = None) -> Description:
             w = known.weights[s.name]
             more = (s.aliases, s.tied, s.quantised)
             found.append(Described(s.name, s.kind, tuple(s.shape), w.dtype, w.device, *more))
-    return Description(found)
+    names = [n for s in known.sites.values() for n in (s.name, *s.aliases)]
+    hint = f": {pattern!r} matches no parameter{near(pattern, names)}" if pattern is not None and names else ""
+    return Description(found, hint)
 
 
 def _ranges(numbers: list[int]) -> str:
