@@ -1,6 +1,7 @@
 """What `as_module` builds: a parametrization at each site, which holds the leaves and returns the adapted weight."""
 
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -322,9 +323,9 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 @cache
-def _slot(name: str) -> type:
-    """A class with the attribute `name`: what its ParametrizationList gives, read without the list's own call, which
-    would cost more than all the rest."""
+def _slot(name: str) -> property:
+    """The attribute `name`: what its ParametrizationList gives, read without the list's own call, which would cost more
+    than all the rest."""
 
     def get(self: nn.Module) -> Any:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
@@ -337,7 +338,7 @@ def _slot(name: str) -> type:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         raise RuntimeError(REPLACED.format(name=getattr(held[0], "site", name)))
 
-    return type(f"_{name}", (), {name: property(get, refuse)})
+    return property(get, refuse)
 
 
 def _refusal(word: str, cure: str) -> Callable[..., Any]:
@@ -365,10 +366,12 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
         super(made, self).register_parameter(name, param)
 
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
+    body |= {name: _slot(name) for name in names}
     if names:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
     if view:
         body["__qualname__"] = cls.__qualname__
+        body |= {k: v for k, v in vars(View).items() if isinstance(v, types.FunctionType)}  # before the model's own
         body |= {word: _refusal(word, cure) for word, cure in CURES.items()}
         if hasattr(cls, "_set_gradient_checkpointing"):
             body["_set_gradient_checkpointing"] = _checkpointing(cls)
@@ -377,8 +380,9 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool) -> Any:
         for name in ("tie_weights", "resize_token_embeddings"):
             if hasattr(cls, name):
                 body[name] = _unless_adapted(cls, name)
-    bases = (*([View] if view else []), *map(_slot, names), cls)
-    made: Any = type(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
+    # The class comes first: Python gives a layer another class only if both have one first line of bases.
+    bases = (cls, View) if view else (cls,)
+    made: Any = type(cls)(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
     return made
 
 
