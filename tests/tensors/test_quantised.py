@@ -470,7 +470,7 @@ def test_a_layer_that_takes_no_weight_but_its_own_runs_by_the_weight_s_tensor():
     model = nn.Sequential(QLinear(IN, OUT), nn.Tanh(), QLinear(OUT, IN))
     quantize_(model, Int8WeightOnlyConfig())
     net = pf.adapt(model, {"weight": pf.LoRA(2)})
-    a = shaken(net, 1)
+    a = shaken(net.init(), 1)
     plain = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
     dense = {k: t.dequantize() if hasattr(t, "dequantize") else t for k, t in model.state_dict().items()}
     plain.load_state_dict({k: t.detach() for k, t in dense.items()})
