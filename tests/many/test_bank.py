@@ -213,7 +213,7 @@ def test_smaller_adapters_and_files_are_fetched_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["native", "peft", "swift"])
 def test_a_path_alone_says_its_net(format: str, tmp_path: Path) -> None:
     """Files of any format, with alpha written down or not; nets of one meaning are one net."""
-    model, wide, bank = tiny(2)
+    model, _, bank = tiny(2)
     plans = {"a": LoRA(4), "b": LoRA(4, alpha=4.0), "c": LoRA(2, alpha=3.0), "d": LoRA(4, alpha=2.0, rslora=True)}
     given = {n: ((net := pf.adapt(model, {"weight": m})), random(net, i)) for i, (n, m) in enumerate(plans.items())}
     for name, (net, a) in given.items():

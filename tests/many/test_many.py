@@ -292,7 +292,7 @@ def test_any_iterable_or_dict_of_adapters_stacks_and_a_dict_comes_back() -> None
     sums = [pf.add(a, pf.scale(a, 2.0)) for a in adapters]
     assert same(pf.unstack(pf.stack(sums))[1], sums[1])
     for names in (["ann"], ["ann", "ann", "bob"]):
-        with pytest.raises(ValueError, match="unstack: .*for 3 adapters"):
+        with pytest.raises(ValueError, match=r"unstack: .*for 3 adapters"):
             pf.unstack(pf.stack(named), names)
 
 

@@ -455,7 +455,7 @@ def test_a_model_that_transformers_loads_quantised(bits, tmp_path):
     assert all(t.grad.isfinite().all() and t.grad.any() for leaf in leaves.values() for t in leaf.values())
 
 
-class QModuleMixin(ABC):
+class QModuleMixin(ABC):  # noqa: B024 - as quanto has it
     """What quanto's layers derive from: they quantise anew whatever they find for a weight that is not their own."""
 
 

@@ -48,7 +48,8 @@ def rows(n: int) -> list[dict[str, torch.Tensor]]:
 
 def trainer(m: Any, out: Path, **options: Any) -> tf.Trainer:
     given = {
-        "max_steps": 12, "save_steps": 6, "logging_steps": 1, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8, "learning_rate": 0.02,
+        "max_steps": 12, "save_steps": 6, "logging_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.02,
+        "lr_scheduler_type": "constant",
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 1, "dataloader_pin_memory": False,
     } | options  # fmt: skip
     return tf.Trainer(m, tf.TrainingArguments(str(out), **given), train_dataset=rows(96))
