@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -117,9 +118,11 @@ def caption(facts: Mapping[str, Any]) -> str:
     """What the picture shows, for those who see it alone."""
     rates = ", ".join(f"{name} {lr:g}" for name, lr in facts["rates"].items())
     steps = ", ".join(f"{name} {n}" for name, n in facts["steps"].items())
-    return (
+    text = (
         f"Top: mean of {facts['seeds']} seeds, which train together in one vmapped run; whiskers are ± one standard "
-        f"deviation. Under each method:\nits trainable parameters. Steps: {steps}; learning rates: {rates}. Bottom "
-        f"left: LoRA, the same seed and batches at each rate.\nBottom right: medians of 5 calls of the whole encoder, "
-        f"on {facts['threads']} thread{'s' * (facts['threads'] > 1)}; the rows use trained adapters of four methods."
+        f"deviation; under each method, its trainable parameters. Steps: {steps}. Learning rates: {rates}. Bottom "
+        "left: LoRA, with the same seed and batches at each rate. Bottom right: the whole encoder, the fastest of 9 "
+        f"calls on {facts['threads']} thread{'s' * (facts['threads'] > 1)}; the rows have trained adapters of four "
+        "methods."
     )
+    return fill(text, 140)

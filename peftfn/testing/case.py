@@ -68,11 +68,6 @@ def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
     return walk(tree)
 
 
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree of dicts, in its own order."""
-    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
-
-
 def dot(a: Any, b: Any) -> Tensor:
     return torch.stack([(a[n][k] * b[n][k]).sum() for n in a for k in a[n]]).sum()
 
