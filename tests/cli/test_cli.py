@@ -506,6 +506,12 @@ def test_help_needs_no_torch() -> None:
     assert done.stdout == "peftfn.__main__ False\n"
 
 
+def test_the_registry_is_whole_whatever_is_imported_first() -> None:
+    for first in ("from peftfn.method import registry", "from peftfn.formats.native import registry"):
+        done = subprocess.run([sys.executable, "-c", f"{first}; print(*registry)"], capture_output=True, text=True)
+        assert {n for n, c in registry.items() if c.__module__.startswith("peftfn.")} <= set(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
