@@ -171,7 +171,7 @@ CURES = {
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
     "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
     "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
-    "merge_and_unload": "net.merge(peftfn.adapter_of(m)) returns the merged parameters",
+    "merge_and_unload": "peftfn.merged_model(net, peftfn.adapter_of(m)) returns a merged model",
     "print_trainable_parameters": "print(peftfn.status(m))",
 }
 """Methods of PEFT's models, which also transformers' have → what to write instead."""

@@ -275,6 +275,12 @@ def test_a_stack_keeps_the_order_of_names_and_is_a_value() -> None:
     assert a["c"]["x"].tolist() == [1.0] * 3
 
 
+def test_names_in_an_index_are_refused_with_the_cure() -> None:
+    net = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)})
+    with pytest.raises(TypeError, match=r"mixed: index has the name 'ann'; .*peftfn\.bank"):
+        net.mixed(pf.stack({"ann": net.init()}), ["ann", -1], torch.ones(2, 4))  # type: ignore[list-item]
+
+
 def same(a: Any, b: Any) -> bool:
     return all(torch.equal(s, t) for s, t in zip(pf.leaves(a), pf.leaves(b), strict=True))
 
