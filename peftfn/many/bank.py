@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfn.core.plan import Adapter
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets, check_nets
-from peftfn.many.waiting import Waiting, located, net_of
+from peftfn.many.waiting import Waiting, located
 from peftfn.model.names import near
 from peftfn.net.net import Adapted
 from peftfn.tensors.tree import mapped
@@ -161,20 +161,22 @@ class Bank:
             raise ValueError(
                 f"put: {name!r} cannot name an adapter: give a string other than {BASE!r}, which names the base"
             )
-        if isinstance(net, str | Path) and adapter is None:
-            adapter, net = net, self._net_of(net)
-        if not isinstance(net, Adapted) or adapter is None:
+        alone = isinstance(net, str | Path) and adapter is None
+        if not alone and (not isinstance(net, Adapted) or adapter is None):
             raise TypeError(
                 f"put: {name!r}: give put(name, net, adapter), with the net that the adapter belongs to, or "
                 f"put(name, path); net is a {type(net).__name__} and adapter a {type(adapter).__name__}"
             )
+        kept: Any = None
+        saved, path = None, net if alone else adapter
+        if isinstance(path, str | Path):
+            known = list(dict.fromkeys([*(s.net for s in self._slots), *self._homes]))
+            net, kept, saved = located(name, path, net if isinstance(net, Adapted) else None, known)
+        assert isinstance(net, Adapted)
         home, same = self._home(net)
         mine = self._slots[home].net
-        kept: Any
-        saved = None
-        if isinstance(adapter, str | Path):
-            kept, saved = located(name, adapter, net)
-        else:
+        if kept is None:
+            assert isinstance(adapter, Mapping)
             net.plan.check(adapter)
             kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
             _same_structure(name, kept if net is mine else conform(kept, net, mine), self._slots[home].stack, mine)
@@ -428,10 +430,6 @@ class Bank:
                 if slot in slots.retired:
                     slots.retired.remove(slot)
                     slots.free.append(slot)
-
-    def _net_of(self, path: str | Path) -> Adapted:
-        known = dict.fromkeys([*(s.net for s in self._slots), *self._homes])
-        return net_of(path, self._slots[0].net.model, known)
 
     def _home(self, net: Adapted) -> tuple[int, bool]:
         """(number of the smallest of the bank's nets that holds any adapter of `net`, whether it is the same plan)."""

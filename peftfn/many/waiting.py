@@ -1,12 +1,11 @@
 """What a bank keeps of an adapter that is in no slot: its tensors in memory, or the place of its file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from peftfn.core.plan import Adapter, Entry
 from peftfn.formats import load
@@ -33,29 +32,31 @@ class Waiting:
         return adapter
 
 
-def located(name: str, path: str | Path, net: Adapted) -> tuple[Path, str | None]:
-    """(file or folder, id of its plan if it is native) of an adapter of `net` on disk.
+def located(
+    name: str, path: str | Path, net: Adapted | None, known: Sequence[Adapted]
+) -> tuple[Adapted, Path, str | None]:
+    """(net, file or folder, id of its plan if it is native) of an adapter on disk.
+
+    Args:
+        net: the net that it belongs to; None is what the file says: one of those known, if it means the same, or a new
+            one of their model.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no adapter.
         ValueError: it has another plan than the net.
     """
     path = Path(path)
     file = path / TENSORS if path.is_dir() else path
-    if file.is_file() and file.name == TENSORS:
-        return file, check_saved(file, net)
-    try:
-        other, _ = load(path, net.model)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{name}: {e}") from e
-    same_plan(path, other, net)
-    return path, None
-
-
-def net_of(path: str | Path, model: nn.Module, known: Iterable[Adapted]) -> Adapted:
-    """The net of a file: one of those known, if its adapters mean the same there, or a new one."""
-    net, _ = load(path, model)
-    return next((other for other in known if _difference(net, other) is None), net)
+    native = file.is_file() and file.name == TENSORS
+    if net is None or not native:
+        try:
+            theirs, _ = load(path, known[0].model)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{name}: {e}") from e
+        if net is None:
+            net = next((other for other in known if _difference(theirs, other) is None), theirs)
+        same_plan(path, theirs, net)
+    return (net, file, check_saved(file, net)) if native else (net, path, None)
 
 
 def same_plan(path: Path, theirs: Adapted, net: Adapted) -> None:
