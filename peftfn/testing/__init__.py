@@ -7,8 +7,7 @@ from types import FunctionType
 
 from peftfn.core.method import Method, Weight
 from peftfn.model.model import sites
-from peftfn.tensors.tree import leaves
-from peftfn.testing.case import SITE, Case, close, shaken
+from peftfn.testing.case import SITE, Case, close, leaves, shaken
 from peftfn.testing.laws import CORE, FEW, LAWS, ONCE
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 

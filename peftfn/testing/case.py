@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.core.method import Weight
+from peftfn.tensors.tree import leaves as leaves
 from peftfn.testing.models import ALIKE, MODELS, SEVERAL, Model
 
 SITE = "layer.weight"

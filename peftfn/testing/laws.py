@@ -18,8 +18,7 @@ import peftfn as pf
 from peftfn.core.method import Weight
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
-from peftfn.tensors.tree import leaves
-from peftfn.testing.case import SITE, Case, close, dot, shaken
+from peftfn.testing.case import SITE, Case, close, dot, leaves, shaken
 from peftfn.testing.contract import every_field, functions, keeps
 from peftfn.testing.models import twice
 from peftfn.testing.routes import ROUTES, Party, meaning, wanted

@@ -14,8 +14,7 @@ from torch.func import functional_call, vmap
 import peftfn as pf
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Entry
-from peftfn.tensors.tree import leaves
-from peftfn.testing.case import SITE, Case, shaken
+from peftfn.testing.case import SITE, Case, leaves, shaken
 from peftfn.view.module import parameters_of
 
 INDEX = [2, -1, 0, 2, 1]
