@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from peftfn import __version__
 
 ADAPTER = "an adapter's folder or file, or the hub's owner/name"
 MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
@@ -16,23 +18,33 @@ FORMATS = ("native", "peft", "kohya", "swift")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 1 if the answer is no; 2, after one line on stderr, for bad input."""
     options = _parser().parse_args(argv)
-    expected = () if options.command == "demo" else (ValueError, KeyError, OSError)
     try:
         code: int = options.run(options)
-    except expected as e:
-        what = e.args[0] if isinstance(e, KeyError) and e.args else e
+    except options.expected as e:
+        what: Any = e.args[0] if isinstance(e, KeyError) and e.args else e
+        if isinstance(e, OSError) and e.filename and e.strerror:  # the system's own, with a number in front
+            what = f"{e.filename}: {e.strerror}"
         print(f"peftfn {options.command}: {' '.join(str(what).split())}", file=sys.stderr)
         return 2
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peftfn", description="Adapters as values, methods as pure functions.")
+    parser = _Parser(prog="peftfn", description="Adapters as values, methods as pure functions.")
+    parser.add_argument("--version", action="version", version=f"peftfn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command", dest="command")
 
     def command(name: str, run: Any, brief: str, description: str) -> argparse.ArgumentParser:
         new = commands.add_parser(name, help=brief, description=description)
-        new.set_defaults(run=run)
+        new.add_argument("--version", action="version", version=f"peftfn {__version__}")
+        new.set_defaults(run=run, expected=(ValueError, KeyError, OSError))
         return new
 
     new = command(
@@ -42,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "Trains several methods and seeds on a frozen sentence encoder, on two real tasks; prints a table, "
         "writes a plot and the adapters. Needs no network and no GPU.",
     )
+    new.set_defaults(expected=(OSError,))  # its only input is a folder
     new.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="output folder (%(default)s)")
     new.add_argument("--seeds", type=_positive, metavar="N", help="adapters a method, trained at once")
     new.add_argument("--steps", type=_positive, metavar="N", help="training steps")
@@ -228,9 +241,13 @@ def _combine(options: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
 
 
