@@ -46,9 +46,7 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
         a1, a2, b1, b2 = (t[f"{k}.weight"].flatten(1) for k in ("a1", "a2", "b1", "b2"))
         return w + scale(len(a2)) * (w @ a1 @ a2 + b1 @ b2)
     if "lora_up.weight" in t:
-        up, down = (
-            t[f"lora_{k}.weight"].flatten(1) for k in ("up", "down")
-        )
+        up, down = (t[f"lora_{k}.weight"].flatten(1) for k in ("up", "down"))
         d = scale(len(down)) * up @ down
     elif "hada_w1_a" in t:
         d = scale(len(t["hada_w1_b"])) * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
