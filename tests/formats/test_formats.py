@@ -351,12 +351,30 @@ def test_what_is_asked_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch)
         names, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
     )
     assert list(chosen) == ["adapter_config.json", "adapter_model.safetensors"]
+    pf.load("a/b", llama(), hub_options={"token": "hf_x", "local_files_only": True})
+    _, options = asked.pop()
+    assert (options["token"], options["local_files_only"]) == ("hf_x", True)
+    with pytest.raises(ValueError, match="hub_options has 'revision', which load itself gives"):
+        pf.load("a/b", llama(), hub_options={"revision": "v1"})
     for wrong in ("a/b/c", "../a", "/etc/x", "a/..", "https://a/b", "a b/c", Path("a/b")):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             pf.load(wrong, llama())
     assert not asked
-    with pytest.raises(ValueError, match="local path"):
-        pf.load(folder, llama(), revision="v1")
+    for only in ({"revision": "v1"}, {"hub_options": {"token": "hf_x"}}):
+        with pytest.raises(ValueError, match="local path"):
+            pf.load(folder, llama(), **only)
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_the_dtype_of_what_is_loaded(tmp_path: Path, format: str) -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(2)})
+    pf.save(tmp_path, net, net.init(1, dtype=torch.bfloat16), format=format)
+    kept = {"native": torch.bfloat16, "peft": torch.float32}[format]
+    for asked, want in ((None, kept), (torch.float16, torch.float16), (torch.float64, torch.float64)):
+        found = pf.load(tmp_path, llama(), dtype=asked).adapter
+        assert {t.dtype for leaf in found.values() for t in leaf.values()} == {want}
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        pf.load(tmp_path, llama(), dtype=torch.int8)
 
 
 # Reading and writing itself.
