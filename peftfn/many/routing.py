@@ -31,7 +31,8 @@ def top_k(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
         ValueError: k is not in [1, experts], or temperature is not positive.
 
     Example:
-        assert pf.routing.top_k(torch.tensor([1.0, 3.0, 3.0]), 2).tolist() == [0.0, 0.5, 0.5]
+        gates = pf.routing.top_k(torch.tensor([1.0, 3.0, 3.0]), k=2)
+        assert gates.tolist() == [0.0, 0.5, 0.5]
     """
     if not 1 <= k <= scores.shape[-1] or temperature <= 0:
         raise ValueError(
@@ -281,12 +282,26 @@ class Routed:
         self.net, self.experts, self.router, self._init = net, experts, router, init
 
     def init(self, seed: int = 0) -> dict[str, Any]:
-        """Return {"experts": a stack of fresh adapters, "router": what `init` returns}."""
+        """Return a fresh mixture.
+
+        Args:
+            seed: seed of the experts and of the router.
+
+        Returns:
+            {"experts": a stack of fresh adapters, "router": what the router's `init` returns}.
+        """
         made = [self.net.init(seed=seed * self.experts + k) for k in range(self.experts)]
         return {"experts": stack(made), "router": self._init(seed)}
 
     def apply(self, adapter: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Call the model with the mixture: `net.gated` with the router's gates at every site.
+
+        Args:
+            adapter: a tree like that of `init`.
+            args, kwargs: as for `net.gated`.
+
+        Returns:
+            The model's output.
 
         Raises:
             KeyError: `adapter` is no tree of `init`.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import peftfn as pf
-from peftfn.core.method import Weight, registry
+from peftfn.core.method import Method, Weight, registry
 from peftfn.testing.case import Case
 from peftfn.testing.laws import routes
 from peftfn.testing.models import MODELS, OUT
@@ -61,7 +61,13 @@ def methods() -> list[type[Weight]]:
     ]
 
 
-def meaning(cls: type[Weight]) -> tuple[str, str]:
+def others() -> list[type[Method]]:
+    """Those that change no weight: around a module, and on inputs."""
+    ours = (c for _, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods"))
+    return [c for c in ours if not issubclass(c, Weight)]
+
+
+def meaning(cls: type[Method]) -> tuple[str, str]:
     """(formula, paper) from the docstrings: the first line of the class, and its first arXiv number."""
     doc = inspect.getdoc(cls) or ""
     formula = doc.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -82,7 +88,7 @@ def size(cls: type[Weight]) -> str:
     return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
 
 
-def use(cls: type[Weight]) -> tuple[str, str]:
+def use(cls: type[Method]) -> tuple[str, str]:
     """(trainable parameters per site, when to use the method) from the docstring."""
     doc = " ".join((inspect.getdoc(cls) or "").split())
     found = re.search(r"Trainable parameters per site: (.+?)\. Use it (.+?)\.(?: |$)", doc)
@@ -163,6 +169,12 @@ def page() -> str:
     rows += ["", "## What they train, and when to use them", ""]
     rows += [f"| method | trainable parameters per site | {SIZE}×{SIZE}, defaults | use it |", "|---|---|---|---|"]
     rows += [f"| `{c.__name__}` | {use(c)[0]} | {size(c)} | {use(c)[1]} |" for c in methods()]
+    rows += ["", "## Around modules, and on inputs", ""]
+    rows += ["A rule for one of them names a module, or a backbone: [prompts and adapters around modules](prompts.md)."]
+    rows += ["", "| method | at | meaning | paper |", "|---|---|---|---|"]
+    rows += [f"| `{c.__name__}` | a {c.adapts} | {' | '.join(meaning(c))} |" for c in others()]
+    rows += ["", "| method | trainable parameters per site | use it |", "|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {' | '.join(use(c))} |" for c in others()]
     rows += [*times(), "", "## Where they work", ""]
     rows += ["a: applies. m: merges. x: in a mixed batch. l: converts to LoRA. ·: refused with an error."]
     rows += ["Every letter was earned by running it against its definition, once a method with its first test case."]

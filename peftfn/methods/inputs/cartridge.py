@@ -23,7 +23,8 @@ class Cartridge(Prefix):
     Eyuboglu et al., "Cartridges: Lightweight and general-purpose long context representations via self-study", 2025,
     arXiv:2506.06266. `cartridge_of` starts from the cache of a text.
 
-    Trainable parameters: (n − still)·2·layers·heads·head size. Use it to distil a long context into n positions.
+    Trainable parameters per site: (n − still)·2·layers·heads·head size. Use it to distil a long context into n
+    positions.
 
     Args:
         n: positions in front.

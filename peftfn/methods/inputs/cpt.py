@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class CPT(Tokens):
     arXiv:2410.17222. Its loss counts the context's answers too (`cpt_loss`), so the output keeps the positions of the
     context.
 
-    Trainable parameters: n·d, for a context of n tokens. Use it with few examples, given as the context.
+    Trainable parameters per site: n·d, for a context of n tokens. Use it with few examples, given as the context.
 
     Args:
         ids: the context's tokens.
@@ -49,7 +49,6 @@ class CPT(Tokens):
     types: tuple[int, ...] | None = None
     epsilon: Positive = 0.1
     format_epsilon: Positive = 0.1
-    pooled: Literal["token", "virtual"] = "token"
 
     identity = False  # type: ignore[assignment]
 

@@ -18,9 +18,9 @@ class MultitaskPrompt(Tokens):
 
     Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", 2023, arXiv:2303.02861.
 
-    Trainable parameters: n·d, and rank·(n + d) for each task. **A task is an adapter**: tasks that share P are a
-    `pf.stack` in which "shared" is one tensor expanded, so that its gradient sums over the tasks; a batch of several
-    tasks is `net.mixed(tasks, task_ids, …)`.
+    Trainable parameters per site: n·d, and rank·(n + d) for each task. Use it where tasks have a prompt in common.
+    **A task is an adapter**: tasks that share P are a `pf.stack` in which "shared" is one tensor expanded, so that its
+    gradient sums over the tasks; a batch of several tasks is `net.mixed(tasks, task_ids, …)`.
 
     Args:
         n: virtual tokens.
@@ -33,8 +33,7 @@ class MultitaskPrompt(Tokens):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size)).eval()
         net = pf.adapt(model, {".*": pf.MultitaskPrompt(n=3)})
         a, b = (net.init(seed=s)["model"] for s in (0, 1))
-        tasks = pf.stack([{"model": a}, {"model": {**b, "shared": a["shared"]}}])
-        logits = net.mixed(tasks, [1, 0], torch.tensor([[1, 2, 3], [4, 5, 6]])).logits
+        net.mixed(pf.stack([{"model": a}, {"model": {**b, "shared": a["shared"]}}]), [1, 0], torch.ones(2, 3).long())
     """
 
     cases: ClassVar[Cases] = ({"n": 3}, {"n": 2, "rank": 2})

@@ -22,7 +22,7 @@ class PrefixTuning(Prefix):
 
     Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, arXiv:2101.00190.
 
-    Trainable parameters: n·2·layers·heads·head size. Use it for generation; a prefix takes places in the cache.
+    Trainable parameters per site: n·2·layers·heads·head size. Use it for generation; it takes places in the cache.
 
     Args:
         n: positions in front.

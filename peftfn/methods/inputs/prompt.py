@@ -19,7 +19,7 @@ class PromptTuning(Tokens):
 
     Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, arXiv:2104.08691.
 
-    Trainable parameters: n·d for each backbone. Use it for large models, and where many tasks share a batch: rows with
+    Trainable parameters per site: n·d. Use it for large models, and where many tasks share a batch: rows with
     other prompts, and with none, go together.
 
     Args:

@@ -21,8 +21,8 @@ class PTuning(Tokens):
 
     Liu et al., "GPT Understands, Too", 2021, arXiv:2103.10385.
 
-    Trainable parameters: n·d and those of f, about 2·d·hidden + hidden² for an MLP. Use it where prompt tuning trains
-    slowly; at the end the cost is that of a prompt.
+    Trainable parameters per site: n·d and those of f, about 2·d·hidden + hidden² for an MLP. Use it where prompt tuning
+    trains slowly; at the end the cost is that of a prompt.
 
     Args:
         n: virtual tokens.
