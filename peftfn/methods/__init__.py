@@ -18,6 +18,7 @@ from peftfn.methods.modules.fusion import AdapterFusion as AdapterFusion
 from peftfn.methods.modules.layerdrop import LayerDrop as LayerDrop
 from peftfn.methods.modules.layergate import LayerGate as LayerGate
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
+from peftfn.methods.modules.llama_pro import LlamaPro as LlamaPro
 from peftfn.methods.modules.lobireft import LobiReFT as LobiReFT
 from peftfn.methods.modules.loreft import LoReFT as LoReFT
 from peftfn.methods.modules.neftune import NEFTune as NEFTune
