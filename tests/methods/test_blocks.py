@@ -86,7 +86,7 @@ class TestLlamaPro:
         out = net.mixed(pf.stack(adapters), torch.tensor([1, -1, 0]), IDS)
         rows = [net.apply(adapters[1], IDS), model(IDS), net.apply(adapters[0], IDS)]
         close(out.logits, torch.stack([row.logits[i] for i, row in enumerate(rows)]))
-        with pytest.raises(ValueError, match="6 earlier tokens .* its own rows alone: .*use_cache=False"):
+        with pytest.raises(ValueError, match=r"6 earlier tokens .* its own rows alone: .*use_cache=False"):
             net.mixed(pf.stack(adapters), torch.tensor([1, -1, 0]), IDS[:, :1], past_key_values=out.past_key_values)
 
     def test_all_rows_of_one_adapter_of_a_stack_have_a_cache(self, kind: str) -> None:
