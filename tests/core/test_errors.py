@@ -445,7 +445,8 @@ RANKED = {cls.__name__: cls for cls in CLASSES if "rank" in {f.name for f in dat
 def of_rank(cls: type[pf.Method], rank: int) -> pf.Method:
     """The method with settings that let any rank through on a weight [7, 5], but for the rank itself."""
     free: dict[str, dict[str, Any]] = {
-        "BDLoRA": {"blocks": 1}, "GraLoRA": {"k": 1}, "QALoRA": {"group": 5}, "VBLoRA": {"length": 1, "topk": 2}, "Poly": {"splits": 1},
+        "BDLoRA": {"blocks": 1}, "GraLoRA": {"k": 1}, "QALoRA": {"group": 5}, "VBLoRA": {"length": 1, "topk": 2},
+        "Poly": {"splits": 1},
     }  # fmt: skip
     return cls(**{**cls.cases[0], "rank": rank, **free.get(cls.__name__, {})})
 
