@@ -8,6 +8,7 @@ Example:
     y = net.apply(adapter, torch.randn(3, 8))
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftfn import routing
@@ -19,7 +20,8 @@ from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
 from peftfn.formats.files import Loaded
-from peftfn.formats.several import load_all
+from peftfn.formats.memory import from_state_dict, state_dict
+from peftfn.formats.several import load_all, save_view
 from peftfn.many.alora import alora_gates
 from peftfn.many.bank import Bank, BankBusy, bank
 from peftfn.many.conform import conform
@@ -41,10 +43,13 @@ from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
 from peftfn.view.merged import merged
-from peftfn.view.module import adapter_of, as_module, base_of, copy_, offload_, onload_, status, trainable_
+from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
+from peftfn.view.saving import save_pretrained
+from peftfn.view.view import View
 
 __version__ = "0.1.0"
+View.saver = partial(save_pretrained, write=save_view)  # two rooms that do not know each other
 __all__ = [
     "Adapted",
     "Adapter",
@@ -73,11 +78,13 @@ __all__ = [
     "as_module",
     "bank",
     "base_of",
+    "buffers_of",
     "chain",
     "conform",
     "copy_",
     "describe",
     "distribute",
+    "from_state_dict",
     "gather",
     "load",
     "load_all",
@@ -93,6 +100,7 @@ __all__ = [
     "scale",
     "sites",
     "stack",
+    "state_dict",
     "status",
     "summary",
     "targets",

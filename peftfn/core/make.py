@@ -298,7 +298,7 @@ class _ModuleProbe(_Probe):
             known = method.features_last and not method.watched and xs[-1].shape[-1]
             if hook not in method.hooks or not known:
                 continue  # what watched modules return is not known, nor the size of some modules' hidden states
-            new = called(method, hook, getattr(method, hook), ready, m, *xs, *seen, p=self.source)
+            new = called(method, hook, getattr(method, hook), ready, m, *xs, *seen, p=self.source, names="xy")
             if not isinstance(new, Tensor) or new.shape != xs[-1].shape:
                 raise ValueError(
                     f"{type(method).__name__}.{hook} returns {list(getattr(new, 'shape', ()))} for hidden states "

@@ -103,6 +103,12 @@ def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:
     return extra
 
 
+def mapping(model: nn.Module) -> dict[str, Any]:
+    """The model's class and its library, by which PEFT's AutoPeftModel finds it."""
+    cls = type(model)
+    return {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+
+
 def repetition(model: nn.Module) -> dict[str, Any]:
     """{"layer_replication": spans} of a model that `replicated` made; {} of any other."""
     return {REPLICATION: model._peft_replication} if hasattr(model, "_peft_replication") else {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.core.method import Weight
-from peftfn.testing.models import ALIKE, AROUND, MODELS, SEVERAL, Model
+from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model
 
 SITE, PLACE = "layer.weight", "layer"
 
@@ -26,7 +26,7 @@ class Case:
 
     @property
     def kind(self) -> Model:
-        return (MODELS | AROUND | SEVERAL | ALIKE)[self.model_name]
+        return (MODELS | AROUND | INPUTS | SEVERAL | ALIKE)[self.model_name]
 
     @property
     def site(self) -> str:
@@ -37,7 +37,7 @@ class Case:
     def rule(self) -> str:
         """The pattern that finds the model's sites: `site`, and those beside it."""
         several = r"^(layer|more\.\d+)" + self.site.removeprefix("layer").replace(".", r"\.") + "$"
-        return self.site if self.model_name in MODELS | AROUND else several
+        return self.site if self.model_name in MODELS | AROUND | INPUTS else several
 
     @property
     def merges(self) -> bool:

@@ -143,10 +143,10 @@ def describe(
         print(pf.describe(model, what="modules"))
     """
     known, found = Model.of(model), []
-    listings = {"parameters": known.sites, "modules": known.places, "backbones": known.backbones}
+    listings = {"parameters": "sites", "modules": "places", "backbones": "backbones"}
     if what not in listings:
         raise ValueError(f"describe: what is {what!r}; choose one of {list(listings)}")
-    sites, fits = listings[what], matches if what == "parameters" else ends
+    sites, fits = getattr(known, listings[what]), matches if what == "parameters" else ends
     seen = {**known.weights, **known.at(s for s in sites.values() if what != "parameters")}
     for s in sites.values():
         try:
