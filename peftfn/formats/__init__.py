@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from peftfn.formats import hub, kohya, mlx, native, peft, swift
@@ -25,6 +26,7 @@ from peftfn.model.model import Model
 from peftfn.net.distributed import distribute
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
+from peftfn.tensors.tree import mapped
 
 FORMATS: dict[str, Any] = {"native": native, "swift": swift, "mlx": mlx, "peft": peft, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
@@ -89,6 +91,8 @@ def load(
     gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
     buffers: bool = False,
+    dtype: torch.dtype | None = None,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read an adapter from a file, a folder or the Hugging Face Hub, and bind it to `model`.
 
@@ -112,6 +116,8 @@ def load(
             or "unsloth", expert by expert. A file does not say which of the two it has.
         buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
             `buffers`; if False, they are an error.
+        dtype: of the leaves. None keeps a native file's own, and makes others at least fp32.
+        hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
 
     Returns:
         A `Loaded`: `net, adapter = load(…)`.
@@ -134,7 +140,9 @@ def load(
         )
     known = Model.of(model)
     refuse_adapters(known)
-    where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"load: dtype is {dtype}; an adapter's leaves are floating-point")
+    where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
     if format is None:
@@ -143,6 +151,8 @@ def load(
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
     options = Options(strict, key_mapping, pickled, gated, experts, buffers)
     loaded: Loaded = _format(format).load(where, known, options)
+    if dtype is not None:
+        loaded = replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
     if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded

@@ -167,10 +167,14 @@ class Tensors:
         self.meta[key], self.sources[key] = torch.empty(tuple(shape), device="meta"), value
         self.names[key] = " and ".join(names)
 
+    def dropped(self, key: str) -> None:
+        """Take a tensor out that says nothing."""
+        del self.meta[key], self.sources[key], self.names[key]
+
     def divided(self, key: str, parts: Mapping[str, tuple[Callable[[], Tensor], Iterable[int]]]) -> None:
         """Put several tensors, new key → (value, shape), in the place of one."""
         dtype, name = self.meta[key].dtype, self.names[key]
-        del self.meta[key], self.sources[key], self.names[key]
+        self.dropped(key)
         for new, (value, shape) in parts.items():
             self.meta[new] = torch.empty(tuple(shape), dtype=dtype, device="meta")
             self.sources[new], self.names[new] = value, name

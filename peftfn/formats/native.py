@@ -98,7 +98,7 @@ def check_saved(path: Path, net: Adapted) -> str:
     theirs = {name: rules[rule] for name, rule in taken.items()}
     for name in dict.fromkeys([*theirs, *net.plan]):
         saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
-        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
+        if saved is None or mine is None or (saved != mine and meaning(saved) != meaning(mine)):
             raise ValueError(
                 f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
                 f"{mine or 'none'}: put it with the net that it was saved with, which peftfn.load returns"
@@ -146,10 +146,14 @@ def _one_save(file: Tensors, config: Mapping[str, Any], where: Path) -> None:
         raise ValueError(f"{file.where} and {where} are of different saves: one was interrupted, or is a copy")
 
 
-def _meaning(method: Method) -> tuple[Any, ...]:
-    """An identifier that is equal for two methods that do the same with one leaf: all but how they train and start."""
-    m, odd = method.eval(), ("dropout", "init_weights")
-    return type(m), *((f.name, getattr(m, f.name)) for f in dataclasses.fields(m) if f.name not in odd)
+def meaning(method: Method) -> tuple[Any, ...]:
+    """An identifier that is equal for two methods that do the same with one leaf: all but how they train and start, and
+    the scale in place of what it is made of, for alpha=None and alpha=rank mean the same."""
+    m = method.eval()
+    names = {f.name for f in dataclasses.fields(m)} - {"dropout", "init_weights"}
+    if "alpha" in names and hasattr(m, "scale"):
+        names = names - {"alpha", "rslora"} | {"scale"}
+    return type(m), *((k, getattr(m, k)) for k in sorted(names))
 
 
 def _same_constants(plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors) -> None:

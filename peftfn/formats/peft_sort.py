@@ -63,11 +63,16 @@ class Sorted:
         suffixes = sorted(written | variants | shared, key=len, reverse=True)
         all_keys = {keys.clean(k, parameter) for k in self.file.meta}
         marked = (re.escape(k).replace(r"\*", r"\d+").replace(r"\{\}", r"[^.]+") for k in shared)
-        patterns = [re.compile(k) for k in marked]
+        patterns = [re.compile(rf"(?P<inner>.+\.)?(?P<key>{k})") for k in marked]
         for key in self.file.meta:
             bare = keys.clean(key, parameter)
-            if (mine := key.removeprefix("base_model.")) in shared or any(p.fullmatch(mine) for p in patterns):
+            mine = key.removeprefix("base_model.")
+            in_common = next((m for p in patterns if (m := p.fullmatch(mine))), None)
+            if mine in shared or (in_common and not in_common["inner"]):
                 self.shared[mine] = key
+                continue
+            if in_common and key.startswith(PREFIX) and f"base_model.{in_common['key']}" in self.file.meta:
+                copies.append((key, in_common["key"]))  # a raw state has it at each layer too
                 continue
             parts = keys.split(bare, suffixes)
             if parts and parts[1] in shared:

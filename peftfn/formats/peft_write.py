@@ -113,7 +113,8 @@ def document(
         return copies_alone(net, adapter, model)
     odd = [n for n, e in main.items() if not configs.declared(type(e.method))]
     if odd:
-        raise ValueError(f"PEFT has no {main[odd[0]].method}, the method at {some(odd)}")
+        cure = ": peftfn.to_lora(net, adapter) converts it" if main[odd[0]].method.mergeable else ""
+        raise ValueError(f"PEFT has no {main[odd[0]].method}, the method at {some(odd)}{cure}")
     config, out = _adapted(main, adapter, model)
     for name, entry in tokens.items():
         place = model.written(entry.site, ())

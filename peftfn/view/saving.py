@@ -6,6 +6,7 @@ its adapters as `peftfn.save` does, and its state without the frozen base.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
     ours = {id(p) for leaf in leaves_of(view) for p in leaf.parameters()} | {id(p) for p in _banks(view).values()}
     named = dict(view.named_parameters(remove_duplicate=False))
     frozen = {k: p for k, p in named.items() if not p.requires_grad and id(p) not in ours}
-    yield from ((k, t) for k, t in held.items() if k not in frozen)
+    for k, t in held.items():
+        if not any(head in frozen for head in accumulate(k.split("."), "{}.{}".format)):
+            yield k, t  # below a quantised parameter's name is what it was quantised by
     plain = (k for k in frozen if ".parametrizations." not in f".{k}")
     yield next(plain, next(iter(next(iter(view._peftfn.plans.values()))))), torch.empty(0)
 

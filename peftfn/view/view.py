@@ -1,5 +1,6 @@
 """What `as_module` builds: a parametrization at each site, which holds the leaves and returns the adapted weight."""
 
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,7 +60,7 @@ CURES = {
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
     "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
     "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
-    "merge_and_unload": "net.merge(peftfn.adapter_of(m)) returns the merged parameters",
+    "merge_and_unload": "peftfn.merged_model(net, peftfn.adapter_of(m)) returns a merged model",
     "print_trainable_parameters": "print(peftfn.status(m))",
 }
 """Methods of PEFT's models, which also transformers' have → what to write instead."""
@@ -219,9 +220,9 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 @cache
-def _slot(name: str) -> type:
-    """A class with the attribute `name`: what its ParametrizationList gives, read without the list's own call, which
-    would cost more than all the rest."""
+def _slot(name: str) -> property:
+    """The attribute `name`: what its ParametrizationList gives, read without the list's own call, which would cost more
+    than all the rest."""
 
     def get(self: nn.Module) -> Any:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
@@ -234,7 +235,7 @@ def _slot(name: str) -> type:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         raise RuntimeError(REPLACED.format(name=getattr(held[0], "site", name)))
 
-    return type(f"_{name}", (), {name: property(get, refuse)})
+    return property(get, refuse)
 
 
 def _refusal(word: str, cure: str) -> Callable[..., Any]:
@@ -266,12 +267,14 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False)
 
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
     body["_adapted_class"] = cls
+    body |= {name: _slot(name) for name in names}
     if names:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
     if called:
         body |= calling(cls)
     if view:
         body["__qualname__"] = cls.__qualname__
+        body |= {k: v for k, v in vars(View).items() if isinstance(v, types.FunctionType)}  # before the model's own
         body |= {word: _refusal(word, cure) for word, cure in CURES.items()}
         if hasattr(cls, "_set_gradient_checkpointing"):
             body["_set_gradient_checkpointing"] = _checkpointing(cls)
@@ -280,8 +283,9 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False)
         for name in ("tie_weights", "resize_token_embeddings"):
             if hasattr(cls, name):
                 body[name] = _unless_adapted(cls, name)
-    bases = (*([View] if view else []), *map(_slot, names), cls)
-    made: Any = type(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
+    # The class comes first: Python gives a layer another class only if both have one first line of bases.
+    bases = (cls, View) if view else (cls,)
+    made: Any = type(cls)(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
     return made
 
 
@@ -356,6 +360,10 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffe
         for name, (plan, _) in given.items()
     }
     model._peftfn = _State(kept, banks, choice, set(), buffers)
+    if vars(model).get("is_quantized"):
+        # What transformers keeps of a quantised model: Trainer refuses one without PEFT's adapters, and save_pretrained
+        # would write all of it. What a view trains and saves is not quantised.
+        model.is_quantized, model.hf_quantizer = False, None
     for module in model.modules():
         if not isinstance(module, Leaf):  # whose tensors are the view's own
             module.register_load_state_dict_pre_hook(_unshare)

@@ -433,7 +433,9 @@ def test_bad_values_of_every_field(cls: type[pf.Method]) -> None:
 # Ranks above the matrix. Where the formula needs no smaller one they are legal, as in PEFT, whose files have them.
 
 TOO_MUCH: dict[str, str] = {
-    **dict.fromkeys(("MiCA", "OLoRA", "PiSSA", "PSOFT", "TLoRA"), r"rank is 20, above in=5: give rank <= 5"),
+    **dict.fromkeys(
+        ("MiCA", "OLoRA", "OffsetLoRA", "PiSSA", "PSOFT", "TLoRA"), r"rank is 20, above in=5: give rank <= 5"
+    ),
     "MiSS": r"rank is 20, above in=5: give rank <= 5",
     "MiSSBat": r"rank is 20, which does not divide out=7: choose",
     "OSF": r"rank is 20, which keeps 20 of 5 directions: keep 1 to 4",

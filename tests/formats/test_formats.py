@@ -351,12 +351,30 @@ def test_what_is_asked_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch)
         names, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
     )
     assert list(chosen) == ["adapter_config.json", "adapter_model.safetensors"]
+    pf.load("a/b", llama(), hub_options={"token": "hf_x", "local_files_only": True})
+    _, options = asked.pop()
+    assert (options["token"], options["local_files_only"]) == ("hf_x", True)
+    with pytest.raises(ValueError, match="hub_options has 'revision', which load itself gives"):
+        pf.load("a/b", llama(), hub_options={"revision": "v1"})
     for wrong in ("a/b/c", "../a", "/etc/x", "a/..", "https://a/b", "a b/c", Path("a/b")):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             pf.load(wrong, llama())
     assert not asked
-    with pytest.raises(ValueError, match="local path"):
-        pf.load(folder, llama(), revision="v1")
+    for only in ({"revision": "v1"}, {"hub_options": {"token": "hf_x"}}):
+        with pytest.raises(ValueError, match="local path"):
+            pf.load(folder, llama(), **only)
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_the_dtype_of_what_is_loaded(tmp_path: Path, format: str) -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(2)})
+    pf.save(tmp_path, net, net.init(1, dtype=torch.bfloat16), format=format)
+    kept = {"native": torch.bfloat16, "peft": torch.float32}[format]
+    for asked, want in ((None, kept), (torch.float16, torch.float16), (torch.float64, torch.float64)):
+        found = pf.load(tmp_path, llama(), dtype=asked).adapter
+        assert {t.dtype for leaf in found.values() for t in leaf.values()} == {want}
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        pf.load(tmp_path, llama(), dtype=torch.int8)
 
 
 # Reading and writing itself.
@@ -754,12 +772,38 @@ def test_an_activated_lora_is_loaded_for_its_gates_alone(tmp_path: Path) -> None
     gates = pf.alora_gates(x, [loaded.extra["alora_invocation_tokens"]])
     compare(net.gated(pf.stack([adapter]), gates, x).logits, want)
     assert (net.apply(adapter, x).logits - want).abs().max() > 1e-3
+    assert {e.method for e in net.plan.values()} == {pf.ALoRA(rank=2, alpha=3, invocation=(5, 9))}
     pf.save(tmp_path / "again", net, adapter, format="peft", extra=loaded.extra)
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
     compare(again(input_ids=x).logits, want)
     assert again.peft_config["default"].task_type == "CAUSAL_LM"
     with pytest.raises(ValueError, match=r"extra has 'r'; it may have .*task_type"):
         pf.save(tmp_path / "no", net, adapter, format="peft", extra={"r": 3})
+
+
+def test_an_activated_lora_is_merged_by_no_way(tmp_path: Path) -> None:
+    """Nor after it was saved in the native format, which knows what it is."""
+    theirs(tmp_path / "a", llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **ACTIVATED, **LORA))
+    net, a = pf.load(tmp_path / "a", llama(), gated=True)
+    pf.save(tmp_path / "native", net, a)
+    again, b = pf.load(tmp_path / "native", net.model)
+    assert again.plan["model.layers.0.self_attn.q_proj.weight"].method.invocation == (5, 9)
+    m = pf.as_module(net, a).eval()
+    ways: list[Callable[[], Any]] = [
+        lambda: net.merge(a),
+        lambda: net.merge(pf.scale(a, 0.5)),
+        lambda: net.merge(net.prepare(a)),
+        lambda: again.merge(b),
+        lambda: net.delta(pf.add(a, a)),
+        lambda: dict(pf.merged(m)),
+        lambda: pf.to_lora(net, a),
+        lambda: pf.to_lora(net, a, rank=2),
+        lambda: pf.merging.linear([(net, a)]),
+        lambda: pf.merging.ties([(net, a), (again, b)], rank=2),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight: ALoRA.*depends on the input"):
+            way()
 
 
 @pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)

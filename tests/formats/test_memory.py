@@ -53,11 +53,34 @@ def test_peft_takes_what_is_returned(name: str) -> None:
     torch.testing.assert_close(net.apply(a, tokens(2)).logits, fresh(tokens(2)).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_a_raw_state_with_the_adapters_name_in_its_keys() -> None:
-    theirs = randomised(peft.get_peft_model(llama(), copy.deepcopy(CONFIGS["patterns"])))
-    raw = {k: t for k, t in theirs.state_dict().items() if "lora_" in k}
-    net, a = pf.from_state_dict(llama(), raw, CONFIGS["patterns"])
+RAW: dict[str, peft.PeftConfig] = {
+    "patterns": CONFIGS["patterns"],
+    "a group's name, then the adapter's": peft.FrodConfig(target_modules=["q_proj", "v_proj"]),
+    "what all share is at each layer too": peft.TinyLoraConfig(target_modules=["q_proj", "v_proj"], r=2, u=3),
+    "a buffer of a constant": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=1),
+    "several options": peft.VBLoRAConfig(target_modules=["q_proj"], r=2, num_vectors=6, vector_length=4, topk=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "with the base"])
+@pytest.mark.parametrize("name", RAW)
+def test_a_raw_state_with_the_adapters_name_in_its_keys(name: str, whole: bool) -> None:
+    theirs = randomised(peft.get_peft_model(llama(), copy.deepcopy(RAW[name])))
+    raw = {k: t for k, t in theirs.state_dict().items() if whole or ".default" in k}
+    net, a = pf.from_state_dict(llama(), raw, RAW[name])
     torch.testing.assert_close(net.apply(a, tokens(2)).logits, theirs(tokens(2)).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_copies_of_what_all_share_are_compared_and_a_constant_too() -> None:
+    for name, part, message in (
+        ("what all share is at each layer too", ".v_proj.tinylora_v.default.0", "which all layers share"),
+        ("a buffer of a constant", ".ranknum.default", "is not init_r, 12"),
+    ):
+        raw = peft.get_peft_model(llama(), copy.deepcopy(RAW[name])).state_dict()
+        odd = next(k for k in raw if k.endswith(part))
+        with pytest.raises(ValueError, match=message):
+            pf.from_state_dict(llama(), {**raw, odd: raw[odd] + 1}, RAW[name])
 
 
 def test_wrong_arguments() -> None:

@@ -4,6 +4,7 @@ model."""
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -107,6 +108,22 @@ def test_a_gathered_state_is_what_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
     m.save_pretrained(tmp_path, state_dict=gathered)
     assert all(map(torch.equal, leaves(pf.load(tmp_path, net.model).adapter), leaves(a)))
+
+
+def test_a_quantised_base_is_left_out_with_its_scales(tmp_path: Path) -> None:
+    model = llama()
+    for layer in [m for n, m in model.named_modules() if n.endswith("_attn")]:
+        for name, linear in [(n, m) for n, m in layer.named_children() if isinstance(m, nn.Linear)]:
+            made = bnb.nn.Linear4bit(16, 16, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            made.load_state_dict(linear.state_dict())
+            setattr(layer, name, made.to("cpu"))
+    net = pf.adapt(model.requires_grad_(False), {"q_proj": pf.LoRA(2), "norm": pf.Full()})
+    a = random(net)
+    pf.as_module(net, a).save_pretrained(tmp_path)
+    held = {k for k, t in load_file(tmp_path / "model.safetensors").items() if t.numel()}
+    assert all(".0.default." in k for k in held), "scales of frozen weights are written"
+    loaded, b = pf.load(tmp_path, model)
+    torch.testing.assert_close(loaded.apply(b, IDS).logits, net.apply(a, IDS).logits)
 
 
 @pytest.mark.parametrize(

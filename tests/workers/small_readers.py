@@ -43,10 +43,11 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
         r = (eye + q) @ torch.linalg.inv(eye - q)
         return torch.einsum("knm,kni->kmi", r, w.view(*q.shape[:2], -1)).reshape(w.shape)
     if "a1.weight" in t:
-        a1, a2, b1, b2 = (t[f"{k}.weight"] for k in ("a1", "a2", "b1", "b2"))
+        a1, a2, b1, b2 = (t[f"{k}.weight"].flatten(1) for k in ("a1", "a2", "b1", "b2"))
         return w + scale(len(a2)) * (w @ a1 @ a2 + b1 @ b2)
     if "lora_up.weight" in t:
-        d = scale(len(t["lora_down.weight"])) * t["lora_up.weight"] @ t["lora_down.weight"]
+        up, down = (t[f"lora_{k}.weight"].flatten(1) for k in ("up", "down"))
+        d = scale(len(down)) * up @ down
     elif "hada_w1_a" in t:
         d = scale(len(t["hada_w1_b"])) * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
     else:
