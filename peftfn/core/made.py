@@ -1,7 +1,7 @@
 """Checks of what a method's functions return. They run when a plan or an adapter is made, not in calls."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -70,12 +70,21 @@ def memory(t: Any) -> int | None:
     return t.untyped_storage()._cdata if type(t) in (Tensor, nn.Parameter) and t.numel() else None
 
 
-def called(method: Any, name: str, function: Callable[..., Any], *args: Any, p: Mapping[str, str] | None = None) -> Any:
+def called(
+    method: Any,
+    name: str,
+    function: Callable[..., Any],
+    *args: Any,
+    p: Mapping[str, str] | None = None,
+    names: Sequence[str] = (),
+) -> Any:
     """function(*args), the function `name` of a method, on meta tensors; an error says which function it was in, and
-    a ValueError says which of its arguments it wrote to."""
+    a ValueError says which of its arguments it wrote to. names: of the tensors among them, where they are no w or b."""
     what = f"{type(method).__name__}.{name}"
     given = [(f"p[{k!r}]", t) for a in args if isinstance(a, Mapping) for k, t in a.items()]
-    given += [("w" if t.dim() != 1 else "w or b", t) for t in args if isinstance(t, Tensor)]
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    labels = names or ["w" if t.dim() != 1 else "w or b" for t in tensors]
+    given += zip(labels, tensors, strict=False)
     versions = [t._version for _, t in given]
     try:
         out = function(*args)

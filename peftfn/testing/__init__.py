@@ -10,7 +10,7 @@ from peftfn.core.modules import ModuleMethod
 from peftfn.model.model import sites
 from peftfn.testing.case import Case, close, leaves, shaken
 from peftfn.testing.laws import CORE, FEW, LAWS, ONCE, TRAINED
-from peftfn.testing.models import ALIKE, AROUND, MODELS, SEVERAL, Model
+from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model
 
 __all__ = [
     "CORE",
@@ -49,10 +49,10 @@ def models_for(method: Method) -> list[str]:
     """
     if not isinstance(method, Method):
         raise TypeError(f"the laws are about a method with its hyper-parameters, like LoRA(rank=2), not {method!r}")
-    names = [n for n, m in (MODELS | AROUND).items() if m.kind in method.kinds]
+    names = [n for n, m in (MODELS | AROUND | INPUTS).items() if m.kind in method.kinds]
     names = [n for n in names if n != "dense" or Case(method).merges]
     if not names:
-        raise TypeError(f"there are no laws of methods at {', '.join(sorted(method.kinds))} yet: {method}")
+        raise TypeError(f"there are no laws of methods at {', '.join(sorted(method.kinds))}: {method}")
     names = _accepted(method, names)
     case = Case(method, names[0])
     first = case.net.plan[case.site]
@@ -142,7 +142,7 @@ def _check(law: str, method: Method, names: list[str], n: int) -> None:
 
 def _some(law: str, names: list[str]) -> list[str]:
     """Those of the models that the law is checked on."""
-    several = [name for name in names if name not in MODELS | AROUND]
+    several = [name for name in names if name not in MODELS | AROUND | INPUTS]
     if law in ONCE:
         return [*several, *names][:1]
     if law in CORE:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.core.method import Weight
-from peftfn.testing.models import ALIKE, AROUND, MODELS, SEVERAL, Model
+from peftfn.tensors.tree import leaves as leaves
+from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model
 
 SITE, PLACE = "layer.weight", "layer"
 
@@ -26,7 +27,7 @@ class Case:
 
     @property
     def kind(self) -> Model:
-        return (MODELS | AROUND | SEVERAL | ALIKE)[self.model_name]
+        return (MODELS | AROUND | INPUTS | SEVERAL | ALIKE)[self.model_name]
 
     @property
     def site(self) -> str:
@@ -37,7 +38,7 @@ class Case:
     def rule(self) -> str:
         """The pattern that finds the model's sites: `site`, and those beside it."""
         several = r"^(layer|more\.\d+)" + self.site.removeprefix("layer").replace(".", r"\.") + "$"
-        return self.site if self.model_name in MODELS | AROUND else several
+        return self.site if self.model_name in MODELS | AROUND | INPUTS else several
 
     @property
     def merges(self) -> bool:
@@ -77,11 +78,6 @@ def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
         return t + size * torch.randn(t.shape, generator=g, dtype=torch.float32).to(t.dtype)
 
     return walk(tree)
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree of dicts, in its own order."""
-    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
 
 
 def dot(a: Any, b: Any) -> Tensor:

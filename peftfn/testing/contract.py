@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from peftfn.core import fields as fields_
 from peftfn.core.made import memory
-from peftfn.core.method import Leaf, Weight
+from peftfn.core.method import Leaf, Method, Weight
+from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.rng import Rng
 from peftfn.model.model import weights_of
 from peftfn.model.place import Place
@@ -122,6 +123,27 @@ class AtWeight(At):
 
 
 @dataclass(frozen=True)
+class AtInputs(At):
+    """Of a method on a backbone's inputs: what it makes are its prepared tensors."""
+
+    @classmethod
+    def of(cls, c: Case, name: str, seed: int = 0) -> "AtInputs":
+        entry, place = c.net.plan[name], Place.of(copy.deepcopy(c.model).requires_grad_(False), name, tokens=True)
+        raw = {k: t.detach().clone() for k, t in cls.joined(c, entry, seed, place).items()}
+        return cls(entry.method, entry, place, raw)
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        return {f"m.module.{k}": t for k, t in self.w.module.named_parameters()}
+
+    def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
+        if isinstance(method or self.method, Tokens):
+            yield "tokens", lambda p: p["tokens"]
+        else:
+            yield "prefix", lambda p: torch.stack([p["keys"], p["values"]])
+
+
+@dataclass(frozen=True)
 class AtModule(At):
     """Of a method around a module: with what the module gets and returns in the case's model."""
 
@@ -169,7 +191,8 @@ class AtModule(At):
 
 
 def places(c: Case, seed: int = 0) -> list[Any]:
-    kind: type[At] = AtWeight if isinstance(c.method, Weight) else AtModule
+    kinds: dict[type[Method], type[At]] = {Weight: AtWeight, ModuleMethod: AtModule}
+    kind = kinds.get(type(c.method).family, AtInputs)
     return [kind.of(c, name, seed) for name in c.net.plan]
 
 
@@ -440,7 +463,13 @@ def low_rank_is_linear(c: Case) -> None:
 def minds_rows_and_tokens(c: Case) -> None:
     """What a method around a module makes of a row depends on that row alone, and of a token on no later one; and the
     place stays as it is."""
-    if isinstance(c.method, Weight):
+    for at in places(c) if isinstance(c.method, Tokens | Prefix) else ():
+        count, trained = at.prepared(), replace_method(at, at.method.eval()).prepared()
+        assert {k: t.shape for k, t in count.items()} == {k: t.shape for k, t in trained.items()}, (
+            f"{said(at.method, 'prepare')} gives other numbers of virtual tokens in eval mode: a cache and a batch "
+            "have one"
+        )
+    if not isinstance(c.method, ModuleMethod):
         return
     for at in places(c):
         method = at.method.eval()

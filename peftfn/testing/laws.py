@@ -213,8 +213,11 @@ def unchanged(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 def no_rows(c: Case) -> None:
     """A batch of no rows goes through, as it does through the base."""
-    want, got = c.model(c.x[:0]), c.net.apply(c.adapter(), c.x[:0])
-    close(got, want, "apply without rows", 0)
+    try:
+        want = c.model(c.x[:0])
+    except RuntimeError:  # which some of transformers' cannot
+        return
+    close(c.net.apply(c.adapter(), c.x[:0]), want, "apply without rows", 0)
 
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -285,6 +288,7 @@ def gradients(c: Case) -> None:
     c = replace(c, dtype=torch.float64)
     if not _runs_in(c, torch.float64):
         return
+    step, rough, tight = (1e-5, 1e-4, 1e-6) if c.kind.wide else (1e-2, 2e-2, 1e-3)
     a = c.adapter()
     u, v = shaken({n: {k: 0 * t for k, t in leaf.items()} for n, leaf in a.items()}, 1), c.adapter(5)
     g = grad(c.loss)(a)
@@ -292,12 +296,11 @@ def gradients(c: Case) -> None:
     c.loss(tracked).backward()  # type: ignore[no-untyped-call]
     lost = [f"{n}/{k}" for n, leaf in tracked.items() for k, t in leaf.items() if t.grad is None]
     assert not lost, f"no gradient for {', '.join(lost)}: the output does not depend on it, or it was detached"
-    close({n: {k: t.grad for k, t in leaf.items()} for n, leaf in tracked.items()}, g, "backward", 1e-6)
+    close({n: {k: t.grad for k, t in leaf.items()} for n, leaf in tracked.items()}, g, "backward", tight)
     if c.method.exact_gradient:
-        step = 1e-5
         ahead, behind = ({n: {k: a[n][k] + s * u[n][k] for k in a[n]} for n in a} for s in (step, -step))
         close(
-            dot(g, u), ((c.loss(ahead) - c.loss(behind)) / (2 * step)).detach(), "gradient against a difference", 1e-4
+            dot(g, u), ((c.loss(ahead) - c.loss(behind)) / (2 * step)).detach(), "gradient against a difference", rough
         )
 
     def output(a: Any) -> Tensor:
@@ -313,14 +316,14 @@ def gradients(c: Case) -> None:
     y, tangent = jvp(output, (a,), (u,))[:2]
     pull = vjp(output, a)[1]
     cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
-    close(dot(pull(cotangent)[0], u), (cotangent * tangent).sum(), "jvp against vjp", 1e-6)
+    close(dot(pull(cotangent)[0], u), (cotangent * tangent).sum(), "jvp against vjp", tight)
     reverse, forward = jacrev(few)(a), jacfwd(few)(a)
-    close(reverse, forward, "jacrev against jacfwd", 1e-6)
+    close(reverse, forward, "jacrev against jacfwd", tight)
     along = [(reverse[n][k] * u[n][k]).flatten(1).sum(1) for n in u for k in u[n]]
-    close(torch.stack(along).sum(0), few_of(tangent), "jacrev against jvp", 1e-6)
+    close(torch.stack(along).sum(0), few_of(tangent), "jacrev against jvp", tight)
     hu = jvp(grad(c.loss), (a,), (u,))[1]
     if c.method.exact_gradient:
-        close(dot(hu, v), dot(jvp(grad(c.loss), (a,), (v,))[1], u), "Hessian", 1e-6)
+        close(dot(hu, v), dot(jvp(grad(c.loss), (a,), (v,))[1], u), "Hessian", tight)
     if c.method.exact_gradient:  # Hessian-vector products by double backward are those by forward over reverse
         names = [(n, k) for n in a for k in a[n]]
         inputs = [tracked[n][k] for n, k in names]
@@ -329,7 +332,7 @@ def gradients(c: Case) -> None:
             sum(((t * u[n][k]).sum() for t, (n, k) in zip(first, names, strict=True)), torch.zeros(())), inputs
         )
         for t, (n, k) in zip(second, names, strict=True):
-            close(t, hu[n][k], f"double backward, {k}", 1e-6)
+            close(t, hu[n][k], f"double backward, {k}", tight)
     fresh, where = grad(c.loss)(c.net.init(c.seed)), f"{type(c.method).__name__}.init"
     wild = [f"{n}/{k}" for n, leaf in fresh.items() for k, t in leaf.items() if not t.isfinite().all()]
     assert not wild, f"the gradient of {', '.join(wild)} is not finite at a fresh adapter of {where}"
@@ -368,7 +371,7 @@ def structure(c: Case) -> None:
     assert [t.shape for t in leaves(empty)] == [t.shape for t in leaves(a)], "other shapes on meta"
     names = [n for n, s in pf.sites(c.model).items() if s.kind == "other" and n != c.site]
     if names:
-        wider = pf.adapt(c.model, {"bias": pf.Full(), c.rule: c.method}, seed=c.seed)
+        wider = pf.adapt(c.model, {names[0]: pf.Full(), c.rule: c.method}, seed=c.seed)
         close(wider.init(1)[c.site], a[c.site], "init beside another site", 0)
 
 

@@ -105,7 +105,7 @@ def placed(layer: nn.Module, x: Tensor) -> Tensor:
 class Model:
     """kind: of its interesting site `layer.weight`, or `layer` where it is a module; rowed: whether mixed batches keep
     their rows there; more: layers beside it, with the same input, whose outputs are added to its own; tied: all have
-    one weight; call: how the layers are called."""
+    one weight; call: how the layers are called; wide: whether an fp64 model computes in fp64 throughout."""
 
     kind: str
     layer: Callable[[], nn.Module]
@@ -114,6 +114,7 @@ class Model:
     more: tuple[Callable[[], nn.Module], ...] = ()
     tied: bool = False
     call: Callable[[nn.Module, Tensor], Tensor] = positional
+    wide: bool = True
     root: Callable[..., nn.Module] = lambda *args: _Wrap(*args)
 
     def build(self, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -226,6 +227,22 @@ def _twice(name: str, tied: bool = False) -> Model:
     return replace(MODELS[name], more=(MODELS[name].layer,), tied=tied)
 
 
+def _llama() -> nn.Module:
+    import transformers as tf
+
+    sizes: Any = {"hidden_size": IN, "intermediate_size": IN, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": IN, "num_key_value_heads": 1, "pad_token_id": 0, "attn_implementation": "eager"}
+    return tf.LlamaModel(tf.LlamaConfig(**sizes))
+
+
+def embedded(layer: nn.Module, x: Tensor) -> Tensor:
+    """A backbone of transformers': the hidden states of its own tokens."""
+    out: Tensor = layer(input_ids=x).last_hidden_state[:, -x.shape[1] :]
+    return out
+
+
+INPUTS = {"backbone": Model("tokens", _llama, _ids, call=embedded, wide=False)}
+"""Those whose site is a backbone, for methods on its inputs. They need transformers."""
 AROUND = {
     "module": Model("module", lambda: nn.Linear(IN, OUT), _features),
     "module, attention": Model("module", Attention, _features, call=attended),

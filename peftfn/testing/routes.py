@@ -142,6 +142,25 @@ def around(party: "Party", gates: Tensor) -> Tensor:
     return out
 
 
+def with_inputs(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
+    """The plain backbone with virtual tokens in front of the embedded ones, or with keys and values in its cache."""
+    ((name, entry),) = net.plan.items()
+    place, method = pf.Place.of(net.model, name, tokens=True), entry.method.eval()
+    p = method.prepare(entry.raw(adapter[name], adapter[entry.bank] if entry.bank else {}, place), place)
+    given: dict[str, Any] = {"input_ids": x}
+    if "tokens" in p:
+        tokens = p["tokens"].expand(len(x), *p["tokens"].shape)
+        given = {"inputs_embeds": torch.cat([tokens, place.embedding()(x)], 1)}
+    else:
+        from transformers import DynamicCache
+
+        given["past_key_values"] = DynamicCache(config=place.config)
+        for layer, (k, v) in enumerate(zip(p["keys"], p["values"], strict=True)):
+            given["past_key_values"].update(k.expand(len(x), *k.shape), v.expand(len(x), *v.shape), layer)
+    out: Tensor = place.module(**given).last_hidden_state[:, -x.shape[1] :]
+    return out
+
+
 # The ways there are.
 
 
@@ -210,6 +229,8 @@ class Party:
 def _companions(c: Case) -> list[Any]:
     """Methods for the same site: one that leaves its layer's bias as it is and, where there can be one, one that makes
     another; around a module, one of its output."""
+    if isinstance(c.method, pf.Tokens | pf.Prefix):
+        return [pf.PromptTuning(n=2)]
     if not isinstance(c.method, Weight):
         return [pf.Bottleneck(rank=2, activation="tanh", init_weights="random")]
     plain: Weight = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")
@@ -327,7 +348,12 @@ def _mixed(index: list[int]) -> Route:
     return Route(lambda s, g: s.net.mixed(s.stack, index, s.x), lambda s: s.hot(index), _rowed)
 
 
-def _gated(gates: Callable[[Party], Tensor], where: Callable[[Case], bool] = _rowed) -> Route:
+def _summed(c: Case) -> bool:
+    """Whether a weighted sum of adapters has a meaning: that of virtual tokens has none."""
+    return c.kind.rowed and c.kind.kind != "tokens"
+
+
+def _gated(gates: Callable[[Party], Tensor], where: Callable[[Case], bool] = _summed) -> Route:
     return Route(lambda s, g: s.net.gated(s.stack, g, s.x), gates, where)
 
 
@@ -357,20 +383,22 @@ ROUTES = {
     "gated by adapter": _gated(lambda s: s.gates()),
     "gated by row": _gated(lambda s: s.gates(5)),
     "gated by token": _gated(lambda s: s.gates(5, s.x.shape[1]), _tokens),
-    "gated, one-hot": _gated(lambda s: s.hot(INDEX)),
+    "gated, one-hot": _gated(lambda s: s.hot(INDEX), _rowed),
     "several nets, mixed": Route(lambda s, g: _mixed_nets(s, 1), _hot_of_all, _rowed),
     "several nets in the other order, mixed": Route(lambda s, g: _mixed_nets(s, -1), _hot_of_all, _rowed),
-    "several nets, gated": Route(lambda s, g: _gated_nets(s, g, 1), _gates_of_all, _rowed),
-    "several nets in the other order, gated": Route(lambda s, g: _gated_nets(s, g, -1), _gates_of_all, _rowed),
+    "several nets, gated": Route(lambda s, g: _gated_nets(s, g, 1), _gates_of_all, _summed),
+    "several nets in the other order, gated": Route(lambda s, g: _gated_nets(s, g, -1), _gates_of_all, _summed),
     "bank": Route(_bank, _hot_of_all, _rowed, differentiable=False),
 }
 
 
 def meaning_of(party: Party, base: Tensor) -> Callable[[Tensor], Tensor]:
     """gates ↦ what the party's adapters mean for its batch, weighed by them. base: what the model gives without."""
-    if not isinstance(next(iter(party.net.plan.values())).method, Weight):
+    first = next(iter(party.net.plan.values())).method
+    if isinstance(first, pf.ModuleMethod):
         return lambda gates: around(party, gates)
-    changes = torch.stack([meaning(net, a, party.x) for net, a in party.all], -1) - base[..., None]
+    mean = meaning if isinstance(first, Weight) else with_inputs
+    changes = torch.stack([mean(net, a, party.x) for net, a in party.all], -1) - base[..., None]
     return lambda gates: _wanted(base, changes, gates)
 
 

@@ -649,6 +649,93 @@ class FieldWithoutDataclass(Good):
     more: float = 1.0
 
 
+# Around a module.
+
+
+@dataclass(frozen=True)
+class GoodAround(pf.ModuleMethod):
+    """y + s ⊙ tanh(x₀ y): right."""
+
+    scale: float = 0.5
+
+    def init(self, rng: pf.Rng, m: pf.Place) -> Leaf:
+        return {"s": rng.zeros(m.width)}
+
+    def after(self, p: Leaf, m: pf.Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return y + self.scale * p["s"] * self.change(x, y, m)
+
+    def change(self, x: Tensor, y: Tensor, m: pf.Place) -> Tensor:
+        return y.tanh()
+
+
+def test_the_good_one_around_a_module_is_good() -> None:
+    check_method(GoodAround())
+
+
+@planted(23, "after", r"mixes the rows of a batch")
+@dataclass(frozen=True)
+class MixesRows(GoodAround):
+    def change(self, x: Tensor, y: Tensor, m: pf.Place) -> Tensor:
+        return y - y.mean(0)
+
+
+@planted(23, "after", r"reads later tokens \(where that is meant, say causal = False\)")
+@dataclass(frozen=True)
+class LaterToken(GoodAround):
+    def change(self, x: Tensor, y: Tensor, m: pf.Place) -> Tensor:
+        return y.roll(-1, -2)
+
+
+@planted(23, "after", r"keeps last on the place m")
+@dataclass(frozen=True)
+class KeepsActivation(GoodAround):
+    def change(self, x: Tensor, y: Tensor, m: pf.Place) -> Tensor:
+        m.last = y  # type: ignore[attr-defined]
+        return y.tanh()
+
+
+@planted(23, "after", r"writes to its argument y")
+@dataclass(frozen=True)
+class WritesY(GoodAround):
+    def change(self, x: Tensor, y: Tensor, m: pf.Place) -> Tensor:
+        return y.tanh_()
+
+
+@planted(23, "after", r"returns \[2, 3, 1\] for hidden states \[2, 3, 6\]")
+@dataclass(frozen=True)
+class OneFeature(GoodAround):
+    def after(self, p: Leaf, m: pf.Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return super().after(p, m, x, y).mean(-1, keepdim=True)
+
+
+@planted(23, "init", r"shares memory with weight of the module layer")
+@dataclass(frozen=True)
+class ViewOfTheModule(GoodAround):
+    def init(self, rng: pf.Rng, m: pf.Place) -> Leaf:
+        return {"s": next(m.module.parameters())[:, 0]}
+
+
+@planted(23, "", r"must define before, after or leave")
+@dataclass(frozen=True)
+class DoesNothing(pf.ModuleMethod):
+    def init(self, rng: pf.Rng, m: pf.Place) -> Leaf:
+        return {"s": rng.zeros(m.width)}
+
+
+@planted(2, "", r"has the field scale, which none of")
+@dataclass(frozen=True)
+class UnusedField(GoodAround):
+    def after(self, p: Leaf, m: pf.Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return y + p["s"] * y.tanh()
+
+
+@planted(15, "after", r"gives no gradient")
+@dataclass(frozen=True)
+class DetachedAround(GoodAround):
+    def after(self, p: Leaf, m: pf.Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        return y + self.scale * p["s"].detach() * y
+
+
 @pytest.mark.parametrize(("cls", "fields", "function", "text"), MISTAKES)
 def test_a_mistake_is_found_and_named(cls: Any, fields: dict[str, Any], function: str, text: str) -> None:
     with pytest.raises(LawBroken) as caught:
