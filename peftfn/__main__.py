@@ -1,4 +1,4 @@
-"""The command line: `peftfn demo`, `inspect`, `convert` and `merge`; also as `python -m peftfn …`."""
+"""The command line, `peftfn` followed by a command; also as `python -m peftfn …`."""
 
 import argparse
 import json
@@ -6,32 +6,45 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from peftfn import __version__
 
 ADAPTER = "an adapter's folder or file, or the hub's owner/name"
+MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
 FORMATS = ("native", "peft", "kohya", "swift")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 1 if the answer is no; 2, after one line on stderr, for bad input."""
     options = _parser().parse_args(argv)
-    expected = () if options.command == "demo" else (ValueError, KeyError, OSError)
     try:
         code: int = options.run(options)
-    except expected as e:
-        what = e.args[0] if isinstance(e, KeyError) and e.args else e
+    except options.expected as e:
+        what: Any = e.args[0] if isinstance(e, KeyError) and e.args else e
+        if isinstance(e, OSError) and e.filename and e.strerror:  # the system's own, with a number in front
+            what = f"{e.filename}: {e.strerror}"
         print(f"peftfn {options.command}: {' '.join(str(what).split())}", file=sys.stderr)
         return 2
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peftfn", description="Adapters as values, methods as pure functions.")
+    parser = _Parser(prog="peftfn", description="Adapters as values, methods as pure functions.")
+    parser.add_argument("--version", action="version", version=f"peftfn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command", dest="command")
 
     def command(name: str, run: Any, brief: str, description: str) -> argparse.ArgumentParser:
         new = commands.add_parser(name, help=brief, description=description)
-        new.set_defaults(run=run)
+        new.add_argument("--version", action="version", version=f"peftfn {__version__}")
+        new.set_defaults(run=run, expected=(ValueError, KeyError, OSError))
         return new
 
     new = command(
@@ -41,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "Trains several methods and seeds on a frozen sentence encoder, on two real tasks; prints a table, "
         "writes a plot and the adapters. Needs no network and no GPU.",
     )
+    new.set_defaults(expected=(OSError,))  # its only input is a folder
     new.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="output folder (%(default)s)")
     new.add_argument("--seeds", type=_positive, metavar="N", help="adapters a method, trained at once")
     new.add_argument("--steps", type=_positive, metavar="N", help="training steps")
@@ -89,6 +103,65 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("base", type=Path, metavar="BASE", help="a folder of safetensors")
     new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+
+    new = command(
+        "extract",
+        _extract,
+        "a LoRA from a full fine-tune",
+        "Writes the nearest LoRA of what the model of the folder FULL changed of the model of the folder BASE.",
+    )
+    new.add_argument("full", type=Path, metavar="FULL", help="the fine-tuned model's folder of safetensors")
+    new.add_argument("base", type=Path, metavar="BASE", help="the base model's folder of safetensors")
+    new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    new.add_argument("--rank", type=_positive, metavar="R", help="the rank of each matrix")
+    new.add_argument("--energy", type=float, metavar="E", help="the smallest ranks that hold this share of Σ σ²")
+    new.add_argument(
+        "--pattern", default="", metavar="P", help="which matrices get a LoRA; others are saved whole (all)"
+    )
+    new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
+
+    new = command(
+        "verify",
+        _verify,
+        "whether an adapter is applied, everywhere",
+        "Runs the model of the folder MODEL without and with ADAPTER, merged, and by PEFT; prints each site's change "
+        "and effect, and how far the ways differ. Exit code 1: there are problems.",
+    )
+    new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
+    new.add_argument("--model", type=Path, required=True, metavar="MODEL", help="the base model's folder")
+    new.add_argument(
+        "--against",
+        choices=("peft", "merged"),
+        help="compare with this alone; peft must be installed. Else with the merged model, and with PEFT if it can be",
+    )
+    new.add_argument("--inputs", type=Path, metavar="FILE", help="a .safetensors of the model's arguments by name")
+    new.add_argument("--tolerance", type=float, default=0.05, metavar="T", help="share of the effect (%(default)s)")
+    new.add_argument("--no-effects", action="store_true", help="do not run the model once for each site")
+    new.add_argument("--json", action="store_true", help="print JSON")
+
+    new = command(
+        "combine",
+        _combine,
+        "merge several adapters into one",
+        "Merges adapters of one base by a function of peftfn.merging, and writes one adapter. LoRAs in PEFT's format "
+        "need no model.",
+    )
+    new.add_argument("paths", metavar="ADAPTER", nargs="+", help=ADAPTER)
+    new.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder")
+    new.add_argument("--method", choices=MERGING, default="linear", help="%(default)s if not given")
+    new.add_argument("--weights", type=float, nargs="+", metavar="W", help="a number for each adapter (1)")
+    new.add_argument("--rank", type=_positive, metavar="R", help="the nearest LoRA of rank R")
+    new.add_argument("--energy", type=float, metavar="E", help="the smallest ranks that hold this share of Σ σ²")
+    new.add_argument(
+        "--density", type=float, metavar="D", help="magnitude, ties, dare, della: share of entries to keep"
+    )
+    new.add_argument("--epsilon", type=float, metavar="E", help="della: how far the probabilities reach around D")
+    new.add_argument("--elect", choices=("total", "frequency"), help="ties, dare, della: how signs are elected")
+    new.add_argument("--space", choices=("dense", "core", "knots"), help="where those rules' entries are")
+    new.add_argument("--keep", type=_positive, metavar="K", help="tsv: singular components of each adapter")
+    new.add_argument("--seed", type=int, metavar="N", help="dare, della: of what is dropped")
+    new.add_argument("--model", type=Path, metavar="MODEL", help="the base model: its folder, or its config.json")
+    new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
     return parser
 
 
@@ -140,10 +213,41 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _extract(options: argparse.Namespace) -> int:
+    from peftfn.cli.extract import extract
+
+    o = options
+    print(extract(o.full, o.base, o.out, o.rank, o.energy, o.pattern, o.to))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from peftfn.cli.verify import verify
+
+    o = options
+    found = verify(o.adapter, o.model, o.against, o.inputs, tolerance=o.tolerance, effects=not o.no_effects)
+    print(json.dumps(found.json(), indent=2, ensure_ascii=False) if o.json else found)
+    return int(not found.ok)
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from peftfn.cli.combine import combine
+
+    words = ("rank", "energy", "density", "epsilon", "elect", "space", "keep", "seed")
+    given = {k: v for k in words if (v := getattr(options, k)) is not None}
+    o = options
+    print(combine(o.paths, o.out, o.method, o.weights, o.model, o.to, **given))
+    return 0
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
 
 

@@ -1,5 +1,6 @@
 """What a method is made of: the names that a method of your own imports."""
 
+import peftfn.methods  # noqa: F401 - fills the registry
 from peftfn.core.method import ALL, LINEAR, MATRIX, Cases, Leaf, LowRank, Method, Padding, Product, Weight, registry
 from peftfn.core.peft import Peft
 

@@ -22,6 +22,7 @@ KINDS = ("flip", "cut", "header", "json", "values")
 
 Q, K, V, GATE = (rf"{n}_proj\.weight" for n in ["q", "k", "v", "gate"])
 OTHERS: dict[str, list[dict[str, pf.Method]]] = {
+    "mlx": [{Q: pf.LoRA(2, 3.0), V: pf.LoRA(2, 3.0)}, {Q: pf.DoRA(2, alpha=3)}],
     "swift": [{Q: pf.LoRA(2), V: pf.LoRA(2)}, {Q: pf.DoRA(2, alpha=3)}, {"norm": pf.Full()}],
     "kohya": [
         {Q: pf.LoRA(2, alpha=3), K: pf.LoHa(2), V: pf.DoRA(2)},
@@ -70,6 +71,8 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
     }
     net = pf.adapt(MODEL, rules)
     pf.save(root / "native", net, net.init(3))
+    plain = pf.adapt(MODEL, {Q: pf.LoRA(2, 3.0), K: pf.VeRA(3), GATE: pf.Full()})
+    pf.save(root / "native, served", plain, shaken(plain.init(3), 3))
     for format, rules in OTHERS.items():
         for i, methods in enumerate(rules):
             other = pf.adapt(MODEL, methods)

@@ -40,15 +40,23 @@ def test_the_readme_is_among_them() -> None:
     assert {"adding_a_method.md"} <= {p.name for p in PAGES}
 
 
-MODULES = (pf, pf.optim, *(importlib.import_module(f"peftfn.{m}") for m in ("method", "fields", "testing", "kernels")))
+PARTS = {name: getattr(pf, name) for name in ("merging", "optim", "starts", "steps")}
+"""Modules that are a part of peftfn's interface: their names are shown with the module's before them."""
+MODULES = (
+    pf,
+    *PARTS.values(),
+    *(importlib.import_module(f"peftfn.{m}") for m in ("method", "fields", "testing", "kernels")),
+)
+OURS = {*pf.__all__, *(f"{part}.{n}" for part, module in PARTS.items() for n in module.__all__)}
 
 
 def public() -> dict[str, Any]:
     """ "name" or "class.member" → every class and function that peftfn's modules export, and their public members."""
     found: dict[str, Any] = {}
+    prefixes = {id(module): f"{part}." for part, module in PARTS.items()}
     for module in MODULES:
-        for name in getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]):
-            thing = getattr(module, name)
+        for bare in getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")]):
+            thing, name = getattr(module, bare), prefixes.get(id(module), "") + bare
             if isinstance(thing, type | types.FunctionType):
                 found[name] = thing
             for n, member in vars(thing).items() if inspect.isclass(thing) else ():
@@ -83,9 +91,8 @@ HOOKS = {"Method", "Weight", "ModuleMethod", "Tokens", "Prefix", "Place", "Rng",
 
 
 def test_every_public_object_has_an_example() -> None:
-    """Of peftfn and peftfn.optim: each class, each function, and each public member of a class that users call."""
-    ours = {*pf.__all__, *pf.optim.__all__}
-    wanted = [n for n in PUBLIC if n in ours or (n.split(".")[0] in {"Adapted", "Bank", "Nets"})]
+    """Each class, each function, and each public member of a class that users call."""
+    wanted = [n for n in PUBLIC if n in OURS or (n.split(".")[0] in {"Adapted", "Bank", "Nets"})]
     assert len(wanted) > 100
     assert not [n for n in wanted if n not in EXAMPLES]
 
@@ -94,12 +101,11 @@ def test_every_public_function_says_what_it_takes_and_returns() -> None:
     lacks = []
     for name, thing in PUBLIC.items():
         head = name.split(".")[0]
-        ours = {*pf.__all__, *pf.optim.__all__} - HOOKS
-        if head not in ours or not isinstance(thing, types.FunctionType):
+        if head not in OURS - HOOKS or not isinstance(thing, types.FunctionType):
             continue
         doc, signature = inspect.getdoc(thing) or "", inspect.signature(thing)
         section = re.search(r"^Args:\n((?:    .*\n?)+)", doc, flags=re.M)
-        for p in signature.parameters if "." not in name else ():
+        for p in signature.parameters if name in OURS else ():
             if not re.search(rf"(^|[ ,]){p}[:,]", section[1] if section else "", flags=re.M):
                 lacks.append(f"{name}: {p}")
         returns = signature.return_annotation
@@ -111,7 +117,7 @@ def test_every_public_function_says_what_it_takes_and_returns() -> None:
 def test_dir_shows_what_users_call() -> None:
     shown = [n for n in dir(pf) if not n.startswith("__")]
     assert shown == sorted(pf.__all__)
-    assert [n for n in shown if inspect.ismodule(getattr(pf, n))] == ["optim"]
+    assert [n for n in shown if inspect.ismodule(getattr(pf, n))] == list(PARTS)
 
 
 def test_every_method_has_an_example_of_itself() -> None:
@@ -128,7 +134,7 @@ def test_the_reference_is_complete() -> None:
     methods = re.findall(r"`(\w+)`", listed[1])
     members = {n for n in PUBLIC if n.split(".")[0] in {"Adapted", "Bank", "Nets"} and "." in n}
     of_method, of_fields = (importlib.import_module(f"peftfn.{m}").__all__ for m in ("method", "fields"))
-    wanted = {*pf.__all__, *members, *(f"optim.{n}" for n in pf.optim.__all__), *of_method, *of_fields, "use"}
+    wanted = {*OURS, *members, *of_method, *of_fields, "use"}
     shown = {*(name for name, _ in rows), *methods}
     assert wanted - shown == set(), "not in docs/api.md"
     rest = shown - wanted

@@ -15,7 +15,7 @@ MAY: dict[str, set[str]] = {
     "methods": {"core", "kernels", "model", "tensors"},
     "slots": {"core", "kernels", "model", "tensors"},
     "net": {"slots", "core", "model", "tensors"},
-    "many": {"net", "slots", "core", "model", "tensors", "formats/native"},
+    "many": {"net", "slots", "core", "model", "tensors", "formats"},
     "view": {"net", "slots", "core", "model", "tensors"},
     "formats": {"net", "core", "methods", "model", "tensors"},
     "tools": {"view", "net", "core", "methods", "model", "tensors"},

@@ -27,10 +27,9 @@ def convert(
         FileExistsError: `out` is there, and no empty folder.
         ValueError: the format cannot express the adapter, or it needs a model, or the model's values.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists; name a new one")
+    free(out)
     path = hub.find(path)
-    where = model or _named(path)
+    where = model or named(path)
     if where is None and to == "peft" and rank is None and swift.is_mine(path):
         swift.to_peft(path, out)
         return f"wrote {out}, PEFT's, with unchanged tensors"
@@ -42,7 +41,7 @@ def convert(
         options = {**options, "extra": loaded.extra}
     if base.hollow:
         for name, entry in net.plan.items():
-            if rank is not None or _of_values(entry):
+            if rank is not None or of_values(entry):
                 raise ValueError(
                     f"{name}: {entry.method} is stored relative to the base's values, and {where} has none; give "
                     "a --model folder with *.safetensors"
@@ -54,13 +53,19 @@ def convert(
     return f"wrote {out}: {methods} at {len(net.plan)} sites, format {to}"
 
 
+def free(out: Path) -> None:
+    """FileExistsError unless `out` can be written: there is nothing, or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists; name a new one")
+
+
 def bound(path: Path, base: Base, gated: bool = False) -> Loaded:
     """The adapter, on the model of the base. ValueError where it does not fit."""
     guard(base, path)
     return load(path, base.model, gated=gated)
 
 
-def _named(path: Path) -> Path | None:
+def named(path: Path) -> Path | None:
     """The base that PEFT's or ms-swift's configuration names, where that is a folder on this machine."""
     config = swift.only(path) / "adapter_config.json" if swift.is_mine(path) else path / "adapter_config.json"
     if not config.is_file():
@@ -70,7 +75,7 @@ def _named(path: Path) -> Path | None:
     return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
 
 
-def _of_values(entry: Entry) -> bool:
+def of_values(entry: Entry) -> bool:
     """Whether what stands at the site in one format is not the same number in another without the base's values."""
     methods = entry.method.methods if isinstance(entry.method, Chain) else (entry.method,)
     return bool(entry.frozen) or any(isinstance(m, Full) for m in methods)

@@ -157,10 +157,15 @@ class WeightEntry(Entry):
         )
 
     def check_merge(self) -> None:
-        pass
+        if not self.method.mergeable:
+            raise ValueError(
+                f"{self.site.name}: {self.method} depends on the input, so it is no change of the weight and cannot be "
+                "merged. Use net.apply or net.gated, or leave this site out"
+            )
 
     def delta(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
         """p prepared, expert by expert if stacked."""
+        self.check_merge()
         with exactly(w):
             if self.site.stacked:
                 return vmap(method.delta, (self.axes(p), 0), randomness="different")(p, wide(w))

@@ -1,4 +1,4 @@
-"""The demo: several adapter methods and seeds on one frozen base, two real tasks, and what must hold checked."""
+"""The demo: adapters of several methods, seeds and rates on one frozen base, two tasks, and what must hold checked."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -6,19 +6,25 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import peftfn as pf
 from peftfn.demo import checks, report
-from peftfn.demo.data import Task, news, reviews
+from peftfn.demo.data import Task, news, order
 from peftfn.demo.model import SPLIT, Base, Split
-from peftfn.demo.train import Schedule, Trained, accuracy, train, untrained
+from peftfn.demo.train import Schedule, Trained, accuracy, served, train
 from peftfn.tools.summary import counts
 
 HEAD = "head only"
-BATCH = {"news": 32, "reviews": 16}
+BATCH = 32
+LONGER = {"news": 1, "order": 2}
+"""How many times `Settings.steps` a task takes."""
+
+SWEPT = "LoRA"
+HEAD_LR = 1e-3  # while an adapter trains beside it
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,21 @@ class Settings:
     seeds: int = 3
     steps: int = 32
     probe_steps: int = 100
+    rates: int = 12  # of the sweep
     train_texts: int | None = None
     test_texts: int | None = None
 
     @classmethod
     def quick(cls) -> "Settings":
         """The same on a few texts for a few steps: whether everything runs, not how well."""
-        return cls(seeds=2, steps=2, probe_steps=5, train_texts=16, test_texts=16)
+        return cls(seeds=2, steps=2, probe_steps=5, rates=3, train_texts=16, test_texts=16)
 
 
 def run(out: Path, settings: Settings, console: Console | None = None) -> int:
     """Train, report into the folder `out`, check. The exit code: 0, or 1 if a check failed."""
     start, console = perf_counter(), console or Console()
-    tasks = [t.smaller(settings.train_texts, settings.test_texts) for t in (news(), reviews())]
+    tasks = [t.smaller(settings.train_texts, settings.test_texts) for t in (news(), order())]
+    (out / "adapters").mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends it now
     base = Base(classes=max(len(t.labels) for t in tasks))
     before = checks.copy_of(base.model)
     nets = {HEAD: pf.adapt(base.model, {"head": pf.Full()})}
@@ -68,22 +76,35 @@ def run(out: Path, settings: Settings, console: Console | None = None) -> int:
     rows: list[report.Row] = []
     trained: dict[str, dict[str, list[Any]]] = {}  # method → task → adapters
     with _progress(console) as progress:
-        total = len(tasks) * (settings.probe_steps + settings.steps * len(RECIPES))
+        steps = settings.steps * sum(LONGER[task.name] for task in tasks)
+        total = len(tasks) * settings.probe_steps + steps * len(RECIPES) + settings.steps
         bar = progress.add_task("", total=total)
         for task in tasks:
             for row, adapters in _task(task, base, nets, settings, _Bar(progress, bar, task.name)):
                 rows.append(row)
                 trained.setdefault(row.method, {})[task.name] = adapters
+        sweep = _sweep(tasks[0], base, nets[SWEPT], trained[HEAD][tasks[0].name][0], settings, _Bar(progress, bar, ""))
+        progress.update(bar, description="serving")
+        given = _by_name(nets, trained)
+        ids, mask = base.tokens((tasks[0].test * len(given))[: len(given)], tasks[0].max_length)
+        times = served(given, (ids, mask), method="forward")
         progress.update(bar, description="done")
     console.print(report.table(rows))
 
-    out.mkdir(parents=True, exist_ok=True)
     for name, net in nets.items():
         for task in tasks:
             for seed, adapter in enumerate(trained[name][task.name]):
                 pf.save(_folder(out, name, task, seed), net, adapter)
-    report.plot(out / "demo.png", rows)
-    report.save(out / "results.json", rows, {"seeds": settings.seeds, "steps": settings.steps})
+    facts = {
+        "seeds": settings.seeds,
+        "steps": {task.name: settings.steps * LONGER[task.name] for task in tasks},
+        "rates": {name: recipe.lr for name, recipe in RECIPES.items()},
+        "threads": torch.get_num_threads(),
+        "sweep": [{"rate": lr, "accuracy": right} for lr, right in sweep],
+        "served": [{"adapters": n, "one_call": one, "calls": apart} for n, (one, apart) in times.items()],
+    }
+    report.plot(out / "demo.png", rows, facts)
+    report.save(out / "results.json", rows, facts)
     console.print(f"written to {out}: demo.png, results.json, adapters/", soft_wrap=True)
 
     examples = [example for pair in zip(*(task.test[:4] for task in tasks), strict=True) for example in pair]
@@ -109,23 +130,51 @@ def _task(
     bar.say("the frozen layers, once")
     fit, test = base.encode(task, task.train), base.encode(task, task.test)
 
-    def row(name: str, done: Trained, inputs: tuple[Tensor, ...], method: str, losses: Tensor) -> report.Row:
+    def row(name: str, done: Trained, inputs: tuple[Tensor, ...], method: str) -> report.Row:
         right = accuracy(nets[name], done.adapters, inputs, test.label, method=method)
-        return report.Row(task, name, counts(nets[name])[0], right, done.seconds, losses)
+        return report.Row(task, name, counts(nets[name])[0], right, done.seconds, done.losses)
 
     bar.say(HEAD)
     fresh = [nets[HEAD].init(seed=s) for s in range(settings.seeds)]
     schedule = Schedule(settings.probe_steps, batch=64, lr=0.0, head_lr=3e-3)
     heads = train(nets[HEAD], fresh, (fit.features,), fit.label, schedule, method="head", tick=bar.tick)
-    schedule = Schedule(settings.steps, min(BATCH[task.name], len(task.train)), lr=0.0, head_lr=1e-3)
-    losses = untrained(nets[HEAD], heads.adapters, (fit.features,), fit.label, schedule, method="head")
-    yield row(HEAD, heads, (test.features,), "head", losses), heads.adapters
+    schedule = Schedule(settings.steps * LONGER[task.name], min(BATCH, len(task.train)), lr=0.0, head_lr=HEAD_LR)
+    yield row(HEAD, heads, (test.features,), "head"), heads.adapters
     for name, recipe in RECIPES.items():
         bar.say(name)
         fresh = [nets[name].init(seed=s) | heads.adapters[s] for s in range(settings.seeds)]
         how = replace(schedule, lr=recipe.lr)
         done = train(nets[name], fresh, _upper(fit), fit.label, how, method="upper", tick=bar.tick)
-        yield row(name, done, _upper(test), "upper", done.losses), done.adapters
+        yield row(name, done, _upper(test), "upper"), done.adapters
+
+
+def _sweep(
+    task: Task, base: Base, net: pf.Adapted, head: Any, settings: Settings, bar: "_Bar"
+) -> list[tuple[float, float]]:
+    """(learning rate, held-out accuracy) of adapters that differ in nothing else, trained in one run."""
+    bar.say(f"{settings.rates} rates at once")
+    fit, test = base.encode(task, task.train), base.encode(task, task.test)
+    rates: list[float] = torch.logspace(-4, -1.5, settings.rates, dtype=torch.float64).tolist()
+    how = Schedule(settings.steps, min(8, len(task.train)), lr=0.0, head_lr=HEAD_LR)
+    fresh = [net.init(seed=0) | head for _ in rates]
+    done = train(net, fresh, _upper(fit), fit.label, how, method="upper", rates=rates, tick=bar.tick)
+    right = accuracy(net, done.adapters, _upper(test), test.label, method="upper")
+    return list(zip(rates, [round(x, 6) for x in right.tolist()], strict=True))
+
+
+def _by_name(
+    nets: Mapping[str, pf.Adapted], trained: Mapping[str, Mapping[str, list[Any]]]
+) -> dict[str, tuple[pf.Adapted, Any]]:
+    """All trained adapters, so that those of different methods stand next to each other."""
+    found = [
+        (seed, task, method, a)
+        for method, of in trained.items()
+        if method != HEAD
+        for task, adapters in of.items()
+        for seed, a in enumerate(adapters)
+    ]
+    found.sort(key=lambda f: f[:2])
+    return {f"{method} {task} {seed}": (nets[method], a) for seed, task, method, a in found}
 
 
 def _upper(split: Split) -> tuple[Tensor, ...]:

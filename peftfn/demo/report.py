@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from torch import Tensor
 from peftfn.demo.data import Task
 
 COLOURS = ["#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # Okabe and Ito: told apart by everyone
-MARKERS = ["s", "o", "^", "D", "v", "P"]
-SMOOTH = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -71,43 +70,59 @@ def save(path: Path, rows: list[Row], facts: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**facts, "torch": torch.__version__, "results": results}, indent=2) + "\n")
 
 
-def plot(path: Path, rows: list[Row]) -> None:
-    """A line of panels for each task: accuracy against trainable parameters, and the loss while training."""
+def plot(path: Path, rows: list[Row], facts: Mapping[str, Any]) -> None:
+    """The error of each method on each task; a sweep that trained in one run; the time of a mixed batch."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 
     tasks = list({row.task.name: row.task for row in rows}.values())
-    methods = list(dict.fromkeys(row.method for row in rows))
-    style = {m: {"color": COLOURS[i % 6], "marker": MARKERS[i % 6]} for i, m in enumerate(methods)}
-    figure = Figure(figsize=(9.6, 3.6 * len(tasks) + 0.6), layout="constrained")
-    axes = figure.subplots(len(tasks), 2, squeeze=False)
-    handles: dict[str, Any] = {}
-    for (left, right), task in zip(axes, tasks, strict=True):
-        mine = [row for row in rows if row.task is task]
-        base, window = mine[0], min(SMOOTH, len(mine[-1].losses))
-        left.axhline(base.mean, color=COLOURS[0], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for row in mine:
-            row_style = style[row.method]
-            look = {"linestyle": "none", "markersize": 8, "capsize": 4, **row_style}
-            drawn = left.errorbar(row.parameters, row.mean, yerr=row.spread, **look)
-            handles.setdefault(row.method, drawn)
-            loss = row.losses.mean(1).unfold(0, window, 1).mean(-1)
-            dashes = (0, (4, 3)) if row is base else "solid"
-            right.plot(
-                range(window, window + len(loss)), loss, color=row_style["color"], linewidth=1.8, linestyle=dashes
-            )
-        left.set_xscale("log")
-        left.margins(x=0.12, y=0.15)
-        left.xaxis.set_major_formatter(LogFormatterSciNotation())
-        left.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        size = f"{len(task.labels)} classes, {len(task.test)} test texts"
-        left.set_title(f"{task.title} ({size})", loc="left", fontsize=10)
-        left.set(xlabel="trainable parameters", ylabel="accuracy (%)")
-        right.set_title(f"training loss, mean of {window} steps and all seeds", loc="left", fontsize=10)
-        right.set(xlabel="step", ylabel="cross-entropy")
-        for axis in (left, right):
-            axis.grid(color="#e5e5e5", linewidth=0.8)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(methods), frameon=False)
+    figure = Figure(figsize=(9.6, 7.6), layout="constrained")
+    (*errors, sweep, served) = figure.subplots(2, 2).flat
+    for axis, task in zip(errors, tasks, strict=True):
+        _errors(axis, [row for row in rows if row.task is task])
+    swept = facts["sweep"]
+    wrong = [100 * (1 - s["accuracy"]) for s in swept]
+    sweep.plot([s["rate"] for s in swept], wrong, "v-", color=COLOURS[4])
+    sweep.set_xscale("log")
+    sweep.set_title(f"{len(swept)} LoRAs, {len(swept)} learning rates, one run", loc="left", fontsize=10)
+    sweep.set(xlabel="learning rate", ylabel=f"error on {tasks[0].name} (%)", ylim=(0, 1.1 * max(wrong)))
+    many = facts["served"]
+    for key, name, look in (("calls", "a call for each row", "s--"), ("one_call", "one call for all rows", "o-")):
+        milliseconds = [1000 * s[key] for s in many]
+        served.plot([s["adapters"] for s in many], milliseconds, look, label=name, color=COLOURS[key == "one_call"])
+    served.set_title("a batch whose rows all have another adapter", loc="left", fontsize=10)
+    served.set(xlabel="rows = adapters, of four methods", ylabel="time (ms)", xlim=(0, None), ylim=(0, None))
+    served.legend(frameon=False)
+    for axis in (*errors, sweep, served):
+        axis.grid(color="#e5e5e5", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(caption(facts), fontsize=8, x=0.01, ha="left")
     figure.savefig(path, dpi=160)
+
+
+def _errors(axis: Any, rows: list[Row]) -> None:
+    """A bar for each method, from zero, with the trainable parameters next to its name."""
+    task, methods = rows[0].task, [f"{r.method}\n{_short(r.parameters)}" for r in rows]
+    height = [100 - r.mean for r in rows]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(rows))]
+    axis.bar(methods, height, yerr=[r.spread for r in rows], color=colours, width=0.6, capsize=4)
+    axis.set_title(f"{task.title} ({len(task.labels)} classes, {len(task.test)} test texts)", loc="left", fontsize=10)
+    axis.set(ylabel="error (%)", ylim=(0, 1.2 * max(height)))
+
+
+def _short(n: int) -> str:
+    return f"{n / 1000:.0f} k" if n >= 1000 else str(n)
+
+
+def caption(facts: Mapping[str, Any]) -> str:
+    """What the picture shows, for those who see it alone."""
+    rates = ", ".join(f"{name} {lr:g}" for name, lr in facts["rates"].items())
+    steps = ", ".join(f"{name} {n}" for name, n in facts["steps"].items())
+    text = (
+        f"Top: mean of {facts['seeds']} seeds, which train together in one vmapped run; whiskers are ± one standard "
+        f"deviation; under each method, its trainable parameters. Steps: {steps}. Learning rates: {rates}. Bottom "
+        "left: LoRA, with the same seed and batches at each rate. Bottom right: the whole encoder, the fastest of 9 "
+        f"calls on {facts['threads']} thread{'s' * (facts['threads'] > 1)}; the rows have trained adapters of four "
+        "methods."
+    )
+    return fill(text, 140)

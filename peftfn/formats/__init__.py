@@ -15,9 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from peftfn.formats import hub, kohya, native, peft, swift
+from peftfn.formats import hub, kohya, mlx, native, peft, swift
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
@@ -25,12 +26,13 @@ from peftfn.model.model import Model
 from peftfn.net.distributed import distribute
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
+from peftfn.tensors.tree import mapped
 
-FORMATS: dict[str, Any] = {"native": native, "swift": swift, "peft": peft, "kohya": kohya}
+FORMATS: dict[str, Any] = {"native": native, "swift": swift, "mlx": mlx, "peft": peft, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
 
 PEFTS = (peft.CONFIG, peft.TENSORS, peft.PICKLE)
-FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, peft.PICKLE})
+FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, peft.PICKLE, mlx.TENSORS})
 
 
 def save(
@@ -47,9 +49,10 @@ def save(
         adapter: an adapter of it.
         format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), "peft" (what Hugging Face PEFT
             has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
-            whole modules), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr; with layout="diffusers" as
-            diffusers has it).
-        options: further options of the format; docs/checkpoints.md lists them.
+            whole modules), "mlx" (MLX-LM's LoRA and DoRA), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr;
+            with layout="diffusers" as diffusers has it).
+        options: further options of the format; docs/checkpoints.md lists them. For "native" and "peft", `buffers`: the
+            model's buffers that belong to the adapter, as `buffers_of` returns them.
 
     Raises:
         ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. Nothing has been
@@ -64,7 +67,7 @@ def save(
     module = _format(format)
     if not isinstance(net, Adapted):
         raise TypeError(f"save takes (path, net, adapter), and the second argument is a {type(net).__name__}")
-    net.plan.check(adapter)
+    net.plan.check(adapter, lead=int(options.get("tasks", False)))
     refuse_sharded(net.plan, adapter)
     if repetition(net.model) and format not in ("native", "peft"):
         raise ValueError(
@@ -87,6 +90,9 @@ def load(
     pickled: bool = False,
     gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
+    buffers: bool = False,
+    dtype: torch.dtype | None = None,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read an adapter from a file, a folder or the Hugging Face Hub, and bind it to `model`.
 
@@ -96,7 +102,7 @@ def load(
     Args:
         path: a folder or file; if it does not exist, a Hub repository "owner/name" (needs huggingface_hub).
         model: the base, without adapters of other libraries.
-        format: "native", "peft", "swift" or "kohya"; None detects it.
+        format: "native", "peft", "swift", "mlx" or "kohya"; None detects it.
         subfolder: folder or file inside `path`.
         revision: branch, tag or commit on the Hub.
         strict: whether missing tensors, and tensors that have no place in the model, are errors. If False, the result
@@ -108,6 +114,10 @@ def load(
             and `net.gated`, not with `net.apply`; the tokens are in the result's `extra["alora_invocation_tokens"]`.
         experts: the order of lora_B in a PEFT file, for experts that are one stacked parameter: "peft", rank by rank,
             or "unsloth", expert by expert. A file does not say which of the two it has.
+        buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
+            `buffers`; if False, they are an error.
+        dtype: of the leaves. None keeps a native file's own, and makes others at least fp32.
+        hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
 
     Returns:
         A `Loaded`: `net, adapter = load(…)`.
@@ -130,15 +140,19 @@ def load(
         )
     known = Model.of(model)
     refuse_adapters(known)
-    where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"load: dtype is {dtype}; an adapter's leaves are floating-point")
+    where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
     if format is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
     if format is None:
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
-    options = Options(strict, key_mapping, pickled, gated, experts)
+    options = Options(strict, key_mapping, pickled, gated, experts, buffers)
     loaded: Loaded = _format(format).load(where, known, options)
+    if dtype is not None:
+        loaded = replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
     if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded
@@ -150,7 +164,13 @@ def _format(name: str) -> Any:
     return FORMATS[name]
 
 
-OWN = {"native": (native.CONFIG, native.TENSORS), "peft": PEFTS, "swift": PEFTS, "kohya": (kohya.FILE,)}
+OWN = {
+    "native": (native.CONFIG, native.TENSORS),
+    "peft": PEFTS,
+    "swift": PEFTS,
+    "mlx": (mlx.CONFIG, mlx.TENSORS),
+    "kohya": (kohya.FILE,),
+}
 """Format → the files of an adapter of it in a folder; the one that makes it an adapter first."""
 
 
@@ -170,7 +190,7 @@ def _instead(where: Path) -> str:
     below = [p.name for p in sorted(where.iterdir()) if p.is_dir()]
     if inside := [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]:
         return f"; its sub-folders {', '.join(inside)} do: pass subfolder=…, or use load_all"
-    for config, *tensors in ((peft.CONFIG, peft.TENSORS, peft.PICKLE), (native.CONFIG, native.TENSORS)):
+    for config, *tensors in (PEFTS, (native.CONFIG, native.TENSORS), (mlx.CONFIG, mlx.TENSORS)):
         if there := next((n for n in tensors if (where / n).is_file()), None):
             return f": it has {there}, but not {config}, which describes its tensors; put {config} into the folder"
     return ""

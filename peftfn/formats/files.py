@@ -30,6 +30,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -52,6 +54,8 @@ class Loaded:
         unexpected: with strict=False, keys of the file that have no place in the model; these tensors are not used.
         extra: keys of a PEFT configuration that are not about the method: `task_type`, `base_model_name_or_path`, the
             `alora_invocation_tokens` of an activated LoRA, … `save(…, format="peft", extra=loaded.extra)` writes them.
+        buffers: with buffers=True, the file's buffers that differ from the model's, by the model's names. The adapter
+            was trained with them: `model.load_state_dict(loaded.buffers, strict=False)`.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -65,6 +69,7 @@ class Loaded:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.net, self.adapter))
@@ -79,6 +84,7 @@ class Options:
     pickled: bool = False
     gated: bool = False
     experts: Literal["peft", "unsloth"] = "peft"
+    buffers: bool = False
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):
@@ -161,6 +167,18 @@ class Tensors:
         self.meta[key], self.sources[key] = torch.empty(tuple(shape), device="meta"), value
         self.names[key] = " and ".join(names)
 
+    def dropped(self, key: str) -> None:
+        """Take a tensor out that says nothing."""
+        del self.meta[key], self.sources[key], self.names[key]
+
+    def divided(self, key: str, parts: Mapping[str, tuple[Callable[[], Tensor], Iterable[int]]]) -> None:
+        """Put several tensors, new key → (value, shape), in the place of one."""
+        dtype, name = self.meta[key].dtype, self.names[key]
+        self.dropped(key)
+        for new, (value, shape) in parts.items():
+            self.meta[new] = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            self.sources[new], self.names[new] = value, name
+
     def check(self, key: str, shape: Iterable[int], floating: bool = True) -> None:
         """ValueError unless the tensor has this shape and is a floating (or integer) one."""
         have = self.meta[key]
@@ -178,8 +196,9 @@ class Tensors:
         A copy also on the CPU: a mapped tensor changes with its file, and is not aligned as torch aligns its own.
         """
         t = self.sources[key]()
-        if t.is_floating_point() and t.isnan().any():
-            count = int(t.isnan().sum())
+        values = t.float() if t.element_size() == 1 and t.is_floating_point() else t  # fp8 has no isnan
+        if t.is_floating_point() and values.isnan().any():
+            count = int(values.isnan().sum())
             raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
@@ -201,7 +220,7 @@ def mismatch(where: Path, missing: Iterable[str], unexpected: Iterable[str], mor
 def opened(where: Path) -> Iterator[Tensors]:
     """The tensors of a safetensors file, mapped. ValueError, naming the file, where it is none."""
     if not where.is_file():
-        raise FileNotFoundError(f"{where} is missing")
+        raise FileNotFoundError(f"{where} is missing{_shards(where)}")
     try:
         with safe_open(where, framework="pt") as file:
             meta: dict[str, Tensor] = {}
@@ -216,6 +235,18 @@ def opened(where: Path) -> Iterator[Tensors]:
             yield Tensors(where, meta, read, metadata=file.metadata())
     except SafetensorError as e:
         raise ValueError(f"{where}: not a valid safetensors file: {e}") from e
+
+
+def _shards(where: Path) -> str:
+    """What there is of a file that was written in parts, and the cure."""
+    parts = sorted(p.name for p in where.parent.glob(f"{where.stem}-*-of-*{where.suffix}"))
+    if not parts:
+        return ""
+    return (
+        f": it was written in {len(parts)} parts ({parts[0]}, …), and an adapter has one file: put their tensors "
+        "together, safetensors.torch.save_file({k: t for part in parts for k, t in load_file(part).items()}, "
+        f"{where.name!r})"
+    )
 
 
 def unpickled(where: Path) -> Tensors:

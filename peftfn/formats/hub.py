@@ -1,20 +1,32 @@
 """Where an adapter's files are: a path, or a repository of the Hugging Face hub. All that ever touches the network."""
 
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 NAMES = ("*.json", "*.safetensors")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find(
-    path: str | PathLike[str], *, subfolder: str | None = None, revision: str | None = None, pickled: bool = False
+    path: str | PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    pickled: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The local path of `path`, or of the hub's repository of that name, or of what is at `subfolder` in it."""
+    """The local path of `path`, or of the hub's repository of that name, or of what is at `subfolder` in it.
+
+    options: further arguments of `snapshot_download`.
+    """
     where = Path(path)
     if not where.exists():
-        where = _fetched(path, subfolder, revision, pickled)
+        where = _fetched(path, subfolder, revision, pickled, options or {})
+    elif options:
+        raise ValueError(f"load: hub_options are for the Hub, and {where} is a local path: leave them out")
     elif revision is not None:
         raise ValueError(f"load: revision={revision!r} is for the Hub, and {where} is a local path: leave it out")
     where = where / subfolder if subfolder else where
@@ -23,7 +35,13 @@ def find(
     return where
 
 
-def _fetched(path: str | PathLike[str], subfolder: str | None, revision: str | None, pickled: bool) -> Path:
+def _fetched(
+    path: str | PathLike[str],
+    subfolder: str | None,
+    revision: str | None,
+    pickled: bool,
+    options: Mapping[str, Any],
+) -> Path:
     name = str(path)
     if not isinstance(path, str) or not _REPOSITORY.fullmatch(name) or ".." in name:
         raise FileNotFoundError(f'{name} does not exist and is not a Hub repository ("owner/name")')
@@ -36,4 +54,7 @@ def _fetched(path: str | PathLike[str], subfolder: str | None, revision: str | N
         wanted = [subfolder, *(f"{subfolder}/{n}" for n in wanted)]
     # without a subfolder, only what is at the top ("*" would match a "/" too)
     ignored = None if subfolder else ["*/*"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+    mine: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ignored}
+    if taken := sorted(mine.keys() & options.keys()):
+        raise ValueError(f"load: hub_options has {taken[0]!r}, which load itself gives")
+    return Path(snapshot_download(name, **mine, **options))

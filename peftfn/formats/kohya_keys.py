@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from peftfn.core.method import Weight
+from peftfn.formats.kohya_flux import first_name
 from peftfn.formats.kohya_unet import older
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.full import Full
@@ -82,9 +83,16 @@ class Names:
         roots = {f"{p}." if p else "": {n for n, _ in model.modules[p].named_children()} for p in texts}
         self.short = [p for p, names in roots.items() if names >= {"embeddings", "encoder", "final_layer_norm"}]
         self.unet = {path for m in real if (path := self.inside("lora_unet", m)) is not None}
+        self.flux = {"transformer_blocks.0.attn.add_q_proj", "single_transformer_blocks.0.proj_mlp"} <= self.unet
+        self.fused: dict[str, dict[int, str]] = {}  # a file's name of several modules in one → the modules in order
         for module, first in real.items():
             for spelling in self.spellings(module):
                 self.meant.setdefault(spelling, set()).add(first)
+            for spelling, part in self.flux_names(module):
+                if part is None:
+                    self.meant.setdefault(spelling, set()).add(first)
+                else:
+                    self.fused.setdefault(spelling, {})[part] = first
 
     def spellings(self, module: str) -> Iterator[str]:
         """Every name that a file may have for a module."""
@@ -99,6 +107,15 @@ class Names:
                 if prefix == "lora_unet" and (old := older(path, self.unet)) is not None:
                     yield f"{prefix}_{old}".replace(".", "_")
                     yield f"diffusion_model.{old}"
+
+    def flux_names(self, module: str) -> Iterator[tuple[str, int | None]]:
+        """The names of Flux's first implementation for a module, and which part of that layer it is."""
+        path = self.inside("lora_unet", module) if self.flux else None
+        if path is None or (found := first_name(path)) is None:
+            return
+        name, part = found
+        for spelling in (f"lora_unet_{name}".replace(".", "_"), name, *(f"{p}.{name}" for p in DOTTED)):
+            yield spelling, part
 
     def longer(self, module: str) -> list[str]:
         """The module's name in transformers 4, where CLIP's text model has a `text_model` in it, as it has in files."""

@@ -3,10 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from torch import Size
+from torch import Size, Tensor
 
 from peftfn.core.make import make
 from peftfn.core.method import Weight
@@ -98,7 +99,7 @@ class KohyaReader:
 
     def sort(self) -> None:
         ends = sorted(ENDS, key=len, reverse=True)
-        for key in self.file.meta:
+        for key in list(self.file.meta):
             bare = nameless(key)
             end = next((e for e in ends if bare.endswith(f".{e}")), None)
             name = bare.removesuffix(f".{end}")
@@ -106,14 +107,45 @@ class KohyaReader:
                 if regex.search(name):
                     name = regex.sub(new, name)
                     break
+            if end and name in self.names.fused:
+                self.unfuse(key, name, end, [self.names.fused[name][i] for i in sorted(self.names.fused[name])])
+                continue
             module = self.names.find(name, self.where) if end else None
             if end is None or module is None:
                 self.stray.append(key)
                 continue
-            mine = self.found.setdefault(module, {})
-            if (have := mine.setdefault(ENDS[end], key)) != key:
-                raise ValueError(f"{self.where}: {have!r} and {key!r} are the same tensor")
+            self.once(module, end, key, key)
             self.called[module] = name
+
+    def once(self, module: str, end: str, key: str, name: str) -> None:
+        """Note where a module's tensor is. ValueError, with the file's name of it, where it is there twice."""
+        have = self.found.setdefault(module, {}).setdefault(ENDS[end], key)
+        if have != key or (key != name and key in self.file.meta):
+            raise ValueError(f"{self.where}: {self.file.names[have]!r} and {name!r} are the same tensor")
+
+    def unfuse(self, key: str, name: str, end: str, modules: list[str]) -> None:
+        """Give one tensor of several layers in one to each of the model's: the rows of what has the layer's, and a
+        factor that all have in common as a copy."""
+        cls, k = ENDS[end]
+        rows = [self.names.sites[m, "weight"].shape[0] for m in modules]
+        shape, source = self.file.meta[key].shape, self.file.sources[key]
+        if cls not in (LoRA, None) or k == "mid":
+            raise ValueError(
+                f"{self.where}: {key}: {name} is {', '.join(modules)} in this model, and of these methods only LoRA "
+                "and DoRA can be divided among them"
+            )
+        cut = k in ("b", "beta") or (k == "m" and len(shape) > 0 and shape[0] == sum(rows))
+        if cut and (not shape or shape[0] != sum(rows)):
+            raise ValueError(f"{self.where}: {key} has shape {list(shape)}; it must have {sum(rows)} rows: {rows}")
+        starts = [sum(rows[:i]) for i in range(len(rows))]
+        parts = {
+            f"{module}.{end}": (partial(_rows, source, at, n), (n, *shape[1:])) if cut else (source, shape)
+            for module, at, n in zip(modules, starts, rows, strict=True)
+        }
+        for module in modules:
+            self.called[module] = name
+            self.once(module, end, f"{module}.{end}", key)
+        self.file.divided(key, parts)
 
     def layer(self, module: str) -> Iterator[tuple[Site, Weight, dict[str, str]]]:
         """The sites of a module that the file adapts, with their methods and keys."""
@@ -311,6 +343,10 @@ def _lacks(cls: type[Weight] | None, have: Collection[str]) -> list[str]:
         low = [i for i in "12" if f"w{i}" not in have]
         need = {f"{k}{i}": LoKr.peft.keys[f"{k}{i}"] for i in low for k in "ab"}
     return [key for k, key in need.items() if k not in have]
+
+
+def _rows(read: Callable[[], Tensor], start: int, count: int) -> Tensor:
+    return read()[start : start + count]
 
 
 def _squeezed(shape: Iterable[int]) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method, registry
 from peftfn.core.plan import Entry, Plan
 from peftfn.core.rules import offered
+from peftfn.formats.buffers import compared, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
 from peftfn.model.model import Model
@@ -21,14 +23,20 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import on_mesh
 
 CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
+BUFFER = "buffer/"
+"""What stands before a buffer's name in the file."""
 
 
 def is_mine(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
+def save(
+    folder: Path, net: Adapted, adapter: Mapping[str, Any], *, buffers: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the two files. buffers: the model's that belong to the adapter; those of whole modules are the net's."""
     tensors = {f"adapter/{k}": t for k, t in _flat(adapter)}
+    tensors |= {f"{BUFFER}{k}": t for k, t in statistics(net, buffers).items()}
     stored: dict[int, str] = {}  # a constant that several sites share is written once
     for name, entry in net.plan.items():
         for k, t in entry.frozen.items():
@@ -71,7 +79,10 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         raise ValueError(f"{where}: its methods do not fit the model: {e}") from e
     with opened(folder / TENSORS) as file:
         _one_save(file, config, where)
-        return _filled(model, plan, config["constants"], file, options.strict)
+        if odd := [k for k, t in file.meta.items() if t.is_floating_point() and t.element_size() == 1]:
+            raise ValueError(f"{file.where}: {odd[0]} is {file.meta[odd[0]].dtype}, in which no adapter computes")
+        file, buffers = compared(file, model.buffers, options.buffers, BUFFER)
+        return replace(_filled(model, plan, config["constants"], file, options.strict), buffers=buffers)
 
 
 def check_saved(path: Path, net: Adapted) -> str:
@@ -87,7 +98,7 @@ def check_saved(path: Path, net: Adapted) -> str:
     theirs = {name: rules[rule] for name, rule in taken.items()}
     for name in dict.fromkeys([*theirs, *net.plan]):
         saved, mine = theirs.get(name), net.plan[name].method if name in net.plan else None
-        if saved is None or mine is None or (saved != mine and _meaning(saved) != _meaning(mine)):
+        if saved is None or mine is None or (saved != mine and meaning(saved) != meaning(mine)):
             raise ValueError(
                 f"{path}: {name}: the file was saved with {saved or 'no method'} here, and the net it is put with has "
                 f"{mine or 'none'}: put it with the net that it was saved with, which peftfn.load returns"
@@ -96,6 +107,7 @@ def check_saved(path: Path, net: Adapted) -> str:
             raise ValueError(f"{path}: {name} is {shape} in the file, and {list(net.plan[name].site.shape)} in the net")
     with opened(path) as file:
         _one_save(file, config, where)
+        file, _ = compared(file, dict(net.model.named_buffers()), False, BUFFER)
         _places(net.plan, config["constants"], file, True)
         _same_constants(net.plan, config["constants"], file)
     return str(config["id"])
@@ -109,7 +121,7 @@ def read_saved(path: Path, net: Adapted, plan: str) -> dict[str, Any]:
     with opened(path) as file:
         if file.metadata.get("id") != plan:
             check_saved(path, net)
-        constants = {"": {key: key for key in file.meta if key.startswith("frozen/")}}  # compared by `check_saved`
+        constants = {"": {key: key for key in file.meta if key.startswith(("frozen/", BUFFER))}}  # by `check_saved`
         places, _, _ = _places(net.plan, constants, file, True)
         adapter: dict[str, Any] = {name: {} for name, e in net.plan.items() if not e.spec}
         for key, place in places.items():
@@ -134,10 +146,14 @@ def _one_save(file: Tensors, config: Mapping[str, Any], where: Path) -> None:
         raise ValueError(f"{file.where} and {where} are of different saves: one was interrupted, or is a copy")
 
 
-def _meaning(method: Method) -> tuple[Any, ...]:
-    """An identifier that is equal for two methods that do the same with one leaf: all but how they train and start."""
-    m, odd = method.eval(), ("dropout", "init_weights")
-    return type(m), *((f.name, getattr(m, f.name)) for f in dataclasses.fields(m) if f.name not in odd)
+def meaning(method: Method) -> tuple[Any, ...]:
+    """An identifier that is equal for two methods that do the same with one leaf: all but how they train and start, and
+    the scale in place of what it is made of, for alpha=None and alpha=rank mean the same."""
+    m = method.eval()
+    names = {f.name for f in dataclasses.fields(m)} - {"dropout", "init_weights"}
+    if "alpha" in names and hasattr(m, "scale"):
+        names = names - {"alpha", "rslora"} | {"scale"}
+    return type(m), *((k, getattr(m, k)) for k in sorted(names))
 
 
 def _same_constants(plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors) -> None:

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peftfn.formats import peft_config as configs
-from peftfn.formats import peft_extra
+from peftfn.formats import peft_extra, peft_inputs
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
@@ -41,15 +43,31 @@ def save(
     *,
     split: bool = False,
     extra: Mapping[str, Any] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    tasks: bool = False,
 ) -> None:
     """Write one folder, or several, each with a model card (README.md), unless there is one.
 
     Args:
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
+        buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
+        tasks: the adapter is a stack, one of multitask prompts for each task.
     """
-    more = peft_extra.given(extra, net)
-    for name, (config, tensors) in documents(net, adapter, split=split, task=more.get("task_type")).items():
+    more = {**peft_extra.mapping(net.model), **peft_extra.given(extra, net)}
+    if peft_inputs.is_mine(net):
+        config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks)
+        write(folder / TENSORS, tensors)
+        write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
+        write_card(folder, config | more, tensors, net.plan)
+        return
+    if tasks:
+        raise ValueError(
+            "save: tasks=True is for multitask prompts; save the adapters of a stack one by one, in folders"
+        )
+    for name, (config, tensors) in documents(
+        net, adapter, split=split, task=more.get("task_type"), buffers=buffers
+    ).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder / name, config | more, tensors, net.plan)
@@ -75,6 +93,8 @@ def build(
     options: Options,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
+    if config["peft_type"] in peft_inputs.TYPES:
+        return peft_inputs.load(config, file, model, where, options)
     extra = peft_extra.taken(config, where, options.gated)
     if spans := extra.get(peft_extra.REPLICATION):
         model = peft_extra.replicated(model, spans, where)
@@ -91,7 +111,7 @@ def build(
         ranked(config, file, known)
     stacked(config, file, known, where)
     flattened(config, file, known, where)
-    loaded = PeftReader(where, config, file, known, options.strict).load()
+    loaded = PeftReader(where, config, file, known, options).load()
     if peft_extra.INVOCATION in extra:
         peft_extra.check_gated(loaded.net.plan, where)
     return replace(loaded, extra=extra)

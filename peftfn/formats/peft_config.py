@@ -16,7 +16,6 @@ from peftfn.formats.peft_table import (
     IGNORED,
     LEGACY,
     PATTERNS,
-    PROMPTS,
     SEARCHED,
     STARTS,
     UNPATTERNED,
@@ -54,8 +53,6 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{path}: not a PEFT configuration: it must be an object with a string under 'peft_type'")
-    if kind in PROMPTS:
-        raise ValueError(f"{path}: {kind} trains a prompt, not weights; this format does not read such files yet")
     defaults = DEFAULTS.get(kind, {})
     for key, want in defaults.items():
         have = config.get(key, want)

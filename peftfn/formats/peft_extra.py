@@ -8,6 +8,7 @@ from torch import nn
 
 from peftfn.core.plan import Plan
 from peftfn.formats.files import MOST
+from peftfn.methods.weights.alora import ALoRA
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.model import Model
 from peftfn.model.structure import lasting_copy
@@ -20,8 +21,7 @@ KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path
 def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
     """Remove and return the keys that are not about the method. ValueError for what would change outputs silently."""
     extra = {k: config[k] for k in sorted(KEYS) if config.get(k)}
-    for k in (INVOCATION, REPLICATION):
-        config.pop(k, None)
+    config.pop(REPLICATION, None)
     if config.get("arrow_config"):
         raise ValueError(
             f"{where}: arrow_config makes this a router over other adapters, and its tensors have no effect: load "
@@ -29,6 +29,7 @@ def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
         )
     tokens = extra.get(INVOCATION)
     if tokens is None:
+        config.pop(INVOCATION, None)
         return extra
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
         raise ValueError(f"{where}: {INVOCATION} is {str(tokens)[:80]}; it must be a list of token ids")
@@ -44,7 +45,7 @@ def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
 def check_gated(plan: Plan, where: object) -> None:
     """ValueError where PEFT's activated LoRA would act on all tokens, or differently."""
     for name, entry in plan.items():
-        if type(entry.method) is not LoRA or entry.site.kind not in ("linear", "linear_t"):
+        if type(entry.method) not in (LoRA, ALoRA) or entry.site.kind not in ("linear", "linear_t"):
             raise ValueError(
                 f"{where}: {INVOCATION} is for LoRA at linear layers; {name} ({entry.site.kind}) has {entry.method}, "
                 "which PEFT does not gate: save the two as separate adapters"
@@ -101,6 +102,12 @@ def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:
     if extra.get(INVOCATION):
         check_gated(net.plan, "save")
     return extra
+
+
+def mapping(model: nn.Module) -> dict[str, Any]:
+    """The model's class and its library, by which PEFT's AutoPeftModel finds it."""
+    cls = type(model)
+    return {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
 
 
 def repetition(model: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
 
     ends: the keys of the methods in the file, as `suffixes` returns them.
     """
-    ends = [end for end in ends if "{}" not in end]  # those have a group's name there
+    groups = [end.removesuffix("{}") for end in ends if end.endswith(".{}")]  # those have a group's name there
+    ends = [end for end in ends if "{}" not in end]
     stems: dict[str, list[re.Pattern[str]]] = {}
     for end in ends:
         stem, _, rest = end.partition(".")
@@ -77,6 +78,8 @@ def nameless(found: Iterable[str], ends: Iterable[str], where: Path) -> Rename:
     def rename(key: str) -> str:
         if (p := split.get(key) or parts(key)) is not None:
             return f"{p[0]}.{p[2]}" if p[2] else p[0]
+        if any(key.startswith(f"base_model.{group}") for group in groups):
+            return key.removesuffix(f".{name}")
         return inside.sub(lambda m: "" if m[1] == "modules_to_save" else f".{m[1]}", key)
 
     return rename

@@ -28,6 +28,11 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
         config["boft_n_butterfly_factor"] = 1  # PEFT without its CUDA extension has one, whatever it was asked for
     if kind == "VBLORA" and config.get("save_only_topk_weights"):
         _logits(config, file)
+    if kind == "ADALORA":
+        for key in [k for k in file.meta if re.search(r"\.ranknum(\.[^.]+)?$", k)]:  # in a raw state
+            if file.meta[key].numel() != 1 or float(file.tensor(key)) != config.get("init_r"):
+                raise ValueError(f"{file.where}: {key} is not init_r, {config.get('init_r')}, by which PEFT divides")
+            file.dropped(key)
     if kind == "ADALORA" and isinstance(masks := config.get("rank_pattern"), dict):
         for name, mask in masks.items():
             if not (isinstance(mask, list) and mask and all(isinstance(m, bool) for m in mask)):

@@ -1,21 +1,19 @@
 """PEFT's tensors and configuration → a plan and its adapter, all of it checked before a value is read."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peftfn.core.combine import chain
 from peftfn.core.make import make
-from peftfn.core.method import Leaf, Weight
-from peftfn.core.plan import Adapter, Plan
+from peftfn.core.method import Weight
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
-from peftfn.formats.files import Loaded, Tensors, mismatch
+from peftfn.formats.files import Loaded, Options, Tensors, mismatch
+from peftfn.formats.peft_fill import Filling
 from peftfn.formats.peft_keys import PREFIX, PeftNames, Place
 from peftfn.formats.peft_names import cure
 from peftfn.formats.peft_sort import Sorted
@@ -23,16 +21,15 @@ from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.model.names import near
-from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
 
 
 class PeftReader:
     """One load: each of the sorted places with its method, and the tensors in it."""
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, strict: bool):
-        self.where, self.config, self.file, self.model, self.strict = where, config, file, model, strict
-        at = Sorted(where, config, file, model)
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, options: Options):
+        self.where, self.config, self.file, self.model, self.strict = where, config, file, model, options.strict
+        self.at = at = Sorted(where, config, file, model, options.buffers)
         self.places, self.found, self.whole, self.shared, self.copies = (
             at.places,
             at.found,
@@ -42,9 +39,6 @@ class PeftReader:
         )
         self.missing, self.unexpected, self.token_keys = at.missing, at.unexpected, at.token_keys
         self.unused = at.unused
-        self.moved: dict[tuple[str, torch.device], Tensor] = {}  # shared tensors, once for each device
-        self.made: dict[str, Leaf] = {}  # site → what its method's `leaf_from` returns
-        self.fresh: Plan | None = None
 
     def load(self) -> Loaded:
         if not (self.places or self.whole):
@@ -64,7 +58,10 @@ class PeftReader:
             plan = make(self.model.read, rules, 0, taken=taken, constants=False)
         except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, ArithmeticError) as e:
             raise ValueError(f"{self.where}: its method does not fit the model: {e}") from e
-        zeros = {name: self.fits(name, plan, methods[name]) for name in order if name in self.places}
+        values = Filling(self.at, plan, methods)
+        for name in order:
+            if name in self.places:
+                values.zeros[name] = self.fits(name, values, methods[name])
         if self.strict and (self.missing or self.unexpected):
             raise self.error()
         if self.strict and self.unused:
@@ -72,7 +69,12 @@ class PeftReader:
         for key, mine in self.copies:
             if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
-        return self.fill(plan, methods, zeros)
+        net, adapter = values.filled()
+        if self.missing:
+            adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
+        net.plan.check(adapter)
+        missing = tuple(dict.fromkeys(self.missing))
+        return Loaded(net, adapter, missing, tuple(self.unexpected), buffers=self.at.buffers)
 
     def sharing(self, name: str, methods: Mapping[str, Weight]) -> Any:
         """Which sites have one rule, besides being of one method."""
@@ -108,13 +110,14 @@ class PeftReader:
                 self.places.setdefault(other, Place(self.model.sites[other], other.rpartition(".")[0], "", ""))
                 self.found.setdefault(other, dict(self.found[name]) if apart else {})
 
-    def fits(self, name: str, plan: Plan, method: Weight) -> set[str]:
+    def fits(self, name: str, values: Filling, method: Weight) -> set[str]:
         """Note what is missing and unexpected at a site; ValueError for other shapes. Returns our names of tensors of
         a part that PEFT leaves out at this layer, and marks with a tensor of zeros."""
-        entry, place, found, before = plan[name], self.places[name], self.found[name], self.inside(name)
+        plan = values.plan
+        entry, place, found, before = plan[name], self.places[name], self.found[name], self.at.inside(name)
         assert method.peft is not None
         if method.peft.leaf_from is not None:
-            self.meant(name, plan, method)
+            self.meant(name, values, method)
             return set()
         constants = {k.removeprefix(before): t for k, t in entry.frozen.items()}
         bank = {k: torch.empty(s, device="meta") for k, s in plan.banks[entry.bank].items()} if entry.bank else {}
@@ -127,6 +130,7 @@ class PeftReader:
         off = tuple(k.removesuffix("zeros") for k in found if k.endswith(".zeros") and k not in want)
         for part in off:
             del found[f"{part}zeros"]
+        self.across_groups(place, found)
         for k, t in want.items():
             if k in found:
                 self.file.check(found[k], t.shape, t.is_floating_point())
@@ -145,9 +149,19 @@ class PeftReader:
                     self.missing.append(f"base_model.{r}")
         return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
 
-    def meant(self, name: str, plan: Plan, method: Weight) -> None:
+    def across_groups(self, place: Place, found: Mapping[str, str]) -> None:
+        """ValueError for PEFT's LoRA at a grouped convolution: its A reads all channels, so no weight is its change."""
+        groups = getattr(self.model.modules[place.site.module], "groups", 1)
+        a = self.file.meta[found["lora_A.weight"]] if "lora_A.weight" in found else None
+        if groups != 1 and a is not None and a.dim() > 2 and a.shape[1] == groups * place.site.shape[1]:
+            raise ValueError(
+                f"{self.where}: {place.site.name}: PEFT's LoRA at a convolution of {groups} groups mixes the groups, "
+                "which no weight of this layer does (PEFT cannot merge it either): train with LoHa or LoKr there"
+            )
+
+    def meant(self, name: str, values: Filling, method: Weight) -> None:
         """Let the method say what the file's tensors at a site mean, and check that it fits the plan."""
-        entry, place, found, file = plan[name], self.places[name], self.found[name], self.file
+        entry, place, found, file = values.plan[name], self.places[name], self.found[name], self.file
         w, bias = self.model.weights[name], self.model.weights.get(entry.site.bias or "")
         assert method.peft is not None and method.peft.leaf_from is not None
         if w.is_meta:
@@ -156,9 +170,9 @@ class PeftReader:
         for k, key in method.peft.shared.items():
             named = keys.rows(key, torch.Size(), method.peft.group(place.called))
             if self.shared.keys() >= {*named}:
-                t[key] = self.common(key, named, w.device)
+                t[key] = values.common(key, named, w.device)
             elif self.seeded:
-                t[key] = self.drawn(plan)[name].frozen[k]
+                t[key] = values.drawn()[name].frozen[k]
         try:
             made = method.peft.leaf_from(method, t, wide(entry.site.canonical(w)), None if bias is None else wide(bias))
             again = method.peft.tensors(method, made)
@@ -169,7 +183,7 @@ class PeftReader:
             return
         except (ValueError, RuntimeError, IndexError, TypeError) as e:
             raise ValueError(f"{file.where}: {method} does not fit {name}: {e}") from e
-        made = {self.inside(name) + k: v for k, v in made.items()}
+        made = {self.at.inside(name) + k: v for k, v in made.items()}
         for k, like in (*entry.spec.items(), *((k, c.shape) for k, c in entry.frozen.items())):
             integer = k in entry.frozen and not entry.frozen[k].is_floating_point()
             if k in made and (made[k].shape != like or made[k].is_floating_point() == integer):
@@ -179,94 +193,17 @@ class PeftReader:
         for k in found.keys() & again.keys():
             file.check(found[k], file.meta[found[k]].shape, again[k].is_floating_point())
         self.unexpected += [found[k] for k in found.keys() - again.keys()]
-        self.made[name] = made
-
-    def common(self, key: str, named: list[str], device: torch.device) -> Tensor:
-        """A shared tensor, moved once to each device."""
-        if (named[0], device) not in self.moved:
-            parts = [self.file.tensor(self.shared[r], device) for r in named]
-            self.moved[named[0], device] = torch.stack(parts) if key.endswith("*") else parts[0]
-        return self.moved[named[0], device]
-
-    def drawn(self, plan: Plan) -> Plan:
-        """The plan with the constants that the methods themselves make."""
-        if self.fresh is None:
-            taken = {n: e.rule for n, e in plan.items()}
-            self.fresh = make(self.model.read, plan.rules, 0, taken=taken)
-        return self.fresh
+        values.made[name] = made
 
     @property
     def seeded(self) -> bool:
         """Whether the file leaves out what a seed determines."""
         return any(self.config.get(k) is False for k in ("save_projection", "save_indices"))
 
-    def inside(self, name: str) -> str:
-        """What stands before the method's names: it is the second of a chain where the site is saved whole too."""
-        return "1." if name in self.whole and name in self.places else ""
-
     def error(self) -> ValueError:
         odd = next(iter(self.unexpected), None)
         more = "" if odd is None else cure(self.model, odd) or near(keys.clean(odd), list(self.model.sites))
         return mismatch(self.file.where, set(self.missing), self.unexpected, more)
-
-    def fill(self, plan: Plan, methods: Mapping[str, Weight], zeros: Mapping[str, set[str]]) -> Loaded:
-        """The net and adapter with the file's tensors, each moved once to its site's device."""
-        file, model = self.file, self.model
-        adapter: Adapter = {}
-        entries, copied = dict(plan.items()), set[tuple[str | None, str, int | None]]()
-        for name, entry in plan.items():
-            w, before = model.weights[name], self.inside(name)
-            leaf, frozen = Leaf(), dict(entry.frozen)
-            if name in self.whole:
-                value = file.tensor(self.whole[name], w.device)
-                diff = entry.site.canonical(value) - wide(entry.site.canonical(w))
-                leaf["0.diff" if before else "diff"] = diff
-            if name in self.made:
-                leaf |= {k: t for k, t in self.made[name].items() if k in entry.spec}
-                frozen |= {k: t for k, t in self.made[name].items() if k in frozen}
-            elif name in self.places:
-                place, peft = self.places[name], methods[name].peft
-                assert peft is not None
-                bank = plan.banks[entry.bank] if entry.bank else {}
-                mine = adapter.setdefault(entry.bank, {}) if entry.bank else {}
-                for k, key in peft.keys.items():
-                    into = leaf if before + k in entry.spec else frozen if before + k in frozen else None
-                    if (source := self.found[name].get(place.key(key))) is None or (into is None and k not in bank):
-                        continue  # the same key under another name of ours, at other layers
-                    if into is None and w.is_meta:  # shapes are all there is
-                        mine.setdefault(k, torch.empty(bank[k], device=w.device))
-                    elif into is None:  # every layer has a copy, or one of a row
-                        row = int(self.drawn(plan)[name].frozen[peft.rows[k]]) if k in peft.rows else None
-                        t = place.read(key, file.tensor(source, w.device), bank[k] if row is None else bank[k][1:])
-                        whole = mine.setdefault(k, t if row is None else t.new_zeros(bank[k]))
-                        part = whole if row is None else whole[row]
-                        if (entry.bank, k, row) in copied and not torch.equal(part.to(w.device), t):
-                            raise ValueError(f"{file.where}: {source} differs from other layers' copies")
-                        if row is not None:
-                            part.copy_(t)
-                        copied.add((entry.bank, k, row))
-                    else:
-                        shape = entry.spec[before + k] if into is leaf else frozen[before + k].shape
-                        t = place.read(key, file.tensor(source, w.device), shape)
-                        into[before + k] = t if into is leaf else t.to(frozen[before + k].dtype)
-                for k, key in peft.shared.items():
-                    like = frozen[k].shape if k in frozen else bank.get(k)
-                    if like is not None and self.shared.keys() >= set(named := keys.rows(key, like)):
-                        (frozen if k in frozen else mine)[k] = self.common(key, named, w.device)
-            for k, s in entry.spec.items():
-                if k not in leaf and (k in zeros.get(name, ()) or name not in self.places):
-                    leaf[k] = torch.zeros(s, device=w.device)
-            adapter[name], entries[name] = leaf, dataclasses.replace(entry, frozen=frozen)
-        if any(t.is_meta != model.weights[n].is_meta for n, e in entries.items() for t in e.frozen.values()):
-            drawn = self.drawn(plan)
-            for n, e in entries.items():
-                kept = {k: t for k, t in e.frozen.items() if not t.is_meta}
-                entries[n] = dataclasses.replace(e, frozen={**drawn[n].frozen, **kept})
-        net = Adapted(model.model, Plan(entries, plan.rules, plan.banks))
-        if self.missing:
-            adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
-        net.plan.check(adapter)
-        return Loaded(net, adapter, tuple(dict.fromkeys(self.missing)), tuple(self.unexpected))
 
 
 def pattern(names: Iterable[str], known: Iterable[str]) -> str:

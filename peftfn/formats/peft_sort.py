@@ -10,6 +10,7 @@ from torch import Tensor
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats import peft_table as table
+from peftfn.formats.buffers import differs
 from peftfn.formats.files import Tensors
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, Place
 from peftfn.model.choice import matched
@@ -29,11 +30,11 @@ class Sorted:
 
     places: site → where PEFT has it, found: site → {method's key: file's key}, whole: site → the file's key of its full
     value, shared: key behind `base_model.` → the file's key, copies: (file's key, shared key) of shared tensors that
-    are there once more for a site, missing and unexpected: keys.
+    are there once more for a site, missing and unexpected: keys, buffers: name → the file's value of one that differs.
     """
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames):
-        self.where, self.config, self.file, self.model = where, config, file, model
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, buffers: bool):
+        self.where, self.config, self.file, self.model, self.wanted = where, config, file, model, buffers
         self.classes, self.tokens = configs.candidates(config["peft_type"]), configs.candidates("TRAINABLE_TOKENS")
         self.places: dict[str, Place] = {}
         self.found: dict[str, dict[str, str]] = {}
@@ -42,6 +43,7 @@ class Sorted:
         self.copies: list[tuple[str, str]] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self.buffers: dict[str, Tensor] = {}
         self.sort()
         self.unused = self.idle_patterns()
         if self.places or self.whole or self.shared:
@@ -61,11 +63,16 @@ class Sorted:
         suffixes = sorted(written | variants | shared, key=len, reverse=True)
         all_keys = {keys.clean(k, parameter) for k in self.file.meta}
         marked = (re.escape(k).replace(r"\*", r"\d+").replace(r"\{\}", r"[^.]+") for k in shared)
-        patterns = [re.compile(k) for k in marked]
+        patterns = [re.compile(rf"(?P<inner>.+\.)?(?P<key>{k})") for k in marked]
         for key in self.file.meta:
             bare = keys.clean(key, parameter)
-            if (mine := key.removeprefix("base_model.")) in shared or any(p.fullmatch(mine) for p in patterns):
+            mine = key.removeprefix("base_model.")
+            in_common = next((m for p in patterns if (m := p.fullmatch(mine))), None)
+            if mine in shared or (in_common and not in_common["inner"]):
                 self.shared[mine] = key
+                continue
+            if in_common and key.startswith(PREFIX) and f"base_model.{in_common['key']}" in self.file.meta:
+                copies.append((key, in_common["key"]))  # a raw state has it at each layer too
                 continue
             parts = keys.split(bare, suffixes)
             if parts and parts[1] in shared:
@@ -82,7 +89,7 @@ class Sorted:
                 if self.trained(site.name, key):
                     self.once(self.whole, site.name, key)
             elif bare in model.buffers:
-                self.same(key, model.buffers[bare])
+                self.same(bare, key)
             else:
                 strays.append(key)
         for name, key in list(self.whole.items()):  # what is read into a parameter, its tied ones have too
@@ -212,14 +219,14 @@ class Sorted:
         module = self.model.called.get(name.rpartition(".")[0], "")
         return self.config["peft_type"] == "LN_TUNING" or any(module.endswith(m) or f"{m}." in module for m in saved)
 
-    def same(self, key: str, buffer: Tensor) -> None:
+    def same(self, name: str, key: str) -> None:
         """modules_to_save holds buffers too; an adapter has none."""
-        self.file.check(key, buffer.shape, buffer.is_floating_point())
-        if not torch.equal(wide(buffer).cpu(), self.file.tensor(key)):
-            raise ValueError(
-                f"{self.file.where}: {key} is a buffer that differs from the model's (BatchNorm's statistics, say); "
-                "an adapter has no buffers: put the file's value into the model first"
-            )
+        if (value := differs(self.file, key, self.model.buffers[name], self.wanted)) is not None:
+            self.buffers[name] = value
+
+    def inside(self, name: str) -> str:
+        """What stands before the method's names: it is the second of a chain where the site is saved whole too."""
+        return "1." if name in self.whole and name in self.places else ""
 
     @property
     def token_keys(self) -> set[str]:

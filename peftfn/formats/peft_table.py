@@ -4,9 +4,6 @@ from typing import Any
 
 VERSION = "0.21.2"
 """The release of PEFT whose format, defaults and rules are written here."""
-PROMPTS = frozenset(
-    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"}
-)
 COUNTS = frozenset({"num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "depth"})
 """Keys that say how often something is done: a large number would keep a load busy for hours."""
 PATTERNS = {
@@ -39,7 +36,7 @@ _NAMES = (
     "loftq_config eva_config corda_config lora_ga_config r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step "
     "target_r init_r rank_dropout_scale use_asa asa_target_subspaces init_warmup final_warmup mask_interval "
     "asa_importance_beta asa_uncertainty_beta asa_schedule_exponent progressbar runtime_offload_base_weight "
-    "save_indices save_precomputed_indices save_only_topk_weights qalora_group_size"
+    "target_svd_config save_indices save_precomputed_indices save_only_topk_weights qalora_group_size"
 )
 IGNORED = frozenset([*_NAMES.split(), *PATTERNS])
 """Keys without an effect on the outputs of a loaded adapter, or read elsewhere in this package."""
@@ -77,7 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True},
     "OFT": {"r": 0, "oft_block_size": 32, "init_weights": True, "coft": False, "eps": 6e-05, "block_share": False,
         "use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
-    "OSF": {"effective_rank": None, "init_weights": True, "target_svd_config": None},
+    "OSF": {"effective_rank": None, "init_weights": True},
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0, "init_weights": True},
     "PSOFT": {"r": 32, "psoft_alpha": 32, "ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_svd_lowrank_niter":
         10, "random_seed": 0, "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True, "use_cayley_neumann":

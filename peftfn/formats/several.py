@@ -5,11 +5,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftfn.formats import FORMATS, load
-from peftfn.formats.files import Loaded
+from peftfn.formats import FORMATS, load, save
+from peftfn.formats.files import Loaded, write
+from peftfn.formats.peft_write import documents
 from peftfn.formats.swift import EXTRA
+from peftfn.net.net import Adapted
+
+DEFAULT = "default"
+"""The name of the adapter in the folder itself, as PEFT has it."""
 
 
 def load_all(
@@ -62,7 +67,31 @@ def folders(path: Path) -> dict[str, Path]:
     mine = [p for p in below if p.is_dir() and p.name != EXTRA]
     found = {p.name: p for p in mine if any(m.is_mine(p) for m in FORMATS.values())}
     if path.is_dir() and any(m.is_mine(path) for name, m in FORMATS.items() if name != "swift"):
-        if "default" in found:
-            raise ValueError(f"{path} and {found['default']} are both the adapter 'default': load each by its own path")
-        found = {"default": path, **found}
+        if DEFAULT in found:
+            raise ValueError(f"{path} and {found[DEFAULT]} are both the adapter 'default': load each by its own path")
+        found = {DEFAULT: path, **found}
     return found
+
+
+def save_view(
+    path: Path,
+    adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]],
+    buffers: Mapping[str, Tensor],
+    name: str,
+    state: Mapping[str, Tensor],
+) -> None:
+    """Write the adapters of a module view where `load_all` reads them, each in PEFT's format if it has a form there,
+    and else in the native one; and the view's `state` to the file `name`. buffers: as for `save`.
+    """
+    formats = {n: "peft" if _in_peft(*pair, buffers) else "native" for n, pair in adapters.items()}
+    for n, (net, adapter) in adapters.items():
+        save(path if n == DEFAULT else path / n, net, adapter, format=formats[n], buffers=buffers)
+    write(path / name, state)
+
+
+def _in_peft(net: Adapted, adapter: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> bool:
+    try:
+        documents(net, adapter, buffers=buffers)
+    except ValueError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Banks: adapters by name, of different methods, ranks and targets, in one batch and in bounded memory."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from peftfn.core.plan import Adapter
-from peftfn.formats.native import check_saved, read_saved
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets, check_nets
+from peftfn.many.waiting import Waiting, located
 from peftfn.model.names import near
 from peftfn.net.net import Adapted
 from peftfn.tensors.tree import mapped
@@ -46,19 +46,6 @@ class _Slots:
     names: "OrderedDict[str, int]" = field(default_factory=OrderedDict)  # name → slot, least recently used first
     pins: dict[int, int] = field(default_factory=dict)  # slot → calls that read it now
     retired: set[int] = field(default_factory=set)  # slots to free when nobody reads them any more
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A registered adapter outside the slots: in memory, or in a file."""
-
-    net: Adapted
-    kept: Adapter | Path
-    home: int  # number of the slots it fits
-    plan: str = ""  # of a file: the id of the plan it was saved with
-
-    def load(self) -> Mapping[str, Any]:
-        return read_saved(self.kept, self.net, self.plan) if isinstance(self.kept, Path) else self.kept
 
 
 class Bank:
@@ -98,7 +85,7 @@ class Bank:
             raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
         self.nets, self.prepared = Nets(nets), prepared
         self._lock = Condition()
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, Waiting] = {}
         self._homes: WeakKeyDictionary[Adapted, tuple[int, bool]] = WeakKeyDictionary()
         self._slots: list[_Slots] = []
         start = 0
@@ -107,6 +94,20 @@ class Bank:
             room = mapped(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
             self._slots.append(_Slots(net, start, room, n, list(range(n))[::-1]))
             start += n
+
+    def __len__(self) -> int:
+        """How many adapters are registered."""
+        return len(self._waiting)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an adapter of this name is registered."""
+        return name in self._waiting
+
+    def __repr__(self) -> str:
+        slots, used = sum(s.capacity for s in self._slots), len(self.resident)
+        nets = f"{len(self._slots)} net{'s' * (len(self._slots) > 1)}"
+        model = type(self._slots[0].net.model).__name__
+        return f"Bank({len(self)} adapters, {used} of them in {slots} slots, {nets} of {model})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,51 +133,56 @@ class Bank:
         with self._lock:
             return tuple(name for slots in self._slots for name in slots.names)
 
-    def put(self, name: str, net: Adapted, adapter: Mapping[str, Any] | str | Path) -> None:
+    def put(self, name: str, net: Adapted | str | Path, adapter: Mapping[str, Any] | str | Path | None = None) -> None:
         """Register an adapter, or replace the one of that name. Running calls finish with the old one.
+
+        Write `put(name, net, adapter)` or `put(name, path)`.
 
         Args:
             name: any name but "__base__".
-            net: the net of the adapter. It may have another rank and other targets than the bank's nets.
-            adapter: a tree, which is copied to the CPU; or the path that `peftfn.save` wrote to, which is read again
-                each time the adapter is fetched.
+            net: the net of the adapter. It may have another rank and other targets than the bank's nets. Or the path of
+                an adapter in any format that `peftfn.load` reads, which says its net itself.
+            adapter: a tree, which is copied to the CPU; or a path. A file is read again each time its adapter is
+                fetched: the native format is mapped, any other goes through `peftfn.load`, which takes longer.
 
         Raises:
             ValueError: no net of the bank can hold it exactly, with the reason for each; or the file was saved with
                 other rules than the net's.
-            FileNotFoundError: the path has no native adapter.
+            FileNotFoundError: the path has no adapter.
 
         Example:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
             bank = pf.Bank([net], capacity=1)
             bank.put("a", net, net.init())
+            pf.save("b", net, net.init(seed=1), format="peft")
+            bank.put("b", "b")
         """
-        if not isinstance(net, Adapted):
-            raise TypeError(f"put: {name!r}: net is a {type(net).__name__}; give the net that the adapter belongs to")
         if not isinstance(name, str) or name == BASE:
             raise ValueError(
                 f"put: {name!r} cannot name an adapter: give a string other than {BASE!r}, which names the base"
             )
+        alone = isinstance(net, str | Path) and adapter is None
+        if not alone and (not isinstance(net, Adapted) or adapter is None):
+            raise TypeError(
+                f"put: {name!r}: give put(name, net, adapter), with the net that the adapter belongs to, or "
+                f"put(name, path); net is a {type(net).__name__} and adapter a {type(adapter).__name__}"
+            )
+        kept: Any = None
+        saved, path = None, net if alone else adapter
+        if isinstance(path, str | Path):
+            known = list(dict.fromkeys([*(s.net for s in self._slots), *self._homes]))
+            net, kept, saved = located(name, path, net if isinstance(net, Adapted) else None, known)
+        assert isinstance(net, Adapted)
         home, same = self._home(net)
         mine = self._slots[home].net
-        kept: Any
-        plan = ""
-        if isinstance(adapter, str | Path):
-            kept = Path(adapter)
-            kept = kept / "adapter.safetensors" if kept.is_dir() else kept
-            if not kept.is_file():
-                raise FileNotFoundError(
-                    f"{name}: {kept} does not exist; give the folder of a native adapter, or call "
-                    "put(name, *peftfn.load(path, model)) for another format"
-                )
-            plan = check_saved(kept, net)
-        else:
+        if kept is None:
+            assert isinstance(adapter, Mapping)
             net.plan.check(adapter)
             kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
             _same_structure(name, kept if net is mine else conform(kept, net, mine), self._slots[home].stack, mine)
         with self._lock:
             self._drop(name)
-            self._waiting[name] = _Waiting(mine if same else net, kept, home, plan)
+            self._waiting[name] = Waiting(mine if same else net, kept, home, saved)
 
     def evict(self, name: str | None = None) -> str:
         """Remove an adapter from its slot; it stays registered.
@@ -221,6 +227,35 @@ class Bank:
             self._known([name], "remove")
             self._drop(name)
             del self._waiting[name]
+
+    def fetch(self, names: Iterable[str]) -> dict[str, Exception]:
+        """Write adapters into slots before a batch names them, and return those that fail.
+
+        So one bad name need not end a batch: give its rows to the base, or answer them alone.
+
+        Args:
+            names: of adapters; "__base__" is passed over.
+
+        Returns:
+            {name: error}, empty where all is well: KeyError for an unknown name, FileNotFoundError or ValueError for a
+            file that is gone, broken, or of another adapter, BankBusy where running calls read all slots.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            bank, names = pf.bank({"a": (net, net.init())}), ["a", "b"]
+            bad = bank.fetch(names)
+            y = bank.apply(["__base__" if n in bad else n for n in names], torch.randn(2, 8))
+        """
+        failed: dict[str, Exception] = {}
+        for name in dict.fromkeys(n for n in names if n != BASE):
+            try:
+                with self._lock:
+                    self._known([name], "fetch")
+                    held, _ = self._pinned([name])
+                    self._release(held)
+            except (KeyError, ValueError, OSError) as e:
+                failed[name] = e
+        return failed
 
     @contextmanager
     def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
@@ -369,7 +404,7 @@ class Bank:
         slots.names[name] = slot
         return slot
 
-    def _ready(self, waiting: _Waiting) -> Mapping[str, Any]:
+    def _ready(self, waiting: Waiting) -> Mapping[str, Any]:
         """The adapter in the form that its slot holds."""
         net, adapter = self._slots[waiting.home].net, waiting.load()
         if waiting.net is not net:

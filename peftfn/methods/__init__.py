@@ -27,6 +27,7 @@ from peftfn.methods.modules.scetuning import SCETuning as SCETuning
 from peftfn.methods.modules.side import Side as Side
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS
+from peftfn.methods.weights.alora import ALoRA as ALoRA
 from peftfn.methods.weights.bdlora import BDLoRA as BDLoRA
 from peftfn.methods.weights.beft import BEFT as BEFT
 from peftfn.methods.weights.boft import BOFT as BOFT
@@ -56,6 +57,7 @@ from peftfn.methods.weights.miss import MiSS as MiSS
 from peftfn.methods.weights.missbat import MiSSBat as MiSSBat
 from peftfn.methods.weights.moelora import MoELoRA as MoELoRA
 from peftfn.methods.weights.monteclora import MonteCLoRA as MonteCLoRA
+from peftfn.methods.weights.offset_lora import OffsetLoRA as OffsetLoRA
 from peftfn.methods.weights.oft import OFT as OFT
 from peftfn.methods.weights.olora import OLoRA as OLoRA
 from peftfn.methods.weights.osf import OSF as OSF

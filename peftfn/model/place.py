@@ -222,6 +222,12 @@ def _embedded(module: nn.Module) -> tuple[int, int]:
     return weight.shape[-1], weight.shape[-1]
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether no token of a backbone attends to later ones."""
+    decoder = getattr(getattr(module, "config", None), "is_decoder", False)
+    return bool(decoder) or any(getattr(m, "is_causal", False) is True for m in module.modules())
+
+
 def widths(module: nn.Module, config: Any = None) -> tuple[int, int]:
     """The sizes of the hidden states that go into a module and come out of it, as far as its weights tell; 0: unknown.
 

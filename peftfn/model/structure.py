@@ -208,6 +208,16 @@ def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
     return copy_structure(model, modules, aliases)[0]
 
 
+def lasting_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own persistent buffers by name, which a checkpoint of it has."""
+    return {
+        f"{path}.{k}" if path else k: t
+        for path, m in model.named_modules()
+        for k, t in m._buffers.items()
+        if t is not None and k not in m._non_persistent_buffers_set
+    }
+
+
 HOOKS = tuple(k for k in STANDARD if k.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
 
 

@@ -111,6 +111,11 @@ class Index(Gates):
     @classmethod
     def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Index":
         """Raise ValueError for an index that names no adapter, or has not one entry for each row of the inputs."""
+        if isinstance(index, list | tuple) and (names := [k for k in index if isinstance(k, str)]):
+            raise TypeError(
+                f"mixed: index has the name {names[0]!r}; give one integer a row, the adapter's place in the stack. "
+                "For calls by name, see peftfn.bank"
+            )
         t = index if isinstance(index, Tensor) else torch.tensor(index)
         t = t if isinstance(index, Tensor) or t.numel() else t.long()  # [] makes a tensor of floats
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:

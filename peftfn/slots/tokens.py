@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.model.place import Place
+from peftfn.model.place import Place, is_causal
 from peftfn.slots.gates import Gates
-from peftfn.slots.virtual import Virtual, counted, gathered, is_causal, is_encoder_of_two, moved, named, past
+from peftfn.slots.virtual import Virtual, counted, gathered, is_encoder_of_two, moved, named, past
 
 
 def run(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.model.place import Place
@@ -72,12 +72,6 @@ def past(m: Place, cache: Any) -> int:
             "generate with a dynamic cache (no cache_implementation)"
         )
     return int(cache.get_seq_length())
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether no token of a backbone attends to later ones."""
-    decoder = getattr(getattr(module, "config", None), "is_decoder", False)
-    return bool(decoder) or any(getattr(m, "is_causal", False) is True for m in module.modules())
 
 
 def is_decoder(m: Place) -> bool:

@@ -25,6 +25,10 @@ class TensorWeight(QuantisedWeight):
         return isinstance(w, Tensor) and _dequantise(w) is not None
 
     @property
+    def own_forward(self) -> bool:  # type: ignore[override]
+        return isinstance(self.layer, nn.Linear) and _is_a(self.layer, "QModuleMixin")  # quanto quantises others' anew
+
+    @property
     def tensor(self) -> Any:
         return self.layer._parameters["weight"]
 

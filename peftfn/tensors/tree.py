@@ -1,18 +1,26 @@
 """Nested dicts of tensors, in the order they are written in (optree sorts the keys, so the two are never zipped)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """The values, one after the other."""
-    if isinstance(tree, Mapping):
-        for v in tree.values():
-            yield from leaves(v)
-    else:
-        yield tree
+def leaves(tree: Any) -> list[Any]:
+    """Return the tensors of an adapter, or of any nested dict, in order. An optimizer takes such a list.
+
+    Args:
+        tree: an adapter, a stack, a gradient.
+
+    Returns:
+        Its tensors: the objects themselves.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a = net.init()
+        optimizer = torch.optim.AdamW([t.requires_grad_() for t in pf.leaves(a)], lr=1e-3)
+    """
+    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, Mapping) else [tree]
 
 
 def mapped(tree: Any, f: Callable[[Any], Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.core.method import Weight
+from peftfn.tensors.tree import leaves as leaves
 from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model
 
 SITE, PLACE = "layer.weight", "layer"
@@ -77,11 +78,6 @@ def shaken(tree: Any, seed: int, size: float = 0.3) -> Any:
         return t + size * torch.randn(t.shape, generator=g, dtype=torch.float32).to(t.dtype)
 
     return walk(tree)
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree of dicts, in its own order."""
-    return [t for v in tree.values() for t in leaves(v)] if isinstance(tree, dict) else [tree]
 
 
 def dot(a: Any, b: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftfn.model.model import Model
-from peftfn.model.names import ends, matches
+from peftfn.model.names import ends, matches, near
 from peftfn.tools.table import table
 
 
@@ -58,8 +58,9 @@ class Description(Sequence[Described]):
         assert len(sites) == 2 and sites.numel == 8 * 4 + 4
     """
 
-    def __init__(self, found: Sequence[Described]):
+    def __init__(self, found: Sequence[Described], hint: str = ""):
         self._sites = tuple(found)
+        self._hint = hint  # what to print where there is no site
 
     @overload
     def __getitem__(self, index: int) -> Described: ...
@@ -85,6 +86,8 @@ class Description(Sequence[Described]):
         return sum(s.numel for s in self if s.name not in again)
 
     def __str__(self) -> str:
+        if not self._sites:
+            return f"0 sites{self._hint}"
         modules = any(s.type for s in self)
         head = ("module", "class", "width", "dtype") if modules else ("site", "kind", "shape", "dtype", "tied with")
         rows: list[tuple[str, ...]] = [head]
@@ -121,7 +124,8 @@ def describe(
 ) -> Description:
     """List the sites of a model, or those that a pattern matches: its parameters, its modules or its backbones.
 
-    `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything.
+    `print(describe(model))` shows what you can adapt. Use `pattern` to try a rule without adapting anything: where it
+    matches nothing, the names most like it are printed.
 
     Args:
         model: any module.
@@ -158,7 +162,9 @@ def describe(
             cls = type(w.module).__name__ if what != "parameters" else ""
             more = (s.aliases, s.tied, s.quantised, cls)
             found.append(Described(s.name, s.kind, tuple(s.shape), w.dtype, w.device, *more))
-    return Description(found)
+    names = [n for s in sites.values() for n in (s.name, *s.aliases)]
+    hint = f": {pattern!r} matches no {what[:-1]}{near(pattern, names)}" if pattern is not None and names else ""
+    return Description(found, hint)
 
 
 def _ranges(numbers: list[int]) -> str:

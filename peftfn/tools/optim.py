@@ -1,4 +1,4 @@
-"""Optimizers for adapters: parameter groups for LoRA+ and for weight decay, and LoRA-FA.
+"""Optimizers for adapters: parameter groups for LoRA+ and for weight decay, LoRA-FA and Riemannian preconditioning.
 
 Each takes the module that `as_module` returned, or a plain adapter whose tensors require gradients. A plain adapter
 does not know its methods; where they matter, pass its net too.
@@ -17,9 +17,10 @@ from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.net.net import Adapted
+from peftfn.tools.step import damped, wide
 from peftfn.view.module import parameters_of, plan_of
 
-__all__ = ["LoRAFA", "decay", "lora_fa", "lora_plus"]
+__all__ = ["LoRAFA", "Riemannian", "decay", "lora_fa", "lora_plus"]
 
 Group = dict[str, Any]
 """A parameter group of torch.optim."""
@@ -132,13 +133,67 @@ def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) 
         g = pf.optim.lora_fa(net, a, g)
     """
     out = dict(grads)
-    for site, scale in _loras(net.plan, adapter).items():
+    for site, scale in _loras("lora_fa", net.plan, adapter).items():
         a, g = adapter[site]["a"], grads[site]
         out[site] = {**g, "a": torch.zeros_like(g["a"]), "b": _projected(g["b"], a, scale)}
     return out
 
 
-class LoRAFA(torch.optim.AdamW):
+class _Paired(torch.optim.AdamW):
+    """AdamW that transforms the gradients of LoRA's A and B first."""
+
+    def __init__(
+        self,
+        adapter: nn.Module | Mapping[str, Any],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        net: Adapted | None = None,
+        name: str | None = None,
+        frozen: tuple[str, ...] = (),
+        **others: Any,
+    ):
+        where = type(self).__name__
+        if isinstance(adapter, nn.Module):
+            tree, plan = parameters_of(adapter, name), plan_of(adapter, name)
+        elif net is not None:
+            tree, plan = dict(adapter), net.plan
+        else:
+            raise ValueError(f"{where}: a plain adapter does not say its scales: pass net=net")
+        pairs = {tree[site]["b"]: (tree[site]["a"], scale) for site, scale in _loras(where, plan, tree).items()}
+        for a, _ in pairs.values() if "a" in frozen else ():
+            a.requires_grad_(False)
+        super().__init__(decay(adapter, weight_decay, net=net, name=name), lr=lr, **others)
+        self._pairs = pairs
+
+    def _transform(self, a: Tensor, b: Tensor, scale: float) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, as torch.optim.Optimizer.step.
+
+        Returns:
+            The loss that `closure` returned, or None.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            m = pf.as_module(net, net.init())
+            optimizer = pf.optim.LoRAFA(m, lr=1e-3)
+            m(torch.randn(3, 8)).sum().backward()
+            optimizer.step()
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for b, (a, scale) in self._pairs.items():
+            self._transform(a, b, scale)
+        super().step()
+        return loss
+
+
+class LoRAFA(_Paired):
     """AdamW on B with LoRA-FA's gradient, see `lora_fa`.
 
     It freezes A (`requires_grad_(False)`), which so needs no gradient and no saved input. Tensors of other methods are
@@ -170,51 +225,67 @@ class LoRAFA(torch.optim.AdamW):
         name: str | None = None,
         **others: Any,
     ):
-        if isinstance(adapter, nn.Module):
-            tree, plan = parameters_of(adapter, name), plan_of(adapter, name)
-        elif net is not None:
-            tree, plan = dict(adapter), net.plan
-        else:
-            raise ValueError("LoRAFA: a plain adapter does not say its scales: pass net=net")
-        pairs = {tree[site]["b"]: (tree[site]["a"], scale) for site, scale in _loras(plan, tree).items()}
-        for a, _ in pairs.values():
-            a.requires_grad_(False)
-        super().__init__(decay(adapter, weight_decay, net=net, name=name), lr=lr, **others)
-        self._pairs = pairs
+        super().__init__(adapter, lr, weight_decay=weight_decay, net=net, name=name, frozen=("a",), **others)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, as torch.optim.Optimizer.step.
+    def _transform(self, a: Tensor, b: Tensor, scale: float) -> None:
+        if b.grad is not None:
+            b.grad = _projected(b.grad, a, scale)
 
-        Returns:
-            The loss that `closure` returned, or None.
 
-        Example:
-            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
-            m = pf.as_module(net, net.init())
-            optimizer = pf.optim.LoRAFA(m, lr=1e-3)
-            m(torch.randn(3, 8)).sum().backward()
-            optimizer.step()
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for b, (a, scale) in self._pairs.items():
-            if b.grad is not None:
-                b.grad = _projected(b.grad, a, scale)
-        super().step()
-        return loss
+class Riemannian(_Paired):
+    """AdamW on gradients that are preconditioned by the other factor, see `steps.riemannian`.
+
+    g_A becomes (BᵀB + λI)⁻¹ g_A, and g_B becomes g_B (A Aᵀ + λI)⁻¹. Tensors of other methods are trained by plain
+    AdamW.
+
+    Args:
+        adapter: a module, or a plain adapter (which needs its net).
+        lr: the learning rate.
+        damping: λ, at least 0.
+        weight_decay: as in `decay`.
+        net, name: as in `lora_plus`.
+        others: further arguments of AdamW.
+
+    Raises:
+        ValueError: a negative damping, a plain adapter without its net, or the adapter has no LoRA.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init())
+        optimizer = pf.optim.Riemannian(m, lr=1e-3, damping=0.01)
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module | Mapping[str, Any],
+        lr: float = 1e-3,
+        *,
+        damping: float = 1e-2,
+        weight_decay: float = 0.0,
+        net: Adapted | None = None,
+        name: str | None = None,
+        **others: Any,
+    ):
+        if damping < 0:
+            raise ValueError(f"Riemannian: damping is {damping}; give damping >= 0")
+        super().__init__(adapter, lr, weight_decay=weight_decay, net=net, name=name, **others)
+        self._damping = damping
+
+    def _transform(self, a: Tensor, b: Tensor, scale: float) -> None:
+        x, y = wide(a.detach(), b.detach())
+        if a.grad is not None:
+            a.grad = (damped(y.mT @ y, self._damping) @ a.grad.to(x.dtype)).to(a.grad.dtype)
+        if b.grad is not None:
+            b.grad = (b.grad.to(x.dtype) @ damped(x @ x.mT, self._damping)).to(b.grad.dtype)
 
 
 def _projected(g: Tensor, a: Tensor, scale: float) -> Tensor:
     """g (A Aᵀ)⁺ / s², in fp32 or wider. g [..., out, r], a [..., r, in]"""
-    wide = torch.promote_types(g.dtype, torch.float32)
-    m = a.detach().to(wide)
-    return (g.to(wide) @ torch.linalg.pinv(m @ m.mT, hermitian=True) / scale**2).to(g.dtype)
+    m, full = wide(a.detach(), g)
+    return (full @ torch.linalg.pinv(m @ m.mT, hermitian=True) / scale**2).to(g.dtype)
 
 
-def _loras(plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, float]:
+def _loras(where: str, plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, float]:
     """site → scale, of LoRA's leaves."""
     found = {
         site: entry.method.scale
@@ -222,7 +293,7 @@ def _loras(plan: Mapping[str, Entry], adapter: Mapping[str, Any]) -> dict[str, f
         if isinstance(entry.method, Ranked) and {"a", "b"} <= adapter[site].keys()
     }
     if not found:
-        raise ValueError("LoRA-FA: the adapter has no LoRA, so it has no A to freeze")
+        raise ValueError(f"{where}: the adapter has no LoRA, so there is no A and B to treat as a pair")
     return found
 
 

@@ -1,7 +1,7 @@
-"""merged: iterate over the parameters of a module view with its adapter folded in."""
+"""An adapter folded in: merged iterates over the parameters of a module view, merged_model makes a model."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.functions import UNTIED
+from peftfn.model.structure import lasting_copy
+from peftfn.net.net import Adapted
 from peftfn.tensors.operand import dense
 from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
 from peftfn.tensors.tree import leaves
 from peftfn.view.module import parameters_of, plan_of, status
-from peftfn.view.view import is_own
+from peftfn.view.view import is_own, owner
 
 
 def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -76,6 +78,61 @@ def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Te
                 if not equal(value, theirs):
                     raise ValueError(UNTIED.format(name=name, other=other))
             yield name, value
+
+
+def merged_model(net: Adapted, adapter: Mapping[str, Any], *, check_finite: bool = False, untied: bool = False) -> Any:
+    """Return a copy of the model with an adapter folded in: a plain model of the same class, which holds no adapter.
+
+    It takes the memory of a second base and shares nothing with the first, which does not change. Where the first is no
+    longer needed, `net.model.load_state_dict(net.merge(adapter), strict=False)` takes less.
+
+    Args:
+        net: what `adapt` returned.
+        adapter: a tree like that of `net.init`.
+        check_finite, untied: as for `net.merge`. With `untied`, weights that become different are no longer tied, and
+            the copy's configuration says so.
+
+    Returns:
+        The model, with the modes, settings and buffers of `net.model`.
+
+    Raises:
+        ValueError: as for `net.merge`.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        plain = pf.merged_model(net, net.init())
+        assert type(plain) is torch.nn.Sequential and [n for n, _ in plain.named_parameters()] == ["0.weight", "0.bias"]
+    """
+    if not isinstance(net, Adapted):
+        raise TypeError(f"merged_model takes (net, adapter), and the first is a {type(net).__name__}")
+    values = net.merge(adapter, check_finite=check_finite, untied=untied)
+    model = lasting_copy(net.model, copy_base=True)
+    base = dict(net.model.named_parameters(remove_duplicate=False))
+    copies = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}  # by the value, which tied names share
+    for name, value in values.items():
+        p = copies[name]
+        if _same_storage(value, base[name]):
+            p.requires_grad_(base[name].requires_grad)
+        else:
+            new = value if isinstance(value, nn.Parameter) else nn.Parameter(value, base[name].requires_grad)
+            layer, attr = owner(model, name)
+            layer._parameters[attr] = made.setdefault(id(value), new)
+    config: Any = getattr(model, "config", None)
+    configs: list[Any] = [config, getattr(config, "text_config", None)]
+    for c in configs if untied and _came_apart(model, base) else ():
+        if getattr(c, "tie_word_embeddings", False):
+            c.tie_word_embeddings = False
+    return model
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _came_apart(model: nn.Module, base: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a name has a parameter of its own in `model` that shared one in the base."""
+    return len({id(p) for p in model.parameters()}) > len({id(p) for p in base.values()})
 
 
 def _plain_constants(sharded: bool) -> AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from peftfn.core import functions
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import weights_of
 from peftfn.model.names import near
-from peftfn.model.structure import lasting_copy
+from peftfn.model.structure import lasting_buffers, lasting_copy
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
@@ -90,32 +90,73 @@ def as_module(
         functions.checked(other.plan, weights)
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
-    return build(lasting_copy(net.model, copy_base), {name: (other.plan, a) for name, (other, a) in given.items()})
+    pairs = {name: (other.plan, a) for name, (other, a) in given.items()}
+    return build(lasting_copy(net.model, copy_base), pairs, lasting_buffers(net.model))
 
 
-def adapter_of(module: nn.Module, name: str | None = None) -> Adapter:
+def adapter_of(module: nn.Module, name: str | None = None, *, buffers: bool = False) -> Adapter:
     """Return the leaves in a module as a plain adapter, whose tensors share the module's storage.
 
-    An adapter has no buffers. BatchNorm's running statistics, which training changes in `module`, are not in it, nor in
-    a file of it: keep the module's `state_dict()` too, or train with the norms in eval mode.
+    An adapter has no buffers. Where training changed buffers in `module` (BatchNorm's running statistics), the adapter
+    alone does not do what the module does: see `buffers_of`.
 
     Args:
         module: what `as_module` returned, or a wrapper around it (DDP, torch.compile, …).
         name: which adapter; None is the active one.
+        buffers: whether you look after changed buffers yourself. If False, there must be none.
 
     Returns:
         {site: {name: tensor}}, detached.
 
     Raises:
         KeyError: the module has no adapter of this name.
-        ValueError: there is no module view in `module`, or no adapter is active and `name` is None.
+        ValueError: there is no module view in `module`; no adapter is active and `name` is None; or a buffer differs
+            from the base's and `buffers` is False.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         m = pf.as_module(net, net.init())
         y = net.apply(pf.adapter_of(m), torch.randn(3, 8))
     """
+    if not buffers and (changed := list(buffers_of(module))):
+        raise ValueError(
+            f"adapter_of: {changed[0]} differs from the base's, by what training wrote there (running statistics), and "
+            "an adapter has no buffers. Save both, pf.save(path, net, pf.adapter_of(m, buffers=True), "
+            "buffers=pf.buffers_of(m)); put them into the base, net.model.load_state_dict(pf.buffers_of(m), "
+            "strict=False); or train with such layers in eval mode"
+        )
     return mapped(parameters_of(module, name), Tensor.detach)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers in a module that differ from the base's: what training changed beside the adapter.
+
+    BatchNorm's running statistics are such buffers. Only persistent buffers count, which a checkpoint has.
+
+    Args:
+        module: what `as_module` returned, or a wrapper around it.
+
+    Returns:
+        {name in the model: buffer}, copies; {} where there are none.
+
+    Raises:
+        ValueError: there is no module view in `module`.
+
+    Example:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+        net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+        m = pf.as_module(net, net.init()).train()
+        m(torch.randn(5, 8))
+        assert set(pf.buffers_of(m)) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    """
+    view, _ = _view(module, None, any_name=True)
+    out: dict[str, Tensor] = {}
+    for name, base in view._peftfn.buffers.items():
+        layer, attr = owner(view, name)
+        now = layer._buffers.get(attr)
+        if now is not None and not (now.is_meta or base.is_meta) and not torch.equal(now, base.to(now)):
+            out[name] = now.detach().clone()
+    return out
 
 
 def parameters_of(module: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -192,7 +233,7 @@ def copy_(dst: Any, src: Mapping[str, Any], name: str | None = None) -> None:
         pf.copy_(m, net.init(seed=1))
     """
     if isinstance(dst, nn.Module):
-        dst = adapter_of(dst, name)
+        dst = adapter_of(dst, name, buffers=True)
     elif name is not None:
         raise TypeError(f"copy_: dst is a plain adapter, so it has no adapter {name!r}: leave name out")
     pairs = list(_pairs(dst, src, "copy_"))
@@ -252,7 +293,7 @@ def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -
     view, name = _view(module, name)
     if name in (view._peftfn.choice.name, view._peftfn.choice.default):
         raise ValueError(f"offload_: adapter {name!r} is active, or is the default; offload an idle one")
-    before = adapter_of(view, name)
+    before = adapter_of(view, name, buffers=True)
     view._peftfn.offloaded.add(name)
     for p in leaves(parameters_of(view, name)):
         _set(p, p.detach().to(device))

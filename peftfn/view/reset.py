@@ -56,7 +56,7 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
         dtype = next((t.dtype for t in held[at].values()), torch.float32)
         _fill(held[at], functions.leaf(entry, weights, seed, dtype, constants))
     for bank in plan.banks:
-        _fill(held[bank], functions.shared_leaf(plan, bank, weights, seed, next(leaves(held[bank])).dtype))
+        _fill(held[bank], functions.shared_leaf(plan, bank, weights, seed, leaves(held[bank])[0].dtype))
 
 
 class _Weights(Mapping[str, Any]):

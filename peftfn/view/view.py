@@ -1,12 +1,13 @@
 """What `as_module` builds: a parametrization at each site, which holds the leaves and returns the adapted weight."""
 
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class _State:
     banks: dict[str, dict[str, Paths]]
     choice: Choice
     offloaded: set[str]
+    buffers: dict[str, Tensor]  # the base's own, that a checkpoint has and training may change
 
 
 CURES = {
@@ -58,7 +60,7 @@ CURES = {
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
     "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
     "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
-    "merge_and_unload": "net.merge(peftfn.adapter_of(m)) returns the merged parameters",
+    "merge_and_unload": "peftfn.merged_model(net, peftfn.adapter_of(m)) returns a merged model",
     "print_trainable_parameters": "print(peftfn.status(m))",
 }
 """Methods of PEFT's models, which also transformers' have → what to write instead."""
@@ -68,6 +70,8 @@ class View:
     """What `as_module` adds to the model's class."""
 
     _peftfn: _State
+    saver: ClassVar[Callable[..., None] | None] = None
+    """What save_pretrained calls. The package sets it: this room may not import the one that writes files."""
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -94,7 +98,7 @@ class View:
         return nullcontext(), self.use(self._peftfn.choice.name)
 
 
-def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _unshare(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a layer loads its part of a state dict, also through a wrapper around the view: a tensor whose values
     differ from the base's gets its own storage, so that the base does not change. ValueError while an adapter of the
     view is offloaded to meta.
@@ -103,11 +107,21 @@ def _unshare(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -
     if isinstance(module, View):
         refuse_empty(module, "load_state_dict")
         ours = {name for banks in module._peftfn.banks.values() for paths in banks.values() for _, name in paths}
+        for name in _stand_ins(module, state_dict, prefix):
+            del state_dict[name]  # of torch's own dictionary
     for name, t in chain(module._parameters.items(), module._buffers.items()):
         given = state_dict.get(prefix + name)
         if name in ours or t is None or type(t.data) is not Tensor or given is None or _equal(t, given):
             continue
         t.data = t.data.clone()
+
+
+def _stand_ins(view: Any, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """The empty tensors in a state that stand for a parameter of the base, which `save_pretrained` left out."""
+    empty = [k for k, t in state_dict.items() if k.startswith(prefix) and getattr(t, "shape", None) == (0,)]
+    held = {prefix + k: p.shape for k, p in view.named_parameters(remove_duplicate=False)} if empty else {}
+    held |= {prefix + site: None for plan in view._peftfn.plans.values() for site in plan}
+    return [k for k in empty if k in held and held[k] != (0,)]
 
 
 def refuse_empty(view: Any, what: str) -> None:
@@ -137,22 +151,23 @@ def _checkpointing(cls: Any) -> Callable[..., None]:
     return set_checkpointing
 
 
-def _saving(cls: Any) -> Callable[..., Any]:
-    """transformers' `save_pretrained`, which Trainer writes checkpoints with: everything but the frozen base."""
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Write the module's adapters into a folder, and its state without the frozen base, which Trainer resumes from.
 
-    @wraps(cls.save_pretrained)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
-        refuse_empty(self, "save_pretrained")
-        leaves = {id(p) for leaf in self.modules() if isinstance(leaf, Leaf) for p in leaf.parameters()}
-        banks = [name for of in self._peftfn.banks.values() for paths in of.values() for _, name in paths]
-        leaves |= {id(self._parameters[name]) for name in banks}
-        named = self.named_parameters(remove_duplicate=False)
-        frozen = {k for k, p in named if not p.requires_grad and id(p) not in leaves}
-        held = self.state_dict() if state_dict is None else state_dict
-        kept = {k: t for k, t in held.items() if k not in frozen}
-        return cls.save_pretrained(self, save_directory, *args, state_dict=kept, **kwargs)
+    An adapter named "default" is in the folder itself, others are in folders below, as PEFT has them. They are PEFT's
+    files where the method has such a form, and else native ones: `peftfn.load` and `load_all` read both.
 
-    return save_pretrained
+    Args:
+        save_directory: the folder.
+        is_main_process, state_dict: as for the model's own method. Options that say how a large model is written have
+            no effect.
+
+    Raises:
+        ValueError: an adapter has no values, tensors are sharded, or `push_to_hub` is asked for.
+        TypeError: another option.
+    """
+    assert View.saver is not None
+    View.saver(self, save_directory, *args, **kwargs)
 
 
 def _unless_adapted(cls: Any, name: str) -> Callable[..., Any]:
@@ -205,9 +220,9 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 @cache
-def _slot(name: str) -> type:
-    """A class with the attribute `name`: what its ParametrizationList gives, read without the list's own call, which
-    would cost more than all the rest."""
+def _slot(name: str) -> property:
+    """The attribute `name`: what its ParametrizationList gives, read without the list's own call, which would cost more
+    than all the rest."""
 
     def get(self: nn.Module) -> Any:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
@@ -220,7 +235,7 @@ def _slot(name: str) -> type:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         raise RuntimeError(REPLACED.format(name=getattr(held[0], "site", name)))
 
-    return type(f"_{name}", (), {name: property(get, refuse)})
+    return property(get, refuse)
 
 
 def _refusal(word: str, cure: str) -> Callable[..., Any]:
@@ -251,22 +266,26 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False)
         super(made, self).register_parameter(name, param)
 
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": reduce}
+    body["_adapted_class"] = cls
+    body |= {name: _slot(name) for name in names}
     if names:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
     if called:
         body |= calling(cls)
     if view:
         body["__qualname__"] = cls.__qualname__
+        body |= {k: v for k, v in vars(View).items() if isinstance(v, types.FunctionType)}  # before the model's own
         body |= {word: _refusal(word, cure) for word, cure in CURES.items()}
         if hasattr(cls, "_set_gradient_checkpointing"):
             body["_set_gradient_checkpointing"] = _checkpointing(cls)
         if hasattr(cls, "save_pretrained"):
-            body["save_pretrained"] = _saving(cls)
+            body["save_pretrained"] = _save_pretrained
         for name in ("tie_weights", "resize_token_embeddings"):
             if hasattr(cls, name):
                 body[name] = _unless_adapted(cls, name)
-    bases = (*([View] if view else []), *map(_slot, names), cls)
-    made: Any = type(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
+    # The class comes first: Python gives a layer another class only if both have one first line of bases.
+    bases = (cls, View) if view else (cls,)
+    made: Any = type(cls)(cls.__name__ if view else f"Parametrized{cls.__name__}", bases, body)
     return made
 
 
@@ -275,8 +294,8 @@ def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool) -> Any:
     return made.__new__(made)
 
 
-def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> Any:
-    """The view of `model`, which is a copy of ours: parametrized in place."""
+def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffers: dict[str, Tensor]) -> Any:
+    """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `_State`."""
     plans = [plan for plan, _ in given.values()]
     choice, names = Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
     banks = {
@@ -340,7 +359,11 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
         name: Plan({site: replace(e, frozen={}) for site, e in plan.items()}, plan.rules, plan.banks)
         for name, (plan, _) in given.items()
     }
-    model._peftfn = _State(kept, banks, choice, set())
+    model._peftfn = _State(kept, banks, choice, set(), buffers)
+    if vars(model).get("is_quantized"):
+        # What transformers keeps of a quantised model: Trainer refuses one without PEFT's adapters, and save_pretrained
+        # would write all of it. What a view trains and saves is not quantised.
+        model.is_quantized, model.hf_quantizer = False, None
     for module in model.modules():
         if not isinstance(module, Leaf):  # whose tensors are the view's own
             module.register_load_state_dict_pre_hook(_unshare)
@@ -351,6 +374,10 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]]) -> An
 def owner(model: nn.Module, slot: str) -> tuple[Any, str]:
     path, _, attr = slot.rpartition(".")
     return model.get_submodule(path), attr
+
+
+def leaves_of(view: nn.Module) -> list[Leaf]:
+    return [m for m in view.modules() if isinstance(m, Leaf)]
 
 
 def leaf_at(view: nn.Module, site: str, name: str) -> Leaf:

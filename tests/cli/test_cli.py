@@ -491,20 +491,68 @@ def test_mutated_files_never_end_in_a_traceback(tmp_path: Path, capsys: Any) -> 
     assert codes[0] > 3 and codes[2] > 20, codes
 
 
-def test_help_and_a_wrong_command() -> None:
-    """As a program: the exit codes are the process's; each command has help."""
+COMMANDS = ("demo", "inspect", "convert", "merge", "combine", "extract", "verify")
+
+
+def test_every_command_has_help_and_a_version(capsys: Any) -> None:
+    for command in ((), *((c,) for c in COMMANDS)):
+        for option, text in (("--help", "usage: peftfn"), ("--version", f"peftfn {pf.__version__}\n")):
+            with pytest.raises(SystemExit) as end:
+                main([*command, option])
+            assert end.value.code == 0 and capsys.readouterr().out.startswith(text)
+
+
+def test_help_needs_no_torch() -> None:
+    """It starts in a twentieth of a second, for torch is imported where a command needs it. So is all of peftfn."""
+    said = "import sys, peftfn.__main__ as m, peftfn; print(*m.main.__module__.split(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout == "peftfn.__main__ False\n"
+
+
+def test_the_registry_is_whole_whatever_is_imported_first() -> None:
+    for first in ("from peftfn.method import registry", "from peftfn.formats.native import registry"):
+        done = subprocess.run([sys.executable, "-c", f"{first}; print(*registry)"], capture_output=True, text=True)
+        assert {n for n, c in registry.items() if c.__module__.startswith("peftfn.")} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("inspect /no/such", '/no/such does not exist and is not a Hub repository ("owner/name")'),
+        ("inspect", "the following arguments are required: PATH"),
+        ("convert a b --to nope", "argument --to: invalid choice: 'nope'"),
+        ("convert a b --to peft --rank none", "argument --rank: 'none' is not a positive integer"),
+        ("demo --steps 0", "argument --steps: '0' is not a positive integer"),
+        ("demo --out {file}", "{file}/adapters: Not a directory"),
+        ("demo --out {long}", "{long}/adapters: File name too long"),
+        ("merge {file} b c", "{file} is not a folder"),
+        ("nope", "argument command: invalid choice: 'nope'"),
+        ("", "the following arguments are required: command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(given: str, said: str, tmp_path: Path, capsys: Any) -> None:
+    """Also of the demo, before it trains; and for a wrong option as for a wrong file."""
+    file = tmp_path / "file"
+    file.touch()
+    names = {"file": file, "long": tmp_path / ("x" * 300)}
+    words = given.format(**names).split()
+    try:
+        code: Any = main(words)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    who = f"peftfn {words[0]}" if words and words[0] in COMMANDS else "peftfn"
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"{who}: {said.format(**names)}"), err
+
+
+def test_as_a_program_the_exit_codes_are_the_process_s() -> None:
     done = subprocess.run([sys.executable, "-m", "peftfn", "inspect", "/no/such"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'peftfn inspect: /no/such does not exist and is not a Hub repository ("owner/name")\n'
-    for command in ("demo", "inspect", "convert", "merge"):
-        with pytest.raises(SystemExit) as end:
-            main([command, "--help"])
-        assert end.value.code == 0
-    with pytest.raises(SystemExit) as end:
-        main(["convert", "a", "b", "--to", "nope"])
-    assert end.value.code == 2
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT asks for it
 def test_the_pages_commands_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "command_line.md").read_text()

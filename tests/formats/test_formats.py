@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SMALL, by_name, tokens
 from peft.tuners.lora.config import BdLoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import compare, randomised
 from test_peft_parity import A, both_ways, edit, retensor
@@ -25,8 +27,7 @@ from torch import Tensor, nn
 
 import peftfn as pf
 from peftfn.formats import files
-from peftfn.formats.peft_table import PROMPTS
-from peftfn.formats.peft_write import targets
+from peftfn.formats.peft_common import targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -283,13 +284,6 @@ def test_a_pickle_is_read_only_when_asked_and_never_run(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", sorted(PROMPTS))
-def test_prompts_are_refused_with_a_clear_word(folder: Path, kind: str) -> None:
-    edit(folder, peft_type=kind)
-    with pytest.raises(ValueError, match=f"{kind} trains a prompt"):
-        pf.load(folder, llama())
-
-
 def test_an_old_oft_is_refused(folder: Path) -> None:
     """SEMANTICS P29."""
     edit(folder, peft_type="OFT", module_dropout=0.0)
@@ -357,12 +351,30 @@ def test_what_is_asked_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch)
         names, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
     )
     assert list(chosen) == ["adapter_config.json", "adapter_model.safetensors"]
+    pf.load("a/b", llama(), hub_options={"token": "hf_x", "local_files_only": True})
+    _, options = asked.pop()
+    assert (options["token"], options["local_files_only"]) == ("hf_x", True)
+    with pytest.raises(ValueError, match="hub_options has 'revision', which load itself gives"):
+        pf.load("a/b", llama(), hub_options={"revision": "v1"})
     for wrong in ("a/b/c", "../a", "/etc/x", "a/..", "https://a/b", "a b/c", Path("a/b")):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             pf.load(wrong, llama())
     assert not asked
-    with pytest.raises(ValueError, match="local path"):
-        pf.load(folder, llama(), revision="v1")
+    for only in ({"revision": "v1"}, {"hub_options": {"token": "hf_x"}}):
+        with pytest.raises(ValueError, match="local path"):
+            pf.load(folder, llama(), **only)
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_the_dtype_of_what_is_loaded(tmp_path: Path, format: str) -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(2)})
+    pf.save(tmp_path, net, net.init(1, dtype=torch.bfloat16), format=format)
+    kept = {"native": torch.bfloat16, "peft": torch.float32}[format]
+    for asked, want in ((None, kept), (torch.float16, torch.float16), (torch.float64, torch.float64)):
+        found = pf.load(tmp_path, llama(), dtype=asked).adapter
+        assert {t.dtype for leaf in found.values() for t in leaf.values()} == {want}
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        pf.load(tmp_path, llama(), dtype=torch.int8)
 
 
 # Reading and writing itself.
@@ -532,8 +544,14 @@ def test_statistics_that_no_adapter_has(tmp_path: Path) -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lin"], modules_to_save=["bn"], r=1))
     model.base_model.model["bn"].modules_to_save["default"](torch.randn(5, 3))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a buffer that differs.*put the file's value into the model"):
+    with pytest.raises(ValueError, match=r"is a buffer that differs.*buffers=True.*put it into the model"):
         pf.load(tmp_path, make())
+    loaded, mine = pf.load(tmp_path, base := make(), buffers=True), model.base_model.model["bn"]
+    base.load_state_dict(dict(loaded.buffers), strict=False)
+    got = {**dict(base.named_buffers()), **loaded.net.merge(loaded.adapter)}
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        want = getattr(mine.modules_to_save["default"], part)
+        torch.testing.assert_close(got[f"bn.{part}"], want)
 
 
 def test_the_head_of_a_classifier_comes_back(tmp_path: Path) -> None:
@@ -754,12 +772,38 @@ def test_an_activated_lora_is_loaded_for_its_gates_alone(tmp_path: Path) -> None
     gates = pf.alora_gates(x, [loaded.extra["alora_invocation_tokens"]])
     compare(net.gated(pf.stack([adapter]), gates, x).logits, want)
     assert (net.apply(adapter, x).logits - want).abs().max() > 1e-3
+    assert {e.method for e in net.plan.values()} == {pf.ALoRA(rank=2, alpha=3, invocation=(5, 9))}
     pf.save(tmp_path / "again", net, adapter, format="peft", extra=loaded.extra)
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
     compare(again(input_ids=x).logits, want)
     assert again.peft_config["default"].task_type == "CAUSAL_LM"
     with pytest.raises(ValueError, match=r"extra has 'r'; it may have .*task_type"):
         pf.save(tmp_path / "no", net, adapter, format="peft", extra={"r": 3})
+
+
+def test_an_activated_lora_is_merged_by_no_way(tmp_path: Path) -> None:
+    """Nor after it was saved in the native format, which knows what it is."""
+    theirs(tmp_path / "a", llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **ACTIVATED, **LORA))
+    net, a = pf.load(tmp_path / "a", llama(), gated=True)
+    pf.save(tmp_path / "native", net, a)
+    again, b = pf.load(tmp_path / "native", net.model)
+    assert again.plan["model.layers.0.self_attn.q_proj.weight"].method.invocation == (5, 9)
+    m = pf.as_module(net, a).eval()
+    ways: list[Callable[[], Any]] = [
+        lambda: net.merge(a),
+        lambda: net.merge(pf.scale(a, 0.5)),
+        lambda: net.merge(net.prepare(a)),
+        lambda: again.merge(b),
+        lambda: net.delta(pf.add(a, a)),
+        lambda: dict(pf.merged(m)),
+        lambda: pf.to_lora(net, a),
+        lambda: pf.to_lora(net, a, rank=2),
+        lambda: pf.merging.linear([(net, a)]),
+        lambda: pf.merging.ties([(net, a), (again, b)], rank=2),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight: ALoRA.*depends on the input"):
+            way()
 
 
 @pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)
@@ -824,3 +868,68 @@ def test_bad_words_beside_the_method(changes: dict[str, Any], message: str, fold
     with pytest.raises(ValueError, match=message) as e:
         pf.load(folder, llama(), gated=True)
     assert "adapter_" in str(e.value)
+
+
+@pytest.mark.parametrize("alpha", [0, -3, 0.5])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_any_alpha_that_peft_takes(alpha: float, dora: bool, tmp_path: Path) -> None:
+    base = llama()
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=alpha, use_dora=dora, init_lora_weights=False)
+    model = theirs(tmp_path, copy.deepcopy(base), config)
+    net, a = pf.load(tmp_path, base)
+    torch.testing.assert_close(net.apply(a, tokens(2)).logits, model(tokens(2)).logits)
+    assert (alpha == 0 and not dora) == torch.equal(net.apply(a, tokens(2)).logits, base(tokens(2)).logits)
+    pf.save(tmp_path / "again", net, a, format="peft")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_alpha"] == alpha
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_file_in_fp8_is_what_peft_reads(dtype: torch.dtype, folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({k: t.to(dtype) for k, t in load_file(file).items()}, file)
+    model = peft.PeftModel.from_pretrained(llama(), folder).eval()
+    net, a = pf.load(folder, llama())
+    assert {t.dtype for leaf in a.values() for t in leaf.values()} == {torch.float32}
+    torch.testing.assert_close(net.apply(a, tokens(2)).logits, model(tokens(2)).logits)
+
+
+def test_fp8_without_a_value_is_refused_and_native_files_have_none(folder: Path, tmp_path: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    whole = load_file(file)
+    first = min(whole)
+    save_file({k: (t * torch.nan if k == first else t).to(torch.float8_e4m3fn) for k, t in whole.items()}, file)
+    with pytest.raises(ValueError, match=rf"{re.escape(first)} contains \d+ NaN"):
+        pf.load(folder, llama())
+    native(tmp_path / "native")
+    file = tmp_path / "native" / "adapter.safetensors"
+    with safe_open(file, "pt") as held:
+        metadata = held.metadata()
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(file).items()}, file, metadata)
+    with pytest.raises(ValueError, match="float8_e4m3fn, in which no adapter computes"):
+        pf.load(tmp_path / "native", llama())
+
+
+def test_a_file_in_parts_is_told_with_its_cure(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.rename(folder / "adapter_model-00001-of-00001.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"written in 1 parts \(adapter_model-00001-of-00001\.safetensors.*save_file"
+    ):
+        pf.load(folder, llama())
+
+
+def test_what_peft_does_not_read_of_a_configuration_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    """OSF's target_svd_config, which no code of PEFT 0.21.2 looks at."""
+    base = llama()
+    config = peft.OSFConfig(target_modules=["q_proj"], effective_rank=5, target_svd_config={"q_proj.weight": 3})
+    model = theirs(tmp_path, copy.deepcopy(base), config)
+    net, a = pf.load(tmp_path, base)
+    torch.testing.assert_close(net.apply(a, tokens(2)).logits, model(tokens(2)).logits)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_lora_across_the_groups_of_a_convolution_is_refused_by_name(dora: bool, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    theirs(tmp_path, copy.deepcopy(base), peft.LoraConfig(target_modules=["0"], r=4, use_dora=dora))
+    with pytest.raises(ValueError, match=r"0\.weight: PEFT's LoRA at a convolution of 2 groups mixes the groups"):
+        pf.load(tmp_path, base)

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
         for site, leaf in adapter.items():
             for k, t in leaf.items():
                 assert t.numpy().tobytes() == given[f"adapter/{site}/{k}"].numpy().tobytes(), (site, k)
-    elif (path / "adapter_config.json").exists():
+    elif (path / "adapter_config.json").exists() and not (path / "adapters.safetensors").exists():
         try:
             with limited(SECONDS), warnings.catch_warnings(record=True) as said, torch.no_grad():
                 warnings.simplefilter("always")
@@ -82,12 +83,43 @@ def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
         )
     else:
         file = path / KOHYA
-        want = small_readers.kohya(file, MODEL) if file.exists() else small_readers.swift(path / "default", MODEL)
+        if file.exists():
+            want = small_readers.kohya(file, MODEL)
+        elif (path / "adapters.safetensors").exists():
+            want = small_readers.mlx(path, MODEL)
+        else:
+            want = small_readers.swift(path / "default", MODEL)
         got = net.merge(adapter)
         for name, value in (want or {}).items():
             torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
         changed = {n for n, p in MODEL.named_parameters() if n in net.plan}
         assert want is None or changed == want.keys()
+
+
+@cache
+def served() -> pf.Adapted:
+    """The net that the bank's file was saved with."""
+    with tempfile.TemporaryDirectory() as root:
+        for file, content in good_files()["native, served"].items():
+            (Path(root) / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path(root) / file).write_bytes(content)
+        return pf.load(Path(root) / "native, served", MODEL).net
+
+
+def banked(path: Path, loaded: Any) -> None:
+    """A bank reads the file as `load` does, or refuses it; what `load` refuses it refuses too."""
+    bank = pf.Bank([served()], capacity=1)
+    try:
+        with limited(SECONDS):
+            bank.put("a", served(), path)
+            got = bank.apply(["a", "a"], tokens(2)).logits
+    except (ValueError, FileNotFoundError) as e:
+        assert str(path) in str(e), f"an error that names no file: {e!r}"
+        return
+    assert loaded is not None, "the bank reads what load refuses"
+    want = outputs(*loaded)
+    scale = want.nan_to_num(0, 0, 0).abs().max().clamp(min=1)
+    assert torch.allclose(got, want, rtol=1e-4, atol=float(1e-4 * scale), equal_nan=True), "other outputs than load's"
 
 
 def one(root: Path, seed: int) -> str:
@@ -112,6 +144,8 @@ def one(root: Path, seed: int) -> str:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     assert grown < 1 << 19, f"{grown} KiB for a tiny file"
     assert {n: (p, p._version, p.data_ptr()) for n, p in MODEL.named_parameters()} == before, "the model was changed"
+    if name == "native, served":
+        banked(path, loaded)
     if loaded is not None and changed != files[victim]:
         as_the_file_says(path, *loaded)
     return "refused" if loaded is None else "loaded"

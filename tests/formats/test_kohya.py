@@ -585,3 +585,94 @@ def test_a_changed_file_is_refused_or_means_what_it_says(data: st.DataObject) ->
 
 CONV = {"hada_w1_a": (2, 4), "hada_w1_b": (2, 2), "hada_w2_a": (2, 4), "hada_w2_b": (2, 2)}
 CONV |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
+
+
+# Flux's first implementation has an attention's projections in one layer.
+
+
+def flux() -> nn.Module:
+    """The names of diffusers' Flux, with other sizes for each part."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+
+        def attention(*extra: tuple[str, int]) -> nn.ModuleDict:
+            return nn.ModuleDict({k: nn.Linear(6, n) for k, n in (("to_q", 4), ("to_k", 2), ("to_v", 5), *extra)})
+
+        both = attention(("add_q_proj", 4), ("add_k_proj", 2), ("add_v_proj", 5), ("to_add_out", 6))
+        double = {"attn": both, "ff": nn.ModuleDict({"net": nn.ModuleDict({"2": nn.Linear(6, 6)})})}
+        single = {"attn": attention(), "proj_mlp": nn.Linear(6, 7), "proj_out": nn.Linear(6, 6)}
+        blocks = {"transformer_blocks": double, "single_transformer_blocks": single}
+        lists = {k: nn.ModuleList([nn.ModuleDict(block)]) for k, block in blocks.items()}
+        return nn.ModuleDict(lists | {"x_embedder": nn.Linear(6, 6)})
+
+
+FUSED = {
+    "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{k}" for k in "qkv"],
+    "double_blocks.0.txt_attn.qkv": [f"transformer_blocks.0.attn.add_{k}_proj" for k in "qkv"],
+    "single_blocks.0.linear1": [*(f"single_transformer_blocks.0.attn.to_{k}" for k in "qkv"),
+                                "single_transformer_blocks.0.proj_mlp"],
+    "double_blocks.0.txt_attn.proj": ["transformer_blocks.0.attn.to_add_out"],
+    "double_blocks.0.img_mlp.2": ["transformer_blocks.0.ff.net.2"],
+    "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+    "img_in": ["x_embedder"],
+}  # fmt: skip
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "kohya": lambda name: f"lora_unet_{name}".replace(".", "_"),
+    "ComfyUI": lambda name: f"diffusion_model.{name}",
+    "plain": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", FUSED)
+def test_projections_that_are_one_layer_in_the_file(name: str, spelling: str, dora: bool, tmp_path: Path) -> None:
+    model = flux()
+    parts = [model.get_submodule(n) for n in FUSED[name]]
+    w = torch.cat([p.weight.detach() for p in parts])
+    key, down, up, m = SPELLINGS[spelling](name), noise(2, 6), noise(len(w), 2, seed=1), noise(len(w), 1, seed=2)
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(3.0)}
+    net, a = pf.load(put(tmp_path, tensors | ({f"{key}.dora_scale": m} if dora else {})), model)
+    assert set(net.plan) == {f"{n}.weight" for n in FUSED[name]}
+    want = w + 1.5 * up @ down
+    want = m * want / want.norm(dim=1, keepdim=True) if dora else want
+    merged = net.merge(a)
+    torch.testing.assert_close(torch.cat([merged[f"{n}.weight"] for n in FUSED[name]]), want)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (
+            {"lora_down.weight": (2, 6), "lora_up.weight": (9, 2)},
+            r"has shape \[9, 2\]; it must have 11 rows: \[4, 2, 5\]",
+        ),
+        ({"hada_w1_a": (11, 2), "hada_w1_b": (2, 6), "hada_w2_a": (11, 2), "hada_w2_b": (2, 6)}, "only LoRA and DoRA"),
+        ({"lora_down.weight": (2, 6)}, "lacks 3 tensors"),
+        ({"lora_down.weight": (2, 6), "lora_up.weight": (11, 3)}, "has shape"),
+    ],
+    ids=["rows", "method", "missing", "ranks"],
+)
+def test_one_layer_that_cannot_be_divided(ends: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    with pytest.raises(ValueError, match=message):
+        pf.load(put(tmp_path, {f"{key}.{end}": noise(*shape) for end, shape in ends.items()}), flux())
+
+
+@pytest.mark.parametrize(
+    ("other", "ends", "rows"),
+    [
+        ("transformer_blocks.0.attn.to_k", ("lora_down.weight", "lora_up.weight"), 2),
+        ("transformer_blocks.0.attn.to_k", ("lora_A.weight", "lora_B.weight"), 2),
+        ("diffusion_model.double_blocks.0.img_attn.qkv", ("lora_A.weight", "lora_B.weight"), 11),
+        ("diffusion_model.double_blocks.0.img_attn.qkv", ("lora_down.weight", "lora_up.weight"), 11),
+    ],
+)
+def test_both_names_of_one_layer_are_not_both_read(
+    other: str, ends: tuple[str, str], rows: int, tmp_path: Path
+) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{key}.lora_down.weight": noise(2, 6), f"{key}.lora_up.weight": noise(11, 2)}
+    tensors |= {f"{other}.{ends[0]}": noise(2, 6), f"{other}.{ends[1]}": noise(rows, 2)}
+    with pytest.raises(ValueError, match="are the same tensor"):
+        pf.load(put(tmp_path, tensors), flux())

@@ -210,6 +210,80 @@ def test_smaller_adapters_and_files_are_fetched_exactly(tmp_path: Path) -> None:
     close(bank.apply(["a"] * 4, X), wide.apply(a, X))
 
 
+@pytest.mark.parametrize("format", ["native", "peft", "swift"])
+def test_a_path_alone_says_its_net(format: str, tmp_path: Path) -> None:
+    """Files of any format, with alpha written down or not; nets of one meaning are one net."""
+    model, _, bank = tiny(2)
+    plans = {"a": LoRA(4), "b": LoRA(4, alpha=4.0), "c": LoRA(2, alpha=3.0), "d": LoRA(4, alpha=2.0, rslora=True)}
+    given = {n: ((net := pf.adapt(model, {"weight": m})), random(net, i)) for i, (n, m) in enumerate(plans.items())}
+    for name, (net, a) in given.items():
+        pf.save(tmp_path / name, net, a, format=format)
+        path = tmp_path / name / "default" if format == "swift" and (tmp_path / name / "default").is_dir() else name
+        bank.put(name, str(tmp_path / path))
+    for names in (["a", "b", "b", "a"], ["c", "d", "c", "__base__"], ["a", "d", "__base__", "a"]):
+        want = [given[n][0].apply(given[n][1], x) if n in given else model(x) for n, x in zip(names, X, strict=True)]
+        close(bank.apply(names, X), torch.stack(want))
+    bank.put("with its net", given["a"][0], tmp_path / "b")  # alpha=4 and no alpha mean the same at rank 4
+    close(bank.apply(["with its net"] * 4, X), given["b"][0].apply(given["b"][1], X))
+    with pytest.raises(ValueError, match=r"one\.weight: the file was saved with .*alpha=3"):
+        bank.put("c", given["a"][0], tmp_path / "c")
+    pf.save(tmp_path / "a", *given["c"], format=format)  # the file becomes another plan's
+    bank.apply(["c", "d", "c", "d"], X)  # "a" goes from the slots
+    assert "a" not in bank.resident
+    with pytest.raises(ValueError, match=r"'a': .*one\.weight: the file was saved with .*alpha=3"):
+        bank.apply(["a"] * 4, X)
+
+
+def test_constants_of_a_file_are_compared(tmp_path: Path) -> None:
+    vera = pf.adapt(Tiny(), {"weight": pf.VeRA(rank=2)})
+    a = random(vera, 1)
+    bank = pf.Bank([vera], 1)
+    pf.save(tmp_path / "a", vera, a, format="peft")
+    bank.put("a", tmp_path / "a")
+    close(bank.apply(["a"] * 4, X), vera.apply(a, X))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.vera_A"] += 1  # PEFT's file has the projections
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the net it is put with has .*, or other constants"):
+        bank.put("b", vera, tmp_path / "a")
+
+
+def test_one_bad_name_fails_alone_if_asked(tmp_path: Path) -> None:
+    _, net, bank = tiny(2)
+    good = random(net, 1)
+    for name in ("gone", "cut", "good"):
+        pf.save(tmp_path / name, net, good, format="peft" if name == "cut" else "native")
+        bank.put(name, tmp_path / name)
+    (tmp_path / "gone" / "adapter.safetensors").unlink()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"xx")
+    names = ["good", "gone", "nobody", "cut"]
+    bad = bank.fetch([*names, "__base__"])
+    assert {n: type(e) for n, e in bad.items()} == {"gone": FileNotFoundError, "nobody": KeyError, "cut": ValueError}
+    assert "near" in str(bad["nobody"]) and "'cut': " in str(bad["cut"]) and bank.resident == ("good",)
+    y = bank.apply(["__base__" if n in bad else n for n in names], X)
+    close(y, torch.cat([net.apply(good, X[:1]), net.model(X[1:])]))
+    with bank.holding(["good"]), bank.holding(["good"]):
+        bank.put("other", net, good)
+        assert bank.fetch(["other"]) == {}
+        assert bank.resident == ("good", "other")
+    with bank.holding(["good", "other"]):
+        bank.put("third", net, good)
+        assert isinstance(bank.fetch(["third"])["third"], BankBusy)
+
+
+def test_a_bank_says_what_it_holds() -> None:
+    _, net, bank = tiny(2)
+    assert len(bank) == 0 and "a" not in bank
+    for name in "abc":
+        bank.put(name, net, net.init())
+    bank.apply(["a", "b", "a", "a"], X)
+    assert len(bank) == 3 and "a" in bank and "__base__" not in bank and 3 not in bank
+    assert repr(bank) == "Bank(3 adapters, 2 of them in 2 slots, 1 net of Tiny)"
+    bank.remove("a")
+    assert "a" not in bank and len(bank) == 2
+
+
 def test_what_is_put_is_a_value() -> None:
     """What its owner does to the tensors later is not seen, whether the adapter is in a slot or waits."""
     _, net, bank = tiny(1)
@@ -485,7 +559,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "other model": (lambda bank, net: pf.Nets([net, tiny()[1]]), ValueError, "one model object"),
     "a net": (lambda bank, net: pf.Bank(net, 2), TypeError, r"Bank: give a list of nets.*this is a Adapted"),
     "no nets": (lambda bank, net: pf.Nets([net, net.model]), TypeError, r"Nets: give a list of nets.*this is a Tiny"),
-    "no net": (lambda bank, net: bank.put("w", net.model, net.init()), TypeError, "'w': net is a Tiny"),
+    "no net": (lambda bank, net: bank.put("w", net.model, net.init()), TypeError, "'w': .*net is a Tiny"),
     "one string": (lambda bank, net: bank.apply("aaaa", X), TypeError, "names is the string 'aaaa'; give a list"),
     "no pairs": (lambda bank, net: pf.bank({"a": net.init()}), TypeError, r"name → \(net, adapter\)"),
     "one stack": (

@@ -231,8 +231,6 @@ def test_dropout_is_drawn_for_each_adapter_and_row() -> None:
 
 
 STACKS: dict[str, tuple[Any, type[Exception], str]] = {
-    "one adapter": (lambda a: a, TypeError, "list of adapters, not dict"),
-    "an iterator": (lambda a: iter([a]), TypeError, "list of adapters, not list_iterator"),
     "none": (lambda a: [], ValueError, "at least one"),
     "no adapter": (lambda a: [a, None], TypeError, "NoneType in adapter 1"),
     "no tensor": (lambda a: [a, {"weight": {"a": 1.0, "b": a["weight"]["b"]}}], TypeError, "weight/a is a float"),
@@ -246,6 +244,14 @@ STACKS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda a: [a, {"weight": {k: t.double() for k, t in a["weight"].items()}}],
         ValueError,
         "weight/a is torch.float32 on cpu in adapter 0 and torch.float64 on cpu in adapter 1",
+    ),
+    "one adapter": (lambda a: a, TypeError, "this is one adapter, with the site 'weight'"),
+    "a sum alone": (lambda a: pf.add(a, a), TypeError, "this is one adapter, with the site 'weight'"),
+    "a number": (lambda a: 3, TypeError, "not a int"),
+    "by name": (
+        lambda a: {"ann": a, "bob": {"bias": a["weight"]}},
+        ValueError,
+        "adapters 'ann' and 'bob' differ at weight",
     ),
     "a sum": (lambda a: [a, pf.add(a, a)], ValueError, "0 and 1 differ at weight/a, which"),
 }
@@ -267,6 +273,45 @@ def test_a_stack_keeps_the_order_of_names_and_is_a_value() -> None:
     assert s["c"]["x"].tolist() == [[1.0] * 3, [2.0] * 3]
     s["c"]["x"].zero_()
     assert a["c"]["x"].tolist() == [1.0] * 3
+
+
+def test_names_in_an_index_are_refused_with_the_cure() -> None:
+    net = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)})
+    with pytest.raises(TypeError, match=r"mixed: index has the name 'ann'; .*peftfn\.bank"):
+        net.mixed(pf.stack({"ann": net.init()}), ["ann", -1], torch.ones(2, 4))  # type: ignore[list-item]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(pf.leaves(a), pf.leaves(b), strict=True))
+
+
+def test_any_iterable_or_dict_of_adapters_stacks_and_a_dict_comes_back() -> None:
+    net = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)})
+    adapters = [random(net, i) for i in range(3)]
+    named = dict(zip(("ann", "bob", "eve"), adapters, strict=True))
+    for given in (tuple(adapters), iter(adapters), (a for a in adapters), named, named.values()):
+        assert same(pf.stack(given), pf.stack(adapters))  # type: ignore[arg-type]
+    back = pf.unstack(pf.stack(named), named)
+    assert list(back) == list(named)
+    for name, a in named.items():
+        assert same(back[name], a)
+    sums = [pf.add(a, pf.scale(a, 2.0)) for a in adapters]
+    assert same(pf.unstack(pf.stack(sums))[1], sums[1])
+    for names in (["ann"], ["ann", "ann", "bob"]):
+        with pytest.raises(ValueError, match=r"unstack: .*for 3 adapters"):
+            pf.unstack(pf.stack(named), names)
+
+
+def test_leaves_are_the_tensors_that_an_optimizer_trains() -> None:
+    net = pf.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), {"0.weight": LoRA(2), "1": pf.Full()})
+    a, x = net.init(), torch.randn(3, 4)
+    assert [id(t) for t in pf.leaves(a)] == [id(t) for leaf in a.values() for t in leaf.values()]
+    optimizer = torch.optim.SGD([t.requires_grad_() for t in pf.leaves(a)], 0.5)
+    before = [t.detach().clone() for t in pf.leaves(a)]
+    net.apply(a, x).square().mean().backward()
+    optimizer.step()
+    changed = [not torch.equal(t, old) for t, old in zip(pf.leaves(a), before, strict=True)]
+    assert changed == [False, True, True, True], "A of a fresh LoRA has no gradient, and all others have one"
 
 
 def test_algebra_takes_adapters_and_numbers() -> None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import warnings
+from abc import ABC
 from functools import partial
 
 import pytest
@@ -452,6 +453,32 @@ def test_a_model_that_transformers_loads_quantised(bits, tmp_path):
     leaves = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in a.items()}
     net.apply(leaves, ids, labels=ids).loss.backward()
     assert all(t.grad.isfinite().all() and t.grad.any() for leaf in leaves.values() for t in leaf.values())
+
+
+class QModuleMixin(ABC):  # noqa: B024 - as quanto has it
+    """What quanto's layers derive from: they quantise anew whatever they find for a weight that is not their own."""
+
+
+class QLinear(QModuleMixin, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert type(self.weight).__name__ == "Int8Tensor", "quantised anew"
+        return super().forward(x)
+
+
+def test_a_layer_that_takes_no_weight_but_its_own_runs_by_the_weight_s_tensor():
+    torch.manual_seed(0)
+    model = nn.Sequential(QLinear(IN, OUT), nn.Tanh(), QLinear(OUT, IN))
+    quantize_(model, Int8WeightOnlyConfig())
+    net = pf.adapt(model, {"weight": pf.LoRA(2)})
+    a = shaken(net.init(), 1)
+    plain = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
+    dense = {k: t.dequantize() if hasattr(t, "dequantize") else t for k, t in model.state_dict().items()}
+    plain.load_state_dict({k: t.detach() for k, t in dense.items()})
+    want = pf.adapt(plain, {"weight": pf.LoRA(2)}).apply(a, X)
+    torch.testing.assert_close(net.apply(a, X), want, rtol=1e-4, atol=1e-4)
+    m = pf.as_module(net, a)
+    assert isinstance(m[0], QLinear)
+    torch.testing.assert_close(m(X), want, rtol=1e-4, atol=1e-4)
 
 
 class Signs(nn.Module):

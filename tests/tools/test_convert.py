@@ -25,6 +25,21 @@ def test_the_rank_of_a_lora_is_enough() -> None:
     close(net.apply(a, c.x), c.net.apply(c.adapter(), c.x), "converted")
 
 
+@pytest.mark.parametrize("model", [n for n, m in MODELS.items() if n != "other"])
+@pytest.mark.parametrize("method", [pf.LoRA(rank=2, alpha=3.0), pf.PiSSA(rank=2), pf.OLoRA(rank=2)], ids=str)
+def test_methods_with_factors_convert_exactly(method: pf.Method, model: str) -> None:
+    c = Case(method, model)
+    net, a = pf.to_lora(c.net, c.adapter())
+    assert next(iter(net.plan.values())).method.rank == (2 if isinstance(method, pf.LoRA) else 4)
+    close(net.apply(a, c.x), c.net.apply(c.adapter(), c.x), "converted")
+
+
+def test_a_method_without_factors_needs_a_rank() -> None:
+    c = Case(pf.DoRA(rank=2))
+    with pytest.raises(ValueError, match=r"layer\.weight.*no factors.*rank=.*energy=1\.0"):
+        pf.to_lora(c.net, c.adapter())
+
+
 def test_energy_is_the_share_kept() -> None:
     c = Case(pf.Full())
     delta = c.net.delta(c.adapter())[SITE]
@@ -50,8 +65,7 @@ def test_what_is_no_matrix_stays_full() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "exactly one"),
-        ({"rank": 2, "energy": 0.5}, "exactly one"),
+        ({"rank": 2, "energy": 0.5}, "at most one"),
         ({"rank": 7}, "layer.weight"),
         ({"rank": 0}, "layer.weight"),
         ({"energy": 1.5}, "0 < energy"),

@@ -51,7 +51,7 @@ WORDS = {
     "disable_adapter": r"with m\.use\(None\)",
     "add_adapter": r"as_module\(net, x=a, y=b\)",
     "load_adapter": r"peftfn\.load\(path, model\)",
-    "merge_and_unload": r"net\.merge\(peftfn\.adapter_of\(m\)\)",
+    "merge_and_unload": r"peftfn\.merged_model\(net, peftfn\.adapter_of\(m\)\)",
     "print_trainable_parameters": r"print\(peftfn\.status\(m\)\)",
 }
 

@@ -87,6 +87,9 @@ def test_it_reads_no_value_and_takes_meta_models() -> None:
 def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"'\(' is not a valid regular expression"):
         pf.describe(Tied(), "(")
-    assert len(pf.describe(Tied(), "nothing")) == 0
+    none = pf.describe(Tied(), "nothing")
+    assert len(none) == 0 and str(none).startswith("0 sites: 'nothing' matches no parameter; ")
+    assert str(pf.describe(nn.Linear(2, 2), "wieght")) == "0 sites: 'wieght' matches no parameter; near: weight"
+    assert str(pf.describe(nn.ReLU(), "weight")) == "0 sites"
     with pytest.raises(ValueError, match="not initialised yet"):
         pf.describe(nn.LazyLinear(3))

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from models import by_name, noise, tokens
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from support import random
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -16,7 +16,7 @@ from torch.func import functional_call, grad
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA, TrainableTokens
 from peftfn.testing import leaves
-from peftfn.tools.optim import LoRAFA, decay, lora_fa, lora_plus
+from peftfn.tools.optim import LoRAFA, Riemannian, decay, lora_fa, lora_plus
 from peftfn.view.module import parameters_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`")
@@ -261,6 +261,31 @@ def test_lorafa_against_peft() -> None:
     assert moved > 0
 
 
+def test_riemannian_against_peft() -> None:
+    """Three steps of AdamW on the preconditioned gradients; both are scaled, since the preconditioner is not."""
+    net, _ = llama({"q_proj|v_proj": LoRA(2, alpha=6.0)})
+    x = tokens(2)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    theirs, a = peft.get_peft_model(by_name["llama"].build(), config), random(net)
+    named, key = dict(theirs.named_parameters()), "base_model.model.{}.lora_{}.default.weight"
+    with torch.no_grad():
+        for site, leaf in a.items():
+            for k, t in leaf.items():
+                named[key.format(site.removesuffix(".weight"), k.upper())].copy_(t)
+    optimizer = create_riemannian_optimizer(theirs, torch.optim.AdamW, lr=1e-3, reg=0.1, weight_decay=0.0)
+    m = pf.as_module(net, a)
+    ours = Riemannian(m, 1e-3, damping=0.1)
+    for _ in range(3):
+        for model, o in ((theirs, optimizer), (m, ours)):
+            o.zero_grad()
+            model(x, labels=x).loss.backward()
+            o.step()
+    for site, leaf in pf.adapter_of(m).items():
+        for k, t in leaf.items():
+            want = named[key.format(site.removesuffix(".weight"), k.upper())]
+            torch.testing.assert_close(t, want.detach(), rtol=1e-3, atol=2e-5)
+
+
 def test_errors() -> None:
     net, a = llama()
     given, how, _ = of("adapter", net, a)
@@ -272,6 +297,8 @@ def test_errors() -> None:
         (lambda: decay(given, 0.1), "pass net=net"),
         (lambda: LoRAFA(given), "pass net=net"),
         (lambda: LoRAFA(of("module", *llama({"norm": Full()}))[0]), "has no LoRA"),
+        (lambda: Riemannian(given), "Riemannian.*pass net=net"),
+        (lambda: Riemannian(given, damping=-1.0, **how), "damping >= 0"),
     ]:
         with pytest.raises(ValueError, match=match):
             make()

@@ -33,7 +33,8 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
     if "diff" in t:
         return w + t.pop("diff")
     if "on_input" in t:
-        return w * (1 + (t["weight"] if t["on_input"] else t["weight"][:, None]))
+        scale_of = t["weight"].flatten()  # [n] or [n, 1]: one number for each channel
+        return w * (1 + (scale_of if t["on_input"] else scale_of[:, None]))
     if "oft_blocks" in t:
         q = t["oft_blocks"] - t["oft_blocks"].mT
         bound = float(alpha) * len(w) if alpha is not None else 0.0
@@ -42,10 +43,11 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
         r = (eye + q) @ torch.linalg.inv(eye - q)
         return torch.einsum("knm,kni->kmi", r, w.view(*q.shape[:2], -1)).reshape(w.shape)
     if "a1.weight" in t:
-        a1, a2, b1, b2 = (t[f"{k}.weight"] for k in ("a1", "a2", "b1", "b2"))
+        a1, a2, b1, b2 = (t[f"{k}.weight"].flatten(1) for k in ("a1", "a2", "b1", "b2"))
         return w + scale(len(a2)) * (w @ a1 @ a2 + b1 @ b2)
     if "lora_up.weight" in t:
-        d = scale(len(t["lora_down.weight"])) * t["lora_up.weight"] @ t["lora_down.weight"]
+        up, down = (t[f"lora_{k}.weight"].flatten(1) for k in ("up", "down"))
+        d = scale(len(down)) * up @ down
     elif "hada_w1_a" in t:
         d = scale(len(t["hada_w1_b"])) * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
     else:
@@ -54,7 +56,21 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
         d = (scale(len(t[f"lokr_w{low[0]}_b"])) if low else 1.0) * torch.kron(one, two)
     if m is None:
         return w + d
-    return m * (w + d) / (w + d).norm(dim=1 if len(m) == len(w) else 0, keepdim=True)
+    rows = len(m) == len(w)
+    return (m.reshape(-1, 1) if rows else m) * (w + d) / (w + d).norm(dim=1 if rows else 0, keepdim=True)
+
+
+def mlx(folder: Path, model: nn.Module) -> Weights:
+    """As `kohya`, of a folder of MLX-LM: W + s (a b)ᵀ, with a magnitude m of each row where there is one."""
+    s, found = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"], dict[str, Any]()
+    for key, t in load_file(folder / "adapters.safetensors").items():
+        name, _, end = key.rpartition(".")
+        found.setdefault(name, {})[end] = t.float()
+    out = {}
+    for name, t in found.items():
+        w = model.get_parameter(f"{name}.weight").detach() + s * (t["lora_a"] @ t["lora_b"]).T
+        out[f"{name}.weight"] = t["m"][:, None] * w / w.norm(dim=1, keepdim=True) if "m" in t else w
+    return out
 
 
 def swift(folder: Path, model: nn.Module) -> Weights | None:

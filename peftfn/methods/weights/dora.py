@@ -47,6 +47,7 @@ class DoRA(Variant):
     )  # checkpoints name the magnitude without ".weight"
     factors = ("a", "b")
 
+    alpha: float | None = None  # any number: files may have 0
     attached: bool = False
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:

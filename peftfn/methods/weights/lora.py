@@ -23,7 +23,7 @@ class LoRA(Ranked):
     Args:
         rank: inner dimension of the product; values above min(out, in) are allowed but have no effect on
             expressiveness.
-        alpha: numerator of the scale; None means rank, so s = 1.
+        alpha: numerator of the scale; None means rank, so s = 1. With 0, which files may have, it changes nothing.
         rslora: divide by √rank instead of rank.
         dropout: probability of dropping an input feature of A in train mode; embeddings have no features to drop.
         lora_bias: B has a bias β [out] too, which adds s·β to the output.
@@ -45,6 +45,7 @@ class LoRA(Ranked):
     padding = Padding(scaled=("b", "beta"))
     factors = ("a", "b")
 
+    alpha: float | None = None  # any number: files may have 0
     lora_bias: bool = False
     init_weights: Init = "default"
 

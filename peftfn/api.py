@@ -1,0 +1,119 @@
+"""Every public name of peftfn. `peftfn` itself imports this file when a name is first asked for."""
+
+from functools import partial
+
+from peftfn import routing
+from peftfn.core.combine import Chain, add, chain, scale
+from peftfn.core.method import Method, Weight, registry
+from peftfn.core.modulechain import ModuleChain
+from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.plan import Adapter
+from peftfn.core.rng import Rng
+from peftfn.formats import load, save
+from peftfn.formats.files import Loaded
+from peftfn.formats.memory import from_state_dict, state_dict
+from peftfn.formats.several import load_all, save_view
+from peftfn.many.alora import alora_gates
+from peftfn.many.bank import Bank, BankBusy, bank
+from peftfn.many.conform import conform
+from peftfn.many.nets import Nets
+from peftfn.many.routing import Routed
+from peftfn.many.stack import stack, unstack
+from peftfn.methods import *  # noqa: F403
+from peftfn.methods.parts.longlora import longlora
+from peftfn.model.model import places, sites
+from peftfn.model.place import Place
+from peftfn.model.site import Site
+from peftfn.net.distributed import distribute, gather
+from peftfn.net.net import Adapted, adapt
+from peftfn.slots.routes import PerForward
+from peftfn.tensors.tree import leaves
+from peftfn.tools import merging, optim, starts, steps
+from peftfn.tools.convert import to_lora
+from peftfn.tools.describe import Described, Description, describe
+from peftfn.tools.extract import extract
+from peftfn.tools.intruders import intruders, reduce_intruders
+from peftfn.tools.report import MergedSite, MergeReport, merge_report
+from peftfn.tools.summary import summary
+from peftfn.tools.targets import targets
+from peftfn.tools.verify import Verification, VerifiedSite, verify
+from peftfn.view.merged import merged, merged_model
+from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, status, trainable_
+from peftfn.view.reset import reset_
+from peftfn.view.saving import save_pretrained
+from peftfn.view.view import View
+
+View.saver = partial(save_pretrained, write=save_view)  # two rooms that do not know each other
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "Bank",
+    "BankBusy",
+    "Chain",
+    "Described",
+    "Description",
+    "Loaded",
+    "MergeReport",
+    "MergedSite",
+    "Method",
+    "ModuleChain",
+    "ModuleMethod",
+    "Nets",
+    "PerForward",
+    "Place",
+    "Prefix",
+    "Rng",
+    "Routed",
+    "Site",
+    "Tokens",
+    "Verification",
+    "VerifiedSite",
+    "Weight",
+    "adapt",
+    "adapter_of",
+    "add",
+    "alora_gates",
+    "as_module",
+    "bank",
+    "base_of",
+    "buffers_of",
+    "chain",
+    "conform",
+    "copy_",
+    "describe",
+    "distribute",
+    "extract",
+    "from_state_dict",
+    "gather",
+    "intruders",
+    "leaves",
+    "load",
+    "load_all",
+    "longlora",
+    "merge_report",
+    "merged",
+    "merged_model",
+    "merging",
+    "offload_",
+    "onload_",
+    "optim",
+    "places",
+    "reduce_intruders",
+    "reset_",
+    "routing",
+    "save",
+    "scale",
+    "sites",
+    "stack",
+    "starts",
+    "state_dict",
+    "status",
+    "steps",
+    "summary",
+    "targets",
+    "to_lora",
+    "trainable_",
+    "unstack",
+    "verify",
+    *sorted(registry.keys() - {"Chain", "ModuleChain"}),
+]

@@ -1,0 +1,401 @@
+"""PEFT's files of methods that change no weight, both ways: prompts, prefixes and LLaMA-Adapter.
+
+A prompt's file has what it comes to, the tokens or the keys and values, and not what they were made of (P-tuning's
+encoder): `load` returns a prepared adapter then, which runs, trains and saves as it is. A file of multitask prompts
+has several tasks: `load` returns a stack with an adapter for each, for `net.mixed(tasks, task_ids, …)`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfn.core.make import make
+from peftfn.core.method import Method
+from peftfn.core.modules import OfModule, Prefix, Tokens
+from peftfn.core.plan import Entry
+from peftfn.formats.files import Loaded, Options, mismatch
+from peftfn.formats.files import Tensors as File
+from peftfn.formats.peft_table import VERSION
+from peftfn.methods.inputs.cartridge import Cartridge
+from peftfn.methods.inputs.cpt import CPT
+from peftfn.methods.inputs.multitask import MultitaskPrompt
+from peftfn.methods.inputs.prefix import PrefixTuning, together
+from peftfn.methods.inputs.prompt import PromptTuning
+from peftfn.methods.inputs.ptuning import PTuning
+from peftfn.methods.modules.llama_adapter import LlamaAdapter
+from peftfn.methods.weights.full import Full
+from peftfn.model.model import Model
+from peftfn.model.place import is_causal
+from peftfn.net.net import Adapted
+
+PROMPT, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+HEAD = "base_model."
+"""In front of the names of what is saved whole."""
+_ALWAYS = (
+    "auto_mapping base_model_name_or_path inference_mode modules_to_save num_attention_heads num_layers "
+    "num_transformer_submodules num_virtual_tokens peft_type peft_version revision task_type token_dim "
+    "tokenizer_kwargs tokenizer_name_or_path"
+)
+
+
+class Kind(NamedTuple):
+    """One of PEFT's types: how a configuration is read and written, and which of its keys have no effect."""
+
+    cls: type[Method]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # configuration ↦ our fields, but for n
+    write: Callable[[Any], dict[str, Any]]  # method ↦ PEFT's keys
+    idle: str = ""
+
+
+def _mlp(c: Mapping[str, Any]) -> dict[str, Any]:
+    kind = c.get("encoder_reparameterization_type", "MLP")
+    found: dict[str, Any] = {"encoder": kind, "hidden": c.get("encoder_hidden_size")}
+    return found | ({"layers": c.get("encoder_num_layers", 2)} if kind == "LSTM" else {})
+
+
+_START = "prompt_tuning_init prompt_tuning_init_text"
+KINDS: dict[str, Kind] = {
+    "PROMPT_TUNING": Kind(PromptTuning, lambda c: {}, lambda m: {"prompt_tuning_init": "RANDOM"}, _START),
+    "P_TUNING": Kind(
+        PTuning,
+        _mlp,
+        lambda m: {
+            "encoder_reparameterization_type": m.encoder,
+            "encoder_hidden_size": m.hidden,
+            "encoder_num_layers": m.layers,
+            "encoder_dropout": 0.0,
+        },
+        "encoder_dropout encoder_num_layers",
+    ),
+    "MULTITASK_PROMPT_TUNING": Kind(
+        MultitaskPrompt,
+        lambda c: {"rank": c.get("num_ranks", 1)},
+        lambda m: {"num_ranks": m.rank, "prompt_tuning_init": "RANDOM"},
+        f"{_START} num_tasks prompt_tuning_init_task prompt_tuning_init_state_dict_path",
+    ),
+    "CPT": Kind(
+        CPT,
+        lambda c: {
+            "ids": tuple(c["cpt_token_ids"]),
+            "types": tuple(c["cpt_tokens_type_mask"]),
+            "epsilon": c.get("opt_projection_epsilon", 0.1),
+            "format_epsilon": c.get("opt_projection_format_epsilon", 0.1),
+        },
+        lambda m: {
+            "cpt_token_ids": list(m.ids),
+            "cpt_mask": [1] * len(m.ids),
+            "cpt_tokens_type_mask": list(m.types or [2] * len(m.ids)),
+            "opt_projection_epsilon": m.epsilon,
+            "opt_projection_format_epsilon": m.format_epsilon,
+        },
+        "opt_weighted_loss_type opt_loss_decay_factor cpt_mask",
+    ),
+    "PREFIX_TUNING": Kind(
+        PrefixTuning,
+        lambda c: {"hidden": c.get("encoder_hidden_size") if c.get("prefix_projection") else None},
+        lambda m: {"prefix_projection": m.hidden is not None, "encoder_hidden_size": m.hidden},
+        "encoder_hidden_size",
+    ),
+    "CARTRIDGE": Kind(
+        Cartridge, lambda c: {"still": c.get("num_frozen_tokens", 1)}, lambda m: {"num_frozen_tokens": m.still}
+    ),
+}
+ADAPTION = "ADAPTION_PROMPT"
+TYPES = frozenset({*KINDS, ADAPTION})
+
+
+def load(config: dict[str, Any], file: File, model: Model, where: Path, options: Options) -> Loaded:
+    """The adapter of one of `TYPES`. ValueError for what would not mean here what it means to PEFT."""
+    if config["peft_type"] == ADAPTION:
+        return _load_adaption(config, file, model, where, options.strict)
+    kind = KINDS[config["peft_type"]]
+    n = config.get("num_virtual_tokens")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{where}: num_virtual_tokens is {n!r}; it must be a positive integer")
+    if config["peft_type"] == "CPT" and 0 in (config.get("cpt_mask") or []):
+        raise ValueError(f"{where}: cpt_mask hides tokens of the context, which has no meaning here: leave them out")
+    try:
+        fields = kind.read(config)
+        site, causal = _site(kind.cls, model, where)
+        pooled = config.get("task_type") == "SEQ_CLS" and not causal and issubclass(kind.cls, Tokens)
+        fields |= {"pooled": "virtual"} if pooled else {}  # PEFT's heads see the virtual tokens
+        method = kind.cls(**fields, **({} if kind.cls is CPT else {"n": n}))
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{where}: {kind.cls.__name__} does not accept the values in the file: {e}") from e
+    _used(config, {*_ALWAYS.split(), *kind.idle.split(), *kind.write(method)}, where)
+    heads, stray = _heads(file, model, {PROMPT, COLS, ROWS} if kind.cls is MultitaskPrompt else {PROMPT})
+    missing = [k for k in ((PROMPT, COLS, ROWS) if kind.cls is MultitaskPrompt else (PROMPT,)) if k not in file.meta]
+    if missing or (options.strict and stray):
+        raise mismatch(file.where, missing, stray)
+    rules: dict[str, Method] = {f"^{site}$": method, **{_exactly(name): Full() for name in heads}}
+    try:
+        net = Adapted(model.root, make(model, rules, 0))
+    except ValueError as e:
+        raise ValueError(f"{where}: its method does not fit the model: {e}") from e
+    leaf = _leaf(kind, config, file, net.plan[site], n)
+    adapter: dict[str, Any] = {site: leaf} | _whole(file, model, heads)
+    if kind.cls is MultitaskPrompt and heads:
+        tasks = len(leaf["cols"])
+        adapter |= {h: {"diff": t["diff"].expand(tasks, *t["diff"].shape)} for h, t in adapter.items() if h != site}
+    return Loaded(net, adapter, unexpected=tuple(stray), extra=_extra(config))
+
+
+def _site(cls: type[Method], model: Model, where: Path) -> tuple[str, bool]:
+    """(the backbone that PEFT's inputs go to, whether it is causal)."""
+    two = getattr(getattr(model.root, "config", None), "is_encoder_decoder", False)
+    if two and issubclass(cls, MultitaskPrompt):
+        raise ValueError(
+            f"{where}: PEFT gives a multitask prompt to the encoder and another to the decoder, which one adapter "
+            "cannot express here: train pf.MultitaskPrompt at each"
+        )
+    decoder = issubclass(cls, Prefix)
+    found = [
+        name
+        for name in model.backbones
+        if not two or decoder == bool(getattr(getattr(model.modules[name], "config", None), "is_decoder", False))
+    ]
+    if len(found) != 1:
+        has = f"has {len(found)}: {found}" if found else "has none: no module takes inputs_embeds and attention_mask"
+        raise ValueError(f"{where}: a prompt goes to one backbone, and the model {has}")
+    return found[0], is_causal(model.modules[found[0]])
+
+
+def _leaf(kind: Kind, config: Mapping[str, Any], file: File, entry: Entry, n: int) -> dict[str, Tensor]:
+    """What the file has at the site, prepared."""
+    shape = file.meta[PROMPT].shape
+    width = entry.site.shape[0] if issubclass(kind.cls, Tokens) else None
+    two = config.get("num_transformer_submodules") == 2
+    if len(shape) != 2 or shape[0] != (2 * n if two and width else n) or (width and shape[1] != width):
+        want = [n, width or "layers·2·heads·size"]
+        raise ValueError(f"{file.where}: {PROMPT} has shape {list(shape)}, and the model needs {want}")
+    t = file.tensor(PROMPT)
+    if kind.cls is MultitaskPrompt:
+        cols, rows = file.tensor(COLS), file.tensor(ROWS)
+        for key, tensor, size in ((COLS, cols, entry.spec["cols"]), (ROWS, rows, entry.spec["rows"])):
+            if tensor.shape[1:] != size:
+                raise ValueError(
+                    f"{file.where}: {key} has shape {list(tensor.shape)}, and each task needs {list(size)}"
+                )
+        return {"shared": t.expand(len(cols), *t.shape).clone(), "cols": cols, "rows": rows}
+    if width:
+        return {"tokens": t[:n].clone()}  # PEFT uses the second half of an encoder–decoder's table for no prompt
+    layers, heads, head, _ = entry.frozen["sizes"].shape
+    if t.shape[1] != layers * 2 * heads * head:
+        raise ValueError(
+            f"{file.where}: {PROMPT} has {t.shape[1]} columns, and the backbone's cache takes {layers} layers · 2 · "
+            f"{heads} heads · {head}"
+        )
+    pairs = t.unflatten(-1, (layers, 2, heads, head))
+    if two:  # PEFT doubles the table and cuts it into four a layer, of which the decoder's attention uses the first two
+        pairs = pairs[:, [2 * layer % layers for layer in range(layers)]]
+    keys, values = pairs.permute(2, 1, 3, 0, 4)
+    return {"keys": keys.contiguous(), "values": values.contiguous()}
+
+
+def _heads(file: File, model: Model, own: set[str]) -> tuple[dict[str, str], list[str]]:
+    """({parameter: key} of what the file saves whole, keys that have no place in the model)."""
+    heads, stray = {}, []
+    for key in file.meta.keys() - own:
+        name = key.removeprefix(HEAD)
+        if key != name and name in model.named:
+            heads[model.named[name].name] = key
+        else:
+            stray.append(key)
+    return heads, sorted(stray)
+
+
+def _whole(file: File, model: Model, heads: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    out = {}
+    for name, key in heads.items():
+        w = model.weights[name]
+        file.check(key, w.shape)
+        out[name] = {"diff": file.tensor(key, w.device).float() - w.float()}
+    return out
+
+
+def _exactly(name: str) -> str:
+    return "^" + name.replace(".", r"\.") + "$"
+
+
+def _used(config: Mapping[str, Any], known: set[str], where: Path) -> None:
+    """ValueError for a key of the configuration that nothing here reads."""
+    for key, value in config.items():
+        if key not in known and value not in (None, False, "", [], {}):
+            raise ValueError(
+                f"{where}: {key} is {value!r}, which peftfn does not know for {config['peft_type']}: the outputs may "
+                "differ. If it is known to make no difference, delete it from the file"
+            )
+
+
+def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "tokenizer_name_or_path")
+    return {k: config[k] for k in names if config.get(k)}
+
+
+# LLaMA-Adapter.
+
+
+def _load_adaption(config: dict[str, Any], file: File, model: Model, where: Path, strict: bool) -> Loaded:
+    n = config.get("adapter_len")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{where}: adapter_len is {n!r}; it must be a positive integer")
+    _used(config, {*_ALWAYS.split(), "adapter_len", "adapter_layers", "target_modules", "bias"}, where)
+    found: dict[str, dict[str, str]] = {}
+    stray = []
+    for key in file.meta:
+        path, _, last = key.removeprefix(f"{HEAD}model.").rpartition(".")
+        if path in model.places and last in ("adaption_prompt", "adaption_gate"):
+            found.setdefault(path, {})[last.removeprefix("adaption_")] = key
+        else:
+            stray.append(key)
+    missing = [f"{HEAD}model.{p}.adaption_{k}" for p, ks in found.items() for k in ("prompt", "gate") if k not in ks]
+    if not found or missing or (stray and strict):
+        raise mismatch(file.where, missing or ["…adaption_prompt"], stray)
+    rules: dict[str, Method] = {f"^({'|'.join(map(_pattern, found))})$": LlamaAdapter(n=n)}
+    try:
+        net = Adapted(model.root, make(model, rules, 0))
+    except ValueError as e:
+        raise ValueError(f"{where}: its method does not fit the model: {e}") from e
+    adapter: dict[str, Any] = {}
+    for name, entry in net.plan.items():
+        prompt, gate = found[name]["prompt"], found[name]["gate"]
+        file.check(prompt, (1, *entry.spec["prompt"]))
+        file.check(gate, (1,))
+        adapter[name] = {"prompt": file.tensor(prompt)[0].clone(), "gate": file.tensor(gate)}
+    return Loaded(net, adapter, unexpected=tuple(stray), extra=_extra(config))
+
+
+def _pattern(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+# Writing.
+
+
+def is_mine(net: Adapted) -> bool:
+    """Whether the net has methods that are written here."""
+    return any(isinstance(e.method, OfModule) for e in net.plan.values())
+
+
+def document(
+    net: Adapted, adapter: Mapping[str, Any], task: str | None, tasks: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of a net with methods at modules or on inputs; ValueError where PEFT has no form."""
+    model = Model.of(net.model)
+    mine = {n: e for n, e in net.plan.items() if isinstance(e.method, OfModule)}
+    rest = {n: e for n, e in net.plan.items() if n not in mine}
+    other = next((n for n, e in rest.items() if not isinstance(e.method, Full)), None)
+    if other is not None:
+        raise ValueError(
+            f"{other}: PEFT has one type a file, and this net has {net.plan[other].method} beside "
+            f"{next(iter(mine.values())).method}: save it in the native format"
+        )
+    methods = {e.method for e in mine.values()}
+    method = next(iter(methods))
+    if tasks and (not isinstance(method, MultitaskPrompt) or rest):
+        raise ValueError("save: tasks=True is for multitask prompts alone; save the adapters of a stack one by one")
+    if len(methods) == 1 and isinstance(method, LlamaAdapter):
+        config, tensors = _adaption(net, mine, adapter)
+    elif len(mine) == 1 and any(isinstance(method, k.cls) for k in KINDS.values()):
+        ((site, entry),) = mine.items()
+        config, tensors = _prompt(net, site, entry, adapter, model)
+    else:
+        names = ", ".join(sorted({type(m).__name__ for m in methods}))
+        raise ValueError(
+            f"{next(iter(mine))}: PEFT has no form for {names} at {len(mine)} sites: save in the native format"
+        )
+    if rest:
+        config["modules_to_save"] = _roots(rest, model)
+        for name in rest:
+            w = model.weights[name]
+            tensors[f"{HEAD}{name}"] = (w.float() + adapter[name]["diff"].float()).to(w.dtype)
+    shared = {"inference_mode": True, "peft_version": VERSION, "task_type": task}
+    return {**shared, **config}, {k: t.detach().contiguous() for k, t in tensors.items()}
+
+
+def _roots(whole: Mapping[str, Any], model: Model) -> list[str]:
+    """The last names of the largest modules all of whose parameters are saved whole. ValueError where PEFT would save
+    others by these names too."""
+    roots = {}
+    for name in whole:
+        parts = name.split(".")[:-1]
+        above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        root = next((m for m in above if all(n in whole for n in model.sites if n.startswith(f"{m}."))), None)
+        if root is None:
+            raise ValueError(f"{name}: PEFT saves whole modules, and other parameters of its module are in no rule")
+        roots[root] = root.rpartition(".")[2]
+    for root, last in roots.items():
+        more = next((m for m in model.modules if f".{m}".endswith(f".{last}") and m not in roots), None)
+        if more is not None:
+            raise ValueError(f"{root}: PEFT saves modules by name, and {more} has the same: train it too")
+    return sorted(set(roots.values()))
+
+
+def _prompt(
+    net: Adapted, site: str, entry: Entry, adapter: Mapping[str, Any], model: Model
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    method: Any = entry.method
+    name, kind = next((n, k) for n, k in KINDS.items() if isinstance(method, k.cls))
+    config = {"peft_type": name, "num_transformer_submodules": 1, **kind.write(method)}
+    leaf = adapter[site]
+    if isinstance(method, MultitaskPrompt) and "cols" in leaf:
+        stacked = leaf["cols"].dim() == 3  # with tasks=True
+        shared, cols, rows = (leaf[k] if stacked else leaf[k][None] for k in ("shared", "cols", "rows"))
+        if not torch.equal(shared, shared[:1].expand_as(shared)):
+            raise ValueError(f"{site}: PEFT's tasks share one prompt, and these adapters have different ones")
+        sizes = {"num_virtual_tokens": method.n, "num_tasks": len(cols), "token_dim": shared.shape[-1]}
+        return {**config, **sizes, **_sizes(model, site)}, {PROMPT: shared[0], COLS: cols, ROWS: rows}
+    if getattr(model.root.config if hasattr(model.root, "config") else None, "is_encoder_decoder", False):
+        if isinstance(method, Prefix):
+            raise ValueError(
+                f"{site}: PEFT's prefix of an encoder–decoder repeats half of its table over the layers, which cannot "
+                "express this one: save it in the native format"
+            )
+        config["num_transformer_submodules"] = 2
+    ready: Any = net.prepare({n: adapter[n] for n in net.plan} | {b: adapter[b] for b in net.plan.banks})[site]
+    if isinstance(method, Tokens):
+        t = ready["tokens"]
+        t = torch.cat([t, t]) if config["num_transformer_submodules"] == 2 else t
+        n, more = ready["tokens"].shape[0], {"token_dim": t.shape[1], **_sizes(model, site)}
+    else:
+        t, n = together(ready["keys"], ready["values"]), ready["keys"].shape[2]
+        layers, heads, _, size = ready["keys"].shape
+        more = {"token_dim": heads * size, "num_layers": layers, "num_attention_heads": heads}
+    return {**config, "num_virtual_tokens": n, **more}, {PROMPT: t}
+
+
+def _sizes(model: Model, site: str) -> dict[str, Any]:
+    c: Any = getattr(model.modules[site], "config", None)
+    names = {
+        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+        "num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+    }
+    return {k: next((v for n in ns if (v := getattr(c, n, None)) is not None), None) for k, ns in names.items()}
+
+
+def _adaption(
+    net: Adapted, mine: Mapping[str, Entry], adapter: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT adapts the attention of the last layers."""
+    parent = {n.rpartition(".")[2] for n in mine}
+    if len(parent) != 1:
+        raise ValueError(
+            f"{next(iter(mine))}: PEFT's ADAPTION_PROMPT has modules of one name, and this net {sorted(parent)}"
+        )
+    (name,) = parent
+    every = [n for n in Model.of(net.model).places if n.rpartition(".")[2] == name]
+    if every[-len(mine) :] != list(mine):
+        raise ValueError(
+            f"{next(iter(mine))}: PEFT's ADAPTION_PROMPT adapts the last layers, and this net leaves out one of them: "
+            "save it in the native format"
+        )
+    method: Any = next(iter(mine.values())).method
+    tensors = {}
+    for site in mine:
+        tensors[f"{HEAD}model.{site}.adaption_prompt"] = adapter[site]["prompt"][None]
+        tensors[f"{HEAD}model.{site}.adaption_gate"] = adapter[site]["gate"]
+    config = {"peft_type": ADAPTION, "adapter_len": method.n, "adapter_layers": len(mine), "target_modules": name}
+    return config, tensors

@@ -1,0 +1,87 @@
+"""What an optimizer is as pure functions, and the tree of pairs (A, B) that rules for LoRA walk over."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfn.core.plan import Entry
+from peftfn.methods.parts.lowrank import Ranked
+from peftfn.net.net import Adapted
+
+Tree = dict[str, Any]
+
+
+class Step(NamedTuple):
+    """An optimizer, or a part of one, as two pure functions of trees.
+
+    init: adapter ↦ state. update: (gradients, state, adapter) ↦ (updates, state); `apply` adds the updates. Both run
+    under `vmap`, over adapters and over whatever number the rule was made with.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+        a, x = net.init(), torch.randn(3, 8)
+        step = pf.steps.adamw(1e-2)
+        state = step.init(a)
+        g = torch.func.grad(lambda a: net.apply(a, x).square().sum())(a)
+        updates, state = step.update(g, state, a)
+    """
+
+    init: Callable[[Mapping[str, Any]], Tree]
+    update: Callable[[Mapping[str, Any], Tree, Mapping[str, Any]], tuple[Tree, Tree]]
+
+
+def pairs(where: str, net: Adapted) -> dict[str, float]:
+    """site → s, of the sites whose leaf is a B [out, r] and an A [r, in] of a change s·B A. ValueError for none."""
+    found = {name: entry.method.scale for name, entry in net.plan.items() if _is_pair(entry)}  # type: ignore[attr-defined]
+    if not found:
+        raise ValueError(f"{where}: the net has no LoRA, so there is no A and B to treat as a pair")
+    return found
+
+
+def _is_pair(entry: Entry) -> bool:
+    return isinstance(entry.method, Ranked) and {"a", "b"} <= entry.spec.keys()
+
+
+def each(tree: Mapping[str, Any], f: Callable[..., Any], *others: Mapping[str, Any]) -> Tree:
+    """f of the tensors at each place of trees of one structure."""
+    return {
+        k: each(t, f, *(o[k] for o in others)) if isinstance(t, Mapping) else f(t, *(o[k] for o in others))
+        for k, t in tree.items()
+    }
+
+
+def wide(*ts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in fp32 or wider."""
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """(G + damping·I)⁺ of a symmetric [..., r, r]."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.pinv(gram + damping * eye, hermitian=True)
+
+
+class Eigen(NamedTuple):
+    """The eigenvalues and vectors of a symmetric matrix that has no negative ones."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def of(gram: Tensor) -> "Eigen":
+        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        return Eigen(values.clamp(min=0), vectors)
+
+    def power(self, p: float) -> Tensor:
+        """The matrix to a negative power, with 0 for eigenvalues that are 0 up to rounding."""
+        eps = torch.finfo(self.values.dtype).eps * self.values.shape[-1]
+        some = self.values > eps * self.values[..., -1:]
+        powers = torch.where(some, torch.where(some, self.values, 1.0) ** p, 0.0)
+        return (self.vectors * powers[..., None, :]) @ self.vectors.mT
+
+
+def sign(x: Tensor) -> Tensor:
+    """U Vᵀ of x = U S Vᵀ, a matrix of at most as many columns as rows; 0 where S is 0."""
+    return x @ Eigen.of(x.mT @ x).power(-0.5)
