@@ -18,10 +18,10 @@ from peftfn.methods.modules.fusion import AdapterFusion as AdapterFusion
 from peftfn.methods.modules.layerdrop import LayerDrop as LayerDrop
 from peftfn.methods.modules.layergate import LayerGate as LayerGate
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
+from peftfn.methods.modules.llama_pro import LlamaPro as LlamaPro
 from peftfn.methods.modules.lobireft import LobiReFT as LobiReFT
 from peftfn.methods.modules.loreft import LoReFT as LoReFT
 from peftfn.methods.modules.neftune import NEFTune as NEFTune
-from peftfn.methods.modules.newblock import NewBlock as NewBlock
 from peftfn.methods.modules.noreft import NoReFT as NoReFT
 from peftfn.methods.modules.restuning import ResTuning as ResTuning
 from peftfn.methods.modules.scetuning import SCETuning as SCETuning

@@ -445,37 +445,3 @@ def test_llama_adapter_at_gpt2_is_peft_s() -> None:
     assert torch.equal(net.apply(a, IDS, method="generate", **options), want)
     adapters = [random(net, i, scale=0.5) for i in range(3)]
     close(net.mixed(pf.stack(adapters), INDEX, IDS).logits[2:3], net.apply(adapters[0], IDS[2:3]).logits)
-
-
-def test_new_blocks_are_the_layers_of_a_deeper_model() -> None:
-    model, big = llama(), llama(4)
-    net = pf.adapt(model, {r"layers\.\d": pf.NewBlock()})
-    close(net.apply(net.init(), IDS).logits, model(IDS).logits)
-    adapters = [random(net, i, scale=0.2) for i in range(3)]
-    a, layers = adapters[0], big.model.layers
-    for i, layer in enumerate(model.model.layers):
-        layers[2 * i].load_state_dict(layer.state_dict())
-        new = a[f"model.layers.{i}"].items()
-        layers[2 * i + 1].load_state_dict({k.replace("__", "."): t for k, t in new})
-    for name in ("model.embed_tokens", "model.norm", "lm_head"):
-        big.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
-    padded = MASK.bool()
-    close(net.apply(a, IDS, attention_mask=MASK).logits[padded], big(IDS, attention_mask=MASK).logits[padded])
-    for beams in (1, 2):
-        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": MASK, "num_beams": beams}
-        want = big.generate(IDS, **options)
-        assert not torch.equal(model.generate(IDS, **options), want)
-        assert torch.equal(net.apply(a, IDS, method="generate", **options), want)
-        assert torch.equal(net.apply(a, IDS, method="generate", use_cache=False, **options), want)
-        view: Any = pf.as_module(net, a)
-        assert torch.equal(view.generate(IDS, **options), want)
-    stack = pf.stack(adapters)
-    close(net.mixed(stack, INDEX, IDS).logits[2:3], net.apply(a, IDS[2:3]).logits)
-    with pytest.raises(
-        ValueError, match=r"model.layers.0: .*several adapters of one batch share none. Give use_cache=Fa"
-    ):
-        net.mixed(stack, INDEX, IDS, method="generate", **options)
-    got = net.mixed(stack, INDEX, IDS, method="generate", use_cache=False, **options)[2]
-    assert got[: want.shape[1]].tolist() == want[2, : len(got)].tolist()
-    with pytest.raises(ValueError, match=r"none of the parameters of this Linear ends in o_proj.weight"):
-        pf.adapt(nn.Sequential(nn.Linear(8, 8)), {"0": pf.NewBlock()})
