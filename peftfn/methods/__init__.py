@@ -5,6 +5,7 @@
 
 from peftfn.methods.inputs.cartridge import Cartridge as Cartridge
 from peftfn.methods.inputs.cpt import CPT as CPT
+from peftfn.methods.inputs.deep import DeepPrompt as DeepPrompt
 from peftfn.methods.inputs.multitask import MultitaskPrompt as MultitaskPrompt
 from peftfn.methods.inputs.prefix import PrefixTuning as PrefixTuning
 from peftfn.methods.inputs.prompt import PromptTuning as PromptTuning
