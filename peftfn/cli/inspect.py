@@ -9,7 +9,7 @@ from typing import Any
 from peftfn.cli.base import load_base
 from peftfn.cli.convert import bound
 from peftfn.core.method import Method
-from peftfn.formats import FORMATS, hub, kohya, native, peft, peft_keys, swift
+from peftfn.formats import FORMATS, hub, kohya, mlx, native, peft, peft_keys, swift
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors, opened, read_json
 from peftfn.formats.kohya_keys import ENDS
@@ -70,6 +70,9 @@ def _facts(path: Path) -> dict[str, Any]:
         case "swift":
             with swift.as_peft(swift.only(path)) as (config, file):
                 return {"format": "swift", **_peft(config, file), **_size(file)}
+        case "mlx":
+            with opened(path / mlx.TENSORS) as file:
+                return {"format": "mlx", **_mlx(read_json(path / mlx.CONFIG), file), **_size(file)}
         case "kohya":
             with opened(path / kohya.FILE if path.is_dir() else path) as file:
                 return {"format": "kohya", **_kohya(file), **_size(file)}
@@ -123,6 +126,14 @@ def _peft(config: Mapping[str, Any], file: Tensors) -> dict[str, Any]:
     )
     extra = {k: config[k] for k in (INVOCATION, REPLICATION) if config.get(k)}
     return {"methods": {name: len(layers)}, "ranks": count, "layers": list(layers), "whole": whole, "extra": extra}
+
+
+def _mlx(config: Any, file: Tensors) -> dict[str, Any]:
+    kind = str(config.get("fine_tune_type", "lora")) if isinstance(config, dict) else "lora"
+    layers = [k.removesuffix(".lora_a") for k in file.meta if k.endswith(".lora_a")]
+    ranks = Counter(file.meta[f"{name}.lora_a"].shape[-1:].numel() for name in layers)
+    whole = [k for k in file.meta if k.rpartition(".")[2] not in ("lora_a", "lora_b", "m")]
+    return {"methods": {kind: len(layers)}, "ranks": dict(sorted(ranks.items())), "layers": layers, "whole": whole}
 
 
 def _kohya(file: Tensors) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import peftfn as pf
+from peftfn.cli.inspect import inspect
 
 IDS = torch.arange(6)[None]
 PARAMETERS = {"rank": 4, "scale": 20.0, "dropout": 0.0}
@@ -149,6 +150,12 @@ def test_what_it_has_no_form_for_writes_nothing(rules: dict[str, pf.Method], mes
     with pytest.raises(ValueError, match=message):
         pf.save(tmp_path / "a", net, net.init(), format="mlx")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_is_said_of_it_without_a_model(tmp_path: Path) -> None:
+    facts = inspect(folder(tmp_path / "a", factors(Q, 16, 16)))[""]
+    assert (facts["format"], facts["methods"], facts["ranks"], facts["layers"]) == ("mlx", {"lora": 1}, {4: 1}, [Q])
+    assert pf.load(tmp_path / "a", llama()).net.plan.keys() == {f"{Q}.weight"}
 
 
 def test_an_embedding_that_is_the_head_too(tmp_path: Path) -> None:
