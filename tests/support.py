@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 import peftfn as pf
+import peftfn.methods  # registers them
 from peftfn.core.method import Method, registry
 
 ROOT = Path(__file__).parents[1]

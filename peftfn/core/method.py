@@ -145,6 +145,9 @@ class Method:
 
     # Algebra.
 
+    mergeable: ClassVar[bool] = False
+    """Whether an adapter of the method can be folded into the model's weights."""
+
     @property
     def combines(self) -> bool:
         """Whether adapters of the method can be scaled and added."""

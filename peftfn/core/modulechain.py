@@ -66,6 +66,14 @@ class ModuleChain(ModuleMethod):
         return any(m.sees_mask for m in self.methods)
 
     @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return all(m.causal for m in self.methods)
+
+    @property
+    def features_last(self) -> bool:  # type: ignore[override]
+        return all(m.features_last for m in self.methods)
+
+    @property
     def watched(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for m in self.methods for name in m.watched))
 

@@ -92,6 +92,8 @@ class ModuleMethod(OfModule, family=True):
 
     causal: ClassVar[bool] = True
     """Whether what the method makes of a token depends on no later one, as a causal model asks for."""
+    features_last: ClassVar[bool] = True
+    """Whether hidden states are [..., tokens, d]; where they may be images instead, `adapt` does not try the method."""
     sees_mask: ClassVar[bool] = False
     """Whether `seen` begins with the attention mask that the backbone around the module runs with: bool [rows, past +
     tokens], virtual tokens among them; all True if there is no mask."""

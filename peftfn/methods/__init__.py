@@ -5,6 +5,7 @@
 
 from peftfn.methods.inputs.cartridge import Cartridge as Cartridge
 from peftfn.methods.inputs.cpt import CPT as CPT
+from peftfn.methods.inputs.deep import DeepPrompt as DeepPrompt
 from peftfn.methods.inputs.multitask import MultitaskPrompt as MultitaskPrompt
 from peftfn.methods.inputs.prefix import PrefixTuning as PrefixTuning
 from peftfn.methods.inputs.prompt import PromptTuning as PromptTuning
@@ -18,6 +19,7 @@ from peftfn.methods.modules.fusion import AdapterFusion as AdapterFusion
 from peftfn.methods.modules.layerdrop import LayerDrop as LayerDrop
 from peftfn.methods.modules.layergate import LayerGate as LayerGate
 from peftfn.methods.modules.llama_adapter import LlamaAdapter as LlamaAdapter
+from peftfn.methods.modules.llama_pro import LlamaPro as LlamaPro
 from peftfn.methods.modules.lobireft import LobiReFT as LobiReFT
 from peftfn.methods.modules.loreft import LoReFT as LoReFT
 from peftfn.methods.modules.neftune import NEFTune as NEFTune

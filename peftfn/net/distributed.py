@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftfn.core import functions
+from peftfn.model.model import weights_of
 from peftfn.tensors.sharded import is_sharded, on_mesh, placed, whole
 from peftfn.tensors.tree import mapped
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
     """Place an adapter of plain tensors for a model whose weights are sharded (DTensors).
 
-    Leaves are sharded as their weight is; leaves of weights that are not DTensors stay as they are. `net.init` and
+    Leaves are sharded as their weight is; those of weights that are not DTensors, and of modules, whose hidden states
+    are plain tensors, stay as they are. `net.init` and
     `load` return such adapters by themselves. Nothing is sent: each rank takes its part.
 
     Args:
@@ -37,7 +40,7 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
         a = pf.distribute(net, net.init())  # of a model that is not sharded: the same tensors
     """
     net.plan.check(adapter)
-    weights = net.weights
+    weights = functions.checked(net.plan, weights_of(net.model, net.plan.places))
     out: dict[str, Any] = {}
     for name, tree in adapter.items():
         entry = net.plan.entries.get(name)

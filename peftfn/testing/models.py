@@ -69,6 +69,18 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(-3, -2).flatten(-2)), None
 
 
+class Block(nn.Module):
+    """A block as Llama has it: called with positions, with residual connections around `Attention` and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.down_proj = Attention(), nn.Linear(IN, IN)
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None) -> Tensor:
+        x = hidden_states + self.self_attn(hidden_states, position_embeddings=position_embeddings)[0]
+        return x + self.down_proj(x).tanh()
+
+
 def positional(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer of one tensor."""
     out: Tensor = layer(x)
@@ -79,6 +91,13 @@ def attended(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer like `Attention`."""
     angles = torch.linspace(0, 1, x.shape[-2] * 4, dtype=x.dtype).view(1, x.shape[-2], 4)
     out: Tensor = layer(hidden_states=x, position_embeddings=(angles.cos(), angles.sin()))[0]
+    return out
+
+
+def placed(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer like `Block`."""
+    angles = torch.linspace(0, 1, x.shape[-2] * 4, dtype=x.dtype).view(1, x.shape[-2], 4)
+    out: Tensor = layer(x, position_embeddings=(angles.cos(), angles.sin()))
     return out
 
 
@@ -227,6 +246,7 @@ INPUTS = {"backbone": Model("tokens", _llama, _ids, call=embedded, wide=False)}
 AROUND = {
     "module": Model("module", lambda: nn.Linear(IN, OUT), _features),
     "module, attention": Model("module", Attention, _features, call=attended),
+    "module, block": Model("module", Block, _features, call=placed),
     "module, in a backbone": Model("module", lambda: nn.Linear(IN, OUT), _ids, root=_Backbone),
     "module, of ids": Model("module", lambda: nn.Embedding(IN, OUT), _ids),
 }

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import peftfn as pf
-from peftfn.core.method import Weight, registry
+from peftfn.core.method import Method, Weight, registry
+from peftfn.core.modules import ModuleMethod
 from peftfn.testing.case import Case
 from peftfn.testing.laws import routes
-from peftfn.testing.models import MODELS, OUT
+from peftfn.testing.models import AROUND, MODELS, OUT
 from peftfn.testing.routes import ROUTES
 
 INTRO = """# Methods
@@ -32,6 +33,14 @@ in memory. `VeRA`, `VBLoRA`, `UniLoRA` and `TinyLoRA` share most of what they us
 `OFT`, `BOFT` and `HRA` rotate, which keeps the weight's spectrum. `Full` trains norms, biases and heads whole. `chain`
 puts several methods at one site.
 """
+MODULES = """\
+## Methods around a module
+
+Their sites are modules, and a rule's pattern is matched against the end of a module's name: "mlp" finds
+`layers.0.mlp`. They merge into no weight. `LISA` needs no method of its own: give the layers `Full` rules, and let a
+training loop that uses `as_module` switch the `requires_grad` of their parameters every few steps.
+"""
+"""What comes before the tables of methods around a module."""
 REASONS = """\
 The aim was none slower, and a median of 0.7. For most methods the base's own products are most of the time (the second
 figure is near 1), so 0.7 of PEFT's time would be less than the base's. What is above 1, and why, by counting
@@ -61,7 +70,14 @@ def methods() -> list[type[Weight]]:
     ]
 
 
-def meaning(cls: type[Weight]) -> tuple[str, str]:
+def around() -> list[type[ModuleMethod]]:
+    """The library's methods around a module, by name."""
+    return [
+        c for _, c in sorted(registry.items()) if issubclass(c, ModuleMethod) and c.__module__.startswith("peftfn.m")
+    ]
+
+
+def meaning(cls: type[Method]) -> tuple[str, str]:
     """(formula, paper) from the docstrings: the first line of the class, and its first arXiv number."""
     doc = inspect.getdoc(cls) or ""
     formula = doc.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -82,7 +98,7 @@ def size(cls: type[Weight]) -> str:
     return f"{own:,}" + (f" + {bank:,} shared" if bank else "")
 
 
-def use(cls: type[Weight]) -> tuple[str, str]:
+def use(cls: type[Method]) -> tuple[str, str]:
     """(trainable parameters per site, when to use the method) from the docstring."""
     doc = " ".join((inspect.getdoc(cls) or "").split())
     found = re.search(r"Trainable parameters per site: (.+?)\. Use it (.+?)\.(?: |$)", doc)
@@ -157,6 +173,21 @@ def cell(method: Weight, model: str) -> str:
     return out + ("l" if same else "")
 
 
+def letters(cls: type[ModuleMethod], model: str) -> str:
+    """As `cell`, around a module: with the first test case that the module's kind does not refuse."""
+    for case in (Case(cls(**fields), model) for fields in cls.cases):
+        try:
+            case.net.apply(case.adapter(), case.x)
+        except ValueError:
+            continue
+        if not case.net.plan[case.site].spec:
+            return "a"  # nothing to train, and so nothing to mix
+        ways = [w for w in ("apply", "mixed", "gated by row") if ROUTES[w].where(case)]
+        routes(case, ways)
+        return "".join(w[0].replace("m", "x") for w in ways) + "s" * case.method.combines
+    return "·"
+
+
 def page() -> str:
     rows = ["## What they mean", "", "| method | meaning | paper |", "|---|---|---|"]
     rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in methods()]
@@ -170,6 +201,14 @@ def page() -> str:
     for cls in methods():
         method = cls(**cls.cases[0])
         rows += [f"| `{cls.__name__}` | {' | '.join(cell(method, name) for name in MODELS)} |"]
+    rows += ["", *MODULES.splitlines(), "", "| method | meaning | paper |", "|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in around()]
+    rows += ["", "| method | trainable parameters per site | use it |", "|---|---|---|"]
+    rows += [f"| `{c.__name__}` | {' | '.join(use(c))} |" for c in around()]
+    rows += ["", "a: applies. x: in a mixed batch. g: in a gated one. s: scales and adds. ·: refused with an error."]
+    rows += ["", f"| method | {' | '.join(AROUND)} |", "|---" * (len(AROUND) + 1) + "|"]
+    for c in around():
+        rows += [f"| `{c.__name__}` | {' | '.join(letters(c, name) for name in AROUND)} |"]
     return INTRO + "\n" + "\n".join(rows) + "\n"
 
 

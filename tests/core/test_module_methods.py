@@ -162,6 +162,14 @@ def test_nothing_of_it_merges_and_the_rest_does() -> None:
     close(pf.adapt(merged, {"2": pf.Bottleneck(2)}).apply({"2": a["2"]}, x), net.apply(a, x))
 
 
+def test_adapters_of_modules_stay_plain_tensors() -> None:
+    net = pf.adapt(nn.Sequential(nn.Linear(8, 6)), {"0": pf.Bottleneck(2), "weight": pf.LoRA(2)})
+    a = net.init()
+    placed = pf.distribute(net, a)
+    assert all(placed[n][k] is t for n, leaf in a.items() for k, t in leaf.items())
+    assert set(net.weights) == {"0.weight", "0.bias"}
+
+
 def test_algebra_where_it_has_a_meaning() -> None:
     model = on_meta(tf.LlamaForCausalLM, LLAMA).to_empty(device="cpu")
     net = pf.adapt(model, {"mlp": pf.Bottleneck(2), "self_attn": pf.LlamaAdapter(2)})

@@ -18,6 +18,7 @@ IDS = torch.randint(3, 24, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, :2] = MASK[3, :1] = 0
 INDEX = [2, -1, 0, 1]
+EAGER: dict[str, Any] = {"attn_implementation": "eager", "initializer_range": 0.2}
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -26,7 +27,7 @@ def llama(layers: int = 2) -> Any:
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = tf.LlamaConfig(**size, **ids, num_hidden_layers=layers, attn_implementation="eager")
+        config = tf.LlamaConfig(**size, **ids, num_hidden_layers=layers, **EAGER)
         return tf.LlamaForCausalLM(config).eval()
 
 
@@ -34,7 +35,7 @@ def bert() -> Any:
     size: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = tf.BertConfig(**size, num_hidden_layers=2, num_labels=3, attn_implementation="eager")
+        config = tf.BertConfig(**size, num_hidden_layers=2, **EAGER)
         return tf.BertForSequenceClassification(config).eval()
 
 
@@ -80,9 +81,7 @@ def test_the_rule_of_compacter_is_one_for_all_sites() -> None:
 
 
 def test_compacter_s_sizes() -> None:
-    with pytest.raises(
-        ValueError, match=r"0: .*Compacter.n is 4, which does not divide features of y=6: choose one of"
-    ):
+    with pytest.raises(ValueError, match=r"0 .*Compacter.n is 4, which does not divide features of y=6: choose one of"):
         pf.adapt(nn.Sequential(nn.Linear(8, 6)), {"0": pf.Compacter(rank=4, n=4, of="input")})
 
 
@@ -92,10 +91,10 @@ def test_adapter_plus_scales_each_channel_and_drops_rows() -> None:
     close(got, y + p["g"] * (F.gelu(y @ p["down"].mT + p["c"]) @ p["up"].mT + p["b"]))
     model = nn.Sequential(nn.Linear(8, 6)).train()
     net = pf.adapt(model, {"0": pf.AdapterPlus(rank=3, drop_path=0.5)})
-    a, x = random(net, scale=0.3), X[:1].expand(64, 5, 8)
+    a, x = random(net, scale=0.3), X[:1].repeat(64, 1, 1)
     torch.manual_seed(0)
     change = net.apply(a, x) - model(x)
-    kept = change.abs().amax((1, 2)) > 0
+    kept = change.abs().amax((1, 2)) > 1e-5
     assert 20 < kept.sum() < 44
     still = pf.adapt(copy.deepcopy(model).eval(), {"0": pf.AdapterPlus(rank=3, drop_path=0.5)})
     close(change[kept][0], 2 * (still.apply(a, x) - model(x))[0])
@@ -106,7 +105,7 @@ def test_loreft_sets_h_in_the_span_of_r_to_its_source(activation: Any) -> None:
     layer, p, got = one(pf.LoReFT(rank=2, activation=activation))
     r = orthonormal(p["r"])
     close(r @ r.mT, torch.eye(2))
-    close(torch.linalg.lstsq(r.mT, p["r"].mT).residuals, torch.zeros(2), 1e-4)  # the same span
+    close(p["r"] @ r.mT @ r, p["r"])  # the same span
     y, act = layer(X), torch.tanh if activation == "tanh" else nn.Identity()
     source = act(F.linear(y, p["w"], p["b"]))
     close(got, y + (source - y @ r.mT) @ r)
@@ -145,9 +144,9 @@ def test_side_networks() -> None:
 
 def test_a_side_network_of_convolutions() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 6))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 6))
     outer = nn.Sequential(model).eval()
-    net, x = pf.adapt(outer, {"^0$": pf.Side("fcn4")}), torch.randn(2, 3, 12, 12)
+    net, x = pf.adapt(outer, {"^0$": pf.Side("fcn4")}), torch.randn(2, 3, 16, 16)
     a = random(net, scale=0.1)
     p = a["0"]
     steps: list[nn.Module] = []
@@ -195,14 +194,14 @@ def test_layer_gates() -> None:
 
 def test_layers_are_dropped_in_train_mode_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 8)).train()
-    net, x = pf.adapt(model, {"0": pf.LayerDrop(0.25)}), X[:1].expand(200, 5, 8)
+    net, x = pf.adapt(model, {"0": pf.LayerDrop(0.25)}), X[:1].repeat(200, 1, 1)
     torch.manual_seed(0)
     y = net.apply(net.init(), x)
     dropped = (y == x).flatten(1).all(1)
     assert 30 <= dropped.sum() <= 70
     close(y[~dropped], model(x)[~dropped])
     net.model.eval()
-    assert torch.equal(net.apply(net.init(), x), model(x))
+    close(net.apply(net.init(), x), model(x))
 
 
 def test_noise_on_embeddings_in_train_mode_alone() -> None:
@@ -309,7 +308,8 @@ def test_interventions_on_a_prompt_in_generate() -> None:
     a = random(net, scale=0.8)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": MASK}
     got = net.apply(a, IDS, method="generate", **options)
-    out = net.apply(a, IDS, attention_mask=MASK, use_cache=True)
+    places = (MASK.cumsum(1) - 1).clamp(min=0)
+    out = net.apply(a, IDS, attention_mask=MASK, position_ids=places, use_cache=True)
     ids, mask, cache = IDS, MASK, out.past_key_values
     for _ in range(5):
         ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
@@ -366,10 +366,9 @@ ONES: list[dict[str, pf.Method]] = [
 
 
 def cases() -> list[Any]:
-    names = [", ".join(str(m) for m in rules.values()) for rules in [*LIVE, *ONES[:1]]]
-    out: list[Any] = [pytest.param(make, rules, id=f"{make.__name__}: {name}") for make in (llama, bert) for rules, name in
-           zip(LIVE, names, strict=False)]  # fmt: skip
-    return [*out, pytest.param(llama, ONES[0], id=f"llama: {names[-1]}")]
+    all_ = [(make, rules) for make in (llama, bert) for rules in LIVE] + [(llama, rules) for rules in ONES]
+    names = [f"{make.__name__}: {', '.join(str(m) for m in rules.values())}" for make, rules in all_]
+    return [pytest.param(*case, id=name) for case, name in zip(all_, names, strict=True)]
 
 
 @pytest.mark.parametrize(("make", "rules"), cases())
@@ -391,7 +390,7 @@ def test_rows_of_a_batch_and_generate(make: Any, rules: dict[str, pf.Method]) ->
 
     want = torch.cat([row(adapters[k] if k >= 0 else None, i) for i, k in enumerate(INDEX)])
     close(rows(stack), want, 1e-4)
-    assert not torch.allclose(want, torch.cat([row(None, i) for i in range(4)]), atol=1e-3)
+    assert not torch.allclose(want, torch.cat([row(None, i) for i in range(4)]), atol=1e-4)
     slopes = grad(lambda s: rows(s).square().sum())(stack)
     for i, k in enumerate(INDEX):
         if k >= 0:

@@ -29,6 +29,7 @@ def test_law_of_the_core(method: Method, law: str) -> None:
 
 
 def test_every_method_has_cases() -> None:
+    assert {pf.LoRA, pf.Bottleneck, pf.PromptTuning} <= {type(m) for m in OURS}, "the methods are not imported"
     assert {type(m).__name__ for m in OURS} >= {
         n for n, c in registry.items() if c.__module__.startswith("peftfn.methods")
     }

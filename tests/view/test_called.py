@@ -60,7 +60,7 @@ def test_a_language_model_generates_trains_and_saves_as_a_module(tmp_path: Any) 
     m.eval()
     close(m(IDS).logits, net.apply(pf.adapter_of(m), IDS).logits)
     m.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
+    saved = {k: t for k, t in load_file(tmp_path / "model.safetensors").items() if t.numel()}
     assert len(saved) == sum(len(leaf) for leaf in a.values())
     assert all("peftfn_call" in k or "parametrizations" in k for k in saved)
     assert same_state(before, state(net.model))

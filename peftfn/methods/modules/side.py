@@ -25,7 +25,7 @@ class Side(ModuleMethod):
 
     S is U gelu(D x + c) + b with the hidden size of y ("mlp"), or four 3×3 convolutions, each with a normalisation of
     two groups of channels and a relu, an average over the image, and a linear layer ("fcn4"): for modules that make
-    features [rows, d] of images [rows, 3, height, width] of 9×9 pixels at least. a starts at 0, so that a fresh adapter
+    features [rows, d] of images [rows, 3, height, width] of 15×15 pixels at least. a starts at 0: a fresh adapter
     is half of each, and not the identity.
 
     Zhang et al., "Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", 2019, arXiv:1912.13503;
@@ -52,6 +52,10 @@ class Side(ModuleMethod):
     @property
     def identity(self) -> bool:
         return False
+
+    @property
+    def features_last(self) -> bool:  # type: ignore[override]
+        return self.net == "mlp"
 
     def init(self, rng: Rng, m: Place) -> Leaf:
         d, a = self.dim or m.width, rng.zeros(1)

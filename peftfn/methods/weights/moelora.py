@@ -22,7 +22,7 @@ class MoELoRA(Weight):
     2024, arXiv:2404.19245, whose experts are all active.
 
     Trainable parameters per site: experts·(rank·(in + out) + in), or rank·in + experts·(rank·out + in) with shared_a.
-    The change depends on the input, so it cannot be merged. Use it for tasks that differ within one data set.
+    Use it for tasks that differ within one data set. The change depends on the input, so it cannot be merged.
 
     Args:
         rank: inner dimension of each expert.

@@ -20,9 +20,10 @@ class Poly(Factored):
     Ponti et al., "Combining Modular Skills in Multitask Learning", 2022, arXiv:2202.13914; splits: Caccia et al.,
     "Multi-Head Adapter Routing for Cross-Task Generalization", 2023, arXiv:2211.03831.
 
-    Trainable parameters per site: skills·rank·(in + out) + splits·skills. **A task is an adapter**, with z of its own:
-    tasks that share their skills are a `pf.stack` in which A_s and B_s are one tensor expanded, so that its gradient
-    sums over the tasks; a batch of several tasks is `net.mixed(tasks, task_ids, …)`.
+    Trainable parameters per site: skills·rank·(in + out) + splits·skills. Use it for many tasks that share skills.
+    **A task is an adapter**, with z of its own: tasks that share their skills are a `pf.stack` in which A_s and B_s are
+    one tensor expanded, so that its gradient sums over the tasks; a batch of several tasks is
+    `net.mixed(tasks, task_ids, …)`.
 
     Args:
         rank: inner dimension; s = 1/rank.

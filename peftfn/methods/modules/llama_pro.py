@@ -1,0 +1,126 @@
+"""LLaMA-Pro: a new block behind a block, which begins as a copy of it that changes nothing."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from peftfn.core.method import Cases, Leaf
+from peftfn.core.modules import ModuleMethod
+from peftfn.core.rng import Rng
+from peftfn.model.place import Place
+from peftfn.tensors.states import states_in, states_out
+
+DOT = "__"
+"""Stands for the dot of a parameter's name in a leaf."""
+
+
+@dataclass(frozen=True)
+class LlamaPro(ModuleMethod):
+    """block(block(x; W); P): a new block behind a block W [all its parameters], trained in full; it begins as a copy
+    whose last projections are 0, so that its residual connections are all that is left of it.
+
+    Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion", 2024, arXiv:2401.02415.
+
+    Trainable parameters per site: all of the block. Use it to add knowledge to a model without forgetting, at some of
+    its blocks: the last of each group of layers.
+
+    In a call with a cache, the new block's keys and values are in a layer of their own at the end of the cache, which
+    must be one that grows (transformers' `DynamicCache`). They are those of one adapter for all rows: a mixed batch
+    has to generate with use_cache=False.
+
+    Args:
+        zeroed: names of the parts whose weights and biases start at 0: the last of each residual branch. GPT-2's are
+            "c_proj" alone.
+
+    Example:
+        import transformers as tf
+        size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=9, **size)).eval()
+        net = pf.adapt(model, {"layers.1": pf.LlamaPro()})
+        y = net.apply(net.init(seed=0), torch.tensor([[1, 2, 3]])).logits
+    """
+
+    cases: ClassVar[Cases] = ({},)
+
+    zeroed: tuple[str, ...] = ("o_proj", "down_proj")
+
+    def init(self, rng: Rng, m: Place) -> Leaf:
+        own = dict(m.module.named_parameters())
+        lacking = [part for part in self.zeroed if not any(part in name.split(".") for name in own)]
+        if lacking or not self.zeroed:
+            parts = sorted({name.split(".")[-2] for name in own if "." in name})
+            raise ValueError(
+                f"a {type(m.module).__name__} has no {', '.join(lacking) or 'parts to begin at 0'}: name a block of "
+                f"the model, and in zeroed the last part of each of its residual branches; its parts are "
+                f"{', '.join(parts) or 'none'}"
+            )
+        odd = next((name for name, t in own.items() if not t.is_floating_point()), None)
+        if odd is not None:
+            raise ValueError(f"its {odd} is {own[odd].dtype}, and a new block is a copy in floating point")
+
+        def fresh(name: str, t: Tensor) -> Tensor:
+            if rng.meta or set(self.zeroed) & set(name.split(".")):
+                return rng.zeros(*t.shape)
+            return t.detach().to(rng.device, rng.dtype, copy=True)
+
+        return {name.replace(".", DOT): fresh(name, t) for name, t in own.items()}
+
+    def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        y, put = states_out(out)
+        args, kwargs = states_in(args, kwargs)[1](y)
+        if "past_key_values" in m.arguments:
+            kwargs = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
+            args = ()
+            if kwargs.get("past_key_values") is not None:
+                kwargs["past_key_values"] = _own_layer(m, kwargs["past_key_values"], y)
+        new = m.again({k.replace(DOT, "."): t.to(y.dtype) for k, t in p.items()}, args, kwargs)
+        return put(states_out(new)[0])
+
+
+class _Layer:
+    """What a block takes for the cache: one layer of it, whatever index the block has."""
+
+    def __init__(self, cache: Any, layer: Any):
+        self._cache, self._layer = cache, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self._layer.update(keys, values, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self._layer.get_seq_length())
+
+
+def _own_layer(m: Place, cache: Any, y: Tensor) -> _Layer | None:
+    """The new block's own layer of the cache, which it gets where the tokens y are the first; None where the cache
+    cannot hold it and nothing is lost yet, since y are the first."""
+    index = {part.layer_idx for part in m.module.modules() if hasattr(part, "layer_idx")}
+    layers = getattr(cache, "layers", None)
+    if layers is None or len(index) != 1 or getattr(cache, "is_compileable", True):
+        raise ValueError(
+            f"{m.label}: a new block needs a layer of its own in the cache, and a {type(cache).__name__} has no room "
+            "for one: give a DynamicCache, or use_cache=False"
+        )
+    block: Any = layers[index.pop()]  # its tokens are in it already
+    before = block.get_seq_length() - y.shape[-2]
+    layer = next((other for other in layers if getattr(other, "peftfn_block", None) == m.name), None)
+    same_rows = block.keys.shape[0] == y.shape[0]
+    if same_rows and before == (0 if layer is None else layer.get_seq_length()):
+        if layer is None:
+            sizes = {"sliding_window": block.sliding_window} if hasattr(block, "sliding_window") else {}
+            layer = type(block)(**sizes)
+            layer.peftfn_block = m.name
+            layers.append(layer)
+        return _Layer(cache, layer)
+    if before:
+        raise ValueError(
+            f"{m.label}: the cache has {before} earlier tokens that the new block has not seen"
+            + ("" if same_rows else ", each adapter of a mixed batch seeing its own rows alone")
+            + ": begin with an empty cache and one adapter, or give use_cache=False"
+        )
+    if layer is not None:
+        layer.reset()  # of another adapter of the batch
+    return None
