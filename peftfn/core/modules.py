@@ -10,7 +10,7 @@ from peftfn.core.method import Leaf, Method
 from peftfn.core.rng import Rng
 from peftfn.model.model import Model
 from peftfn.model.names import ends, near
-from peftfn.model.place import MODULE, TOKENS, Place
+from peftfn.model.place import MODULE, TOKENS, Place, is_causal, is_encoder_of_two
 
 MASK = "mask"
 OUTPUT = "output"
@@ -163,10 +163,9 @@ class Tokens(OfModule, family=True):
         return p["tokens"]
 
     def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
-        if not getattr(m.config, "is_encoder_decoder", False) or getattr(m.config, "is_decoder", False):
+        if not is_encoder_of_two(m.module, m.config):
             return ()
-        others = [n for n in model.backbones if getattr(getattr(model.modules[n], "config", None), "is_decoder", False)]
-        return tuple(Companion(n, CROSSED) for n in others)
+        return tuple(Companion(n, CROSSED) for n in model.backbones if is_causal(model.modules[n]))
 
     def prepare(self, p: Leaf, m: Place) -> Leaf:
         return {"tokens": self.tokens(p, m)}

@@ -152,11 +152,7 @@ def _site(cls: type[Method], model: Model, where: Path) -> tuple[str, bool]:
             "cannot express here: train pf.MultitaskPrompt at each"
         )
     decoder = issubclass(cls, Prefix)
-    found = [
-        name
-        for name in model.backbones
-        if not two or decoder == bool(getattr(getattr(model.modules[name], "config", None), "is_decoder", False))
-    ]
+    found = [name for name in model.backbones if not two or decoder == is_causal(model.modules[name])]
     if len(found) != 1:
         has = f"has {len(found)}: {found}" if found else "has none: no module takes inputs_embeds and attention_mask"
         raise ValueError(f"{where}: a prompt goes to one backbone, and the model {has}")

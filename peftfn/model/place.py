@@ -228,6 +228,14 @@ def is_causal(module: nn.Module) -> bool:
     return bool(decoder) or any(getattr(m, "is_causal", False) is True for m in module.modules())
 
 
+def is_encoder_of_two(module: nn.Module, config: Any) -> bool:
+    """Whether a backbone is one that a decoder attends to. config: its own, or the nearest.
+
+    A decoder is told by its attention: in some models (BART's) both have one configuration, which is no decoder's.
+    """
+    return bool(getattr(config, "is_encoder_decoder", False)) and not is_causal(module)
+
+
 def widths(module: nn.Module, config: Any = None) -> tuple[int, int]:
     """The sizes of the hidden states that go into a module and come out of it, as far as its weights tell; 0: unknown.
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.model.place import Place, is_causal
+from peftfn.model.place import Place, is_causal, is_encoder_of_two
 from peftfn.slots.gates import Gates
-from peftfn.slots.virtual import Virtual, counted, gathered, is_encoder_of_two, moved, named, past
+from peftfn.slots.virtual import Virtual, counted, gathered, moved, named, past
 
 
 def run(
@@ -31,24 +31,42 @@ def run(
         embedded = virtual.joined(values["tokens"].to(embedded.dtype), embedded)
     counted(given, m, virtual, rows, tokens, before, first)
     out = forward(inputs_embeds=embedded, **given)
-    if not first or is_encoder_of_two(m) or (gates is None and getattr(parts[0].method, "keep", False)):
+    if (
+        not first
+        or is_encoder_of_two(m.module, m.config)
+        or (gates is None and getattr(parts[0].method, "keep", False))
+    ):
         return out
-    pooled = any(getattr(part.method, "pooled", "") == "virtual" for part in parts)
-    return _cut(out, virtual, tokens, pooled and not causal)
+    return _cut(out, virtual, rows, tokens, None if causal else _pooled(parts, gates, rows))
 
 
-def _cut(out: Any, virtual: Virtual, tokens: int, pooled: bool) -> Any:
-    """Hidden states [rows, size + tokens, …] without those of virtual tokens, anywhere in an output."""
+def _pooled(parts: Sequence[Any], gates: Gates | None, rows: int) -> Tensor | None:
+    """bool [rows or 1]: which rows have the first virtual token's state at position 0; None if none has."""
+    wanted = [part for part in parts if getattr(part.method, "pooled", "") == "virtual"]
+    if not wanted or gates is None:
+        return torch.ones(1, dtype=torch.bool) if wanted else None
+    index: Tensor = gates.at(rows).index  # type: ignore[union-attr]  # `gathered` has seen that it is one
+    return torch.stack([(index >= part.start) & (index < part.start + part.size) for part in wanted]).any(0)
+
+
+def _cut(out: Any, virtual: Virtual, rows: int, tokens: int, pooled: Tensor | None) -> Any:
+    """An output without the states of virtual tokens: any [rows, size + tokens, …] in it, and what experts' routers
+    return, [rows·(size + tokens), experts]."""
+    every = virtual.size + tokens
     keep = None
     if virtual.counts is not None and not virtual.causal:
         keep = virtual.counts[:, None] + torch.arange(tokens, device=virtual.counts.device)
 
     def cut(v: Any, first: bool = False) -> Any:
         if isinstance(v, Tensor):
-            if v.dim() != 3 or v.shape[1] != virtual.size + tokens:
+            if v.dim() == 2 and v.shape[0] == rows * every:
+                return cut(v.view(rows, every, -1)).flatten(0, 1)
+            if v.dim() != 3 or v.shape[1] != every:
                 return v
             own = v[:, virtual.size :] if keep is None else moved(v, keep.to(v.device))
-            return torch.cat([v[:, :1], own[:, 1:]], 1) if first and pooled else own
+            if not first or pooled is None:
+                return own
+            return torch.cat([torch.where(pooled.to(v.device)[:, None, None], v[:, :1], own[:, :1]), own[:, 1:]], 1)
         if isinstance(v, Mapping):  # transformers' ModelOutput
             return type(v)(**{k: cut(t, i == 0) for i, (k, t) in enumerate(v.items())})
         return type(v)(cut(t, i == 0) for i, t in enumerate(v)) if type(v) in (tuple, list) else v

@@ -74,13 +74,11 @@ def past(m: Place, cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def is_decoder(m: Place) -> bool:
-    return bool(getattr(m.config, "is_decoder", False))
-
-
-def is_encoder_of_two(m: Place) -> bool:
-    """Whether another backbone attends to what this one returns, virtual tokens too."""
-    return bool(getattr(m.config, "is_encoder_decoder", False)) and not is_decoder(m)
+def has_positions_by_cache(m: Place) -> bool:
+    """Whether a backbone embeds absolute positions that nobody can give: it counts on from the length of the cache."""
+    return "position_ids" not in m.arguments and any(
+        "PositionalEmbedding" in type(part).__name__ for part in m.module.modules()
+    )
 
 
 def gathered(
@@ -145,9 +143,17 @@ def counted(
         types = given["token_type_ids"].expand(rows, tokens)
         given["token_type_ids"] = virtual.joined(types.new_zeros(1, virtual.size), types)
     given.pop("cache_position", None)
+    holes = virtual.counts is not None and virtual.causal
+    counts = virtual.counts
+    if holes and counts is not None and has_positions_by_cache(m) and not bool(counts.eq(virtual.size).all()):
+        raise ValueError(
+            f"{m.label}: a {type(m.module).__name__} counts positions by its cache and takes no position_ids, so the "
+            "rows of a batch need the same number of virtual tokens here: call it once for each number (rows without "
+            "an adapter have none)"
+        )
     if "position_ids" not in m.arguments:
         return
-    positions, holes = given.get("position_ids"), virtual.counts is not None and virtual.causal
+    positions = given.get("position_ids")
     if positions is None and (not holes or getattr(m.config, "model_type", "") in BY_MASK):
         return  # the model counts by itself
     if positions is None:

@@ -1,5 +1,8 @@
 """The sizes of a backbone's cache of keys and values."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftfn.model.place import Place
+from peftfn.model.place import Place, is_encoder_of_two
 from peftfn.model.structure import lasting_copy
 
 _KNOWN: "WeakKeyDictionary[nn.Module, tuple[int, int, int]]" = WeakKeyDictionary()
@@ -24,14 +27,30 @@ def cache_sizes(m: Place) -> tuple[int, int, int]:
     return _KNOWN[m.module]
 
 
+_NONE = "a {} leaves no cache of keys and values, where a prefix goes: use PromptTuning"
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs the traceback of a kernel without a fake form, which is no error here."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _sizes(m: Place) -> tuple[int, int, int]:
+    if is_encoder_of_two(m.module, m.config):
+        raise ValueError(_NONE.format(type(m.module).__name__))
     own: Any = lasting_copy(m.module).eval()
     one = torch.ones(1, 1, dtype=torch.long, device=m.device)
     more: dict[str, Any] = {"attention_mask": one, **({"use_cache": True} if "use_cache" in m.arguments else {})}
     if getattr(m.config, "is_encoder_decoder", False):
         more["encoder_hidden_states"] = torch.zeros(1, 1, m.config.hidden_size, dtype=m.dtype, device=m.device)
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
             out = own(input_ids=one, **more)
     except RuntimeError:  # a kernel without a fake form
         c = m.config
@@ -41,7 +60,5 @@ def _sizes(m: Place) -> tuple[int, int, int]:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     if layers is None or keys is None or keys.dim() != 4:
-        raise ValueError(
-            f"a {type(m.module).__name__} leaves no cache of keys and values, where a prefix goes: use PromptTuning"
-        )
+        raise ValueError(_NONE.format(type(m.module).__name__))
     return len(layers), keys.shape[1], keys.shape[3]
