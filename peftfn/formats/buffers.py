@@ -17,6 +17,9 @@ def statistics(net: Adapted, given: Mapping[str, Tensor] | None) -> dict[str, Te
 
     Raises ValueError for a given one that the model does not have, or has in another shape.
     """
+    whole = {e.site.module for e in net.plan.values() if isinstance(e.method, Full)}
+    if not whole and not given:
+        return {}
     known: dict[str, Any] = {
         f"{path}.{k}" if path else k: t
         for path, m in net.model.named_modules()
@@ -27,7 +30,6 @@ def statistics(net: Adapted, given: Mapping[str, Tensor] | None) -> dict[str, Te
         if name not in known or known[name].shape != t.shape:
             have = f"is {list(known[name].shape)} there" if name in known else "is not there"
             raise ValueError(f"save: buffers has {name} {list(t.shape)}, which {have}; give buffers of the net's model")
-    whole = {e.site.module for e in net.plan.values() if isinstance(e.method, Full)}
     return {n: t for n, t in known.items() if n.rpartition(".")[0] in whole} | dict(given or {})
 
 

@@ -66,9 +66,9 @@ def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
     ours = {id(p) for leaf in leaves_of(view) for p in leaf.parameters()} | {id(p) for p in _banks(view).values()}
     named = dict(view.named_parameters(remove_duplicate=False))
     frozen = {k: p for k, p in named.items() if not p.requires_grad and id(p) not in ours}
-    for k, t in held.items():
-        if not any(head in frozen for head in accumulate(k.split("."), "{}.{}".format)):
-            yield k, t  # below a quantised parameter's name is what it was quantised by
+    kept = named.keys() - frozen.keys() | {k for k, _ in view.named_buffers(remove_duplicate=False)}
+    # what is neither is what a quantised layer writes beside its weight, or a module's own state
+    yield from ((k, t) for k, t in held.items() if k in kept or k.endswith("_extra_state"))
     plain = (k for k in frozen if ".parametrizations." not in f".{k}")
     yield next(plain, next(iter(next(iter(view._peftfn.plans.values()))))), torch.empty(0)
 
