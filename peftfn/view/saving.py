@@ -6,7 +6,6 @@ its adapters as `peftfn.save` does, and its state without the frozen base.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
