@@ -24,7 +24,7 @@ import peftfn as pf
 from benchmarks.harness import BASE, OURS, Json, Options, Target, row
 from benchmarks.llama import PEFT, Call, Ways, loss_of, quiet
 from benchmarks.models import PROJECTIONS, RULE, agree, leaves, llama
-from peftfn.core.method import Method, registry
+from peftfn.core.method import Method, Weight, registry
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that counts memory is talkative
 SIZES = {"layers": 3, "d": 256, "mlp": 768, "heads": 4}
@@ -64,8 +64,9 @@ NOT_SAME = {
 
 
 def methods() -> dict[str, Method]:
-    """The library's methods by name, as they are timed."""
-    own = {n: c for n, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods")}
+    """The library's methods that change weights by name, as they are timed."""
+    every = ((n, c) for n, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods"))
+    own = {n: c for n, c in every if issubclass(c, Weight)}
     return {n: c(**OPTIONS.get(n, {})) for n, c in own.items()}
 
 

@@ -97,7 +97,8 @@ def draw(
         bias = (bias.full_tensor() if is_sharded(bias) else bias).to(w.device)  # type: ignore[attr-defined]
     rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
     if is_sharded(w):
-        whole = draw(make, site, w.full_tensor(), seed, dtype, bias=bias)  # every rank draws the same
+        known = {k: t.full_tensor() if is_sharded(t) else t for k, t in (constants or {}).items()}  # type: ignore[attr-defined]
+        whole = draw(make, site, w.full_tensor(), seed, dtype, known, bias)  # every rank draws the same
         return {k: placed(t, m) for k, t in whole.items()}
     if not site.stacked:
         made = make(rng(site.name, constants=constants, bias=bias), m)

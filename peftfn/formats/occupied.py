@@ -15,10 +15,11 @@ def refuse_adapters(model: Model) -> None:
             "get_peft_model's; a new from_pretrained for add_adapter's; unload_lora_weights() for diffusers'"
         )
     else:
-        first = next((n for n, m in model.distinct.items() if type(m).__module__ == "peftfn.view.view"), None)
+        ours = (n for n, m in model.distinct.items() if type(m).__module__.startswith("peftfn.view."))
+        first = next(ours, None)
         if first is None:
             return
-        layer = f".{first}".partition(".parametrizations.")[0].removeprefix(".")
+        layer = f".{first}".partition(".parametrizations.")[0].partition(".peftfn_call")[0].removeprefix(".")
         what = f"{layer or 'the model'} holds an adapter of peftfn.as_module"
         cure = "Give the model that as_module was made of, which stayed as it was: net.model"
     raise ValueError(f"load: {what}, and an adapter on disk fits only a model without adapters. {cure}.")

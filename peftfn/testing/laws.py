@@ -288,7 +288,7 @@ def gradients(c: Case) -> None:
     c = replace(c, dtype=torch.float64)
     if not _runs_in(c, torch.float64):
         return
-    step, rough, tight = (1e-5, 1e-4, 1e-6) if c.kind.wide else (1e-2, 2e-2, 1e-3)
+    step, rough, tight = (1e-5, 1e-4, 1e-6) if c.kind.wide else (2e-3, 2e-2, 1e-3)
     a = c.adapter()
     u, v = shaken({n: {k: 0 * t for k, t in leaf.items()} for n, leaf in a.items()}, 1), c.adapter(5)
     g = grad(c.loss)(a)

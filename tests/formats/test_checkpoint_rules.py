@@ -572,17 +572,15 @@ def test_two_methods_in_one_model(tmp_path: Path) -> None:
         pf.save(tmp_path / "peft", net, adapter, format="peft")
 
 
-def test_a_prompt_beside_a_lora_is_refused(tmp_path: Path) -> None:
-    """C6.5 113: by its name, and what was loaded before stays as it was."""
+def test_a_prompt_beside_a_lora_is_loaded_too(tmp_path: Path) -> None:
+    """C6.5 113: what was loaded before stays as it was."""
     theirs = saved(tmp_path / "A", llama(), lora(target_modules=QV))
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(llama(), prompt).save_pretrained(tmp_path / "prompt")
     model = llama()
     loaded = pf.load(tmp_path / "A", model)
-    with pytest.raises(ValueError, match="PROMPT_TUNING trains a prompt"):
-        pf.load(tmp_path / "prompt", model)
-    with pytest.raises(ValueError, match="PROMPT_TUNING trains a prompt"):
-        pf.load_all(tmp_path, model)
+    assert type(pf.load(tmp_path / "prompt", model).net.plan["model"].method) is pf.PromptTuning
+    assert pf.load_all(tmp_path, model).keys() == {"A", "prompt"}
     same_outputs(loaded, theirs, model)
 
 

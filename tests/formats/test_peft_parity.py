@@ -616,7 +616,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "trains a prompt"),
+        ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens is None"),
         ({"peft_type": "NOVEL"}, "no method"),
         ({"peft_type": "gone"}, "peft_type"),
         ({"r": 3}, "lora_A.weight has shape"),

@@ -51,6 +51,7 @@ class CPT(Tokens):
     format_epsilon: Positive = 0.1
 
     identity = False  # type: ignore[assignment]
+    exact_gradient = False  # type: ignore[assignment]  # the projection passes it on unchanged
 
     def __post_init__(self) -> None:
         super().__post_init__()
