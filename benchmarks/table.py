@@ -28,7 +28,7 @@ SECTIONS = {
     "adapt": (
         "Making an adapted model",
         "`adapt` + `init` against PEFT's `get_peft_model`. Each run gets a fresh model, made outside the time, because "
-        "PEFT changes it. Most of ours is the copy of the model's structure that calls run on.",
+        "PEFT changes it. Ours copies the model's structure, which calls run on, at the first call: that is not in it.",
     ),
     "llama": (
         "A whole model",
