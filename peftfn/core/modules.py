@@ -95,8 +95,8 @@ class ModuleMethod(OfModule, family=True):
     features_last: ClassVar[bool] = True
     """Whether hidden states are [..., tokens, d]; where they may be images instead, `adapt` does not try the method."""
     sees_mask: ClassVar[bool] = False
-    """Whether `seen` begins with the attention mask that the backbone around the module runs with: bool [rows, past +
-    tokens], virtual tokens among them; all True if there is no mask."""
+    """Whether `seen` begins with the attention mask of the backbone around the module: bool [rows, past + tokens]. It
+    counts virtual tokens, and not the positions of a prefix. Without a mask it is all True."""
 
     @property
     def hooks(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ def _output(call: Call, name: str, m: Place, forward: Callable[..., Any], args: 
 
 
 def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Keep the mask that the backbone runs with, virtual tokens included: bool [rows, past + tokens]."""
+    """Keep the mask of the backbone's tokens, virtual ones included and a prefix not: bool [rows, past + tokens]."""
     given = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
     mask, cache = given.get("attention_mask"), given.get("past_key_values")
     if mask is None:
@@ -43,7 +43,7 @@ def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: An
 COMPANIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     OUTPUT: (0, _output),
     CROSSED: (3, crossed),
-    MASK: (90, _mask),
+    MASK: (7, _mask),  # inside of virtual tokens, which are tokens; outside of a prefix, which is none of them
 }
 """Kind of companion → (its place in the order of what happens around a forward, the lowest outermost; what it does:
 (call of the method's own module, name of the other, place, forward, args, kwargs) ↦ the output)."""

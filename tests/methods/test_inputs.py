@@ -263,6 +263,37 @@ def test_a_cartridge_of_a_text_is_the_text_in_front() -> None:
         cartridge_of(model("llama")(IDS, use_cache=True).past_key_values)
 
 
+@pytest.mark.parametrize(
+    "method", [pf.LoReFT(rank=2, first=1, last=1, init_weights="random"), pf.DeepPrompt(n=1)], ids=str
+)
+def test_a_prefix_is_no_token_to_methods_that_count_them(method: Any) -> None:
+    """The first and the last token of each row, padded on the left, are where they are without a prefix."""
+    layer = model("llama").model.layers[1]
+    net = pf.adapt(model("llama"), {"model": pf.PrefixTuning(n=3), r"layers\.1": method})
+    a = random(net, scale=0.5)
+    at = torch.zeros(3, 6, 1, dtype=torch.bool)
+    at[0, 0], at[1, 2], at[2, 0] = True, True, True
+    p = net.prepare(a)["model.layers.1"]
+    if isinstance(method, pf.LoReFT):
+        at[:, -1] = True
+        change = lambda _, args, y: torch.where(at, y + method.change(p, y), y)  # noqa: E731
+        hook = layer.register_forward_hook(change)
+    else:
+        put = lambda _, args: (torch.where(at, p["tokens"], args[0]), *args[1:])  # noqa: E731
+        hook = layer.register_forward_pre_hook(put)
+    prefix = pf.adapt(model("llama"), {"model": pf.PrefixTuning(n=3)})
+    try:
+        want = prefix.apply({"model": a["model"]}, input_ids=IDS, attention_mask=LEFT).logits
+    finally:
+        hook.remove()
+    got = net.apply(a, input_ids=IDS, attention_mask=LEFT).logits
+    torch.testing.assert_close(seen("llama", got), seen("llama", want), rtol=1e-4, atol=1e-5)
+    plain = prefix.apply({"model": a["model"]}, input_ids=IDS, attention_mask=LEFT).logits
+    assert (seen("llama", got) - seen("llama", plain)).abs().max() > 1e-3
+    mixed = net.mixed(pf.stack([a, random(net, 1)]), [0, -1, 0], input_ids=IDS, attention_mask=LEFT).logits
+    torch.testing.assert_close(mixed[[0, 2]], got[[0, 2]], rtol=1e-4, atol=1e-5)
+
+
 # Errors.
 
 
@@ -271,6 +302,7 @@ def test_a_cartridge_of_a_text_is_the_text_in_front() -> None:
     [
         ({"attention_mask": torch.ones(3, 1, 6, 6)}, r"model: virtual tokens need an attention mask \[rows, tokens\]"),
         ({"cache_implementation": "static", "max_new_tokens": 2, "method": "generate"}, "dynamic cache"),
+        ({"position_ids": torch.zeros(3, 3, 6, dtype=torch.long)}, r"model: virtual tokens shift positions"),
     ],
 )
 @pytest.mark.parametrize("method", [pf.PromptTuning(n=2), pf.PrefixTuning(n=2)], ids=["tokens", "prefix"])

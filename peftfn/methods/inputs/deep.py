@@ -18,8 +18,8 @@ class DeepPrompt(ModuleMethod):
     """x with P [n, d] in place of the states of each row's first n tokens that the attention mask keeps: at layers
     after the first, together with `PromptTuning(n)` at the backbone, whose virtual tokens these are.
 
-    Jia et al., "Visual Prompt Tuning", 2022, arXiv:2203.12119 (VPT-deep). Where the cache has content nothing is
-    replaced: it holds what the first step made. So it does not go together with a prefix.
+    Jia et al., "Visual Prompt Tuning", 2022, arXiv:2203.12119 (VPT-deep). Where the cache has tokens nothing is
+    replaced: it holds what the first step made. Positions of a prefix are no tokens.
 
     Trainable parameters per site: n·d. Use it where a prompt at the input alone changes too little.
 
