@@ -154,6 +154,11 @@ def counted(
     if "position_ids" not in m.arguments:
         return
     positions = given.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise ValueError(
+            f"{m.label}: virtual tokens shift positions [rows, tokens], and these have shape {list(positions.shape)}, "
+            "as of a model whose tokens have several each: adapt its modules instead (pf.Bottleneck, pf.LoRA)"
+        )
     if positions is None and (not holes or getattr(m.config, "model_type", "") in BY_MASK):
         return  # the model counts by itself
     if positions is None:
