@@ -187,6 +187,20 @@ def test_a_net_of_nets_and_a_pickled_one_keep_it() -> None:
     assert pf.Nets([less, net])._runner.again == list(less.again)
 
 
+def test_several_nets_have_the_gradients_of_nets_without() -> None:
+    model, net, a = small()
+    other = pf.adapt(model, {r"weight": pf.DoRA(rank=2)})
+    stacks = [pf.stack([tree_map(lambda t: t + 0.1, a), a]), pf.stack([other.init(1)])]
+    x = torch.randn(4, 16)
+
+    def of(nets: pf.Nets) -> Any:
+        return tree_leaves(grad(lambda s: nets.mixed(s, [1, -1, 2, 0], x).square().sum())(stacks))
+
+    got, want = of(pf.Nets([net.checkpointed(r"^\d$"), other])), of(pf.Nets([net, other]))
+    torch.testing.assert_close(got, want)
+    assert all(t.isfinite().all() for t in want) and max(float(t.abs().max()) for t in want) > 0
+
+
 def test_a_pattern_without_a_module_is_an_error() -> None:
     _, net, _ = small()
     with pytest.raises(ValueError, match="'blocks' matches no module that has parts, of 9"):
