@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from support import random
+from support import AROUND, INPUTS, random
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -292,6 +292,25 @@ def test_a_prefix_is_no_token_to_methods_that_count_them(method: Any) -> None:
     assert (seen("llama", got) - seen("llama", plain)).abs().max() > 1e-3
     mixed = net.mixed(pf.stack([a, random(net, 1)]), [0, -1, 0], input_ids=IDS, attention_mask=LEFT).logits
     torch.testing.assert_close(mixed[[0, 2]], got[[0, 2]], rtol=1e-4, atol=1e-5)
+
+
+COUNTING = [m for m in AROUND if m.sees_mask]
+PREFIXES = [m for m in INPUTS if type(m) in (pf.PrefixTuning, pf.Cartridge)]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=str)
+@pytest.mark.parametrize("method", COUNTING, ids=str)
+def test_beside_a_prefix_a_row_padded_on_the_left_is_the_row_alone(method: Any, prefix: Any) -> None:
+    """A law of every method that counts tokens and every prefix; the method also does something there."""
+    net = pf.adapt(model("llama"), {"model": prefix, r"layers\.1": method})
+    a = random(net, scale=0.5)
+    at = (LEFT.cumsum(-1) - 1).clamp(min=0)  # as in generate: prefix keys are not rotated, so positions count
+    every = {"input_ids": IDS, "attention_mask": LEFT, "position_ids": at}
+    padded = net.apply(a, **every).logits[1, 2:]
+    alone = net.apply(a, **{k: t[1:2, 2:] for k, t in every.items()}).logits[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+    only = pf.adapt(model("llama"), {"model": prefix}).apply({"model": a["model"]}, **every).logits[1, 2:]
+    assert (padded - only).abs().max() > 1e-3
 
 
 # Errors.
