@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-SOURCES := peftfn kernels tests benchmarks
+SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test laws zoo bench lint
+.PHONY: demo check test laws zoo bench docs lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
 demo check test laws zoo: export OMP_WAIT_POLICY = PASSIVE
@@ -38,6 +38,10 @@ zoo: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
+
+# The site, in docs/build/index.html. A warning is an error.
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/build
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
