@@ -1,8 +1,8 @@
 """The site: Sphinx with MyST, so that the pages stay Markdown that reads well without a site, and furo's theme.
 
-Why these: Sphinx imports the library, so what the reference shows is what `help` shows, and it is the one generator of
-the two considered that is still maintained by more than its users (MkDocs has had no release for years, and its
-material theme takes fixes alone). `make docs` builds without a network and fails at a warning.
+Why these: Sphinx imports the library, so what the reference shows is what `help` shows, and it is in steady
+development; MkDocs, the other one considered, has had no release since 1.6.1 in 2024. `make docs` builds without a
+network and fails at a warning.
 """
 
 import sys
