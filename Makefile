@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples
+SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples docs/recipes
 
 .DELETE_ON_ERROR:
 .PHONY: demo check test laws zoo bench docs lint

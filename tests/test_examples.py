@@ -1,4 +1,4 @@
-"""Every example under docs/examples runs, in an empty folder, and what it asserts holds."""
+"""Every example and recipe of the docs runs, in an empty folder, and what it asserts holds."""
 
 import runpy
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import ROOT
 
-FOLDER = ROOT / "docs" / "examples"
-EXAMPLES = [p for p in sorted(FOLDER.glob("*.py")) if p.stem != "base"]
+FOLDERS = [ROOT / "docs" / name for name in ("examples", "recipes")]
+EXAMPLES = [p for folder in FOLDERS for p in sorted(folder.glob("*.py")) if p.stem not in ("base", "digits")]
 LONGEST = 60  # lines
 
 
@@ -16,7 +16,8 @@ LONGEST = 60  # lines
 @pytest.mark.filterwarnings("default")  # they call other libraries as users do
 def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(FOLDER))
+    for folder in FOLDERS:
+        monkeypatch.syspath_prepend(str(folder))
     from base import model  # trained once a process, and shared by all: none may change it
 
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -25,6 +26,8 @@ def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(path.read_text().splitlines()) <= LONGEST
 
 
-def test_each_is_on_the_page() -> None:
-    page = (ROOT / "docs" / "examples.md").read_text()
-    assert [p.name for p in EXAMPLES if f"](examples/{p.name})" not in page] == []
+def test_each_is_on_its_page() -> None:
+    assert len(EXAMPLES) > 20
+    for path in EXAMPLES:
+        page = path.parent.with_suffix(".md").read_text()
+        assert f"]({path.parent.name}/{path.name})" in page

@@ -20,7 +20,7 @@ from peftfn.slots.gates import Index
 from peftfn.slots.routes import Gating
 from peftfn.slots.values import Given
 from peftfn.tensors.quantised import QuantisedWeight
-from peftfn.tensors.transform import under_transform
+from peftfn.tensors.transform import outside, under_transform
 
 
 def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "Adapted":
@@ -47,7 +47,8 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
         net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2), "2": pf.Full()})
         y = net.apply(net.init(seed=0), torch.randn(3, 8))
     """
-    return Adapted(model, make(Model.of(model), rules, seed))
+    with outside():
+        return Adapted(model, make(Model.of(model), rules, seed))
 
 
 class Adapted:
@@ -99,7 +100,7 @@ class Adapted:
     def init(self, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """Return a fresh adapter, each tensor on the device of its weight.
 
-        The values of a site depend on (seed, site name) alone, not on the other sites.
+        The values of a site depend on (seed, site name) alone, not on the other sites, nor on a transform around them.
 
         Args:
             seed: seed of the trainable tensors.
@@ -113,7 +114,8 @@ class Adapted:
             a = net.init(seed=0)
             assert a["0.weight"]["a"].shape == (2, 8) and a["0.weight"]["b"].shape == (4, 2)
         """
-        return functions.init(self.plan, self._seen, seed, dtype)
+        with outside():
+            return functions.init(self.plan, self._seen, seed, dtype)
 
     def apply(
         self,

@@ -58,6 +58,14 @@ def lasting() -> Iterator[None]:
         yield
 
 
+def outside() -> AbstractContextManager[Any]:
+    """Whatever transform is around: what is made inside depends on nothing that it follows, so it is a constant there.
+
+    vmap would refuse to draw it, and a transform hides its storage, which `check_own` looks at.
+    """
+    return torch._C._DisableFuncTorch() if torch._C._functorch.maybe_current_level() is not None else nullcontext()
+
+
 def moment() -> tuple[int, bool]:
     """(`backward_task`, `in_function`); nothing special while compiling."""
     return (-1, False) if torch.compiler.is_compiling() else (backward_task(), in_function())
