@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn import merging, optim, routing, starts, steps
+from peftfn import merging, optim, steps
 from peftfn.kernels import use
 from peftfn.testing import check_method
 
