@@ -10,9 +10,11 @@ from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
+from peftfn.formats.facts import inspect
 from peftfn.formats.files import Loaded
 from peftfn.formats.memory import from_state_dict, state_dict
 from peftfn.formats.several import load_all, save_view
+from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
 from peftfn.many.bank import Bank, BankBusy, bank
 from peftfn.many.conform import conform
@@ -85,10 +87,12 @@ __all__ = [
     "extract",
     "from_state_dict",
     "gather",
+    "inspect",
     "intruders",
     "leaves",
     "load",
     "load_all",
+    "load_model",
     "longlora",
     "merge_report",
     "merged",

@@ -52,7 +52,8 @@ def save(
             whole modules), "mlx" (MLX-LM's LoRA and DoRA), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr;
             with layout="diffusers" as diffusers has it).
         options: further options of the format; docs/checkpoints.md lists them. For "native" and "peft", `buffers`: the
-            model's buffers that belong to the adapter, as `buffers_of` returns them.
+            model's buffers that belong to the adapter, as `buffers_of` returns them; and `extra`: what is not about the
+            methods, under PEFT's keys (`task_type`, `revision`, …).
 
     Raises:
         ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. Nothing has been

@@ -52,8 +52,9 @@ class Loaded:
         missing: with strict=False, keys that the adapter needs and the file lacks; these tensors have the values of a
             fresh adapter.
         unexpected: with strict=False, keys of the file that have no place in the model; these tensors are not used.
-        extra: keys of a PEFT configuration that are not about the method: `task_type`, `base_model_name_or_path`, the
-            `alora_invocation_tokens` of an activated LoRA, … `save(…, format="peft", extra=loaded.extra)` writes them.
+        extra: what the file says that is not about the method, under PEFT's keys: `task_type`,
+            `base_model_name_or_path`, the `alora_invocation_tokens` of an activated LoRA, … In the native and PEFT's
+            format, `save(…, extra=loaded.extra)` writes them.
         buffers: with buffers=True, the file's buffers that differ from the model's, by the model's names. The adapter
             was trained with them: `model.load_state_dict(loaded.buffers, strict=False)`.
 

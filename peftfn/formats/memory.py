@@ -13,7 +13,7 @@ from peftfn.formats import peft
 from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_config import checked
-from peftfn.formats.peft_extra import given, mapping
+from peftfn.formats.peft_extra import about, given
 from peftfn.formats.peft_write import documents
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
@@ -47,7 +47,7 @@ def state_dict(
     """
     net.plan.check(adapter)
     refuse_sharded(net.plan, adapter)
-    more = {**mapping(net.model), **given(extra, net)}
+    more = {**about(net.model), **given(extra, net)}
     config, tensors = documents(net, adapter, task=more.get("task_type"))[""]
     return tensors, config | more
 

@@ -17,7 +17,7 @@ from peftfn.core.plan import Entry, Plan
 from peftfn.core.rules import offered
 from peftfn.formats.buffers import compared, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
-from peftfn.formats.peft_extra import REPLICATION, repetition, replicated
+from peftfn.formats.peft_extra import REPLICATION, about, checked, given, repetition, replicated
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import on_mesh
@@ -32,9 +32,20 @@ def is_mine(path: Path) -> bool:
 
 
 def save(
-    folder: Path, net: Adapted, adapter: Mapping[str, Any], *, buffers: Mapping[str, Tensor] | None = None
+    folder: Path,
+    net: Adapted,
+    adapter: Mapping[str, Any],
+    *,
+    buffers: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the two files. buffers: the model's that belong to the adapter; those of whole modules are the net's."""
+    """Write the two files.
+
+    Args:
+        buffers: the model's that belong to the adapter; those of whole modules are the net's.
+        extra: what is not about the methods, under PEFT's keys: `task_type`, `revision`, …
+    """
+    more = {k: v for k, v in {**about(net.model), **given(extra, net)}.items() if k != REPLICATION}
     tensors = {f"adapter/{k}": t for k, t in _flat(adapter)}
     tensors |= {f"{BUFFER}{k}": t for k, t in statistics(net, buffers).items()}
     stored: dict[int, str] = {}  # a constant that several sites share is written once
@@ -49,7 +60,7 @@ def save(
         "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
-    config |= repetition(net.model)
+    config |= {"extra": more, **repetition(net.model)}
     # the two files are renamed one after the other: this says whether they are of one save
     config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
     write(folder / TENSORS, tensors, {"id": config["id"]})
@@ -82,7 +93,8 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         if odd := [k for k, t in file.meta.items() if t.is_floating_point() and t.element_size() == 1]:
             raise ValueError(f"{file.where}: {odd[0]} is {file.meta[odd[0]].dtype}, in which no adapter computes")
         file, buffers = compared(file, model.buffers, options.buffers, BUFFER)
-        return replace(_filled(model, plan, config["constants"], file, options.strict), buffers=buffers)
+        loaded = _filled(model, plan, config["constants"], file, options.strict)
+        return replace(loaded, buffers=buffers, extra=checked(config.get("extra", {}), where))
 
 
 def check_saved(path: Path, net: Adapted) -> str:

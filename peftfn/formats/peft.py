@@ -54,7 +54,7 @@ def save(
         buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
         tasks: the adapter is a stack, one of multitask prompts for each task.
     """
-    more = {**peft_extra.mapping(net.model), **peft_extra.given(extra, net)}
+    more = {**peft_extra.about(net.model), **peft_extra.given(extra, net)}
     if peft_inputs.is_mine(net):
         config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks)
         write(folder / TENSORS, tensors)

@@ -104,10 +104,24 @@ def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:
     return extra
 
 
-def mapping(model: nn.Module) -> dict[str, Any]:
-    """The model's class and its library, by which PEFT's AutoPeftModel finds it."""
-    cls = type(model)
-    return {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+def about(model: nn.Module) -> dict[str, Any]:
+    """What a configuration says of the model by itself: its name, and its class and library, by which PEFT's
+    AutoPeftModel finds it."""
+    cls, name = type(model), getattr(model, "name_or_path", None)
+    found: dict[str, Any] = {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+    return found | ({"base_model_name_or_path": name} if isinstance(name, str) and name else {})
+
+
+def checked(extra: Any, where: Path) -> dict[str, Any]:
+    """The keys that are not about the method, from a file. ValueError for others, or for values of another kind."""
+    if not isinstance(extra, dict) or (odd := extra.keys() - KEYS):
+        what = str(extra if not isinstance(extra, dict) else sorted(odd))[:80]
+        raise ValueError(f"{where}: extra has {what}; it may have {', '.join(sorted(KEYS))}")
+    for key, value in extra.items():
+        kind = {INVOCATION: list, "auto_mapping": dict}.get(key, str)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{where}: extra: {key} is {str(value)[:80]}; it must be a {kind.__name__}")
+    return extra
 
 
 def repetition(model: nn.Module) -> dict[str, Any]:

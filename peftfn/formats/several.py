@@ -7,20 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfn.formats import FORMATS, load, save
+from peftfn.formats import FILES, FORMATS, hub, load, save
 from peftfn.formats.files import Loaded, write
+from peftfn.formats.kohya import FILE
+from peftfn.formats.peft import PICKLE
 from peftfn.formats.peft_write import documents
 from peftfn.formats.swift import EXTRA
 from peftfn.net.net import Adapted
 
 DEFAULT = "default"
 """The name of the adapter in the folder itself, as PEFT has it."""
+FOLDER_FILES = (*sorted(FILES - {PICKLE}), FILE)
+"""What adapters in folders have: all that is fetched of a repository of several."""
 
 
 def load_all(
     path: str | PathLike[str],
     model: nn.Module,
     names: Mapping[str, str] | Iterable[str] | str | None = None,
+    *,
+    revision: str | None = None,
+    hub_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Loaded]:
     """Read the adapters in a folder, and bind them to `model`.
@@ -29,10 +36,11 @@ def load_all(
     puts the adapter of that name.
 
     Args:
-        path: the folder.
+        path: the folder, or a Hub repository "owner/name", of which the adapters' files alone are fetched.
         model: the base.
         names: the adapters to load, in that order, or one name; or {name: name in the result}. None: all of them.
-        options: as for `load`.
+        revision, hub_options: as for `load`.
+        options: further options of `load`.
 
     Returns:
         {name: Loaded}.
@@ -47,7 +55,11 @@ def load_all(
         pf.save("adapters/two", net, net.init(seed=2))
         net, adapter = pf.load_all("adapters", net.model)["two"]
     """
-    folder, names = Path(path), [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else names
+    if "subfolder" in options:
+        raise TypeError("load_all has no subfolder: give the folder's own path, or names=")
+    files = (*FOLDER_FILES, *((PICKLE,) if options.get("pickled") else ()))
+    folder = hub.find_all(path, files, revision=revision, options=hub_options)
     found = folders(folder)
     wanted = (
         {n: n for n in found} if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
