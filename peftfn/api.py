@@ -13,6 +13,7 @@ from peftfn.formats import load, save
 from peftfn.formats.facts import inspect
 from peftfn.formats.files import Loaded
 from peftfn.formats.memory import from_state_dict, state_dict
+from peftfn.formats.push import push
 from peftfn.formats.several import load_all, save_view
 from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
@@ -102,6 +103,7 @@ __all__ = [
     "onload_",
     "optim",
     "places",
+    "push",
     "reduce_intruders",
     "reset_",
     "routing",
