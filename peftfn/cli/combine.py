@@ -67,7 +67,9 @@ def combine(
                         "--model folder with *.safetensors"
                     )
     net, adapter = run(loaded, weights, **options)
-    extra = {"extra": {k: v for k, v in loaded[0].extra.items() if k != "auto_mapping"}} if to == "peft" else {}
+    extra: dict[str, Any] = (
+        {"extra": {k: v for k, v in loaded[0].extra.items() if k != "auto_mapping"}} if to == "peft" else {}
+    )
     save(out, net, adapter, format=to, **extra)
     if where is None:
         _name_layers(out, found, [n.rpartition(".")[0] for n in net.plan])

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from peftfn.formats import hub, kohya, mlx, native, peft, swift
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
+from peftfn.methods.weights.full import Full
 from peftfn.model.model import Model
 from peftfn.net.distributed import distribute
 from peftfn.net.net import Adapted
@@ -36,7 +38,13 @@ FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, pef
 
 
 def save(
-    path: str | PathLike[str], net: Adapted, adapter: Mapping[str, Any], *, format: str = "native", **options: Any
+    path: str | PathLike[str],
+    net: Adapted,
+    adapter: Mapping[str, Any],
+    *,
+    format: str = "native",
+    fresh: bool = True,
+    **options: Any,
 ) -> None:
     """Write an adapter, and the plan it belongs to, to `path`.
 
@@ -51,6 +59,9 @@ def save(
             has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
             whole modules), "mlx" (MLX-LM's LoRA and DoRA), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr;
             with layout="diffusers" as diffusers has it).
+        fresh: whether the file has what the net's model holds and the base it is named after does not, as far as the
+            base's files are on this machine: a head that `from_pretrained` drew, rows of a grown vocabulary. Formats
+            that have no place for them are an error then.
         options: further options of the format; docs/checkpoints.md lists them. For "native" and "peft", `buffers`: the
             model's buffers that belong to the adapter, as `buffers_of` returns them; and `extra`: what is not about the
             methods, under PEFT's keys (`task_type`, `revision`, …).
@@ -74,6 +85,16 @@ def save(
         raise ValueError(
             f"save: the net's model has repeated layers ({REPLICATION}), which format={format!r} cannot express; "
             "use format='native' or 'peft'"
+        )
+    beyond = Beyond.of(net.model) if fresh else Beyond()
+    if format in ("native", "peft"):
+        options["beyond"] = beyond
+    elif lost := sorted(
+        beyond.values(net.model).keys() - {n for n, e in net.plan.items() if isinstance(e.method, Full)}
+    ):
+        raise ValueError(
+            f"save: {lost[0]} has values that are not in the base {net.model.name_or_path}, and format={format!r} has "
+            "no place for them: use format='native' or 'peft', or leave them out with fresh=False"
         )
     module.save(Path(path), net, adapter, **options)
     _replace_others(Path(path), format)

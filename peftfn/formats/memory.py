@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.formats import peft
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_config import checked
@@ -48,7 +49,7 @@ def state_dict(
     net.plan.check(adapter)
     refuse_sharded(net.plan, adapter)
     more = {**about(net.model), **given(extra, net)}
-    config, tensors = documents(net, adapter, task=more.get("task_type"))[""]
+    config, tensors = documents(net, adapter, task=more.get("task_type"), beyond=Beyond.of(net.model))[""]
     return tensors, config | more
 
 

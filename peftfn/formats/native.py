@@ -15,7 +15,8 @@ from peftfn.core.make import make
 from peftfn.core.method import Method, registry
 from peftfn.core.plan import Entry, Plan
 from peftfn.core.rules import offered
-from peftfn.formats.buffers import compared, statistics
+from peftfn.formats.beyond import Beyond
+from peftfn.formats.buffers import compared, compared_rows, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.peft_extra import REPLICATION, about, checked, given, repetition, replicated
 from peftfn.model.model import Model
@@ -24,7 +25,9 @@ from peftfn.tensors.sharded import on_mesh
 
 CONFIG, TENSORS, VERSION = "peftfn.json", "adapter.safetensors", 1
 BUFFER = "buffer/"
-"""What stands before a buffer's name in the file."""
+"""What stands before a buffer's name in the file, and before that of a parameter that the base does not have."""
+ROWS = "rows/"
+"""What stands before the name of a parameter of which the file has the rows that the base does not have."""
 
 
 def is_mine(path: Path) -> bool:
@@ -38,16 +41,20 @@ def save(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
+    beyond: Beyond | None = None,
 ) -> None:
     """Write the two files.
 
     Args:
         buffers: the model's that belong to the adapter; those of whole modules are the net's.
         extra: what is not about the methods, under PEFT's keys: `task_type`, `revision`, …
+        beyond: what the model holds beyond its base.
     """
+    beyond = beyond or Beyond()
     more = {k: v for k, v in {**about(net.model), **given(extra, net)}.items() if k != REPLICATION}
     tensors = {f"adapter/{k}": t for k, t in _flat(adapter)}
-    tensors |= {f"{BUFFER}{k}": t for k, t in statistics(net, buffers).items()}
+    tensors |= {f"{BUFFER}{k}": t for k, t in (statistics(net, buffers) | dict(beyond.fresh)).items()}
+    tensors |= {f"{ROWS}{k}": net.model.get_parameter(k).detach()[n:] for k, n in beyond.grown.items()}
     stored: dict[int, str] = {}  # a constant that several sites share is written once
     for name, entry in net.plan.items():
         for k, t in entry.frozen.items():
@@ -60,7 +67,7 @@ def save(
         "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
-    config |= {"extra": more, **repetition(net.model)}
+    config |= {"extra": more, **repetition(net.model), **({"grown": dict(beyond.grown)} if beyond.grown else {})}
     # the two files are renamed one after the other: this says whether they are of one save
     config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
     write(folder / TENSORS, tensors, {"id": config["id"]})
@@ -92,7 +99,10 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         _one_save(file, config, where)
         if odd := [k for k, t in file.meta.items() if t.is_floating_point() and t.element_size() == 1]:
             raise ValueError(f"{file.where}: {odd[0]} is {file.meta[odd[0]].dtype}, in which no adapter computes")
-        file, buffers = compared(file, model.buffers, options.buffers, BUFFER)
+        known = {n: t for n, t in model.weights.items() if isinstance(t, Tensor)}
+        file, rows = compared_rows(file, known, config.get("grown", {}), options.buffers, ROWS)
+        file, buffers = compared(file, model.buffers, known, options.buffers, BUFFER)
+        buffers |= rows
         loaded = _filled(model, plan, config["constants"], file, options.strict)
         return replace(loaded, buffers=buffers, extra=checked(config.get("extra", {}), where))
 
@@ -119,7 +129,9 @@ def check_saved(path: Path, net: Adapted) -> str:
             raise ValueError(f"{path}: {name} is {shape} in the file, and {list(net.plan[name].site.shape)} in the net")
     with opened(path) as file:
         _one_save(file, config, where)
-        file, _ = compared(file, dict(net.model.named_buffers()), False, BUFFER)
+        known = dict(net.model.named_parameters(remove_duplicate=False))
+        file, _ = compared_rows(file, known, config.get("grown", {}), False, ROWS)
+        file, _ = compared(file, dict(net.model.named_buffers()), known, False, BUFFER)
         _places(net.plan, config["constants"], file, True)
         _same_constants(net.plan, config["constants"], file)
     return str(config["id"])
@@ -133,7 +145,9 @@ def read_saved(path: Path, net: Adapted, plan: str) -> dict[str, Any]:
     with opened(path) as file:
         if file.metadata.get("id") != plan:
             check_saved(path, net)
-        constants = {"": {key: key for key in file.meta if key.startswith(("frozen/", BUFFER))}}  # by `check_saved`
+        constants = {
+            "": {key: key for key in file.meta if key.startswith(("frozen/", BUFFER, ROWS))}
+        }  # by `check_saved`
         places, _, _ = _places(net.plan, constants, file, True)
         adapter: dict[str, Any] = {name: {} for name, e in net.plan.items() if not e.spec}
         for key, place in places.items():

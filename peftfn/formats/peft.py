@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra, peft_inputs
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
 from peftfn.formats.peft_experts import ranked, stacked
@@ -45,6 +46,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     tasks: bool = False,
+    beyond: Beyond | None = None,
 ) -> None:
     """Write one folder, or several, each with a model card (README.md), unless there is one.
 
@@ -53,10 +55,11 @@ def save(
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
         buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
         tasks: the adapter is a stack, one of multitask prompts for each task.
+        beyond: what the model holds beyond its base.
     """
     more = {**peft_extra.about(net.model), **peft_extra.given(extra, net)}
     if peft_inputs.is_mine(net):
-        config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks)
+        config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks, beyond)
         write(folder / TENSORS, tensors)
         write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder, config | more, tensors, net.plan)
@@ -66,7 +69,7 @@ def save(
             "save: tasks=True is for multitask prompts; save the adapters of a stack one by one, in folders"
         )
     for name, (config, tensors) in documents(
-        net, adapter, split=split, task=more.get("task_type"), buffers=buffers
+        net, adapter, split=split, task=more.get("task_type"), buffers=buffers, beyond=beyond
     ).items():
         write(folder / name / TENSORS, tensors)
         write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))

@@ -16,6 +16,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.modules import OfModule, Prefix, Tokens
 from peftfn.core.plan import Entry
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
 from peftfn.formats.peft_table import VERSION
@@ -277,7 +278,7 @@ def is_mine(net: Adapted) -> bool:
 
 
 def document(
-    net: Adapted, adapter: Mapping[str, Any], task: str | None, tasks: bool = False
+    net: Adapted, adapter: Mapping[str, Any], task: str | None, tasks: bool = False, beyond: Beyond | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of a net with methods at modules or on inputs; ValueError where PEFT has no form."""
     model = Model.of(net.model)
@@ -303,11 +304,13 @@ def document(
         raise ValueError(
             f"{next(iter(mine))}: PEFT has no form for {names} at {len(mine)} sites: save in the native format"
         )
-    if rest:
-        config["modules_to_save"] = _roots(rest, model)
-        for name in rest:
+    more = beyond.values(net.model) if beyond else {}
+    if rest or more:
+        config["modules_to_save"] = _roots({**rest, **more}, model)
+        for name in {**rest, **more}:
             w = model.weights[name]
-            tensors[f"{HEAD}{name}"] = (w.float() + adapter[name]["diff"].float()).to(w.dtype)
+            diff = adapter[name]["diff"].float() if name in rest else 0
+            tensors[f"{HEAD}{name}"] = (w.float() + diff).to(w.dtype)
     shared = {"inference_mode": True, "peft_version": VERSION, "task_type": task}
     return {**shared, **config}, {k: t.detach().contiguous() for k, t in tensors.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats import peft_table as table
-from peftfn.formats.buffers import differs
+from peftfn.formats.buffers import BUFFER, differs
 from peftfn.formats.files import Tensors
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, Place
 from peftfn.model.choice import matched
@@ -221,7 +221,7 @@ class Sorted:
 
     def same(self, name: str, key: str) -> None:
         """modules_to_save holds buffers too; an adapter has none."""
-        if (value := differs(self.file, key, self.model.buffers[name], self.wanted)) is not None:
+        if (value := differs(self.file, key, self.model.buffers[name], self.wanted, BUFFER)) is not None:
             self.buffers[name] = value
 
     def inside(self, name: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry
 from peftfn.formats import peft_table as table
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.peft_common import targets
 from peftfn.formats.peft_keys import BASE, PREFIX, PeftNames
 from peftfn.formats.peft_limits import some
@@ -23,10 +24,12 @@ def copies_beside(
     out: Leaf,
     adapted: Mapping[str, str],
     heads: Iterable[str],
+    beyond: Beyond,
 ) -> None:
     """Trained copies: biases of adapted layers under `bias`, all others as modules_to_save.
 
-    adapted: module → PEFT's path of it. heads: names of modules that PEFT saves in any case.
+    adapted: module → PEFT's path of it. heads: names of modules that PEFT saves in any case. beyond: what the model
+    holds beyond its base.
     """
     values = {n: wide(model.weights[n]) + wide(e.site.original(adapter[n]["diff"])) for n, e in full.items()}
     biases = {n for n in full if n.endswith("bias") and n.rpartition(".")[0] in adapted}
@@ -48,7 +51,10 @@ def copies_beside(
             module, _, attr = n.rpartition(".")
             path = f"{adapted[module]}.{BASE}" if module in adapted else module
             out[f"{PREFIX}{path}.{attr}"] = values[n]
-    modules = _saved([e.site.module for n, e in full.items() if n not in biases], full, model, adapted, heads)
+    fresh = [m for m in _owners(beyond) if m not in adapted]
+    modules = _saved(
+        [*(e.site.module for n, e in full.items() if n not in biases), *fresh], full, model, adapted, heads
+    )
     if not modules:
         return
     _nameable(modules)
@@ -84,9 +90,11 @@ def _saved(
     return list(dict.fromkeys([*map(outer, modules), *wanted]))
 
 
-def copies_alone(net: Adapted, adapter: Mapping[str, Any], model: PeftNames) -> tuple[dict[str, Any], Leaf]:
+def copies_alone(
+    net: Adapted, adapter: Mapping[str, Any], model: PeftNames, beyond: Beyond
+) -> tuple[dict[str, Any], Leaf]:
     """A plan of trained parameters alone: what PEFT calls LN-tuning, for any kind of module."""
-    modules = list(dict.fromkeys(e.site.module for e in net.plan.values()))
+    modules = list(dict.fromkeys([*(e.site.module for e in net.plan.values()), *_owners(beyond)]))
     _nameable(modules)
     out: Leaf = {}
     for m in modules:
@@ -96,6 +104,28 @@ def copies_alone(net: Adapted, adapter: Mapping[str, Any], model: PeftNames) -> 
             out[f"{PREFIX}{m}.ln_tuning_layers.{attr}"] = wide(p.detach()) + diff
     config = {"peft_type": "LN_TUNING", "peft_version": table.VERSION, "task_type": None, "inference_mode": True}
     return config | {"target_modules": targets(modules, model.modules), "modules_to_save": None}, out
+
+
+def _owners(beyond: Beyond) -> list[str]:
+    """The modules of the parameters that the base does not have."""
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in beyond.fresh))
+
+
+def with_grown(
+    document: tuple[dict[str, Any], Leaf], beyond: Beyond, adapted: Mapping[str, str], model: PeftNames
+) -> tuple[dict[str, Any], Leaf]:
+    """The document with the base's values of grown embeddings, and of adapted layers that the base does not have.
+
+    adapted: module → PEFT's path of it, of those with a method.
+    """
+    config, out = document
+    for name in (*beyond.grown, *beyond.fresh):
+        module, _, attr = name.rpartition(".")
+        path = f"{adapted[module]}.{BASE}" if module in adapted else module
+        inside = (f"{PREFIX}{module}.{attr}", f"{PREFIX}{module}.ln_tuning_layers.{attr}", f"{PREFIX}{path}.{attr}")
+        if not any(key in out for key in inside):  # else it is trained as a whole
+            out[inside[2]] = model.weights[name].detach()
+    return config, out
 
 
 def _nameable(modules: list[str]) -> None:

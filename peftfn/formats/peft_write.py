@@ -11,11 +11,12 @@ from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry, Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
+from peftfn.formats.beyond import Beyond
 from peftfn.formats.buffers import statistics
 from peftfn.formats.peft_common import chosen_targets, common, same, two_targets
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, described, rows, tensors, ties
 from peftfn.formats.peft_limits import layer_of, not_experts, some, supported
-from peftfn.formats.peft_whole import copies_alone, copies_beside, with_buffers
+from peftfn.formats.peft_whole import copies_alone, copies_beside, with_buffers, with_grown
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens
@@ -30,11 +31,12 @@ def documents(
     split: bool = False,
     task: str | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    beyond: Beyond | None = None,
 ) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """{folder below: (configuration, tensors)}: one, or with `split` one for each of PEFT's types in the plan.
 
     task: PEFT's task_type, with some of which it looks for the model's head in the file. buffers: the model's that
-    belong to the adapter.
+    belong to the adapter. beyond: what the model holds beyond its base.
     """
     statistics(net, buffers)
     net, adapter = _untied(net, adapter)
@@ -43,7 +45,7 @@ def documents(
         kind = entry.method.peft.type if entry.method.peft and not isinstance(entry.method, Full) else ""
         types.setdefault(kind, {})[name] = entry
     if not split or len(types.keys() - {""}) < 2:
-        config, tensors = document(net, adapter, task)
+        config, tensors = document(net, adapter, task, beyond)
         return {"": (config, with_buffers(tensors, buffers or {}))}
     first = next(kind for kind in types if kind)
     types[first] |= types.pop("", {})
@@ -91,9 +93,10 @@ def _untied(net: Adapted, adapter: Mapping[str, Any]) -> tuple[Adapted, Mapping[
 
 
 def document(
-    net: Adapted, adapter: Mapping[str, Any], task: str | None = None
+    net: Adapted, adapter: Mapping[str, Any], task: str | None = None, beyond: Beyond | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors) of an adapter."""
+    """(configuration, tensors) of an adapter. beyond: what the model holds beyond its base, to be in the file."""
+    beyond = beyond or Beyond()
     model = PeftNames(Model.of(net.model))
     for name, entry in net.plan.items():
         leaf = adapter[name]
@@ -110,7 +113,7 @@ def document(
     }
     tokens = {n: e for n, e in tokens.items() if n not in main}
     if not main:
-        return copies_alone(net, adapter, model)
+        return with_grown(copies_alone(net, adapter, model, beyond), beyond, {}, model)
     odd = [n for n, e in main.items() if not configs.declared(type(e.method))]
     if odd:
         cure = ": peftfn.to_lora(net, adapter) converts it" if main[odd[0]].method.mergeable else ""
@@ -123,8 +126,9 @@ def document(
         indices = described(entry.method).written(entry.method)["token_indices"]
         config["trainable_token_indices"] = (config.get("trainable_token_indices") or {}) | {place.module: indices}
     paths = {p.module: p.path for p in (model.written(e.site, ()) for e in main.values())}
-    copies_beside(full, adapter, model, config, out, paths, table.CLASSIFIERS.get(task or "", ()))
-    return config, out
+    copies_beside(full, adapter, model, config, out, paths, table.CLASSIFIERS.get(task or "", ()), beyond)
+    paths |= {m: f"{m}.{TOKENS}" for m in (e.site.module for e in tokens.values())}
+    return with_grown((config, out), beyond, paths, model)
 
 
 def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftNames) -> tuple[dict[str, Any], Leaf]:

@@ -1,5 +1,6 @@
 """Base and adapter by one path: the base that an adapter's configuration names, and the adapter bound to it."""
 
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.formats import hub, load, peft, swift
+from peftfn.formats import hub, load, native, peft, swift
 from peftfn.formats.facts import described
-from peftfn.formats.files import Loaded, opened
+from peftfn.formats.files import Loaded, opened, read_json
 
 TOKENIZER = "tokenizer_config.json"
 _SHARED = frozenset({"token", "cache_dir", "local_files_only", "force_download", "proxies"})
 """Arguments of the hub's that `from_pretrained` takes too."""
+_AROUND = r"base_layer\.|token_adapter\.|ln_tuning_layers\.|modules_to_save\."
+"""What PEFT puts between a layer and its weight."""
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -91,7 +94,9 @@ def load_model(
             f"folder or repository ({str(e).splitlines()[0]})"
         ) from e
     _resized(base, where, base_options, bool(pretrained.get("trust_remote_code")), transformers)
-    return load(where, base, **(adapter_options or {}))
+    loaded = load(where, base, **{"buffers": True, **(adapter_options or {})})
+    base.load_state_dict(dict(loaded.buffers), strict=False)
+    return loaded
 
 
 def _base(facts: Mapping[str, Any], where: Path, model: str | PathLike[str] | None) -> str:
@@ -142,11 +147,18 @@ def _resized(base: Any, where: Path, options: Mapping[str, Any], trust: bool, tr
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _rows(base: Any, embedding: nn.Module, where: Path) -> int:
-    """The rows of the embedding that the adapter's file has, if it has one."""
+def _rows(base: Any, embedding: Any, where: Path) -> int:
+    """The rows of the embedding that the adapter's file was made with, if it says so."""
+    name = next(n for n, m in base.named_modules() if m is embedding)
+    if (where / native.CONFIG).is_file():
+        with opened(where / native.TENSORS) as file:
+            key, grown = f"{native.ROWS}{name}.weight", read_json(where / native.CONFIG).get("grown", {})
+            known = (
+                key in file.meta and isinstance(grown, dict) and grown.get(f"{name}.weight") == len(embedding.weight)
+            )
+            return len(embedding.weight) + file.meta[key].shape[:1].numel() if known else 0
     if not (where / peft.TENSORS).is_file() or swift.is_mine(where):
         return 0
-    name = next(n for n, m in base.named_modules() if m is embedding)
     with opened(where / peft.TENSORS) as file:
-        found = [t for k, t in file.meta.items() if k.endswith(f".{name}.weight") or f".{name}.base_layer.weight" in k]
-        return max((len(t) for t in found if t.dim() > 1), default=0)
+        whole = re.compile(rf".*\.{re.escape(name)}\.({_AROUND})*weight")
+        return max((len(t) for k, t in file.meta.items() if whole.fullmatch(k)), default=0)
