@@ -44,7 +44,7 @@ def matched(
 def linears(model: Model) -> list[str]:
     """PEFT's "all-linear": every nn.Linear and Conv1D except the output embedding of a transformers model.
 
-    A classification head is one of them: exclude it by name (PEFT does so where task_type is SEQ_CLS).
+    A classification head is one of them: `targets(…, task=)` leaves it out, as PEFT does.
     """
     out = getattr(model.root, "get_output_embeddings", lambda: None)()
     hits = []
@@ -54,6 +54,18 @@ def linears(model: Model) -> list[str]:
         if linear and name and module is not out:
             hits.append(name)
     return hits
+
+
+def norms(model: Model) -> list[str]:
+    """Every normalisation layer that has parameters: by its class's name, and by parameters that are all vectors."""
+    return [
+        name
+        for name, module in model.distinct.items()
+        if name
+        and any("Norm" in c.__name__ for c in type(module).__mro__)
+        and (own := [p for p in module.parameters() if p is not None])
+        and all(p.dim() == 1 for p in own)
+    ]
 
 
 def matches(wanted: Modules, name: str) -> bool:

@@ -16,7 +16,7 @@ CURES = {
     "format='peft') writes PEFT's files",
     "set_peft_model_state_dict": "net, adapter = peftfn.load(path, model)",
     "prepare_model_for_kbit_training": "nothing: the base is never trained, and peftfn.adapt takes a quantised model",
-    "TaskType": "nothing: a rule names the head to train, {'lm_head': peftfn.Full()}",
+    "TaskType": "peftfn.targets(model, method, task='SEQ_CLS'), or a rule for the head, {'score': peftfn.Full()}",
 }
 """PEFT's name → what to write instead."""
 

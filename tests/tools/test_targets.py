@@ -6,11 +6,13 @@ from typing import Any
 
 import peft
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import by_name
 from peft.utils import constants
 from torch import nn
+from transformers import BertConfig
 
 import peftfn as pf
 from peftfn.core.method import registry
@@ -302,3 +304,92 @@ def test_patterns_that_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match=r"too long|nested|not allowed|flags|not a regular"):
         Pattern(source).matches("a" * 59)
     assert time.perf_counter() - start < 1
+
+
+# Tasks, norms, and values by name.
+
+
+def tiny(cls: str) -> nn.Module:
+    config = BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3
+    )
+    return getattr(transformers, cls)(config)
+
+
+TASKS = {
+    "SEQ_CLS": "BertForSequenceClassification",
+    "TOKEN_CLS": "RobertaForTokenClassification",
+    "QUESTION_ANS": "BertForQuestionAnswering",
+    "FEATURE_EXTRACTION": "BertModel",
+}
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["query", "dense"], None], ids=str)
+@pytest.mark.parametrize(("task", "cls"), [*TASKS.items(), ("SEQ_CLS", "RobertaForSequenceClassification")])
+def test_a_task_trains_what_peft_trains(task: str, cls: str, modules: Any) -> None:
+    """PEFT's all-linear leaves out the head of SEQ_CLS alone, and then fails at those of other tasks."""
+    model = tiny(cls)
+    net = pf.adapt(model, targets(model, pf.LoRA(2), modules, task=task))
+    out = ["classifier", "qa_outputs"] if modules == "all-linear" and task in ("TOKEN_CLS", "QUESTION_ANS") else None
+    config = peft.LoraConfig(r=2, target_modules=modules, task_type=task, exclude_modules=out)
+    theirs = peft.get_peft_model(tiny(cls), config)
+    lora = {n.split(".lora_")[0] for n, p in theirs.named_parameters() if p.requires_grad and ".lora_" in n}
+    whole = {n for n, p in theirs.named_parameters() if p.requires_grad and ".lora_" not in n}
+    mine = {kind: {n for n, e in net.plan.items() if type(e.method) is kind} for kind in (pf.LoRA, pf.Full)}
+    prefix = "base_model.model."
+    assert {f"{prefix}{n}".removesuffix(".weight") for n in mine[pf.LoRA]} == lora
+    assert {f"{prefix}{n}" for n in mine[pf.Full]} == {n.replace(".modules_to_save.default", "") for n in whole}
+    assert bool(mine[pf.Full]) == (task != "FEATURE_EXTRACTION")
+
+
+def test_what_a_task_refuses() -> None:
+    model = by_name["llama"].build()
+    assert targets(model, pf.LoRA(2), task=peft.TaskType.CAUSAL_LM) == targets(model, pf.LoRA(2))
+    with pytest.raises(ValueError, match=r"classifier or score.*rule of its own"):
+        targets(model, pf.LoRA(2), task="SEQ_CLS")
+    with pytest.raises(ValueError, match="task is 'SEQCLS'; it must be one of SEQ_CLS"):
+        targets(model, pf.LoRA(2), task="SEQCLS")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_norms_by_name(name: str) -> None:
+    model = by_name[name].build()
+    net = pf.adapt(model, targets(model, pf.Full(), "norms"))
+    want = {
+        f"{n}.{k}"
+        for n, m in model.named_modules()
+        if type(m).__name__ in ("LlamaRMSNorm", "LayerNorm", "T5LayerNorm")
+        for k, _ in m.named_parameters()
+    }
+    assert set(net.plan) == want and len(want) > 4
+    theirs = constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING.get(name, [])
+    assert {n for n in want if any(f".{t}." in f".{n}" for t in theirs)} == (want if theirs else set())
+    kept = pf.adapt(model, targets(model, pf.Full(), "norms", layers=[1])).plan if name == "llama" else {}
+    assert all(".1." in n for n in kept)
+
+
+def test_every_field_has_patterns() -> None:
+    model, names = nested(), ["foo", "barfoo"]
+    options = {"block_size": {"^foo": 4}, "eps": {"barfoo": 0.5, "foo": 0.1}}
+    plan = pf.adapt(model, targets(model, pf.OFT(block_size=2), names, patterns=options)).plan
+    assert {n.removesuffix(".weight"): (e.method.block_size, e.method.eps) for n, e in plan.items()} == {
+        "foo": (4, 0.1), "module.foo": (2, 0.1), "module.module.foo": (2, 0.1), "module.module.barfoo": (2, 0.5)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"patterns\['eps'\] has 'fo', which matches none"):
+        targets(model, pf.OFT(block_size=2), names, patterns={"eps": {"fo": 1.0}})
+    with pytest.raises(ValueError, match=r"OFT has no sizes.*it has .*block_size"):
+        targets(model, pf.OFT(block_size=2), names, patterns={"sizes": {"foo": 1.0}})
+    with pytest.raises(ValueError, match="so has rank_pattern"):
+        targets(model, pf.LoRA(2), names, rank_pattern={"foo": 1}, patterns={"rank": {"foo": 1}})
+
+
+def test_a_name_among_others_that_finds_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"modules has 'q_prok', which matches no module.*q_proj"):
+        targets(by_name["llama"].build(), pf.LoRA(1), ["v_proj", "q_prok"])
+
+
+def test_a_configuration_may_be_a_dict() -> None:
+    model = by_name["llama"].build()
+    want = targets(model, pf.LoRA(2))
+    model.config = model.config.to_dict()
+    assert targets(model, pf.LoRA(2)) == want
