@@ -35,17 +35,25 @@ class _LoRALinear(Function):
         ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
         s = torch.mm(x, a.mT)
-        ctx.save_for_backward(x, w, a, b, s)
+        need_x, need_w, need_a, need_b, *_ = ctx.needs_input_grad
+        saved = (  # what the gradients read, and no more: factors may be large, as RandLoRA's are
+            x if need_w or need_a or need_b else None,
+            w if need_x else None,
+            a if need_x or need_b else None,
+            b if need_x or need_a else None,
+            s if need_b else None,
+        )
+        ctx.save_for_backward(*saved)
         ctx.scale = scale
         return _forward(x, s, w, b, bias, scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w, a, b, s = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again, S must depend on x and A
-            s = torch.mm(x, a.mT)
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
-        ds = ctx.scale * torch.mm(dy, b)
+        if need_b and torch.is_grad_enabled():  # to be differentiated again, S must depend on x and A
+            s = torch.mm(x, a.mT)
+        ds: Any = ctx.scale * torch.mm(dy, b) if need_x or need_a else None
         dx = torch.mm(ds, a).addmm_(dy, w) if need_x else None  # in place: addmm copies what it adds to
         dw = torch.mm(dy.mT, x) if need_w else None
         da = torch.mm(ds.mT, x) if need_a else None

@@ -18,6 +18,8 @@ from torch.autograd import Function, forward_ad
 from torch.func import jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from peftfn.tensors.transform import under_transform
+
 Flat = Callable[..., tuple[Tensor, ...]]
 _TENSOR = object()
 
@@ -48,6 +50,17 @@ def remat(f: Callable[..., Any], *inputs: Tensor) -> Any:
     outputs = iter(_remat(flat if torch.compiler.is_compiling() else _Again(flat, inputs))(*inputs))
     spec, leaves = shape
     return tree_unflatten([next(outputs) if v is _TENSOR else v for v in leaves], spec)
+
+
+def recomputed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """f(*inputs), a large tensor made of small ones, whose intermediate results are made again in the backward pass.
+
+    Plain where there is nothing to differentiate, and under a compiler, which itself decides what to keep.
+    """
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if torch.compiler.is_compiling() or not (graded or under_transform()):
+        return f(*inputs)
+    return remat(f, *inputs)  # type: ignore[no-any-return]
 
 
 def _levels(kind: TransformType) -> int:

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS, PositiveInt, Start
 from peftfn.core.method import Cases, Leaf, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
+from peftfn.tensors.remat import recomputed
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,31 @@ class FourierFT(Weight):
         """What comes from the spectrum's rows [..., bins] → features [..., size]."""
         return torch.fft.ifft(z)
 
-    def spectrum(self, p: Leaf, w: Tensor) -> Tensor:
+    def spectrum(self, p: Leaf, shape: Size) -> Tensor:
         row, col = p["at"]
-        return p["sc"].new_zeros(self.bins(w.shape[0]), self.bins(w.shape[1])).index_put((row, col), p["sc"])
+        return p["sc"].new_zeros(self.bins(shape[0]), self.bins(shape[1])).index_put((row, col), p["sc"])
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         out, in_ = w.shape
-        return self.synthesised(p, self.synthesised(p, self.spectrum(p, w), in_).mT, out).mT.real
+        return self.synthesised(p, self.synthesised(p, self.spectrum(p, w.shape), in_).mT, out).mT.real
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         if not x.numel():  # which an FFT refuses
             return F.linear(x, w)
-        row, col = p["at"]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        z, c, rows = self.analysed(p, wide), p["sc"].to(wide.dtype), self.bins(w.shape[0])  # z [..., bins]
+        p = p | {"sc": p["sc"].to(wide.dtype)}
+        f, y = partial(self._change, list(p), w.shape), F.linear(x, w)
+        many = p["at"].shape[-1] > w.shape[1]  # then what is between, n numbers a row, is more than x
+        return y + (recomputed(f, wide, *p.values()) if many else f(wide, *p.values())).to(y.dtype)
+
+    def _change(self, names: list[str], shape: Size, x: Tensor, *tensors: Tensor) -> Tensor:
+        """x deltaᵀ, of what `prepare` returns."""
+        p = dict(zip(names, tensors, strict=True))
+        row, col = p["at"]
+        z, rows = self.analysed(p, x), self.bins(shape[0])  # z [..., bins]
         if rows * z.shape[-1] < 64 * len(row) and not z.is_complex():  # so full that a matrix product is quicker
-            z = F.linear(z, self.spectrum(p, w).to(z.dtype))
+            z = F.linear(z, self.spectrum(p, shape))
         else:
-            z = z[..., col] * c  # [..., n]
+            z = z[..., col] * p["sc"]  # [..., n]
             z = z.new_zeros(*z.shape[:-1], rows).index_add(-1, row, z)
-        y = F.linear(x, w)
-        return y + self.synthesised(p, z, w.shape[0]).real.to(y.dtype)
+        return self.synthesised(p, z, shape[0]).real

@@ -12,6 +12,7 @@ from peftfn.core.method import Leaf, Padding, Product
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lycoris import _Lycoris, kernel, leaf_to, spread, written
+from peftfn.tensors.remat import recomputed
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,13 @@ class LoHa(_Lycoris):
         if 4 * self.rank**2 < min(w.shape):  # beyond, the two products are cheaper than the one of rank²
             u, v = u1[:, :, None] * u2[:, None], v1[:, None] * v2
             return {"u": self.scale * u.flatten(1), "v": v.flatten(0, 1)}
-        return {"u1": self.scale * u1, "v1": v1, "u2": u2, "v2": v2}
+        return {"u1": u1, "v1": v1, "u2": u2, "v2": v2}
 
     def change(self, p: Leaf) -> Tensor:
-        return p["u"] @ p["v"] if "u" in p else (p["u1"] @ p["v1"]) * (p["u2"] @ p["v2"])
+        return p["u"] @ p["v"] if "u" in p else recomputed(self._hadamard, p["u1"], p["v1"], p["u2"], p["v2"])
+
+    def _hadamard(self, u1: Tensor, v1: Tensor, u2: Tensor, v2: Tensor) -> Tensor:
+        return self.scale * (u1 @ v1) * (u2 @ v2)
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         if "u" not in p:

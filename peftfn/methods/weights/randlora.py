@@ -13,6 +13,7 @@ from peftfn.core.method import Leaf
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import Factored
+from peftfn.tensors.remat import recomputed
 
 
 def _read(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +105,11 @@ class RandLoRA(Factored):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         n, low = p["g"].shape
-        scaled = self.alpha / self.rank * p["l"]
-        small = (scaled[:, :, None] * p["A"][:, :, :low] * p["g"]).flatten(0, 1)  # [rank·n, min]
+        small = recomputed(self._small, p["l"], p["A"], p["g"])
         large = p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
         return {"down": small, "up": large} if low == w.shape[1] else {"down": large.mT, "up": small.mT}
+
+    def _small(self, lam: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        """diag(λ_j) A diag(γ_j) for all j, [rank·n, min]."""
+        scaled = self.alpha / self.rank * lam
+        return (scaled[:, :, None] * a[:, :, : g.shape[1]] * g).flatten(0, 1)
