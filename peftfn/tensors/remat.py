@@ -18,7 +18,7 @@ from torch.autograd import Function, forward_ad
 from torch.func import jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from peftfn.tensors.transform import under_transform
+from peftfn.tensors.transform import eager, under_transform
 
 Flat = Callable[..., tuple[Tensor, ...]]
 _TENSOR = object()
@@ -52,15 +52,34 @@ def remat(f: Callable[..., Any], *inputs: Tensor) -> Any:
     return tree_unflatten([next(outputs) if v is _TENSOR else v for v in leaves], spec)
 
 
-def recomputed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(f: Callable[..., Tensor], *inputs: Tensor, pull: Callable[..., Any] | None = None) -> Tensor:
     """f(*inputs), a large tensor made of small ones, whose intermediate results are made again in the backward pass.
 
     Plain where there is nothing to differentiate, and under a compiler, which itself decides what to keep.
+
+    pull: (the gradient, *inputs) ↦ the gradients of the inputs, in operations that have gradients themselves. Where
+        plain autograd is all there is, it saves a second run of f.
     """
     graded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if torch.compiler.is_compiling() or not (graded or under_transform()):
         return f(*inputs)
+    if pull is not None and eager(inputs[0]):
+        return _Pulled.apply(f, pull, *inputs)  # type: ignore[no-any-return, no-untyped-call]
     return remat(f, *inputs)  # type: ignore[no-any-return]
+
+
+class _Pulled(Function):
+    """f, of which the inputs alone are kept, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Any, pull: Any, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*inputs)
+        ctx.pull = pull
+        return f(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, *ctx.pull(g, *ctx.saved_tensors)
 
 
 def _levels(kind: TransformType) -> int:

@@ -107,7 +107,7 @@ class FourierFT(Weight):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         p = p | {"sc": p["sc"].to(wide.dtype)}
         f, y = partial(self._change, list(p), w.shape), F.linear(x, w)
-        many = p["at"].shape[-1] > w.shape[1]  # then what is between, n numbers a row, is more than x
+        many = p["at"].shape[-1] > 6 * w.shape[1]  # n numbers a row, where x has in: worth a second run of f
         return y + (recomputed(f, wide, *p.values()) if many else f(wide, *p.values())).to(y.dtype)
 
     def _change(self, names: list[str], shape: Size, x: Tensor, *tensors: Tensor) -> Tensor:

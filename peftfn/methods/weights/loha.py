@@ -91,10 +91,18 @@ class LoHa(_Lycoris):
         return {"u1": u1, "v1": v1, "u2": u2, "v2": v2}
 
     def change(self, p: Leaf) -> Tensor:
-        return p["u"] @ p["v"] if "u" in p else recomputed(self._hadamard, p["u1"], p["v1"], p["u2"], p["v2"])
+        if "u" in p:
+            return p["u"] @ p["v"]
+        return recomputed(self._hadamard, p["u1"], p["v1"], p["u2"], p["v2"], pull=self._hadamard_pulled)
 
     def _hadamard(self, u1: Tensor, v1: Tensor, u2: Tensor, v2: Tensor) -> Tensor:
         return self.scale * (u1 @ v1) * (u2 @ v2)
+
+    def _hadamard_pulled(self, d: Tensor, u1: Tensor, v1: Tensor, u2: Tensor, v2: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the four factors, of that of their product."""
+        d = self.scale * d
+        d1, d2 = d * (u2 @ v2), d * (u1 @ v1)
+        return d1 @ v1.mT, u1.mT @ d1, d2 @ v2.mT, u2.mT @ d2
 
     def product(self, p: Leaf, w: Tensor, x: Tensor, dot: Product) -> Tensor:
         if "u" not in p:

@@ -105,7 +105,7 @@ class RandLoRA(Factored):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         n, low = p["g"].shape
-        small = recomputed(self._small, p["l"], p["A"], p["g"])
+        small = recomputed(self._small, p["l"], p["A"], p["g"], pull=self._small_pulled)
         large = p["B"][: max(w.shape), :n].flatten(1)  # [max, n·rank]
         return {"down": small, "up": large} if low == w.shape[1] else {"down": large.mT, "up": small.mT}
 
@@ -113,3 +113,8 @@ class RandLoRA(Factored):
         """diag(λ_j) A diag(γ_j) for all j, [rank·n, min]."""
         scaled = self.alpha / self.rank * lam
         return (scaled[:, :, None] * a[:, :, : g.shape[1]] * g).flatten(0, 1)
+
+    def _small_pulled(self, d: Tensor, lam: Tensor, a: Tensor, g: Tensor) -> tuple[Tensor, None, Tensor]:
+        """The gradients of λ, A (a constant) and γ, of that of `_small`."""
+        t = self.alpha / self.rank * d.unflatten(0, lam.shape) * a[:, :, : g.shape[1]]  # [rank, n, min]
+        return (t * g).sum(-1), None, (t * lam[:, :, None]).sum(0)
