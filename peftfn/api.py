@@ -3,7 +3,7 @@
 from functools import partial
 
 from peftfn import routing
-from peftfn.core.combine import Chain, add, chain, scale
+from peftfn.core.combine import Chain, chain, scale
 from peftfn.core.method import Method, Weight, registry
 from peftfn.core.modulechain import ModuleChain
 from peftfn.core.modules import ModuleMethod, Prefix, Tokens
@@ -22,6 +22,7 @@ from peftfn.many.conform import conform
 from peftfn.many.nets import Nets
 from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
+from peftfn.many.sums import add
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
 from peftfn.model.model import places, sites

@@ -52,26 +52,7 @@ def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
 
 
 def add(*adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the adapter whose change of every weight is the sum of theirs: W + Σ_i delta_i(W).
-
-    Every delta is computed at the base weight, so the order does not matter. (`chain` applies methods one after the
-    other.) Adapters may cover different sites of the same net.
-
-    Args:
-        adapters: at least one, all of the same net.
-
-    Returns:
-        An adapter of that net.
-
-    Raises:
-        ValueError: no adapters.
-        TypeError: an argument is not an adapter.
-
-    Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
-        a, b = net.init(seed=0), net.init(seed=1)
-        y = net.apply(pf.add(a, pf.scale(b, 0.5)), torch.randn(3, 8))
-    """
+    """The adapter whose change of every weight is the sum of theirs, all of one net. See `many/sums.py`."""
     if not adapters:
         raise ValueError("add: give at least one adapter")
     for i, a in enumerate(adapters):

@@ -84,9 +84,12 @@ def _leaf(leaf: Mapping[str, Any], a: Entry, b: Entry) -> Leaf:
         )
     if a.method == b.method:
         return leaf  # type: ignore[return-value]
+    if is_expression(leaf):
+        each: Any = {k: t if k == "scale" else _leaf(t, a, b) for k, t in leaf.items()}
+        return each  # type: ignore[no-any-return]
     ratio = _ratio(name, a.method, b.method)
-    if is_expression(leaf) or leaf.keys() != b.spec.keys():
-        raise ValueError(f"{name}: a prepared, summed or scaled leaf cannot be padded: conform it before that")
+    if leaf.keys() != b.spec.keys():
+        raise ValueError(f"{name}: a prepared leaf cannot be padded: conform it before that")
     out = {}
     scaled = b.method.padding.scaled if b.method.padding else ()
     for k, t in leaf.items():

@@ -93,7 +93,14 @@ def test_what_cannot_be_exact_is_an_error(what: str) -> None:
         pf.conform(random(few), few, wide)
 
 
-def test_other_seeds_other_sizes_and_sums_are_errors() -> None:
+def test_sums_and_scalings_conform_term_by_term() -> None:
+    model = two()
+    net, to = pf.adapt(model, {"weight": LoRA(2, alpha=7.0)}), pf.adapt(model, {"weight": LoRA(3)})
+    a, x = pf.add(pf.scale(random(net, 1), 2.0), random(net, 2)), noise(3, 8)
+    close(to.apply(pf.conform(a, net, to), x), net.apply(a, x))
+
+
+def test_other_seeds_other_sizes_and_prepared_leaves_are_errors() -> None:
     model, other = two(), nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 4))
     a, b = (pf.adapt(model, {"weight": VeRA(2, projection_seed=seed)}, seed=0) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"0\.weight: .*constants of .* differ.*seed"):
@@ -101,8 +108,9 @@ def test_other_seeds_other_sizes_and_sums_are_errors() -> None:
     net, to = pf.adapt(model, {"weight": LoRA(2)}), pf.adapt(other, {"weight": LoRA(2)})
     with pytest.raises(ValueError, match=r"0\.weight: .*\[6, 8\] in net_from's model.*\[7, 8\] in net_to's"):
         pf.conform(random(net), net, to)
+    dora, wide = (pf.adapt(model, {"weight": DoRA(r)}) for r in (2, 3))
     with pytest.raises(ValueError, match=r"0\.weight: .*before"):
-        pf.conform(pf.scale(random(net), 2.0), net, pf.adapt(model, {"weight": LoRA(3)}))
+        pf.conform(dora.prepare(random(dora)), dora, wide)
     with pytest.raises(KeyError, match=r"1\.weight"):
         pf.conform({"0.weight": random(net)["0.weight"]}, net, net)
     with pytest.raises(TypeError, match=r"conform: give two nets.*Sequential"):
