@@ -14,6 +14,7 @@ from peftfn.formats.facts import inspect
 from peftfn.formats.files import Loaded
 from peftfn.formats.memory import from_state_dict, state_dict
 from peftfn.formats.push import push
+from peftfn.formats.peft_extra import replicate
 from peftfn.formats.several import load_all, save_view
 from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
@@ -106,6 +107,7 @@ __all__ = [
     "places",
     "push",
     "reduce_intruders",
+    "replicate",
     "reset_",
     "routing",
     "save",

@@ -1,6 +1,6 @@
 """PEFT configuration keys that are not about the method: the model it is for, and when the adapter acts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,35 @@ def check_gated(plan: Plan, where: object) -> None:
             )
 
 
-def replicated(model: Model, spans: Any, where: Path) -> Model:
+def replicate(model: nn.Module, spans: Sequence[Sequence[int]]) -> nn.Module:
+    """Return a deeper model, made of a model's own layers, whose copies an adapter tells apart.
+
+    It shares all parameters with the model and stores nothing twice, while each of its layers has a site, and so an
+    adapter, of its own: PEFT's `layer_replication`. `save` writes the spans into its files, and `load` makes the same
+    of the plain model.
+
+    Args:
+        model: a Llama-like (`layers`), BERT-like (`encoder.layer`) or Falcon-like (`h`) model. It stays as it is.
+        spans: pairs [start, end) of layers, one after the other: [[0, 4], [2, 5]] are layers 0 1 2 3 2 3 4.
+
+    Returns:
+        The deeper model.
+
+    Raises:
+        ValueError: the model has no such layers, or a span is none of them.
+
+    Example:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+        deep = pf.replicate(model, [[0, 2], [1, 2]])  # layers 0 1 1
+        net = pf.adapt(deep, {"q_proj": pf.LoRA(rank=2)})
+        assert len(net.plan) == 3
+    """
+    return replicated(Model.of(model), [list(s) for s in spans], "replicate").root
+
+
+def replicated(model: Model, spans: Any, where: object) -> Model:
     """A copy of the model whose layers are those of the spans [start, end), one after the other, as PEFT's
     `replicate_layers` makes them. It shares the storage of all parameters. Such a copy is returned unchanged.
 
@@ -74,7 +102,7 @@ def replicated(model: Model, spans: Any, where: Path) -> Model:
     if not isinstance(spans, list) or not all(
         isinstance(s, list) and [type(i) for i in s] == [int, int] and 0 <= s[0] < s[1] <= count for s in spans
     ):
-        raise ValueError(f"{where}: {REPLICATION} is {str(spans)[:80]}; give spans [start, end] of {count} layers")
+        raise ValueError(f"{where}: {REPLICATION} is {str(spans)[:80]}; give spans [start, end) of {count} layers")
     sources = [i for start, end in spans[:MOST] for i in range(start, end)]
     if len(sources) > MOST or len(spans) > MOST:
         raise ValueError(f"{where}: {REPLICATION} makes {len(sources)} layers; at most {MOST} are read from files")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from peftfn.model.choice import HEADS
+
 VERSION = "0.21.2"
 """The release of PEFT whose format, defaults and rules are written here."""
 COUNTS = frozenset({"num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "depth"})
@@ -129,8 +131,7 @@ RENAMED = {
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
 """Kinds of conversion in transformers → last names in target_modules that PEFT takes for parts of stacked experts."""
-_CLASSIFIER = ("classifier", "score")
-CLASSIFIERS = {"SEQ_CLS": _CLASSIFIER, "TOKEN_CLS": _CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
+CLASSIFIERS = HEADS
 """task_type → the modules that PEFT saves whole along with any method, if the model has them."""
 _BUT = "embedding conv1 conv2 conv3 attention stack stack_t parameter"
 LESS = {  # and those of them that it has no such option for

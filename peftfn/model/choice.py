@@ -11,6 +11,10 @@ from peftfn.tensors.quantised import QuantisedWeight
 Modules = str | Iterable[str] | Callable[[str], bool]
 """Names of modules; a regular expression that matches whole names, or "all-linear"; or a function of the name."""
 
+_CLASSIFIER = ("classifier", "score")
+HEADS = {"SEQ_CLS": _CLASSIFIER, "TOKEN_CLS": _CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
+"""PEFT's task type → the names of the heads that it trains whole along with any method, if the model has them."""
+
 
 def matched(
     model: Model,

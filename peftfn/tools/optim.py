@@ -16,11 +16,12 @@ from peftfn.core.method import Method
 from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.trainabletokens import TrainableTokens
+from peftfn.methods.weights.vblora import VBLoRA
 from peftfn.net.net import Adapted
 from peftfn.tools.step import damped, wide
 from peftfn.view.module import parameters_of, plan_of
 
-__all__ = ["LoRAFA", "Riemannian", "decay", "lora_fa", "lora_plus"]
+__all__ = ["LoRAFA", "Riemannian", "decay", "lora_fa", "lora_plus", "vb_lora"]
 
 Group = dict[str, Any]
 """A parameter group of torch.optim."""
@@ -107,6 +108,53 @@ def decay(
     for leaf in _leaves(adapter, net, name, "decay"):
         groups.setdefault(weight_decay if leaf.decays else 0.0, []).append(leaf.tensor)
     return [{"params": ts, "weight_decay": value} for value, ts in groups.items()]
+
+
+def vb_lora(
+    adapter: nn.Module | Mapping[str, Any],
+    *,
+    lr_bank: float = 1e-3,
+    lr_logits: float = 1e-2,
+    lr: float = 1e-4,
+    weight_decay: float = 0.0,
+    net: Adapted | None = None,
+    name: str | None = None,
+) -> list[Group]:
+    """Return parameter groups for VB-LoRA: its bank, its logits, and whatever else trains.
+
+    Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", 2024, arXiv:2405.15179: the logits
+    learn ten times as fast as the bank (0.01 and 0.001 in the paper and in PEFT's documentation).
+
+    Args:
+        adapter, net, name: as in `lora_plus`; a plain adapter needs its net.
+        lr_bank, lr_logits: the learning rates of VB-LoRA's tensors, above 0.
+        lr: of all other tensors (a head), above 0.
+        weight_decay: of matrices that are no logits; see `decay`.
+
+    Returns:
+        Parameter groups for a torch.optim optimizer.
+
+    Raises:
+        ValueError: a rate is not above 0, `net` is missing, no tensor requires a gradient, or none is VB-LoRA's.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"weight": pf.VBLoRA(rank=2, vectors=8, length=2)})
+        optimizer = torch.optim.AdamW(pf.optim.vb_lora(pf.as_module(net, net.init())))
+    """
+    _positive("vb_lora", lr_bank=lr_bank, lr_logits=lr_logits, lr=lr)
+    if net is None and not isinstance(adapter, nn.Module):
+        raise ValueError("vb_lora: a plain adapter does not say which of its tensors are VB-LoRA's: pass net=net")
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    found = False
+    for leaf in _leaves(adapter, net, name, "vb_lora"):
+        mine = leaf.entry is not None and isinstance(leaf.entry.method, VBLoRA)
+        found = found or mine
+        rate = lr if not mine else lr_bank if leaf.key == "bank" else lr_logits
+        decays = leaf.decays and not (mine and leaf.key != "bank")
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(leaf.tensor)
+    if not found:
+        raise ValueError("vb_lora: the adapter has no VBLoRA: use torch.optim's groups, or peftfn.optim.decay")
+    return [{"params": ts, "lr": rate, "weight_decay": decay} for (rate, decay), ts in groups.items()]
 
 
 def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,21 +10,13 @@ from torch import nn
 from peftfn.core.method import Method
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.trainabletokens import TrainableTokens
-from peftfn.model.choice import Modules, matched, matches, norms
+from peftfn.model.choice import HEADS, Modules, matched, matches, norms
 from peftfn.model.model import Model
 from peftfn.model.names import near
 from peftfn.model.site import refuse_occupied
 from peftfn.tools.target_table import OF_METHOD, USUAL
 
-HEADS: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-    "CAUSAL_LM": (),
-    "SEQ_2_SEQ_LM": (),
-    "FEATURE_EXTRACTION": (),
-}
-"""PEFT's task → the names of the heads that are trained in full, the model's own being fresh."""
+TASKS = (*HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 def targets(
@@ -146,9 +138,9 @@ def _heads(names: list[str], task: str | None) -> list[str]:
     """The modules that a task trains in full."""
     if task is None:
         return []
-    if task not in HEADS:
-        raise ValueError(f"targets: task is {task!r}; it must be one of {', '.join(HEADS)}")
-    wanted = HEADS[task]
+    if task not in TASKS:
+        raise ValueError(f"targets: task is {task!r}; it must be one of {', '.join(TASKS)}")
+    wanted = HEADS.get(task, ())
     found = [n for n in names if matches(wanted, n)]
     outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     if wanted and not outer:

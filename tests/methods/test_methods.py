@@ -8,12 +8,15 @@ import pickle
 import re
 import statistics
 import tokenize
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer
+from support import random
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +25,7 @@ import peftfn as pf
 from peftfn.core.method import registry
 from peftfn.methods.parts.allocation import Allocation, allocate
 from peftfn.methods.parts.wavelets import low_pass
-from peftfn.methods.weights import kasa, monteclora
+from peftfn.methods.weights import hra, kasa, monteclora
 from peftfn.methods.weights.adalora import orthogonality
 from peftfn.methods.weights.tlora import masked, rank_mask
 from peftfn.testing import shaken
@@ -190,6 +193,61 @@ def test_adaloras_penalty_is_pefts() -> None:
     assert penalty > 1
     net = pf.adapt(two_layers(), {"weight": pf.AdaLoRA(3)})
     torch.testing.assert_close(orthogonality(net, peft_leaves(theirs)), penalty)
+
+
+def test_hras_penalty() -> None:
+    net = pf.adapt(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), {"weight": pf.HRA(4)})
+    a = net.init()
+    assert hra.orthogonality(net, a) > 8 - 1e-4  # each column is there twice
+    apart = {n: {"u": torch.linalg.qr(leaf["u"] + torch.randn_like(leaf["u"])).Q * 3} for n, leaf in a.items()}
+    assert 0 <= hra.orthogonality(net, apart) < 1e-9
+    g = torch.func.grad(lambda a: hra.orthogonality(net, a))(random(net))
+    assert all(t.abs().max() > 1e-3 for t in pf.leaves(g))
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (pf.OFT(block_size=2, dropout=0.5), 4),
+        (pf.OFT(block_size=2, dropout=0.3, exact=True), 2),
+        (pf.OFT(block_size=2, dropout=0.9, share=True), 0),
+        (pf.DiagOFT(block_size=2, dropout=0.5), 3),
+    ],
+    ids=str,
+)
+def test_dropped_blocks_do_not_turn(method: pf.Weight, count: int) -> None:
+    """As many as in PEFT's MultiplicativeDropoutLayer, others each time, and none in eval mode."""
+    model = nn.Sequential(nn.Linear(16, 12, bias=False))
+    net = pf.adapt(model, {"weight": method})
+    a, eye = random(net), torch.eye(16)
+    still = pf.adapt(model, {"weight": replace(method, dropout=0.0)})
+
+    def same() -> list[bool]:
+        """Which pairs of columns (of rows, for Diag-OFT) the call leaves alone."""
+        w, y = model[0].weight, net.apply(a, eye).mT
+        w, y = (w.mT, y.mT) if isinstance(method, pf.DiagOFT) else (w, y)
+        return [torch.allclose(w[:, i : i + 2], y[:, i : i + 2], atol=1e-6) for i in range(0, w.shape[1], 2)]
+
+    drawn = [same() for _ in range(8)]
+    assert [sum(d) for d in drawn] == [count] * 8
+    assert len({tuple(d) for d in drawn}) > 1 or not count
+    if isinstance(method, pf.OFT):
+        layer = MultiplicativeDropoutLayer(method.dropout)
+        blocks = torch.randn(1 if method.share else 8, 2, 2)
+        assert sum(torch.equal(b, torch.eye(2)) for b in layer(blocks)) == count
+    model.eval()
+    assert torch.equal(net.apply(a, eye), still.apply(a, eye))
+    assert torch.equal(net.merge(a)["0.weight"], still.merge(a)["0.weight"])
+
+
+def test_ofts_dropout_is_in_pefts_files(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 12))
+    config = peft.OFTConfig(oft_block_size=4, r=0, target_modules=["0"], module_dropout=0.25)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    net, a = pf.load(tmp_path / "theirs", nn.Sequential(nn.Linear(16, 12)))
+    assert net.plan["0.weight"].method.dropout == 0.25
+    pf.save(tmp_path / "ours", net, a, format="peft")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "ours").module_dropout == 0.25
 
 
 def test_kasas_penalty() -> None:

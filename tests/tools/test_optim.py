@@ -315,3 +315,26 @@ def test_tied_rows_do_not_decay_either() -> None:
     (rows,) = [t for leaf in adapter.values() for t in leaf.values()]
     decays = {g["weight_decay"] for g in decay(adapter, 0.1, net=net) for t in g["params"] if t is rows}
     assert decays == {0.0}
+
+
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_vb_lora_has_a_rate_for_its_bank_and_one_for_its_logits(as_tree: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    net = pf.adapt(model, {r"0\.weight": pf.VBLoRA(rank=2, vectors=5, length=2), "1": pf.Full()})
+    a = net.init()
+    for t in pf.leaves(a):
+        t.requires_grad_()
+    m = a if as_tree else pf.as_module(net, a)
+    groups = pf.optim.vb_lora(m, weight_decay=0.1, net=net if as_tree else None)
+    shapes = {(g["lr"], g["weight_decay"]): sorted(tuple(t.shape) for t in g["params"]) for g in groups}
+    assert shapes == {
+        (1e-3, 0.1): [(5, 2)], (1e-2, 0.0): [(2, 4, 5), (3, 2, 5)], (1e-4, 0.1): [(4, 6)], (1e-4, 0.0): [(4,)]
+    }  # fmt: skip
+    torch.optim.AdamW(groups)
+    other = pf.adapt(model, {"0": pf.Full()})
+    with pytest.raises(ValueError, match="has no VBLoRA"):
+        pf.optim.vb_lora(pf.as_module(other, other.init()))
+    with pytest.raises(ValueError, match="pass net=net"):
+        pf.optim.vb_lora(a)
+    with pytest.raises(ValueError, match="lr_bank is 0"):
+        pf.optim.vb_lora(a, lr_bank=0, net=net)

@@ -69,6 +69,14 @@ def skew(q: Tensor, at: Tensor) -> Tensor:
     return both.index_select(-1, at).unflatten(-1, (round(len(at) ** 0.5), -1))
 
 
+def dropped(r: Tensor, rate: float) -> Tensor:
+    """r [blocks, h, h] with int(rate·blocks) blocks, drawn anew each time, replaced by the identity; one stays."""
+    if not rate or len(r) == 1:
+        return r
+    drop = torch.rand(len(r), device=r.device).argsort() < int(rate * len(r))
+    return torch.where(drop[:, None, None], torch.eye(r.shape[-1], dtype=r.dtype, device=r.device), r)
+
+
 def bounded(q: Tensor, bound: float, dims: tuple[int, ...]) -> Tensor:
     """q, scaled down where its norm over `dims` is above the bound."""
     square = (q * q).sum(dims, keepdim=True)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peftfn.core.fields import Positive, PositiveInt, divides
+from peftfn.core.fields import Positive, PositiveInt, Probability, divides
 from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.rng import Rng
-from peftfn.methods.parts.rotation import bounded, cayley, turn
+from peftfn.methods.parts.rotation import bounded, cayley, dropped, turn
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class DiagOFT(Weight):
         block_size: size of a block; it must divide out. (LyCORIS takes the smaller factor of out that its rank finds.)
         constraint: keep ‖Q‖_F over all blocks ≤ constraint·out, by scaling Q down; None or 0: no bound.
         rescale: train s as well.
+        dropout: share of the blocks that do not turn in train mode, drawn anew each call, as in `OFT`.
 
     Example:
         net = pf.adapt(torch.nn.Linear(8, 6), {"weight": pf.DiagOFT(block_size=3, rescale=True)})
         y = net.apply(net.init(seed=0), torch.ones(2, 8))
     """
 
-    cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True})
+    cases = ({"block_size": 2}, {"block_size": 3, "constraint": 0.05, "rescale": True, "dropout": 0.5})
 
     block_size: PositiveInt = 4
     constraint: Positive | None = None
     rescale: bool = False
+    dropout: Probability = 0.0
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, h = w.shape[0], self.block_size
@@ -43,7 +45,7 @@ class DiagOFT(Weight):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         q = p["b"] - p["b"].mT
         q = bounded(q, self.constraint * w.shape[0], (0, 1, 2)) if self.constraint else q
-        return {"r": cayley(q)} | ({"s": p["s"]} if self.rescale else {})
+        return {"r": dropped(cayley(q), self.dropout)} | ({"s": p["s"]} if self.rescale else {})
 
     def _turn(self, y: Tensor, p: Leaf) -> Tensor:
         y = turn(y, p["r"])

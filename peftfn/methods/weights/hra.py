@@ -1,5 +1,6 @@
 """HRA: W H, H = Π (I − 2 û_i û_iᵀ) a product of Householder reflections."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from peftfn.core.fields import PositiveInt, Start, at_most
 from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
+from peftfn.methods.parts.sites import Planned, sites_of
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,14 @@ class HRA(Weight):
 
     def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
         return F.linear(x - F.linear(F.linear(x, p["t"]), p["v"]), w)
+
+
+def orthogonality(net: Planned, adapter: Mapping[str, Leaf]) -> Tensor:
+    """Σ ‖ÛᵀÛ − I‖_F² over the net's HRA sites, Û being the normalised columns: the paper's term for the loss, which it
+    weighs by λ. At 0 the reflections commute."""
+    return torch.stack([_off(adapter[site]["u"]) for site in sites_of(net, HRA)]).sum()
+
+
+def _off(u: Tensor) -> Tensor:
+    v = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+    return (v.mT @ v - torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)).square().sum()

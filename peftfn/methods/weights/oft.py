@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Start
+from peftfn.core.fields import Positive, Probability, Start
 from peftfn.core.method import Leaf, Product
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
@@ -17,6 +17,7 @@ from peftfn.methods.parts.rotation import (
     blocks_written,
     bounded,
     cayley,
+    dropped,
     enough,
     neumann,
     places,
@@ -55,6 +56,8 @@ class OFT(_Blocks):
         side: "input" rotates x; "output" rotates the product's rows, y R, as PEFT does for embeddings.
         nearest: where the block size, or the number, does not divide the rotated side, take the nearest that does, the
             smaller of two, as PEFT does without being asked.
+        dropout: share of the blocks that do not turn in train mode, drawn anew each call: int(dropout·blocks) of them.
+            A shared block always turns. (PEFT's module_dropout.)
         init_weights: "default" (q zero) or "random" (q normal with std 0.1: not the identity).
 
     Example:
@@ -66,7 +69,7 @@ class OFT(_Blocks):
         {"block_size": 2},
         {"blocks": 2, "exact": True, "share": True, "init_weights": "random"},
         {"block_size": 3, "nearest": True, "terms": 3, "eps": 0.5},
-        {"blocks": 2, "side": "output"},
+        {"blocks": 2, "side": "output", "dropout": 0.5},
     )
 
     peft = Peft(
@@ -78,6 +81,7 @@ class OFT(_Blocks):
             "share": "block_share",
             "exact": "use_cayley_neumann",
             "terms": "num_cayley_neumann_terms",
+            "dropout": "module_dropout",
         },
         {"exact": [(True, False), (False, True)]},
         reads=_read,
@@ -92,6 +96,7 @@ class OFT(_Blocks):
     eps: Positive | None = None
     side: Literal["input", "output"] = "input"
     nearest: bool = False
+    dropout: Probability = 0.0
     init_weights: Start = "default"
 
     def __post_init__(self) -> None:
@@ -120,7 +125,7 @@ class OFT(_Blocks):
         q = skew(p["q"], p["at"])
         if self.eps is not None:
             q = bounded(q, self.eps / len(q) ** 0.5, (1, 2))
-        return {"r": cayley(-q) if self.exact else neumann(q, self.terms)}
+        return {"r": dropped(cayley(-q) if self.exact else neumann(q, self.terms), self.dropout)}
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         return (turn(w, p["r"].mT) if self.side == "input" else turn(w.mT, p["r"]).mT) - w
