@@ -34,6 +34,7 @@ from peftfn.net.net import Adapted, adapt
 from peftfn.slots.routes import PerForward
 from peftfn.tensors.tree import leaves
 from peftfn.tools import merging, optim, starts, steps
+from peftfn.tools.check import Finding, check
 from peftfn.tools.convert import to_lora
 from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.extract import extract
@@ -57,6 +58,7 @@ __all__ = [
     "Chain",
     "Described",
     "Description",
+    "Finding",
     "Loaded",
     "MergeReport",
     "MergedSite",
@@ -83,6 +85,7 @@ __all__ = [
     "base_of",
     "buffers_of",
     "chain",
+    "check",
     "conform",
     "copy_",
     "describe",
