@@ -8,6 +8,9 @@ rules for the update (`lora_plus`) after it:
     updates, state = step.update(grads, state, a)
     a = pf.steps.apply(a, updates)
 
+`clip` goes before an optimizer, and `scheduled` after it. `stacked` makes of all this the step of a stack, each adapter
+having its own rate, norm, count and state.
+
 `lora_rite`, `lora_muon` and `loft` are optimizers themselves: what is no pair (A, B), they train by AdamW. A learning
 rate may be a tensor, so that `vmap` runs over learning rates as over adapters.
 """
@@ -22,6 +25,7 @@ from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, adamw
 from peftfn.tools.loft import loft
 from peftfn.tools.optim import lora_fa as _fa
+from peftfn.tools.paced import clip, cosine, linear, scheduled, stacked
 from peftfn.tools.spectral import lora_muon, lora_rite
 from peftfn.tools.step import Eigen, Step, Tree, damped, each, pairs, wide
 
@@ -30,6 +34,9 @@ __all__ = [
     "adamw",
     "apply",
     "chain",
+    "clip",
+    "cosine",
+    "linear",
     "loft",
     "lora_fa",
     "lora_muon",
@@ -37,7 +44,9 @@ __all__ = [
     "lora_pro",
     "lora_rite",
     "riemannian",
+    "scheduled",
     "sgd",
+    "stacked",
 ]
 
 
