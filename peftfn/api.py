@@ -32,6 +32,9 @@ from peftfn.model.site import Site
 from peftfn.net.distributed import distribute, gather
 from peftfn.net.net import Adapted, adapt
 from peftfn.slots.routes import PerForward
+from peftfn.sweeps.sweep import sweep
+from peftfn.sweeps.swept import Swept
+from peftfn.sweeps.trial import Trial, behind, grid, patience
 from peftfn.tensors.tree import leaves
 from peftfn.tools import merging, optim, starts, steps
 from peftfn.tools.check import Finding, check
@@ -72,7 +75,9 @@ __all__ = [
     "Rng",
     "Routed",
     "Site",
+    "Swept",
     "Tokens",
+    "Trial",
     "Verification",
     "VerifiedSite",
     "Weight",
@@ -83,6 +88,7 @@ __all__ = [
     "as_module",
     "bank",
     "base_of",
+    "behind",
     "buffers_of",
     "chain",
     "check",
@@ -94,6 +100,7 @@ __all__ = [
     "from_state_dict",
     "gather",
     "inspect",
+    "grid",
     "intruders",
     "leaves",
     "load",
@@ -107,6 +114,7 @@ __all__ = [
     "offload_",
     "onload_",
     "optim",
+    "patience",
     "places",
     "push",
     "reduce_intruders",
@@ -122,6 +130,7 @@ __all__ = [
     "status",
     "steps",
     "summary",
+    "sweep",
     "targets",
     "to_lora",
     "trainable_",

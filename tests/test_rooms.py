@@ -19,6 +19,7 @@ MAY: dict[str, set[str]] = {
     "view": {"net", "slots", "core", "model", "tensors"},
     "formats": {"net", "core", "methods", "model", "tensors"},
     "tools": {"view", "net", "core", "methods", "model", "tensors"},
+    "sweeps": {"many", "tools", "formats", "net", "core", "tensors"},
 }
 """Room → what it may import, beside itself. `cli`, `demo`, `testing` and the root may import everything."""
 

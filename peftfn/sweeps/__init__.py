@@ -1,0 +1,1 @@
+"""Many configurations through a few slots of one stack."""
