@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftfn.many.stack import stack
 from peftfn.net.net import Adapted
 from peftfn.sweeps.keys import Keyed, key_of
 from peftfn.sweeps.trial import Config, Trial
-from peftfn.tensors.tree import leaves, unstacked
+from peftfn.tensors.tree import leaves, mapped, unstacked
 from peftfn.tools.step import Step
 from peftfn.tools.steps import apply
 
@@ -69,20 +69,36 @@ class Lane:
             at = [r.trial.step + i for r in rows]
             batch = _stacked([self.data(c, s) for c, s in zip(configs, at, strict=True)], configs)
             with _undrawn():
-                adapters, states, loss = vmap(self._step)(adapters, states, numbers, seeds, torch.tensor(at), batch)
-            losses.append(loss.detach())
+                gradients, loss = self._gradients(adapters, key_of(seeds, torch.tensor(at)), batch)
+            with torch.no_grad():
+                adapters, states = vmap(self._step)(adapters, gradients, states, numbers)
+            losses.append(loss)
             tick(len(runs))
         new = [Run(r.trial, unstacked(adapters, i), unstacked(states, i)) for i, r in enumerate(runs)]
         return new, torch.stack(losses)[:, : len(runs)]
 
-    def _step(
-        self, adapter: Tree, state: Tree, numbers: Mapping[str, Tensor], seed: Tensor, step: Tensor, batch: Any
-    ) -> tuple[Tree, Tree, Tensor]:
+    def _gradients(self, adapters: Tree, keys: Tensor, batch: Any) -> tuple[Tree, Tensor]:
+        """The gradient of each row's loss, and the losses [width].
+
+        One backward pass of the sum, in which rows do not meet: `vmap(grad)` takes 1.2 to 1.6 times as long.
+        """
+
+        def one(adapter: Tree, key: Tensor, batch: Any) -> Tensor:
+            with Keyed(key):
+                return self.loss(self.net, adapter, batch)
+
+        with torch.enable_grad():
+            given = mapped(adapters, lambda t: t.detach().requires_grad_())
+            losses = vmap(one)(given, keys, batch)
+            if losses.dim() != 1:
+                raise ValueError(f"sweep: the loss has shape {list(losses.shape[1:])}: return one number")
+            found = iter(torch.autograd.grad(losses.sum(), leaves(given), materialize_grads=True))
+        return mapped(given, lambda t: next(found)), losses.detach()
+
+    def _step(self, adapter: Tree, gradient: Tree, state: Tree, numbers: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
         """One row's step."""
-        with Keyed(key_of(seed, step)):
-            gradient, loss = grad_and_value(lambda a: self.loss(self.net, a, batch))(adapter)
         updates, state = self.optimizer({**self.fixed, **numbers}).update(gradient, state, adapter)
-        return apply(adapter, updates), state, loss
+        return apply(adapter, updates), state
 
     def evaluated(self, runs: Sequence[Run]) -> list[dict[str, float]]:
         """What `evaluate` says of each run, all in one pass, without dropout."""

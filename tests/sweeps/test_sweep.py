@@ -363,5 +363,7 @@ def test_bad_input() -> None:
         pf.sweep(CONFIGS, net, lambda n, a, x: n.apply(a, x).sum(), ragged, optimizer, steps=2)
     with pytest.raises(TypeError, match="data has a int in the batch"):
         pf.sweep(CONFIGS, net, loss, lambda c, s: (X, 3), optimizer, steps=2)
+    with pytest.raises(ValueError, match=r"the loss has shape \[16, 1\]: return one number"):
+        pf.sweep(CONFIGS, net, lambda n, a, b: n.apply(a, b[0]), data, optimizer, steps=2)
     with pytest.raises(ValueError, match="names other than"):
         sweep(CONFIGS, net, evaluate=lambda n, a: {"loss": X.mean()})
