@@ -7,8 +7,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.net.run import Runner
-from peftfn.slots import routes
-from peftfn.slots.gates import Index
+from peftfn.slots import pertoken, routes
 from peftfn.slots.routes import Gating
 
 
@@ -40,7 +39,8 @@ class Nets:
                 )
         self.nets = tuple(nets)
         again = dict.fromkeys(name for net in nets for name in net.again)
-        self._runner = Runner(nets[0].model, [net.plan for net in nets], list(again))
+        routed = [name for net in nets for name in net.routed]
+        self._runner = Runner(nets[0].model, [net.plan for net in nets], list(again), routed)
 
     def mixed(
         self,
@@ -50,14 +50,15 @@ class Nets:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        owners: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run a batch whose row i uses adapter index[i], counted through all stacks. See `Adapted.mixed`.
 
         Args:
             stacks: one stack for each net, in the order of the nets.
-            index: [rows] integers in [−1, number of adapters); −1 is the base.
-            args, kwargs, params, method, common: as for `Adapted.mixed`.
+            index: [rows] or [rows, tokens] integers in [−1, number of adapters); −1 is the base.
+            args, kwargs, params, method, common, owners: as for `Adapted.mixed`.
 
         Returns:
             The model's output, differentiable in all stacks.
@@ -72,7 +73,7 @@ class Nets:
             y = pf.Nets([one, two]).mixed(stacks, [1, 0], torch.randn(2, 8))
         """
         self._check(stacks)
-        return self._runner.batch(Index.of, stacks, index, args, kwargs, params, method, common)
+        return self._runner.batch(pertoken.of, stacks, index, args, kwargs, params, method, common, owners)
 
     def gated(
         self,
@@ -82,6 +83,7 @@ class Nets:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        owners: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run a batch with a weighted sum of adapters, also of different methods. See `Adapted.gated`.
@@ -89,7 +91,7 @@ class Nets:
         Args:
             stacks: one stack for each net, in the order of the nets.
             gates: as for `Adapted.gated`, K being the number of adapters in all stacks.
-            args, kwargs, params, method, common: as for `Adapted.mixed`.
+            args, kwargs, params, method, common, owners: as for `Adapted.mixed`.
 
         Returns:
             The model's output, differentiable in the gates and in all stacks.
@@ -104,7 +106,7 @@ class Nets:
             y = pf.Nets([one, two]).gated(stacks, [0.3, 0.7], torch.randn(2, 8))
         """
         self._check(stacks)
-        return self._runner.batch(routes.of, stacks, gates, args, kwargs, params, method, common)
+        return self._runner.batch(routes.of, stacks, gates, args, kwargs, params, method, common, owners)
 
     def _check(self, stacks: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(stacks, Mapping) or len(stacks) != len(self.nets):

@@ -15,15 +15,17 @@ from peftfn.model.model import Model, weights_of
 from peftfn.model.place import Place
 from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
-from peftfn.slots import routes
-from peftfn.slots.gates import Index
+from peftfn.slots import pertoken, routes
+from peftfn.slots.routed import routed_by_default, routed_of
 from peftfn.slots.routes import Gating
 from peftfn.slots.values import Given
 from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.transform import outside, under_transform
 
 
-def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "Adapted":
+def adapt(
+    model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0, routed: Sequence[str] | None = None
+) -> "Adapted":
     """Bind methods to the parameters of a model, without changing it.
 
     Args:
@@ -32,6 +34,9 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
             supports its kind. A pattern of word characters and dots matches whole dotted components ("q_proj" matches
             "layers.0.q_proj.weight", never "q_proj_norm"); any other is a regular expression, searched in the name.
         seed: seed of the methods' frozen tensors (VeRA's projections, say); `init` has the seed of the trainable ones.
+        routed: patterns, as in rules, of modules through which a mixed batch follows its rows, because they move tokens
+            (experts, windows, sequences that are packed or flattened); "" is the whole model. None: the parent of each
+            module that holds an adapted stack of experts, and of each list called `experts` with adapted ones.
 
     Returns:
         A net: the plan bound to the model.
@@ -48,7 +53,8 @@ def adapt(model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0) -> "A
         y = net.apply(net.init(seed=0), torch.randn(3, 8))
     """
     with outside():
-        return Adapted(model, make(Model.of(model), rules, seed))
+        plan = make(Model.of(model), rules, seed)
+        return Adapted(model, plan, routed=None if routed is None else routed_of(model, routed))
 
 
 class Adapted:
@@ -63,13 +69,15 @@ class Adapted:
         assert isinstance(net, pf.Adapted) and list(net.plan) == ["0.weight"]
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, again: Sequence[str] = ()):
-        """again: modules that are rematerialised (`checkpointed`)."""
+    def __init__(self, model: nn.Module, plan: Plan, again: Sequence[str] = (), routed: Sequence[str] | None = None):
+        """again: modules that are rematerialised (`checkpointed`). routed: modules through which rows are followed;
+        None: as in `adapt`."""
         self.model, self.plan, self.again = model, plan, tuple(again)
-        self._runner = Runner(model, [plan], self.again)
+        self.routed = tuple(routed_by_default(plan) if routed is None else routed)
+        self._runner = Runner(model, [plan], self.again, self.routed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Adapted, (self.model, self.plan, self.again)
+        return Adapted, (self.model, self.plan, self.again, self.routed)
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{pattern!r}: {method}" for pattern, method in self.plan.rules.items())
@@ -162,6 +170,7 @@ class Adapted:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        owners: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run a batch whose row i uses adapter index[i] of the stack: mixed(...)[i] == apply(a[index[i]], row i).
@@ -188,7 +197,7 @@ class Adapted:
             many = pf.stack([net.init(seed=0), net.init(seed=1)])
             y = net.mixed(many, [1, -1, 0], torch.randn(3, 8))
         """
-        return self._runner.batch(Index.of, [stacked], index, args, kwargs, params, method, common)
+        return self._runner.batch(pertoken.of, [stacked], index, args, kwargs, params, method, common, owners)
 
     def gated(
         self,
@@ -198,6 +207,7 @@ class Adapted:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        owners: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run a weighted sum of adapters at every site: y = base + Σ_k g_k ⊙ (f_k(x) − base), f_k having adapter k.
@@ -224,7 +234,7 @@ class Adapted:
             many = pf.stack([net.init(seed=0), net.init(seed=1)])
             y = net.gated(many, torch.tensor([0.3, 0.7]), torch.randn(3, 8))
         """
-        return self._runner.batch(routes.of, [stacked], gates, args, kwargs, params, method, common)
+        return self._runner.batch(routes.of, [stacked], gates, args, kwargs, params, method, common, owners)
 
     def delta(self, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the change of each adapted parameter.
@@ -354,7 +364,7 @@ class Adapted:
             a, x = net.init(), torch.randn(3, 8)
             g = torch.func.grad(lambda a: less.apply(a, x).sum())(a)
         """
-        return Adapted(self.model, self.plan, [*self.again, *layers_of(self.model, pattern)])
+        return Adapted(self.model, self.plan, [*self.again, *layers_of(self.model, pattern)], self.routed)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return the `context_fn` for torch.utils.checkpoint in the model's own code, with use_reentrant=False.

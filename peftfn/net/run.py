@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
@@ -20,6 +21,8 @@ from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.slots.gates import Gates
+from peftfn.slots.routed import checked
+from peftfn.slots.track import Followed
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
@@ -29,9 +32,9 @@ from peftfn.tensors.tree import stack_size, unstacked
 class Runner:
     """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own."""
 
-    def __init__(self, model: nn.Module, plans: Sequence[Plan], again: Sequence[str] = ()):
-        """again: modules that are rematerialised."""
-        self.model, self.plans, self.again = model, plans, again
+    def __init__(self, model: nn.Module, plans: Sequence[Plan], again: Sequence[str] = (), routed: Sequence[str] = ()):
+        """again: modules that are rematerialised. routed: modules through which rows are followed."""
+        self.model, self.plans, self.again, self.routed = model, plans, again, list(dict.fromkeys(routed))
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
         check_copy(model)
@@ -52,11 +55,15 @@ class Runner:
         kwargs: Mapping[str, Any],
         params: Mapping[str, Any] | None,
         method: str | None,
+        owners: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """model(*args, **kwargs) with the adapters in it. gates: which of them act on which rows; None for one adapter.
 
-        params: the caller's own parameters, by name. method: another method of the model to call.
+        params: the caller's own parameters, by name. method: another method of the model to call. owners: routed module
+        → the row of each position of its input.
         """
+        if gates is not None and self.routed and torch.compiler.is_compiling():
+            return _uncompiled(self.run, given, gates, args, kwargs, params, method, owners)
         skeleton = self._acquire()
         if not torch.compiler.is_compiling():
             self._running.calls.append(skeleton)
@@ -69,6 +76,8 @@ class Runner:
                     skeleton.put(params)
                 if gates is not None:
                     gates = replace(gates, fixed=skeleton.identities())
+                    if self.routed:
+                        gates = replace(gates, call=Followed(gates, owners or {}))
                     if gates.size is not None and not torch.compiler.is_compiling():
                         mark(skeleton.tables, gates)
                 made = values(given, gates, skeleton.__getitem__, self.model.training)
@@ -109,6 +118,7 @@ class Runner:
         params: Mapping[str, Any] | None,
         method: str | None,
         common: Sequence[str] | None,
+        owners: Mapping[str, Any] | None = None,
     ) -> Any:
         """`run` with a stack of adapters of each plan, and gates over all of them. gates_of: what makes them of what
         the caller gave."""
@@ -117,10 +127,12 @@ class Runner:
             plan.check(stacked, lead=1)
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
-        made = gates_of(gates, count, (args, kwargs), self.copies(method, args, kwargs), method is not None)
+        inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
+        made = gates_of(gates, count, inputs, self.copies(method, args, kwargs), method is not None)
+        held = checked(owners, made, self.routed) if owners else None
         made = made.bound(common, dict.fromkeys(name for plan in self.plans for name in plan))
         if (k := made.only) is None:
-            return self.run(given, made, args, kwargs, params, method)
+            return self.run(given, made, args, kwargs, params, method, held)
         plan, stacked, start, _ = next(part for part in given if k < part.start + part.size)
         alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
         return self.run([alone], None, args, kwargs, params, method)
@@ -142,7 +154,7 @@ class Runner:
     _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _skeleton(self) -> Skeleton:
-        return Skeleton(self.model, self.slots, self.backbones, self.again)
+        return Skeleton(self.model, self.slots, self.backbones, self.again, self.routed)
 
     def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
@@ -152,6 +164,12 @@ class Runner:
         config = given or getattr(self.model, "generation_config", None)
         counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
         return max(n or 1 for n in counts)
+
+
+@_disable_dynamo
+def _uncompiled(run: Callable[..., Any], *args: Any) -> Any:
+    """A call that follows rows through modules: the compiler leaves it as it is, whole. (fullgraph=True says so.)"""
+    return run(*args)
 
 
 class _Running(threading.local):

@@ -30,7 +30,9 @@ from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, ho
 from peftfn.model.written import written_by
 from peftfn.net.again import rematerialised
 from peftfn.net.released import Bypass, Released
+from peftfn.slots import track
 from peftfn.slots.call import Call, Gone, hooked
+from peftfn.slots.routed import routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
@@ -47,11 +49,19 @@ class Skeleton:
     """One copy of `base`, with the slots named in `sites` to be filled by the caller: of parameters, and of modules.
 
     backbones: those of the modules that stand for backbones. again: modules that keep nothing for the backward pass but
-    what goes in.
+    what goes in. routed: modules through which the rows of a mixed batch are followed.
     """
 
-    def __init__(self, base: nn.Module, sites: list[str], backbones: Collection[str] = (), again: Sequence[str] = ()):
+    def __init__(
+        self,
+        base: nn.Module,
+        sites: list[str],
+        backbones: Collection[str] = (),
+        again: Sequence[str] = (),
+        routed: Sequence[str] = (),
+    ):
         self.base, self.sites, self.backbones, self.again, self.lock = base, sites, backbones, again, RLock()
+        self.routed = routed
         self._build()
 
     def _build(self) -> None:
@@ -74,6 +84,7 @@ class Skeleton:
         self.pairs = list(zip(modules, copies, strict=True))
         self._name_slots(named, opaque)
         self._name_calls()
+        self._route()
         self._sort_slots()
         self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
@@ -104,6 +115,13 @@ class Skeleton:
             self.slots[name] = (slots, "call")
             self.calls.append(({"call": place}, slots, "call"))
         self.filled = self.parameters + self.calls
+
+    def _route(self) -> None:
+        """Routed modules follow the rows of a mixed batch. Each knows the slots of the sites in it."""
+        for name in self.routed:
+            module, inside = self.root.get_submodule(name), f"{name}." if name else ""
+            places = [self.slots[n] for n in self.sites if n == name or n.startswith(inside)]
+            vars(module)["forward"] = routed(name, places, module.forward)
 
     def _name_slots(self, named: Mapping[str, nn.Module], opaque: Mapping[str, QuantisedWeight]) -> None:
         """Where each parameter and buffer stands in the base and here, and the slots by name, released for now."""
@@ -438,6 +456,10 @@ class Skeleton:
             return run(*args, **kwargs)
         if torch.compiler.is_compiling() and under_transform():  # the compiler decides what it keeps
             return run(*args, **kwargs)
+        if (tracking := track.current()) is not None:
+            if under_transform():  # what runs again has other tensors, which would have no rows
+                return run(*args, **kwargs)
+            run = tracking.again(run, args, kwargs)
         if under_transform():  # which has no hooks on saved tensors
             return rematerialised(run, args, kwargs, self._slots_of, partial(self._filled, self.snapshot()))
         options = {

@@ -85,7 +85,7 @@ def around(gates: Gates, stacks: Sequence[Stack], name: str, base: Tensor, uses:
             continue
         assert isinstance(gates, Index)
         if gates.known is None:
-            local, mine = _local(gates, stack, y)
+            local, mine = own_adapters(gates, stack, y)
             if many is not None:
                 new = stack.vmapped(local, [x[:, None] for x in xs], many)[:, 0]
             else:
@@ -102,7 +102,7 @@ def _cut_to(stack: Stack, xs: Sequence[Tensor], one: One, k: int, cut: Cut) -> T
     return one(k - stack.start, *map(cut, xs))
 
 
-def _local(gates: Index, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor]:
+def own_adapters(gates: Index, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor]:
     """(which of the stack's adapters each row uses, any for those that use none; whether it uses one, as a mask of
     y [rows, …])."""
     local = gates.index.to(y.device) - stack.start
@@ -130,6 +130,8 @@ def bias(gates: Gates, values: Tensor, base: Tensor, y: Tensor) -> Tensor:
 def _sorted(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     """The index is known: rows of one adapter are computed together."""
     y, parts = _fused(gates, layer, x)
+    if y is None and gates.positions and layer.kind == "linear" and x.dim() == 2 and all(map(_narrow, parts)):
+        return _at_once(gates, layer, x)
     shares = [(part, found) for part in parts if (found := _share(gates, part, x.device)) is not None]
     if y is None and len(shares) == 1 and shares[0][1].size == gates.size:
         part, found = shares[0]
@@ -186,12 +188,43 @@ def _short(gates: Index, part: Part, x: Tensor, kind: str) -> bool:
     return not choose.by_segment(x, rows * tokens, out, x.shape[-1], r)
 
 
+def _narrow(part: Part) -> bool:
+    """Whether all factors of its adapters side by side are fewer than what it costs to sort positions by adapter."""
+    low = part.low
+    return (
+        low is not None
+        and low.gain is None
+        and low.down.dim() == low.up.dim() == 3
+        and part.size * low.down.shape[-2] <= _SIDE_BY_SIDE
+    )
+
+
+_SIDE_BY_SIDE = 512
+
+
+def _at_once(gates: Index, layer: Layer, x: Tensor) -> Tensor:
+    """Positions x [n, in]: all D are one product, of which each position keeps its own part, and all U one product."""
+    y = layer.base(x)
+    for part in layer.parts:
+        low, kept = part.low, gates.kept
+        assert low is not None
+        n, r = part.size, low.down.shape[-2]
+        key = "own", part.start, n, y.dtype, y.device
+        if key not in kept:
+            adapters = torch.arange(part.start, part.start + n, device=y.device)
+            kept[key] = (gates.index.to(y.device)[:, None] == adapters).to(y.dtype)[..., None]
+        s = F.linear(x, low.down.reshape(n * r, -1).to(x.dtype)).unflatten(-1, (n, r))
+        s = (s * (low.scale * kept[key])).flatten(-2)
+        y = y + F.linear(s, low.up.transpose(0, 1).reshape(-1, n * r).to(s.dtype)).to(y.dtype)
+    return y
+
+
 def _masked(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     """Nobody can look at the index: each row with its own copy of its leaf, or every adapter on all rows."""
     fused, parts = _fused(gates, layer, x)
     y, every = layer.base(x) if fused is None else fused, torch.arange(gates.size, device=x.device)
     for part in parts:
-        local, mine = _local(gates, part, y)
+        local, mine = own_adapters(gates, part, y)
         if part.is_low_rank(layer.kind) or part.vmaps(layer.kind):
             new = part.vmapped(local, (x,), part.using(layer.adapted))
         else:

@@ -77,6 +77,11 @@ class Call:
             self.add(order, functools.partial(run, some, gates))
         self.own = len(self.steps)
 
+    @staticmethod
+    def gates_of(held: Any) -> Gates | None:
+        gates: Gates | None = held.gates
+        return gates
+
     def share(self, seen: dict[str, Tensor]) -> None:
         """Let companions that run before this is made write to `seen`."""
         for holder in (self, *self.parts):

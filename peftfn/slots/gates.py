@@ -30,6 +30,9 @@ class Gates:
     fixed: frozenset[int] = field(default=frozenset(), kw_only=True)  # the model's tensors, which have no rows
     copies: int = field(default=1, kw_only=True)  # how often `generate` repeats each row: beams, sampled sequences
     common: frozenset[str] | None = field(default=None, kw_only=True)  # sites whose input has no rows; None: not said
+    call: Any = field(default=None, kw_only=True)  # the `Followed` of a call of a net that has routed modules
+    stepwise: bool = field(default=False, kw_only=True)  # later steps of `generate` have other numbers of tokens
+    tokens = None  # tokens of a row, where each has gates of its own
 
     @property
     def sealed(self) -> bool:
@@ -66,6 +69,11 @@ class Gates:
     @property
     def size(self) -> int | None:
         """Rows of the batch; None where all rows are alike."""
+        raise NotImplementedError
+
+    def of_positions(self, owner: Tensor, tokens: int | None) -> "Gates":
+        """The gates of positions that belong to the rows `owner` [n] of these; −1: to none. tokens: owner numbers the
+        tokens of all rows, so many in each."""
         raise NotImplementedError
 
     def at(self, rows: int) -> "Gates | None":
@@ -107,6 +115,7 @@ class Index(Gates):
     index: Tensor  # [rows]
     known: list[int] | None  # the index on the host; None while compiling
     held: dict[bool, dict[Any, Any]] = field(default_factory=dict, kw_only=True)  # inference mode → what it made
+    positions: bool = field(default=False, kw_only=True)  # of positions that were moved, not of rows
 
     @classmethod
     def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "Index":
@@ -120,7 +129,8 @@ class Index(Gates):
         t = t if isinstance(index, Tensor) or t.numel() else t.long()  # [] makes a tensor of floats
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
             raise ValueError(
-                f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows]"
+                f"mixed: index is a {t.dtype} tensor of shape {list(t.shape)}; give one integer a row, [rows], or "
+                "a token, [rows, tokens]"
             )
         t = t.long()  # uint8 would select as a mask does
         if hidden(t):  # taking from a table raises for an adapter there is none of
@@ -143,6 +153,11 @@ class Index(Gates):
         """The adapter that all rows use; None if there are several, or the base among them, or nobody knows."""
         known = self.known
         return known[0] if known and known[0] >= 0 and known.count(known[0]) == len(known) else None
+
+    def of_positions(self, owner: Tensor, tokens: int | None = None) -> "Index":
+        index = extended(self.index, -1)[_rows(owner, tokens).to(self.index.device)]
+        known = None if self.known is None or hidden(index) else index.tolist()
+        return replace(self, index=index, known=known, copies=1, held={}, positions=True)
 
     @cached_property
     def repeated(self) -> "Index":
@@ -168,7 +183,6 @@ class Weights(Gates):
     """Adapter k has weight g[…, k]: g is [K], [rows, K], or [rows, tokens, K]."""
 
     g: Tensor
-    stepwise: bool = False  # later steps of `generate` have other numbers of tokens
     active: tuple[Tensor | None, ...] = ()  # of each adapter, the rows with a gate that is not 0; None: all
 
     @classmethod
@@ -190,7 +204,7 @@ class Weights(Gates):
             )
         free = hidden(g) or under_transform() or g.requires_grad
         if torch.compiler.is_compiling():
-            return cls(count, g, stepwise, (None,) * count, copies=copies)
+            return cls(count, g, (None,) * count, stepwise=stepwise, copies=copies)
         given = tensors(inputs)
         if g.dim() > 1:
             check_rows("gated", f"gates have shape {list(g.shape)}, for {g.shape[0]} rows", g.shape[0], given)
@@ -201,7 +215,7 @@ class Weights(Gates):
             check_steps(inputs)
         own = storages(given)
         if free:
-            return cls(count, g, stepwise, (None,) * count, inputs=own, copies=copies)
+            return cls(count, g, (None,) * count, stepwise=stepwise, inputs=own, copies=copies)
         flat = g.detach().cpu()
         one = flat[:, 0] if flat.dim() == 3 and g.shape[1] and bool((flat == flat[:, :1]).all()) else flat
         if one.dim() == 2 and bool(((one == 0) | (one == 1)).all()) and bool((one.sum(1) <= 1).all()):
@@ -212,11 +226,22 @@ class Weights(Gates):
         else:
             used = used.any(1) if used.dim() == 3 else used
             active = tuple(None if bool(u.all()) else u.nonzero()[:, 0].to(g.device) for u in used.unbind(1))
-        return cls(count, g, stepwise, active, inputs=own, copies=copies)
+        return cls(count, g, active, stepwise=stepwise, inputs=own, copies=copies)
 
     @property
     def size(self) -> int | None:
         return None if self.g.dim() == 1 else self.g.shape[0]
+
+    @property
+    def tokens(self) -> int | None:  # type: ignore[override]
+        return self.g.shape[1] if self.g.dim() == 3 else None
+
+    def of_positions(self, owner: Tensor, tokens: int | None) -> "Weights":
+        if self.g.dim() == 1:
+            return self
+        g, owner = (self.g.flatten(0, 1), owner) if self.g.dim() == 3 else (self.g, _rows(owner, tokens))
+        g = extended(g, 0)[owner.to(g.device)]
+        return replace(self, g=g, active=(None,) * self.count, copies=1)
 
     @cached_property
     def repeated(self) -> "Weights":
@@ -250,6 +275,15 @@ class Weights(Gates):
         return g.view(*g.shape[:2], *[1] * (y.dim() - 3), -1)
 
 
+def _rows(owner: Tensor, tokens: int | None) -> Tensor:
+    return owner if tokens is None else owner.div(tokens, rounding_mode="floor")
+
+
+def extended(t: Tensor, last: int) -> Tensor:
+    """t, and behind it what index −1 then is."""
+    return torch.cat([t, t.new_full((1, *t.shape[1:]), last)])
+
+
 def check_rows(what: str, have: str, rows: int, given: list[Tensor]) -> None:
     """Raise unless one of the call's tensors has so many rows (or columns, for models with the batch second)."""
     if given and not any(rows in t.shape[:2] for t in given):
@@ -257,13 +291,16 @@ def check_rows(what: str, have: str, rows: int, given: list[Tensor]) -> None:
         raise ValueError(f"{what}: {have}, and none of the inputs has as many rows: {shapes}. Give one entry a row.")
 
 
-def check_steps(inputs: Any) -> None:
+STEPS = (
+    "gated: {} makes steps of several tokens, and which gates of [rows, tokens, adapters] are theirs is not known: "
+    "leave it out, or give gates [rows, adapters]"
+)
+
+
+def check_steps(inputs: Any, message: str = STEPS) -> None:
     """Raise for a `generate` whose later steps are of several tokens: they could be taken for the prompt's."""
     _, kwargs = inputs
     config = kwargs.get("generation_config")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if kwargs.get(name) or getattr(config, name, None):
-            raise ValueError(
-                f"gated: {name} makes steps of several tokens, and which gates of [rows, tokens, adapters] are theirs "
-                "is not known: leave it out, or give gates [rows, adapters]"
-            )
+            raise ValueError(message.format(name))

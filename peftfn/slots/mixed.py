@@ -5,6 +5,7 @@ What stands in a parameter's slot is a `MixedWeight`: the adapters of the batch,
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from peftfn.core.method import Product, Weight
-from peftfn.slots import batch
+from peftfn.slots import batch, track
+from peftfn.slots.attention import attend
+from peftfn.slots.experts import MixedStack, same
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Cut, Part, take
+from peftfn.slots.pertoken import PerToken
 from peftfn.slots.slot import Slot, plus
+from peftfn.slots.tags import Lost, constant
 from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
-from peftfn.slots.weight import AdaptedWeight
+from peftfn.slots.weight import AdaptedWeight, Expert, picks_one
 from peftfn.tensors.arguments import mapped, storages, tensors, visit
 from peftfn.tensors.precision import operand_dtype, wide
 from peftfn.tensors.transform import moment
@@ -29,6 +34,11 @@ class _Mixed(Slot):
 
     __slots__ = ("inside", "rows")
     rows: Gates
+
+    @staticmethod
+    def gates_of(held: Any) -> Gates:
+        gates: Gates = held.rows
+        return gates
 
     @property
     def by_itself(self) -> bool:  # type: ignore[override]
@@ -48,10 +58,48 @@ class _Mixed(Slot):
         return self.value(k)
 
     def lost(self, what: str, more: str = "") -> ValueError:
-        return ValueError(
-            f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows needs its rows in the first dimension. "
-            f"{more}Call net.apply for one adapter at a time, or leave this site out of the rules."
+        wanted = (
+            "its rows and tokens in the first two dimensions" if self.rows.tokens else "its rows in the first dimension"
         )
+        inside = self.tracking() is not None
+        need = "must know whose each position is" if inside else f"needs {wanted}"
+        cure = "" if inside else "If a module moves them (experts, windows), name it in adapt(…, routed=[…]). "
+        return ValueError(
+            f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows {need}. {more}{cure}"
+            "Call net.apply for one adapter at a time, or leave this site out of the rules."
+        )
+
+    # Inside a routed module only tags count, never sizes.
+
+    def tracking(self) -> track.Tracking | None:
+        """What follows the rows of this call here, if anything does."""
+        if self.rows.call is None:
+            return None
+        t = track.current()
+        return t if t is not None and t.call is self.rows.call else None
+
+    def tag(self, t: track.Tracking | None, x: Tensor) -> Tensor | None:
+        """x's tag; None where all rows are alike. ValueError if it has none."""
+        if self.rows.size is None:
+            return None
+        tag = None if t is None else t.get(x)
+        if tag is None or isinstance(tag, Lost):
+            why = "" if tag is None else f": {tag.why}"
+            raise self.lost(f"the rows of its input {list(x.shape)} are not known{why}")
+        return tag
+
+    def placed(self, t: track.Tracking | None, x: Tensor, tag: Tensor | None, lead: int) -> tuple[Gates, Tensor | None]:
+        """(gates of x's positions, their tag): x's first `lead` dimensions are positions, the others one vector."""
+        if tag is None or t is None:
+            return self.rows, None
+        key = id(tag), x.shape, lead, id(self.rows)
+        if key not in t.made:
+            one = constant(tag, range(lead, x.dim()))
+            if one is None:
+                raise self.lost(f"the vectors of its input {list(x.shape)} belong to several rows")
+            owner = one.expand(*x.shape[:lead], *one.shape[lead:]).flatten()
+            t.made[key] = tag, self.rows, self.rows.of_positions(owner, t.call.gates.tokens), one
+        return t.made[key][2:]  # type: ignore[no-any-return]
 
     def doubtful(self, what: str) -> ValueError:
         return ValueError(
@@ -60,7 +108,7 @@ class _Mixed(Slot):
         )
 
     def rowed(self, x: Tensor) -> Tensor:
-        if self.rows.size is None:
+        if self.rows.size is None or self.tracking() is not None:
             return x
         if x.dim() != 2 or not self.rows.size or x.shape[0] % self.rows.size:
             raise self.lost(f"its input has shape {list(x.shape)}")
@@ -70,7 +118,13 @@ class _Mixed(Slot):
     def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
         found: list[_Mixed] = []
         visit((args, kwargs), lambda v: found.append(v) if isinstance(v, _Mixed) else None)
-        rows = found[0].rows
+        rows, first = found[0].rows, found[0]
+        if isinstance(first, MixedWeight) and first.stack and getattr(func, "__name__", "") in _OF_STACKS:
+            return MixedStack(first).multiply(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return attend(first, args, kwargs)
+        if isinstance(rows, PerToken) or first.tracking() is not None:
+            return first.by_position(func, args, kwargs)
         sizes = {v.shape[0] for v in tensors((args, kwargs)) if not owned(v, rows) and rows.at(v.shape[0])}
         bags = func is F.embedding_bag and args[0].dim() == 1  # all rows' indices in one line, cut up by offsets
         if ((not sizes or bags) and rows.size is not None) or func in _ROWS_ELSEWHERE:
@@ -92,6 +146,37 @@ class _Mixed(Slot):
 
         return batch.each(rows.at(n) or rows, run)
 
+    def by_position(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of one tensor of positions [positions …, the weight's dimensions …], such as a norm."""
+        t, name = self.tracking(), getattr(func, "__name__", str(func))
+        rows: Any = self.rows
+        has = (lambda v: rows.flattened(v) is not None) if t is None else (lambda v: t.get(v) is not None)
+        given = [v for v in tensors((args, kwargs)) if has(v)]
+        if len(given) != 1 or func is F.embedding_bag or func in _ROWS_ELSEWHERE:
+            raise self.lost(f"{name} has {len(given)} inputs whose rows are known")
+        x = given[0]
+        of_images = name.startswith(("conv", "batch_norm", "group_norm", "instance_norm"))
+        features = 0 if not x.is_floating_point() else 1 if name in _PRODUCTS else max(1, self.w.dim())
+        lead = 1 if of_images else max(1, x.dim() - features)
+        if t is None and lead < 2:
+            raise self.lost(f"{name} has an input of shape {list(x.shape)}")
+        gates, tag = (rows.flattened(x), None) if t is None else self.placed(t, x, self.tag(t, x), lead)
+        together = func is F.batch_norm and _training(*args, **kwargs)
+
+        def run(k: int, cut: Cut) -> Tensor:
+            def swap(v: Any) -> Any:
+                if isinstance(v, _Mixed):
+                    return v.value(k)
+                return cut(v.reshape(-1, *v.shape[lead:])) if v is x and not together else v
+
+            out: Tensor = func(*mapped(args, swap), **mapped(kwargs, swap))
+            return cut(out) if together else out
+
+        with nullcontext() if t is None else t.aside():
+            y = batch.each(gates, run)
+            y = y.view(*x.shape[:lead], *y.shape[1:])
+        return y if t is None else t.put(y, tag if tag is None else _fitted(tag, lead, y.dim()))
+
     def attribute(self, name: str) -> Any:
         raise self.lost(f"the model uses weight.{name}")
 
@@ -107,13 +192,25 @@ def _training(
 
 
 _COMMON = "If all rows have this input in common, name the site in common=[…]; if it holds the rows one after another: "
-_ROWS_ELSEWHERE = frozenset([F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
+_ROWS_ELSEWHERE = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
+_PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm"])
+_OF_STACKS = frozenset(["bmm", "matmul", "__matmul__", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "transpose"])
+
+
+def _fitted(tag: Tensor, lead: int, dims: int) -> Tensor:
+    """The tag of positions, for an output of so many dimensions."""
+    return tag.view(*tag.shape[:lead], *[1] * (dims - lead))
 
 
 class MixedWeight(_Mixed):
     """The adapted weight of a mixed batch: each row of every product uses the adapters that its route says."""
 
     __slots__ = ("parts",)
+
+    @property
+    def stack(self) -> bool:
+        """Whether it is all experts of a stack."""
+        return self.entry.site.stacked
 
     def __init__(self, parts: list[Part], w: Tensor, rows: Gates):
         self.parts, self.entry, self.w, self.rows = parts, parts[0].entry, w, rows
@@ -136,13 +233,41 @@ class MixedWeight(_Mixed):
             raise self.doubtful(f"its indices {list(x.shape)} are none of the call's inputs: positions, it seems")
         kind = "embedding" if self.entry.site.kind == "embedding" else "product"
         dtype = x.dtype if x.is_floating_point() else self.w.dtype
-        return self._by_row(x, kind, lambda weight, x: weight.product(x, dot), lambda x: dot(x, self.matrix(dtype)))
+        base: Cut = lambda x: dot(x, self.matrix(dtype))  # noqa: E731
+        return self._by_row(x, self.layer(kind, lambda weight, x: weight.product(x, dot), base))
 
     def linear(self, x: Tensor, bias: Any = None) -> Tensor:
-        def base(x: Tensor) -> Tensor:
-            return F.linear(x, self.matrix(operand_dtype(x)))
+        y = self._by_row(x, self.layer("linear", AdaptedWeight.linear))
+        if bias is None:
+            return y
+        if (t := self.tracking()) is None:
+            return plus(y, bias)
+        with t.aside():  # whether or not somebody sees this sum: in the fast lane nobody is asked
+            return t.put(plus(y, bias), t.get(y))  # type: ignore[no-any-return]
 
-        return plus(self._by_row(x, "linear", AdaptedWeight.linear, base), bias)
+    def layer(self, kind: str, adapted: Callable[[Any, Tensor], Tensor], base: Cut | None = None) -> batch.Layer:
+        if base is None:
+
+            def base(x: Tensor) -> Tensor:
+                return F.linear(x, self.matrix(operand_dtype(x)))
+
+        return batch.Layer(self.name, kind, self.canonical(), self.parts, adapted, base)
+
+    def expert(self, e: int) -> "MixedExpert":
+        return MixedExpert([part.expert(e) for part in self.parts], self.w[e], self.rows)
+
+    def attribute(self, name: str) -> Any:
+        if self.stack and name in ("transpose", "mT", "to", "type", "contiguous", "float"):
+            return MixedStack(self).attribute(name)
+        return same(self, name) if name in ("to", "type", "float") else super().attribute(name)
+
+    def item_at(self, index: Any) -> Any:
+        if self.stack and (self.rows.size is None or self.tracking() is not None):
+            if picks_one(index):
+                return self.expert(int(index))
+            if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.long, torch.int):
+                return MixedStack(self, index)
+        return super().item_at(index)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The base's canonical weight; of a quantised one, its values in `dtype`."""
@@ -153,22 +278,46 @@ class MixedWeight(_Mixed):
         """Whether x may be taken for rows by its size alone, and nobody said what it is."""
         return x.dim() > 0 and x.shape[0] == self.rows.size != 1 and self.rows.common is None and not known(x)
 
-    def _by_row(self, x: Tensor, kind: str, adapted: Any, base: Cut) -> Tensor:
+    def _by_row(self, x: Tensor, layer: batch.Layer) -> Tensor:
         site, gates = self.entry.site, self.rows
-        layer = batch.Layer(self.name, kind, self.canonical(), self.parts, adapted, base)
-        one = 1 if kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0  # dimensions of one row
-        if gates.size is not None and not site.stacked and x.dim() >= one and self._in_common(x, one):
+        one = (
+            1 if layer.kind == "linear" else len(site.shape) - 1 if site.kind == "conv" else 0
+        )  # dimensions of one row
+        t = self.tracking()
+        if t is not None and gates.size is not None and (t.get(x) is not None or not self._in_common(x, one)):
+            with t.aside():
+                return self._moved(t, x, x.dim() - one, layer)
+        if isinstance(gates, PerToken) and not self._in_common(x, one):
+            return self._of_tokens(gates, x, x.dim() - one, layer)
+        if gates.size is not None and not self.stack and x.dim() >= one and self._in_common(x, one):
             if torch.compiler.is_compiling():  # then what it gives has the rows at once
                 x = x.expand(gates.size, *(x.shape[1:] if x.dim() > one + 1 and x.shape[0] == 1 else x.shape))
                 return batch.product(gates, layer, x)
             return on_each(x, gates, self.name, lambda x: batch.product(gates, layer, x))
         x = plain(x)
-        if site.stacked or x.dim() <= one:
+        if self.stack or x.dim() <= one:
             raise self.lost(f"its input has shape {list(x.shape)}")
         found = gates.at(x.shape[0])
         if found is None:
             raise self.lost(f"its input has shape {list(x.shape)}", _COMMON if x.shape[0] == 1 else "")
         return batch.product(found, layer, x)
+
+    def _moved(self, t: track.Tracking, x: Tensor, lead: int, layer: batch.Layer) -> Tensor:
+        """Positions that a routed module has moved."""
+        if self.stack or lead < 1:
+            raise self.lost(f"its input has shape {list(x.shape)}")
+        gates, tag = self.placed(t, x, self.tag(t, x), lead)
+        y = batch.product(gates, layer, plain(x).reshape(-1, *x.shape[lead:]))
+        y = y.view(*x.shape[:lead], *y.shape[1:])
+        return t.put(y, None if tag is None else _fitted(tag, lead, y.dim()))  # type: ignore[no-any-return]
+
+    def _of_tokens(self, gates: PerToken, x: Tensor, lead: int, layer: batch.Layer) -> Tensor:
+        """Each token has an adapter of its own."""
+        found = gates.flattened(x) if lead > 1 else None
+        if self.stack or found is None:
+            raise self.lost(f"its input has shape {list(x.shape)}")
+        y = batch.product(found, layer, plain(x).flatten(0, 1))
+        return y.unflatten(0, x.shape[:2])
 
     def _in_common(self, x: Tensor, one: int) -> bool:
         """Whether all rows have the input x in common: it is said so, or x is made of the model's own tensors alone."""
@@ -176,8 +325,8 @@ class MixedWeight(_Mixed):
             return self.name in self.rows.common or (isinstance(x, Unrowed) and x.each is not None)
         return known(x) or self.rows.owned(x)
 
-    def added_to(self, y: Tensor) -> Tensor:
-        return MixedBias(self.name, self._values(), self.w, self.rows).added_to(y)
+    def added_to(self, y: Tensor, x: Tensor | None = None) -> Tensor:
+        return MixedBias(self.name, self._values(), self.w, self.rows).added_to(y, x)
 
     def _values(self) -> Tensor:
         return torch.stack([self.value(k) for k in range(self.rows.count)])
@@ -210,6 +359,14 @@ class MixedWeight(_Mixed):
         return MixedBias(f"{self.name} (bias)", values, base, self.rows)
 
 
+class MixedExpert(MixedWeight):
+    """One expert's matrix of a mixed stack, `weight[e]`."""
+
+    __slots__ = ()
+    stack = False  # type: ignore[assignment]
+    canonical = Expert.canonical
+
+
 class MixedBias(_Mixed):
     """The bias slot of a mixed batch: `values` [k, out], and the base's own `w` [out]."""
 
@@ -230,7 +387,20 @@ class MixedBias(_Mixed):
     def value(self, k: int) -> Tensor:
         return self.w if k < 0 else self.values[k]
 
-    def added_to(self, y: Tensor) -> Tensor:
+    def added_to(self, y: Tensor, x: Tensor | None = None) -> Tensor:
+        """y + the bias of each row. x: the layer's input, which tells the rows where y does not say itself."""
+        t = self.tracking()
+        if t is not None and self.rows.size is not None:
+            known = y if x is None or t.get(y) is not None else x
+            gates, tag = self.placed(t, known, self.tag(t, known), y.dim() - 1)
+            with t.aside():
+                flat = batch.bias(gates, self.values, self.w, y.reshape(-1, y.shape[-1]))
+            return t.put(flat.view(y.shape), tag)  # type: ignore[no-any-return]
+        if isinstance(self.rows, PerToken) and not isinstance(y, Unrowed):
+            flat_gates = self.rows.flattened(y)
+            if flat_gates is None:
+                raise self.lost(f"the layer's output has shape {list(y.shape)}")
+            return batch.bias(flat_gates, self.values, self.w, y.flatten(0, 1)).unflatten(0, y.shape[:2])
         if isinstance(y, Unrowed):
             return on_each(y, self.rows, self.name, lambda y: batch.bias(self.rows, self.values, self.w, y))
         rows = self.rows.at(y.shape[0])

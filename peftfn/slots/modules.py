@@ -12,6 +12,8 @@ from peftfn.slots import batch
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Cut, Stack, Use
 from peftfn.slots.slot import Slot
+from peftfn.slots.tags import constant
+from peftfn.slots.track import Tracking, current
 from peftfn.slots.unrowed import plain
 from peftfn.tensors.precision import cast
 from peftfn.tensors.states import states_in, states_out
@@ -60,9 +62,7 @@ def _point(
     if gates is None:
         (part,) = parts
         return _use(part, m, hook, base.dtype)(part.p, *xs, *_seen(part, m))
-    found = gates.at(base.shape[0]) if base.dim() else None
-    if found is None:
-        raise ValueError(lost(m, base, gates))
+    t, found, tag = _located(m, base, gates)
     xs = tuple(plain(x) for x in xs)
 
     def uses(stack: Stack) -> batch.Uses:
@@ -77,7 +77,24 @@ def _point(
 
         return batch.Uses(every, one, None if alone else many)
 
-    return batch.around(found, parts, m.label, plain(base), uses)
+    with nullcontext() if t is None else t.aside():
+        y = batch.around(found, parts, m.label, plain(base), uses)
+    return y if t is None else t.put(y, tag)  # type: ignore[no-any-return]
+
+
+def _located(m: Place, x: Tensor, gates: Gates) -> tuple[Tracking | None, Gates, Tensor | None]:
+    """(what follows rows here, the gates of x's first dimension, x's tag). ValueError where that has no rows."""
+    t = current()
+    if t is None or t.call is not gates.call or gates.size is None:
+        found = gates.at(x.shape[0]) if x.dim() else None
+        if found is None:
+            raise ValueError(lost(m, x, gates))
+        return None, found, None
+    tag = t.get(x)
+    one = constant(tag, range(1, x.dim())) if isinstance(tag, Tensor) and t.call.gates.tokens is None else None
+    if one is None:
+        raise ValueError(lost(m, x, gates))
+    return t, gates.of_positions(one.flatten().expand(x.shape[0]), None), one
 
 
 def _use(part: Any, m: Place, hook: str, dtype: Any) -> Use:
@@ -138,9 +155,7 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
         return part.method.leave(part.p, m, args, kwargs, out)
     y, put = _out(m, out)
     y = plain(y)
-    found = gates.at(y.shape[0]) if y.dim() else None
-    if found is None:
-        raise ValueError(lost(m, y, gates))
+    t, found, tag = _located(m, y, gates)
     found = found.here(plain(_in(m, args, kwargs)[0]), m.label)
 
     def one(k: int, cut: Cut) -> Tensor:
@@ -157,7 +172,9 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
             new = part.method.leave(p, m, _each(args, rows), _each(kwargs, rows), _each(out, rows))
         return states_out(new)[0].to(y.dtype)
 
-    return put(batch.each(found, one))
+    with nullcontext() if t is None else t.aside():
+        new = batch.each(found, one)
+    return put(new if t is None else t.put(new, tag))
 
 
 def _each(tree: Any, f: Callable[[Any], Any]) -> Any:

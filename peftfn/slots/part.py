@@ -12,7 +12,7 @@ from peftfn.core.combine import is_expression, own_name
 from peftfn.core.method import LowRank
 from peftfn.core.plan import Entry, WeightEntry
 from peftfn.slots.rows import Bucket, Share
-from peftfn.slots.weight import AdaptedWeight
+from peftfn.slots.weight import AdaptedWeight, Expert
 from peftfn.tensors.arguments import picked
 from peftfn.tensors.precision import cast, operand_dtype
 from peftfn.tensors.transform import eager
@@ -84,22 +84,34 @@ class Stack:
 class Part(Stack):
     """Adapters of a batch that change one weight."""
 
-    __slots__ = ("level", "low", "made")
+    __slots__ = ("experts", "level", "low", "made")
     entry: WeightEntry
+    weight: type[AdaptedWeight] = AdaptedWeight  # what one of its adapters is
 
     def _derive(self) -> None:
-        low = None if self.entry.site.stacked else self.method.low_rank(self.p)
+        low = self.method.low_rank(self.p) if self._is_matrix else None
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
+        self.experts: dict[int, ExpertPart] = {}
         self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
         self.level = torch._C._functorch.maybe_current_level()
 
+    @property
+    def _is_matrix(self) -> bool:
+        return not self.entry.site.stacked
+
+    def expert(self, e: int) -> "ExpertPart":
+        """These adapters at one expert of a stack."""
+        if e not in self.experts:
+            self.experts[e] = ExpertPart.of(self, e)
+        return self.experts[e]
+
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""
-        return AdaptedWeight(self.entry, self.method, self.tensors(k), self.w)
+        return self.weight(self.entry, self.method, self.tensors(k), self.w)
 
     def using(self, adapted: Any) -> Use:
         """`adapted`, a function of an adapted weight and x, as one of its tensors and x."""
-        return lambda p, x: adapted(AdaptedWeight(self.entry, self.method, p, self.w), x)
+        return lambda p, x: adapted(self.weight(self.entry, self.method, p, self.w), x)
 
     def runs(self, x: Tensor, adapted: Any) -> Run:
         """(adapter, cut) ↦ its output on the rows of x that cut takes."""
@@ -189,6 +201,27 @@ class Part(Stack):
             )
             y = y if low.gain is None else y * low.gain[:, None].to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class ExpertPart(Part):
+    """Adapters of a batch at one expert of a stack."""
+
+    __slots__ = ()
+    weight = Expert
+    _is_matrix = True  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, stack: Part, e: int) -> "ExpertPart":
+        out = cls.__new__(cls)
+        out.entry, out.method, out.axes, out.start, out.size = (
+            *(stack.entry, stack.method, stack.axes),
+            *(stack.start, stack.size),
+        )
+        over = stack.entry.axes(stack.p)
+        out.p = {k: t if over[k] is None else t[e] if stack.axes[k] is None else t[:, e] for k, t in stack.p.items()}
+        out.w = stack.w[e]
+        out._derive()
+        return out
 
 
 def _stacked(entry: Entry, leaf: Any, bank: Any, w: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:

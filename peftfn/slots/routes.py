@@ -65,7 +65,8 @@ class Sites(Gates):
                     "(site, x): put the PerForward around the mapping"
                 )
         made = {pattern: of(g, count, inputs, copies, stepwise) for pattern, g in gates.items()}
-        return cls(count, made, inputs=next(iter(made.values())).inputs, copies=copies)
+        own = next(iter(made.values())).inputs
+        return cls(count, made, inputs=own, copies=copies, stepwise=stepwise)
 
     def bound(self, common: Sequence[str] | None, sites: Iterable[str]) -> Self:
         names = list(sites)
@@ -86,11 +87,15 @@ class Sites(Gates):
         return next((n for g in self.patterns.values() if (n := g.size) is not None), None)
 
     @property
+    def tokens(self) -> int | None:  # type: ignore[override]
+        return next((n for g in self.patterns.values() if (n := g.tokens) is not None), None)
+
+    @property
     def sealed(self) -> bool:
         return all(g.sealed for g in self.patterns.values())
 
     def site(self, name: str) -> Gates:
-        return replace(self.at_site[name], fixed=self.fixed, common=self.common).site(name)
+        return replace(self.at_site[name], fixed=self.fixed, common=self.common, call=self.call).site(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,7 @@ class Router(Gates):
                 f"{what}: the function of gates returns {list(g.shape)} for an input {list(x.shape)}: its first "
                 "dimensions are the input's rows, or rows and tokens"
             )
-        self.made["last"] = Weights(self.count, g, False, (None,) * self.count, fixed=self.fixed, common=self.common)
+        self.made["last"] = Weights(self.count, g, (None,) * self.count, fixed=self.fixed, common=self.common)
         return self.made["last"]
 
 
@@ -151,11 +156,18 @@ class Deferred(Gates):
 
     @property
     def now(self) -> Gates:
-        return replace(self.held["now"], fixed=self.fixed, common=self.common).site(self.name)
+        return replace(self.held["now"], fixed=self.fixed, common=self.common, call=self.call).site(self.name)
 
     @property
     def size(self) -> int | None:
         return self.now.size if self.held else None
+
+    @property
+    def tokens(self) -> int | None:  # type: ignore[override]
+        return self.now.tokens if self.held else None
+
+    def of_positions(self, owner: Tensor, tokens: int | None) -> Gates:
+        return self.now.of_positions(owner, tokens)
 
     def site(self, name: str) -> "Deferred":
         return replace(self, name=name)

@@ -146,7 +146,7 @@ def _is(weight: Any, x: Any, kinds: frozenset[str]) -> bool:
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if _is(weight, x, _ROWS):
         return weight.linear(x, bias)
-    return NotImplemented if isinstance(weight, Slot) else bias.added_to(F.linear(x, weight))
+    return NotImplemented if isinstance(weight, Slot) else bias.added_to(F.linear(x, weight), x)
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
@@ -157,7 +157,7 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1,
         return weight.linear(weight.rowed(x), bias).reshape(x.shape[0], weight.shape[-1])
     if isinstance(weight, Slot) or bias.dim() != 1:
         return NotImplemented
-    return bias.added_to(bias.rowed(torch.mm(x, weight))).reshape(x.shape[0], weight.shape[-1])
+    return bias.added_to(bias.rowed(torch.mm(x, weight)), x).reshape(x.shape[0], weight.shape[-1])
 
 
 def _matmul(x: Any, weight: Any) -> Any:

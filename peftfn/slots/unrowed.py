@@ -14,6 +14,8 @@ from torch.func import vmap
 
 from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
+from peftfn.slots.tags import constant
+from peftfn.slots.track import current
 from peftfn.tensors.arguments import mapped, tensors, visit
 from peftfn.tensors.lent import Lent
 
@@ -178,10 +180,25 @@ def _repeated(table: Unrowed, sizes: Any, rows: Gates) -> Tensor | None:
     return each.repeat(1, 1, *sizes[1:]).flatten(0, 1)
 
 
+def _owners(rows: Gates, rowed: list[Tensor], dims: int, count: int) -> Tensor | None:
+    """The row of each entry of the first dimension, where a table meets `count` of them; None if it is not known."""
+    t = current()
+    if t is None or t.call is not rows.call:
+        known = bool(rows.size) and rows.at(count) is not None
+        return torch.arange(count) // (count // (rows.size or 1)) if known else None
+    tags = [t.get(v) for v in rowed if v.dim() == dims and v.shape[0] == count]
+    tag = next((g for g in tags if isinstance(g, Tensor)), None)
+    one = None if tag is None or t.call.gates.tokens is not None else constant(tag, range(1, dims))
+    if one is None or bool((one < 0).any()):
+        return None
+    return one.flatten().expand(count)
+
+
 def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], site: str) -> Any:
     """A function in which tables meet rows: each row meets its own."""
     dims = max(v.dim() for v in rowed)
     count = max((v.shape[0] for v in rowed if v.dim() == dims), default=0)
+    owner = _owners(rows, rowed, dims, count)
 
     def swap(v: Any) -> Any:
         if not isinstance(v, Unrowed) or v.each is None or not known(v):
@@ -189,14 +206,13 @@ def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], si
         each, shape = v.each, list(v.shape)
         if v.dim() == dims and shape[0] == 1:
             shape = shape[1:]
-        if func not in _MEET or not rows.size or rows.at(count) is None or len(shape) >= dims:
+        if func not in _MEET or not rows.size or owner is None or len(shape) >= dims:
             raise ValueError(
                 f"{site}: all rows have its input in common, so its output {list(v.shape)} is another for each row, "
                 f"and {getattr(func, '__name__', func)} uses it with {[list(r.shape) for r in rowed]}, where "
                 "peftfn cannot tell the rows. Call net.apply for one adapter at a time, or leave this site out of the "
                 "rules."
             )
-        each = each.repeat_interleave(count // rows.size, 0)
-        return each.reshape(count, *[1] * (dims - 1 - len(shape)), *shape)
+        return each[owner.to(each.device)].reshape(count, *[1] * (dims - 1 - len(shape)), *shape)
 
     return func(*mapped(args, swap), **mapped(kwargs, swap))

@@ -109,7 +109,7 @@ class AdaptedWeight(Slot):
         """x [n, in] with the rows of the batch in the first dimension; they matter in mixed batches alone."""
         return x
 
-    def added_to(self, y: Tensor) -> Tensor:
+    def added_to(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         return y + self.dense().to(y.dtype)
 
     @classmethod
@@ -131,8 +131,10 @@ class AdaptedWeight(Slot):
             )
 
     def item_at(self, index: Any) -> Any:
-        if self.entry.site.stacked and _picks_one(index):
-            return _Expert(self, index)
+        if self.entry.site.stacked and picks_one(index):
+            axes = self.entry.axes(self.p)
+            p = {k: t if axes[k] is None else t[index] for k, t in self.p.items()}
+            return Expert(self.entry, self.method, p, self.w[index])
         value = self.dense()[dense(index)]
         return value if torch.is_grad_enabled() else Computed.of(value, self.name)  # where a forward could write to it
 
@@ -140,17 +142,10 @@ class AdaptedWeight(Slot):
         return f"AdaptedWeight({self.name} {list(self.w.shape)}, {self.method})"
 
 
-class _Expert(AdaptedWeight):
-    """One expert's matrix of an adapted stack: `weight[e]`."""
+class Expert(AdaptedWeight):
+    """One expert's matrix of an adapted stack, `weight[e]`: its own tensors, the stack's entry."""
 
     __slots__ = ()
-
-    def __init__(self, stack: AdaptedWeight, index: Any):
-        p = {
-            k: t if axis is None else t[index]
-            for (k, t), axis in zip(stack.p.items(), stack.entry.axes(stack.p).values(), strict=True)
-        }
-        super().__init__(stack.entry, stack.method, p, stack.w[index])
 
     def canonical(self) -> Tensor:
         return self.w.mT if self.entry.site.kind == "stack_t" else self.w
@@ -162,5 +157,6 @@ class _Expert(AdaptedWeight):
         return self.dense()[dense(index)]
 
 
-def _picks_one(index: Any) -> bool:
+def picks_one(index: Any) -> bool:
+    """Whether an index of a stack names one expert."""
     return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point())

@@ -37,8 +37,14 @@ def storages(given: list[Tensor]) -> frozenset[int]:
         if not t.is_floating_point():
             while torch._C._functorch.is_functorch_wrapped_tensor(t):
                 t = torch._C._functorch.get_unwrapped(t)
-            found.append(t.untyped_storage().data_ptr())
+            found.append(memory(t))
     return frozenset(found)
+
+
+def memory(t: Tensor) -> int:
+    """Where t's storage is. It is only looked at, which nobody who watches functions of torch needs to know."""
+    with torch._C.DisableTorchFunction():
+        return t.untyped_storage().data_ptr()
 
 
 def batched(t: Tensor) -> bool:

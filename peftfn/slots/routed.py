@@ -1,0 +1,99 @@
+"""Routed modules: those through which a mixed batch follows its rows, and whose the positions of their inputs are."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfn.core.plan import Plan
+from peftfn.model.names import matches, near
+from peftfn.slots import track
+from peftfn.slots.following import tracking
+from peftfn.slots.gates import Gates
+
+
+def routed_by_default(plan: Plan) -> list[str]:
+    """The parent of every module that holds an adapted stack of experts, and of every list of adapted experts."""
+    found = []
+    for e in plan.values():
+        parts = e.site.module.split(".")
+        if e.site.stacked:
+            found.append(".".join(parts[:-1]))
+        elif "experts" in parts[:-1] and parts[parts.index("experts") + 1].isdigit():
+            found.append(".".join(parts[: parts.index("experts")]))
+    return list(dict.fromkeys(found))
+
+
+def routed_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The modules that the patterns find. ValueError for one that finds none."""
+    names, found = [n for n, _ in model.named_modules()], []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        some = [n for n in names if n == pattern or (pattern and n and matches(pattern, n))]
+        if not some:
+            raise ValueError(f"adapt: routed: {pattern!r} finds none of the {len(names)} modules{near(pattern, names)}")
+        found += some
+    return list(dict.fromkeys(found))
+
+
+def checked(owners: Mapping[str, Any], gates: Gates, names: Sequence[str]) -> dict[str, Tensor]:
+    """The owners that a caller gave, as tensors. ValueError where they name no routed module, or no row."""
+    if gates.tokens is not None:
+        raise ValueError("owners: they name rows, and the gates are of tokens: give gates or an index of rows")
+    out = {}
+    for name, rows in owners.items():
+        if name not in names:
+            raise ValueError(
+                f"owners: {name!r} is no routed module of this net{near(name, list(names)) if names else ''}: name it "
+                "in adapt(…, routed=[…])"
+            )
+        t = torch.as_tensor(rows)
+        if t.is_floating_point() or t.dtype == torch.bool or t.dim() not in (1, 2):
+            raise ValueError(f"owners: {name!r} has a {t.dtype} tensor {list(t.shape)}: give the row of each position")
+        if gates.size is not None and t.numel() and not -1 <= int(t.min()) <= int(t.max()) < gates.size:
+            odd = int(t.max()) if int(t.max()) >= gates.size else int(t.min())
+            raise ValueError(f"owners: {name!r} names row {odd}, and the batch has {gates.size} rows (−1: of none)")
+        out[name] = t.long()
+    return out
+
+
+def routed(
+    name: str, places: Iterable[tuple[MutableMapping[str, Any], str]], forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A module's forward, through which rows are followed in a mixed batch. places: the slots of the sites in it."""
+    places = list(places)
+
+    @functools.wraps(forward)
+    def follow(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        call = next((c for d, k in places if (c := _call_of(d[k])) is not None), None)
+        if call is None or call.gates.size is None:
+            return forward(*args, **kwargs)
+        t = track.current()
+        within = t is not None and t.call is call
+        if within and name not in call.owners:
+            return forward(*args, **kwargs)
+        t = t if within else tracking(call)
+        assert t is not None
+        given = call.entering(name, (args, kwargs))
+        before = [(x, t.get(x)) for x, _ in given]
+        for x, rows in given:
+            t.begin(x, rows)
+        try:
+            if within:
+                return forward(*args, **kwargs)
+            with t:
+                return forward(*args, **kwargs)
+        finally:
+            for x, tag in before:
+                t.put(x, tag)
+
+    return follow
+
+
+def _call_of(held: Any) -> Any:
+    """The `Followed` of the call that filled a slot."""
+    gates = getattr(type(held), "gates_of", None)
+    return None if gates is None else getattr(gates(held), "call", None)

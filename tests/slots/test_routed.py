@@ -1,0 +1,597 @@
+"""Rows followed through modules that move them: row i of a mixed batch is that row alone, or the site raises."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from support import close, random, trees_close
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+import peftfn as pf
+from peftfn import IA3, DoRA, Full, LoHa, LoRA
+
+INDEX = [2, -1, 0, 2, 1]
+TEXT = {
+    **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None},
+}
+EXPERTS = {r"experts": LoRA(2), r"gate\.weight|q_proj": LoRA(2)}
+Inputs = dict[str, Tensor]
+
+
+def noise(*shape: int, seed: int = 7) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(rows: int = 5, tokens: int = 7) -> Inputs:
+    return {"input_ids": torch.randint(2, 60, (rows, tokens), generator=torch.Generator().manual_seed(1))}
+
+
+def row(inputs: Inputs, i: int) -> Inputs:
+    return {k: v[i : i + 1] for k, v in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model whose modules move rows, and how one calls it. how: what `mixed` takes beside the inputs."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    rules: dict[str, pf.Method]
+    inputs: Inputs = field(default_factory=ids)
+    row: Callable[[Inputs, int], Inputs] = row
+    routed: list[str] | None = None
+    how: dict[str, Any] = field(default_factory=dict)
+    output: Callable[[Any], Tensor] = lambda y: y if isinstance(y, Tensor) else y.logits
+    experts: tuple[str, ...] = ()
+    generate: bool = True
+
+    def net(self, experts: str = "") -> pf.Adapted:
+        torch.manual_seed(0)
+        model: Any = self.make().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) * 0.15 + (1.0 if p.dim() == 1 and p.mean() > 0.5 else 0.0))
+        if experts:
+            model.set_experts_implementation(experts)
+        return pf.adapt(model, self.rules, routed=self.routed)
+
+    def mixed(self, net: pf.Adapted, many: Any, index: Any = INDEX, **more: Any) -> Any:
+        return net.mixed(many, index, **self.inputs, **self.how, **more)
+
+    def alone(self, net: pf.Adapted, adapters: Any, i: int, **more: Any) -> Any:
+        one, k = self.row(self.inputs, i), INDEX[i]
+        if k >= 0:
+            return net.apply(adapters[k], **one, **more)
+        return getattr(net.model, more.pop("method", "forward"))(**one, **more)
+
+
+def text(name: str, rules: dict[str, pf.Method], **config: Any) -> Case:
+    """A language model of transformers, which runs experts in three ways."""
+    kind = getattr(tf, f"{name}Config")
+    known = {**TEXT, **config}
+    ways = ("eager", "batched_mm", "grouped_mm")
+    return Case(name, lambda: getattr(tf, f"{name}ForCausalLM")(kind(**known)), rules, experts=ways)
+
+
+MOE = {"num_experts_per_tok": 2}
+VISION = {
+    **{"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+    **{"temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3},
+}
+GRIDS = [(1, 4, 4), (1, 4, 8), (1, 8, 4), (1, 4, 4), (1, 4, 4)]
+PATCHES = [t * h * w for t, h, w in GRIDS]
+
+
+def qwen2_vl() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    language = {**{k: v for k, v in TEXT.items() if not k.endswith("_id")}, "rope_parameters": rope}
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    c = tf.Qwen2VLConfig(vision_config=VISION, text_config=language, pad_token_id=0, eos_token_id=None, **tokens)
+    return tf.Qwen2VLForConditionalGeneration(c)
+
+
+def pictures() -> Inputs:
+    """Five rows, each with an image of its own size: the patches of all are one after the other."""
+    rows = []
+    for i, n in enumerate(PATCHES):
+        words = torch.randint(2, 59, (17 - n // 4,), generator=torch.Generator().manual_seed(i))
+        rows.append(torch.cat([torch.tensor([5, 62]), torch.full((n // 4,), 60), torch.tensor([63]), words]))
+    text = torch.stack(rows)
+    return {
+        **{"input_ids": text, "attention_mask": torch.ones_like(text), "mm_token_type_ids": (text == 60).long()},
+        **{"pixel_values": noise(sum(PATCHES), 96), "image_grid_thw": torch.tensor(GRIDS)},
+    }
+
+
+def picture(inputs: Inputs, i: int) -> Inputs:
+    out = row(inputs, i)
+    out["pixel_values"] = inputs["pixel_values"].split(PATCHES)[i]
+    return out
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths in one line, attention within each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Linear(12, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 6)
+
+    def forward(self, patches: Tensor, lengths: Tensor) -> Tensor:
+        x, sizes = self.embed(patches), lengths.tolist()
+        parts = [part.split(sizes) for part in self.qkv(self.norm(x)).chunk(3, -1)]
+        each = [F.scaled_dot_product_attention(*(t[None] for t in qkv))[0] for qkv in zip(*parts, strict=True)]
+        x = x + self.proj(torch.cat(each))
+        return self.head(torch.stack([p.mean(0) for p in x.split(sizes)]))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(16, 4), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return (x + self.down(self.up(x).relu())).transpose(0, 1)
+
+
+class ListOfExperts(nn.Module):
+    """Experts that are layers: each gets the tokens that choose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 3), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, chosen = self.router(flat).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            where, at = torch.where(chosen == e)
+            out.index_add_(0, where, expert(flat[where]) * weights[where, at, None])
+        return out.view_as(x)
+
+
+LENGTHS = torch.tensor([3, 5, 2, 4, 1])
+CASES = [
+    text("Mixtral", {**EXPERTS, "norm": Full()}, num_local_experts=4, **MOE),
+    text("Qwen3Moe", EXPERTS, num_experts=4, moe_intermediate_size=12, head_dim=8, **MOE),
+    text(
+        *("GptOss", {r"experts\.(gate_up|down)_proj$": DoRA(2), r"router\.weight|q_proj": LoRA(2)}),
+        **{"num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"], **MOE},
+    ),
+    text(
+        *("DeepseekV3", {r"\.experts": LoRA(2), r"gate\.weight|shared_experts|o_proj": LoRA(2)}),
+        **{"moe_intermediate_size": 12, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, **MOE},
+        **{"qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
+    text(
+        *("Qwen2Moe", {r"\.experts": IA3(feedforward=True), r"gate\.weight|shared_expert": LoRA(2)}),
+        **{"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, **MOE},
+    ),
+    text("GraniteMoe", {"experts": LoHa(2)}, num_local_experts=4, **MOE),
+    Case(
+        *("Llama4, all experts in one product", lambda: tf.Llama4ForCausalLM(llama4()), {"experts": LoRA(2)}),
+    ),
+    Case(
+        *("OPT", lambda: tf.OPTForCausalLM(opt()), {"fc1|fc2|q_proj": LoRA(2), "fc1.bias": Full()}),
+        routed=[r"layers\.\d+$"],
+    ),
+    Case(
+        *(
+            "Mixtral, the whole model",
+            lambda: tf.MixtralForCausalLM(mixtral()),
+            {"experts|embed_tokens|lm_head": LoRA(2)},
+        ),
+        routed=[""],
+    ),
+    Case(
+        *("Qwen2-VL", qwen2_vl, {r"visual.*(qkv|proj|fc1|fc2|mlp).*weight|q_proj": LoRA(2)}, pictures(), picture),
+        routed=["^model.visual$"],
+        how={"owners": {"model.visual": torch.arange(5).repeat_interleave(torch.tensor(PATCHES))}},
+    ),
+    Case(
+        *("Swin", lambda: tf.SwinForImageClassification(swin()), {"attention.*weight|mlp.*weight|classifier": LoRA(2)}),
+        inputs={"pixel_values": noise(5, 3, 32, 32)},
+        routed=[r"blocks\.\d+$"],
+        generate=False,
+    ),
+    Case(
+        *("packed", Packed, {"embed|qkv|proj|norm|head": LoRA(2)}, {"patches": noise(15, 12), "lengths": LENGTHS}),
+        row=lambda inputs, i: {
+            "patches": inputs["patches"].split(LENGTHS.tolist())[i],
+            "lengths": inputs["lengths"][i : i + 1],
+        },
+        routed=[""],
+        how={"owners": {"": torch.arange(5).repeat_interleave(LENGTHS)}},
+        generate=False,
+    ),
+    Case(
+        *("sequence first", SequenceFirst, {"attention|up|down": LoRA(2)}, {"x": noise(5, 7, 16)}),
+        routed=[""],
+        generate=False,
+    ),
+    Case("list of experts", ListOfExperts, {"experts|router": LoRA(2)}, {"x": noise(5, 7, 16)}, generate=False),
+]
+
+
+def mixtral(**more: Any) -> Any:
+    return tf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2, **more)
+
+
+def opt() -> Any:
+    size = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    return tf.OPTConfig(**size, max_position_embeddings=64, word_embed_proj_dim=16, **special)
+
+
+def swin() -> Any:
+    size = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
+    return tf.SwinConfig(**size, num_labels=5, drop_path_rate=0.0)
+
+
+def llama4() -> Any:
+    more = {"intermediate_size_mlp": 24, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
+    kinds = {"interleave_moe_layer_step": 1, "attn_temperature_tuning": False, "attention_chunk_size": 32}
+    return tf.Llama4TextConfig(**TEXT, **more, **kinds)
+
+
+WAYS = [(case, way) for case in CASES for way in case.experts or ("",)]
+
+
+@pytest.mark.parametrize(("case", "way"), WAYS, ids=[f"{case.name} {way}".strip() for case, way in WAYS])
+def test_a_row_of_a_mixed_batch_is_that_row_alone(case: Case, way: str) -> None:
+    """Outputs, gradients of every leaf, and tokens that are generated."""
+    net = case.net(way)
+    adapters = [_leaf(random(net, s)) for s in range(3)]
+    many = _leaf(pf.stack(adapters))
+    got = case.output(case.mixed(net, many))
+    singles = [case.output(case.alone(net, adapters, i)) for i in range(5)]
+    close(got, torch.cat(singles), 2e-5)
+    plain = torch.cat([case.output(net.model(**case.row(case.inputs, i))) for i in range(5)])
+    assert (torch.cat(singles) - plain).abs().max() > 1e-3, "the adapters do nothing: this would be no check"
+    weights = noise(*got.shape)
+    (got * weights).sum().backward()
+    (torch.cat(singles) * weights).sum().backward()
+    for n, leaf in many.items():
+        for key, t in leaf.items():
+            want = torch.stack([_grad(a[n][key]) for a in adapters])
+            close(_grad(t) / want.abs().max().clamp(min=1), want / want.abs().max().clamp(min=1), 1e-4)
+    if case.generate:
+        more = {"max_new_tokens": 3, "do_sample": False, "method": "generate"}
+        with torch.no_grad():
+            tokens = case.mixed(net, many, **more)
+            assert torch.equal(tokens, torch.cat([case.alone(net, adapters, i, **more) for i in range(5)]))
+
+
+def _leaf(a: Any) -> Any:
+    return {n: {k: t.detach().clone().requires_grad_() for k, t in leaf.items()} for n, leaf in a.items()}
+
+
+def _grad(t: Tensor) -> Tensor:
+    return torch.zeros_like(t) if t.grad is None else t.grad
+
+
+# Forwards that move positions in ways of their own: right, or an error; never another row's adapter.
+
+
+class Strange(nn.Module):
+    """`move` gives the site positions in another order or number, and what puts its outputs back."""
+
+    def __init__(self, move: Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]):
+        super().__init__()
+        self.f, self.move = nn.Linear(8, 8), move
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved, back = self.move(x.flatten(0, 1))
+        return back(self.f(moved)).view_as(x)
+
+
+def some_order(n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def by_argsort(x: Tensor) -> Any:
+    order = x[:, 0].argsort()
+    return x[order], lambda y: y[order.argsort()]
+
+
+def back_by_writing(x: Tensor) -> Any:
+    order = some_order(len(x))
+
+    def back(y: Tensor) -> Tensor:
+        out = torch.empty_like(y)
+        out[order] = y
+        return out
+
+    return x[order], back
+
+
+def by_writing(x: Tensor) -> Any:
+    order, z = some_order(len(x)), torch.zeros_like(x)
+    z[order] = x
+    return z, lambda y: y[order]
+
+
+def into_places(x: Tensor) -> Any:
+    """Padded places for each of three experts."""
+    n = torch.arange(len(x))
+    z = x.new_zeros(3, (len(x) + 2) // 3, 8)
+    z[n % 3, n // 3] = x
+    return z, lambda y: y[n % 3, n // 3]
+
+
+def by_one_hot(x: Tensor) -> Any:
+    m = F.one_hot(some_order(len(x)), len(x)).to(x.dtype)
+    return m @ x, lambda y: m.T @ y
+
+
+def by_index_add(x: Tensor) -> Any:
+    order = some_order(len(x))
+    return torch.zeros_like(x).index_add(0, order, x), lambda y: y[order]
+
+
+def sums_of_two(x: Tensor) -> Any:
+    half = len(x) // 2
+    z = torch.zeros(half, 8).index_add(0, torch.arange(len(x)) % half, x)
+    return z, lambda y: y.repeat(2, 1)
+
+
+def through_numpy(x: Tensor) -> Any:
+    return torch.from_numpy(x.detach().flip(0).numpy()), lambda y: y.flip(0)
+
+
+def into_numpy(x: Tensor) -> Any:
+    z = x.detach().clone()
+    z.numpy()[:] = x.detach().flip(0).clone().numpy()
+    return z, lambda y: y.flip(0)
+
+
+def without_a_rule(x: Tensor) -> Any:
+    return torch.cdist(x, x)[:, :8], lambda y: y
+
+
+def rolled(x: Tensor) -> Any:
+    return x.roll(3, 0), lambda y: y.roll(-3, 0)
+
+
+def by_mask(x: Tensor) -> Any:
+    keep = torch.arange(len(x)) % 2 == 0
+
+    def back(y: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[keep] = y
+        return out
+
+    return x[keep], back
+
+
+def interleaved(x: Tensor) -> Any:
+    return torch.cat([x[::2], x[1::2]]), lambda y: torch.stack(y.chunk(2), 1).flatten(0, 1)
+
+
+def copied(x: Tensor) -> Any:
+    order, z = some_order(len(x)), x.clone()
+    z.copy_(x[order])
+    return z, lambda y: y[order.argsort()]
+
+
+def through_views(z: Tensor, x: Tensor) -> Any:
+    half = len(x) // 2
+    first, last = x[:half].clone(), x[half:].clone()
+    z[:half].copy_(last)
+    z[half:].copy_(first)
+    return z, lambda y: torch.cat([y[half:], y[:half]])
+
+
+def views_of_a_fresh_buffer(x: Tensor) -> Any:
+    return through_views(torch.zeros_like(x), x)
+
+
+def views_of_a_known_one(x: Tensor) -> Any:
+    return through_views(x.clone(), x)
+
+
+def through_a_kept_view(x: Tensor) -> Any:
+    z = x.clone()
+    z.detach().copy_(x.flip(0))
+    return z, lambda y: y.flip(0)
+
+
+def through_data(x: Tensor) -> Any:
+    z = x.clone()
+    z.data[:] = x.flip(0)
+    return z, lambda y: y.flip(0)
+
+
+def through_the_data_of_a_view(x: Tensor) -> Any:
+    z = x.clone()
+    z.view(2, -1, 8).data[:] = x.flip(0).view(2, -1, 8)
+    return z, lambda y: y.flip(0)
+
+
+def given_out(x: Tensor) -> Any:
+    z = x.clone()
+    torch.index_select(x.detach().flip(0), 0, torch.arange(len(x)), out=z.detach())
+    return z, lambda y: y.flip(0)
+
+
+def sorted_features(x: Tensor) -> Any:
+    return x.sort(0).values, lambda y: y
+
+
+def turned_in_place(x: Tensor) -> Any:
+    z = x.clone().view(4, 6, 8)
+    z.transpose_(0, 1)
+    return z.reshape(-1, 8), lambda y: y.view(6, 4, 8).transpose(0, 1).flatten(0, 1)
+
+
+def stacked_under_one_another(x: Tensor) -> Any:
+    return x.unfold(0, 2, 2).mT.flatten(0, 1), lambda y: y
+
+
+RIGHT = [by_argsort, back_by_writing, by_writing, into_places, by_index_add, rolled, by_mask, interleaved, copied]
+LOST = [
+    *(by_one_hot, sums_of_two, through_numpy, into_numpy, without_a_rule, views_of_a_fresh_buffer, given_out),
+    *(views_of_a_known_one, through_a_kept_view, through_data, through_the_data_of_a_view, sorted_features),
+    turned_in_place,
+]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("move", [*RIGHT, stacked_under_one_another, *LOST], ids=lambda f: f.__name__)
+def test_positions_that_are_moved_in_strange_ways(move: Any, mode: Any) -> None:
+    """Each of `RIGHT` gives every row its own adapter; each of `LOST` raises at the site, which it names."""
+    torch.manual_seed(0)
+    net = pf.adapt(Strange(move), {"f": LoRA(2)}, routed=[""])
+    adapters, x, index = [random(net, s) for s in range(2)], noise(4, 6, 8), [1, -1, 0, 1]
+    with mode():
+        if move in LOST:
+            with pytest.raises(ValueError, match=r"f\.weight: the rows of its input \[.*\] are not known"):
+                net.mixed(pf.stack(adapters), index, x)
+            return
+        each = [net.model(x), *(net.apply(a, x) for a in adapters)]
+        close(net.mixed(pf.stack(adapters), index, x), torch.stack([each[k + 1][i] for i, k in enumerate(index)]))
+
+
+def test_the_error_says_which_function_lost_the_rows_and_what_to_do() -> None:
+    net = pf.adapt(Strange(without_a_rule), {"f": LoRA(2)}, routed=[""])
+    many = pf.stack([net.init(s) for s in range(2)])
+    with pytest.raises(ValueError, match=r"f\.weight: .*cdist has no rule.*Call net\.apply.*leave this site out"):
+        net.mixed(many, [1, 0, 0, 1], noise(4, 6, 8))
+    with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[24, 8\].*adapt\(…, routed=\[…\]\)"):
+        pf.adapt(net.model, {"f": LoRA(2)}).mixed(many, [1, 0, 0, 1], noise(4, 6, 8))
+
+
+# What surrounds a call.
+
+
+@pytest.fixture(scope="module")
+def moe() -> tuple[pf.Adapted, list[pf.Adapter]]:
+    net = CASES[0].net()
+    return net, [random(net, s) for s in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+def test_vmap_over_stacks_and_their_gradients(moe: Any, way: str) -> None:
+    net, adapters = moe
+    net.model.set_attn_implementation("eager")
+    net.model.set_experts_implementation(way)
+    many, inputs = pf.stack(adapters), ids()
+
+    def loss(many: Any) -> Tensor:
+        return net.mixed(many, INDEX, **inputs, use_cache=False).logits.square().mean()
+
+    two = {n: {k: torch.stack([t, 0.5 * t]) for k, t in leaf.items()} for n, leaf in many.items()}
+    each = [{n: {k: t[i] for k, t in leaf.items()} for n, leaf in two.items()} for i in range(2)]
+    close(vmap(loss)(two), torch.stack([loss(m) for m in each]))
+    got, want = vmap(grad(loss))(two), [grad(loss)(m) for m in each]
+    trees_close(got, {n: {k: torch.stack([w[n][k] for w in want]) for k in leaf} for n, leaf in two.items()})
+    net.model.set_experts_implementation("eager")
+
+
+def test_gradient_checkpointing_and_gates_and_compilation(moe: Any) -> None:
+    net, adapters = moe
+    many, inputs = pf.stack(adapters), ids()
+    want = net.mixed(many, INDEX, **inputs).logits
+    own = F.one_hot(torch.tensor(INDEX) + 1, 4)[:, 1:].float()
+    halves = net.gated(many, 0.5 * own, **inputs).logits
+    close(net.gated(many, 0.5 * own[:, None].expand(5, 7, 3).clone(), **inputs).logits, halves)
+    close(halves[0:1], net.gated(many, torch.tensor([0.0, 0.0, 0.5]), **{k: v[:1] for k, v in inputs.items()}).logits)
+    made = pf.adapt(net.model, EXPERTS)  # of each site's input: there is nothing to follow
+    third = {n: many[n] for n in made.plan}
+    got = made.gated(third, lambda _, x: x.new_tensor([0.0, 0.0, 1.0]).expand(len(x), 3), **inputs).logits
+    close(got[:1], made.mixed(third, INDEX, **inputs).logits[:1])
+    for routed in (None, [""]):
+        model = CASES[0].net().model.train()
+        again = pf.adapt(model, CASES[0].rules, routed=routed)
+        plain = _leaf(many)
+        again.mixed(plain, INDEX, **inputs).logits.square().mean().backward()
+        model.activation_checkpointing_enable()
+        less = _leaf(many)
+        pf.adapt(model, CASES[0].rules, routed=routed).mixed(less, INDEX, **inputs).logits.square().mean().backward()
+        trees_close(*({n: {k: _grad(t) for k, t in leaf.items()} for n, leaf in a.items()} for a in (less, plain)))
+    compiled = torch.compile(lambda ids: net.mixed(many, INDEX, ids).logits * 2, backend="eager")
+    close(compiled(inputs["input_ids"]), 2 * want)
+
+
+@pytest.mark.parametrize("method", [DoRA(2), IA3(), LoHa(2), Full()], ids=str)
+def test_every_kind_of_method_at_experts(method: pf.Method) -> None:
+    case = Case("", CASES[0].make, {r"experts\.\w+_proj": method})
+    for way in ("eager", "grouped_mm"):
+        net = case.net(way)
+        adapters = [random(net, s) for s in range(3)]
+        with torch.no_grad():
+            got = case.output(case.mixed(net, pf.stack(adapters)))
+            close(got, torch.cat([case.output(case.alone(net, adapters, i)) for i in range(5)]))
+
+
+def test_experts_in_a_bank_and_in_several_nets(moe: Any) -> None:
+    net, adapters = moe
+    other = pf.adapt(net.model, {r"gate_up_proj": DoRA(3), "o_proj": IA3()})
+    b = random(other)
+    bank = pf.bank({"a": (net, adapters[0]), "b": (other, b)})
+    with torch.no_grad():
+        got = bank.apply(["b", "__base__", "a", "b", "a"], **ids()).logits
+        rows = [row(ids(), i) for i in range(5)]
+        runs = [other.apply(b, **rows[0]), net.model(**rows[1]), net.apply(adapters[0], **rows[2])]
+        runs += [other.apply(b, **rows[3]), net.apply(adapters[0], **rows[4])]
+        close(got, torch.cat([y.logits for y in runs]))
+
+
+def test_a_net_without_routed_modules_pays_nothing() -> None:
+    """Counted in Python calls: not one is made of the files that follow rows."""
+    import sys
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 4))
+    net = pf.adapt(model, {"0|3": LoRA(2), "2": Full()})
+    many, seen = pf.stack([net.init(s) for s in range(2)]), []
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and "peftfn/slots" in frame.f_code.co_filename:
+            seen.append((frame.f_code.co_filename.rpartition("/")[2], frame.f_code.co_name))
+
+    sys.setprofile(count)
+    try:
+        net.mixed(many, [1, -1, 0], noise(3, 8))
+    finally:
+        sys.setprofile(None)
+    following = {"track.py", "following.py", "tags.py", "routed.py", "experts.py"}
+    assert seen
+    assert not [call for call in seen if call[0] in following]
+
+
+# Bad input.
+
+
+def test_bad_owners_and_patterns_are_told_before_any_work() -> None:
+    model = Packed()
+    with pytest.raises(ValueError, match=r"routed: 'blocks' finds none of the 6 modules"):
+        pf.adapt(model, {"qkv": LoRA(2)}, routed=["blocks"])
+    net = pf.adapt(model, {"qkv": LoRA(2)}, routed=[""])
+    many, x = pf.stack([net.init(s) for s in range(3)]), noise(15, 12)
+
+    def mixed(owners: Any, of: pf.Adapted = net) -> Any:
+        return of.mixed(many, INDEX, x, LENGTHS, owners=owners)
+
+    with pytest.raises(ValueError, match=r"owners: the model gets inputs of shapes \[\[15, 12\], \[5\]\].*\[14\]"):
+        mixed({"": torch.zeros(14, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"owners: '' names row 7, and the batch has 5 rows"):
+        mixed({"": torch.arange(15) // 2})
+    with pytest.raises(ValueError, match=r"owners: 'embed' is no routed module.*routed=\[…\]"):
+        mixed({"embed": torch.zeros(15, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"owners: '' has a torch.float32 tensor"):
+        mixed({"": torch.zeros(15)})
+    with pytest.raises(ValueError, match=r"owners: '' is no routed module.*routed=\[…\]"):
+        mixed({"": torch.zeros(15, dtype=torch.long)}, pf.adapt(model, {"qkv": LoRA(2)}))
