@@ -20,6 +20,7 @@ from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
 from peftfn.many.bank import Bank, BankBusy, bank
 from peftfn.many.conform import conform
+from peftfn.many.continuous import Continuous, continuous
 from peftfn.many.nets import Nets
 from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
@@ -59,6 +60,7 @@ __all__ = [
     "Bank",
     "BankBusy",
     "Chain",
+    "Continuous",
     "Described",
     "Description",
     "Finding",
@@ -93,6 +95,7 @@ __all__ = [
     "chain",
     "check",
     "conform",
+    "continuous",
     "copy_",
     "describe",
     "distribute",

@@ -257,6 +257,25 @@ class Bank:
                 failed[name] = e
         return failed
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise where a batch with these adapters cannot run, whatever else runs; nothing is fetched.
+
+        Args:
+            names: of adapters; "__base__" is passed over.
+
+        Raises:
+            KeyError: an unknown name.
+            ValueError: more adapters of one net than it has slots.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
+            pf.bank({"a": (net, net.init())}).check(["a", "__base__"])
+        """
+        with self._lock:
+            wanted = [n for n in dict.fromkeys(names) if n != BASE]
+            self._known(wanted, "check")
+            self._room_for(wanted)
+
     @contextmanager
     def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
         """Keep every named adapter resident until the block ends, and return the arguments of `bank.nets.mixed`.
@@ -310,6 +329,7 @@ class Bank:
         params: Mapping[str, Tensor] | None = None,
         method: str | None = None,
         common: Sequence[str] | None = None,
+        owners: Mapping[str, Any] | None = None,
         timeout: float | None = 0.0,
         **kwargs: Any,
     ) -> Any:
@@ -317,7 +337,7 @@ class Bank:
 
         Args:
             names: the adapter of each row; "__base__" is the base. In `generate`, all beams of a row have its adapter.
-            args, kwargs, params, method, common: as for `Nets.mixed`.
+            args, kwargs, params, method, common, owners: as for `Nets.mixed`.
             timeout: seconds to wait for slots, as for `holding`.
 
         Returns:
@@ -332,7 +352,8 @@ class Bank:
             y = bank.apply(["b", "a", "__base__"], torch.randn(3, 8))
         """
         with self.holding(names, timeout=timeout) as (stacks, index):
-            return self.nets.mixed(stacks, index, *args, params=params, method=method, common=common, **kwargs)
+            how: Any = {"params": params, "method": method, "common": common, "owners": owners}
+            return self.nets.mixed(stacks, index, *args, **how, **kwargs)
 
     # Under the lock.
 

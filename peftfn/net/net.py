@@ -177,20 +177,24 @@ class Adapted:
 
         Args:
             stacked: `stack` of k adapters of this net; each tensor is [k, …].
-            index: [rows] integers in [−1, k); −1 is the base.
-            args, kwargs: as for the model. At every site that `common` does not name, the first dimension of the input
-                must be the rows.
+            index: [rows] integers in [−1, k), −1 being the base; or [rows, tokens], one for each token (of sequences
+                packed into one row, say). In `generate`, later tokens use the last one's.
+            args, kwargs: as for the model. At every site that `common` does not name and that is in no routed module,
+                the first dimension of the input must be the rows.
             params, method: as for `apply`.
             common: patterns, as in rules, of sites whose input is the same for all rows: [tokens, …] or [1, tokens, …]
                 rather than [rows, tokens, …] (position indices that the model computes, say). The output of such a
                 site has rows. None: detect the model's own tables; any other input whose first dimension is 1 or the
                 batch size, and which cannot be the batch, raises an error.
+            owners: {name of a routed module: the row of each of the leading positions of its input}, where that does
+                not have the rows in its first dimension: patches of images of several sizes, say. "" is the model.
 
         Returns:
             The model's output, differentiable in the stack.
 
         Raises:
-            ValueError: an index is out of range, or the input of a site does not have the rows in its first dimension.
+            ValueError: an index is out of range or does not fit the inputs; owners do not fit; or it is not known whose
+                the positions of a site's input are. It names the site, and in a routed module what lost the rows.
 
         Example:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -220,7 +224,7 @@ class Adapted:
                 that matches its name; or a function (site, the site's input) ↦ gates; or a `PerForward`, whose function
                 makes gates anew for each forward pass.
             args, kwargs: as for the model.
-            params, method, common: as for `mixed`.
+            params, method, common, owners: as for `mixed`.
 
         Returns:
             The model's output, differentiable in the gates, the adapters and the inputs.
