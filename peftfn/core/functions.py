@@ -17,6 +17,7 @@ from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.core.rng import Rng
 from peftfn.model.site import Site
+from peftfn.tensors.loaded import peek
 from peftfn.tensors.precision import wide
 from peftfn.tensors.sharded import equal, is_sharded, on_mesh, placed
 from peftfn.tensors.transform import exactly
@@ -45,7 +46,7 @@ def current(entry: Entry, w: Any) -> Any:
 def checked(plan: Plan, weights: Weights) -> Weights:
     """Return the weights. ValueError if the shape of one that the plan adapts has changed since `adapt`."""
     for name, entry in plan.items():
-        current(entry, weights.get(name))
+        current(entry, peek(weights, name))
     return weights
 
 
@@ -119,7 +120,7 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
     first = next(iter(entries))
     w = weights[first]
     rng = Rng(seed, bank, sites={n: e.site for n, e in plan.items()}, dtype=dtype, device=w.device)
-    method, mine = plan[first].method, Canonical(plan, entries, weights)
+    method, mine = plan[first].method, Canonical({n: e.site for n, e in entries.items()}, weights)
     made = method.bank(rng, mine)
     theirs = [held for n, w in mine.items() for held in held_at(w, n)]
     check_own(f"{bank}: {type(method).__name__}.bank", made, [*theirs, *plan[first].frozen.items()])
@@ -129,19 +130,17 @@ def shared_leaf(plan: Plan, bank: str, weights: Weights, seed: int, dtype: torch
 class Canonical(Mapping[str, Tensor]):
     """A mapping of the weights of some sites as methods see them, [out, in] or a `Place`, each made on access."""
 
-    def __init__(self, plan: Plan, names: Mapping[str, Any], weights: Weights):
-        self.plan, self.names, self.weights = plan, names, weights
+    def __init__(self, sites: Mapping[str, Site], weights: Weights):
+        self.sites, self.weights = sites, weights
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.plan[name].site.canonical(self.weights[name])
+        return self.sites[name].canonical(self.weights[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.sites)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.sites)
 
 
 # What an adapter means. All of these use eval mode: no dropout.

@@ -24,6 +24,7 @@ from peftfn.model.model import Model, modules_of
 from peftfn.model.place import MODULE, TOKENS, Place
 from peftfn.model.site import Site, refuse_occupied
 from peftfn.model.structure import copy_structure, reachable
+from peftfn.tensors.loaded import Weights, unhook_
 from peftfn.tensors.precision import wide
 from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.sharded import on_mesh
@@ -62,10 +63,10 @@ class _Matched:
     taken: Mapping[str, str]  # site name → its rule
 
     @cached_property
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> Weights:
         """The model's weights, and the places of the sites that are modules."""
         places = [s for s in self.sites.values() if s.kind in (MODULE, TOKENS)]
-        return {**self.model.weights, **self.model.at(places)}
+        return self.model.weights | self.model.at(places)
 
     @property
     def sites_known(self) -> dict[str, Site]:
@@ -73,9 +74,9 @@ class _Matched:
         return {**self.model.sites, **self.sites}
 
     @cached_property
-    def canonical(self) -> dict[str, Any]:
+    def canonical(self) -> Mapping[str, Any]:
         """The adapted weights, and places, as methods see them."""
-        return {name: site.canonical(self.weights[name]) for name, site in self.sites.items()}
+        return functions.Canonical(self.sites, self.weights)
 
     @cached_property
     def banks(self) -> dict[str, str]:
@@ -87,9 +88,10 @@ class _Matched:
                 out[pattern] = type(method).__name__ + (f".{n}" if n else "")
         return out
 
-    def of_rule(self, pattern: str) -> dict[str, Any]:
+    def of_rule(self, pattern: str) -> Mapping[str, Any]:
         """What a rule's method sees at its sites."""
-        return {name: self.canonical[name] for name, rule in self.taken.items() if rule == pattern}
+        mine = {name: site for name, site in self.sites.items() if self.taken[name] == pattern}
+        return functions.Canonical(mine, self.weights)
 
 
 # Phase 1: rules and sites.
@@ -326,6 +328,8 @@ class _Sketch(Place):
     @cached_property
     def module(self) -> Any:  # type: ignore[override]
         root, copies = copy_structure(self._of, reachable(modules_of(self._of))[0], {})
+        for copied in copies:
+            unhook_(copied)
         for slots in (d for copied in copies for d in (copied._parameters, copied._buffers)):
             for k, t in slots.items():
                 if t is not None:
@@ -370,7 +374,7 @@ def _hollow(
     matched: _Matched, entries: Mapping[str, Entry], shared: Mapping[str, _Shared], seed: int
 ) -> dict[str, Entry]:
     """The entries with constants that have shapes and no values."""
-    empty = {**matched.weights, **{n: sketch(matched.weights[n]) for n in entries}}
+    empty = matched.weights | {n: sketch(matched.weights[n]) for n in entries}
     return {
         name: replace(e, frozen={**shared[e.rule].frozen.get(name, {}), **functions.constants(e, empty, seed)})
         for name, e in entries.items()

@@ -269,7 +269,7 @@ def _filled(
 ) -> Loaded:
     """The net and adapter of a plan without constants, with the file's tensors."""
     places, missing, unexpected = _places(plan, constants, file, strict)
-    weights = {**model.weights, **model.at(plan.places)}
+    weights = model.weights | model.at(plan.places)
     devices = {n: w.device for n, w in weights.items()}
     devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
     once: dict[tuple[str, torch.device], Tensor] = {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftfn.model.place import TOKENS, Place, backbones_in, places_in
 from peftfn.model.site import Site, sites_in
+from peftfn.tensors.loaded import Source, Weights, source_of, sources_in
 from peftfn.tensors.quantised import QuantisedWeight, quantised
 
 
@@ -23,8 +24,10 @@ class Model:
 
     modules: Mapping[str, nn.Module]
     sites: Mapping[str, Site]
-    parameters: Mapping[str, nn.Parameter]  # as the modules hold them
-    weights: Mapping[str, Any]  # as constants of a calculation: detached, and quantised ones by what stands for them
+    parameters: Mapping[str, nn.Parameter]  # as the modules hold them; tied ones are one, also where they are offloaded
+    weights: Weights
+    """As constants of a calculation: detached, quantised ones by what stands for them, and those that a hook puts in
+    place for each call (offload) loaded when they are asked for."""
     buffers: Mapping[str, Tensor]
 
     @classmethod
@@ -33,11 +36,12 @@ class Model:
         if not isinstance(model, nn.Module):
             raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
         modules = modules_of(model)
-        stand_ins = quantised_in(modules)
-        sites = sites_in(modules, stand_ins)
+        stand_ins, sources = quantised_in(modules), sources_in(modules)
         parameters = dict(_held(modules, "_parameters"))
+        parameters |= _tied(model, parameters, sources)
+        sites = sites_in(modules, stand_ins, parameters)
         buffers = dict(_held(modules, "_buffers"))
-        return cls(modules, sites, parameters, _weights(parameters, stand_ins), buffers)
+        return cls(modules, sites, parameters, _weights(parameters, stand_ins, sources), buffers)
 
     @property
     def root(self) -> nn.Module:
@@ -83,17 +87,41 @@ def quantised_in(modules: Mapping[str, nn.Module]) -> dict[str, QuantisedWeight]
     for prefix, module in modules.items():
         name = f"{prefix}.weight" if prefix else "weight"
         if module not in known:
-            known[module] = quantised(module, name)
+            known[module] = _stand_in(module, name)
         if (w := known[module]) is not None:
             out[name] = w
     return out
 
 
-def weights_of(model: nn.Module, places: Iterable[Site] = ()) -> dict[str, Any]:
+def _tied(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], sources: Mapping[str, tuple[Source, str]]
+) -> dict[str, nn.Parameter]:
+    """Offloaded parameters that transformers ties, by the one that they are tied to: each layer has a tensor of its own
+    without values then."""
+    known = getattr(model, "all_tied_weights_keys", None) if sources else None
+    pairs = known.items() if isinstance(known, Mapping) else ()
+    return {n: parameters[of] for n, of in pairs if n in sources and of in parameters and n in parameters}
+
+
+def _stand_in(module: nn.Module, name: str) -> QuantisedWeight | None:
+    source = source_of(module)
+    if source is not None and source.stored is None:
+        return None  # its dtype between calls is not the one that it computes in
+    w = quantised(module, name)
+    if source is not None and w is not None:
+        raise ValueError(
+            f"{name}: accelerate's offload puts this layer's tensors in place for each call, and it is quantised "
+            f"({type(module).__name__}). Load the model with a device_map that keeps quantised layers on devices"
+        )
+    return w
+
+
+def weights_of(model: nn.Module, places: Iterable[Site] = ()) -> Weights:
     """The `weights` of `Model.of(model)` alone: the model's parameters as they are now, as constants; and the `Place`
     of each of these sites that the model still has."""
     modules = modules_of(model)
-    return _weights(dict(_held(modules, "_parameters")), quantised_in(modules)) | _at(model, modules, places)
+    weights = _weights(dict(_held(modules, "_parameters")), quantised_in(modules), sources_in(modules))
+    return weights | _at(model, modules, places)
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
@@ -148,13 +176,17 @@ def _at(model: nn.Module, modules: Mapping[str, nn.Module], places: Iterable[Sit
     return {s.name: Place.of(model, s.name, s.kind == TOKENS) for s in places if s.name in modules}
 
 
-def _weights(parameters: Mapping[str, nn.Parameter], stand_ins: Mapping[str, QuantisedWeight]) -> dict[str, Any]:
+def _weights(
+    parameters: Mapping[str, nn.Parameter],
+    stand_ins: Mapping[str, QuantisedWeight],
+    sources: Mapping[str, tuple[Source, str]],
+) -> Weights:
     """Parameters as constants; quantised weights by what stands for them, and the bias of such a layer also where it
-    is a buffer."""
+    is a buffer; those with a source are loaded from there."""
     out: dict[str, Any] = {n: p.detach() for n, p in parameters.items()}
     for name, w in stand_ins.items():
         out[name] = w
         bias = w.bias()
         if bias is not None:
             out.setdefault(name.removesuffix("weight") + "bias", bias.detach())
-    return out
+    return Weights(out, {n: s for n, s in sources.items() if n not in stand_ins})

@@ -11,6 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from peftfn.model.site import Site, is_conv1d
+from peftfn.tensors.loaded import source_of
 
 MODULE, TOKENS = "module", "tokens"
 """Kinds of site that are no parameters: any module, and a backbone, which embeds tokens."""
@@ -52,6 +53,7 @@ class Place:
             module = getattr(module, part)
             config = getattr(module, "config", None) or config
         like = first_floats(module) or first_floats(model)
+        like = None if like is None else _in_call(like, model, name)
         return cls(name, module, config, _embedded(module) if tokens else widths(module, config), like)
 
     def within(self, module: nn.Module, forward: Any, like: "Where | None" = None) -> "Place":
@@ -137,6 +139,21 @@ class Place:
 
 Where = tuple[Mapping[str, Any], str]
 """(the parameters of a module, the name of one)"""
+
+
+def _in_call(where: Where, model: nn.Module, name: str) -> Where:
+    """As a parameter is in a call, where a hook puts it in place then; name: of a module of the model around it."""
+    slots, k = where
+    path = [model]
+    for part in name.split(".") if name else ():
+        path.append(getattr(path[-1], part))
+    owner = next((m for m in model.modules() if m._parameters is slots), model)
+    source = next((s for m in (owner, *reversed(path)) if (s := source_of(m)) is not None), None)
+    if source is None:
+        return where
+    p = slots[k]
+    device = source.device or p.device
+    return {k: torch.empty(0, dtype=source.dtype_of(p), device=device)}, k
 
 
 def first_floats(module: nn.Module, but: type | tuple[type, ...] = ()) -> Where | None:

@@ -137,10 +137,13 @@ def _kind(module: nn.Module, p: Tensor) -> str:
     return "other"
 
 
-def sites_in(modules: Mapping[str, nn.Module], stand_ins: Mapping[str, QuantisedWeight]) -> dict[str, Site]:
+def sites_in(
+    modules: Mapping[str, nn.Module], stand_ins: Mapping[str, QuantisedWeight], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Site]:
     """Every parameter of the modules as a site, one for each slot, in their order, by its first name.
 
-    modules: every name of each module. stand_ins: what stands for quantised weights, by name.
+    modules: every name of each module. stand_ins: what stands for quantised weights, by name. parameters: all others
+    by name; tied ones are one.
     """
     names: dict[tuple[int, str], list[str]] = {}
     tensors: dict[int, list[tuple[int, str]]] = {}
@@ -155,6 +158,8 @@ def sites_in(modules: Mapping[str, nn.Module], stand_ins: Mapping[str, Quantised
             slot = (id(module), attr)
             names.setdefault(slot, []).append(f"{prefix}.{attr}" if prefix else attr)
             if slot not in owner:
+                name = f"{prefix}.{attr}" if prefix else attr
+                p = p if isinstance(p, QuantisedWeight) else parameters.get(name, p)
                 owner[slot] = (module, p)
                 tensors.setdefault(id(p), []).append(slot)
     out = {}

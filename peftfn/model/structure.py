@@ -4,7 +4,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.module import _WrappedHook
 
 from peftfn.model.model import modules_of
 from peftfn.model.written import written_by
+from peftfn.tensors import loaded
 from peftfn.tensors.quantised import held, share
 
 STANDARD = frozenset(vars(nn.Module())) - {"training", "_is_full_backward_hook"} | {"_compiled_call_impl"}
@@ -57,9 +58,9 @@ def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.
 
     def scan(module: nn.Module) -> None:
         _refuse(module, named)
-        hook = vars(module).get("_hf_hook")
+        skipped = _hooked(module)
         for key, value in vars(module).items():
-            if key not in STANDARD and not (hook is not None and key in MOVES):
+            if key not in STANDARD and key not in skipped:
                 look(value, module, key)
 
     for module in list(modules):
@@ -85,13 +86,12 @@ def _refuse(module: nn.Module, named: Mapping[str, nn.Module]) -> None:
             "it (model._orig_mod; a layer can be compiled in place, layer.compile()), and compile the call: "
             "torch.compile(net.apply), or torch.compile(peftfn.as_module(net, a))"
         )
-    hook = vars(module).get("_hf_hook")
-    if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+    if (hook := loaded.unknown(module)) is not None:
         name = next((n for n, m in named.items() if m is module), type(module).__name__)
         raise ValueError(
-            f"{name}: accelerate's offload puts this layer's weights in place for each call, so there are none to "
-            "share. Load the model without offload, or take it off with "
-            "accelerate.hooks.remove_hook_from_submodules"
+            f"{name}: diffusers put a {type(hook).__name__} around this module's forward, which leads back to the "
+            "model, and calls run on a copy of the model's structure. Load the model without it; of diffusers' hooks "
+            "layerwise casting alone is followed"
         )
 
 
@@ -123,15 +123,31 @@ def _led_to(value: Any, seen: set[int]) -> Iterator[Any]:
 _EMPTY = types.CellType()  # of a name that has no value yet
 
 
+def _nothing(layer: nn.Module) -> None: ...
+
+
+def _hooked(module: nn.Module) -> frozenset[str]:
+    """The attributes that accelerate's and diffusers' hooks are, and what they set beside them."""
+    attributes = vars(module)
+    keys = MOVES | {"_hf_hook"} if "_hf_hook" in attributes else frozenset()
+    if "_diffusers_hook" in attributes:
+        keys |= {"_diffusers_hook", "forward"} if attributes["_diffusers_hook"].hooks else {"_diffusers_hook"}
+    return keys
+
+
 def copy_structure(
-    model: nn.Module, modules: list[nn.Module], aliases: dict[int, Any]
+    model: nn.Module,
+    modules: list[nn.Module],
+    aliases: dict[int, Any],
+    loads: tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]] = (_nothing, _nothing),
 ) -> tuple[nn.Module, list[nn.Module]]:
     """A copy of the structure, and the copy of each of `modules`. Tensors and settings are not copied.
 
     The copy has the model's hooks in dictionaries of its own: a forward may install hooks (transformers does when it
     is first asked for hidden states), and these must not come to stand in the model.
 
-    aliases: id of an object → what takes its place in the copy.
+    aliases: id of an object → what takes its place in the copy. loads: what hooks that put a layer's tensors in place
+    for each call do instead, to the copy of the layer: before the layer's forward, and after.
     """
     keep: list[Any] = []
     for module in modules:
@@ -139,14 +155,16 @@ def copy_structure(
         keep += [v for v in vars(module).values() if is_plain(v) or is_setting(v)]
         keep += held(module)
     own = {id(hooks): hooks.copy() for module in modules for hooks in hooks_of(module)}
-    memo = {id(value): value for value in keep} | own | aliases
+    theirs = {id(h): loaded.followed(h, *loads) for m in modules if (h := vars(m).get("_hf_hook")) is not None}
+    memo = {id(value): value for value in keep} | own | theirs | aliases
     try:
         root = copy.deepcopy(model, memo)
         copies = [copy.deepcopy(m, memo) for m in modules]
-        for copied in copies:
-            if "_hf_hook" in vars(copied):
-                for key in MOVES & vars(copied).keys():
-                    del vars(copied)[key]
+        for module, copied in zip(modules, copies, strict=True):
+            for key in _hooked(module) & vars(copied).keys() & MOVES:
+                del vars(copied)[key]
+            if "_diffusers_hook" in vars(module):
+                loaded.follow_(copied, *loads)
         for hooks in own.values():
             now = followed(hooks, memo)
             hooks.clear()
@@ -162,8 +180,9 @@ def check_copy(model: nn.Module) -> None:
     keep = [t for m in modules for t in (m, *m._parameters.values(), *m._buffers.values(), *held(m))]
     memo = {id(v): v for v in keep}
     for module in modules:
+        skipped = _hooked(module)
         for key, value in vars(module).items():
-            if key in STANDARD or value.__class__ in _SIMPLE or is_plain(value) or is_setting(value):
+            if key in STANDARD or key in skipped or value.__class__ in _SIMPLE or is_plain(value) or is_setting(value):
                 continue
             try:
                 copy.deepcopy(value, memo)
@@ -187,8 +206,18 @@ def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
     own forward writes to; tied parameters stay tied.
 
     copy_base: whether all parameters have storage of their own.
+
+    Raises ValueError for a layer whose weights a hook puts in place for each call: there are none to share.
     """
-    modules, loose = reachable(modules_of(model))
+    named = modules_of(model)
+    for name, module in named.items():
+        if loaded.source_of(module) is not None:
+            raise ValueError(
+                f"{name or 'the model'}: a hook of accelerate or diffusers puts this layer's weights in place for each "
+                "call (offload, layerwise casting), so no module can share them. Use the net, whose apply, mixed, init "
+                "and merge follow the hook; or take it off, accelerate.hooks.remove_hook_from_submodules(model)"
+            )
+    modules, loose = reachable(named)
     tensors = [t for m in modules for t in m._parameters.values() if t is not None] + loose
     aliases: dict[int, Any] = {id(p): share(p) for p in tensors}
     written = [m._parameters[k] for m in modules for k in written_by(m)]

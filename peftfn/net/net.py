@@ -12,7 +12,6 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
-from peftfn.model.place import Place
 from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
 from peftfn.slots import pertoken, routes
@@ -43,8 +42,7 @@ def adapt(
 
     Raises:
         ValueError: a rule matches no parameter that its method supports, or sizes do not fit; it names the site, the
-            value, the constraint and the cure. No large tensor has been allocated at that point. Or accelerate keeps a
-            layer's weights elsewhere between calls (offload).
+            value, the constraint and the cure. No large tensor has been allocated at that point.
         TypeError: the model cannot be deep-copied, or `rules` is not a dict of methods.
 
     Example:
@@ -88,7 +86,7 @@ class Adapted:
 
     @property
     def weights(self) -> Mapping[str, Any]:
-        """The base's current parameters, under every name of each, detached.
+        """The base's current parameters, under every name of each, detached. Offloaded ones are loaded when asked for.
 
         Raises:
             ValueError: an adapted parameter has another shape than it had in `adapt`.
@@ -97,8 +95,8 @@ class Adapted:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
             assert net.weights["0.weight"].shape == (4, 8)
         """
-        weights = functions.checked(self.plan, weights_of(self.model, self.plan.places))
-        return {name: w for name, w in weights.items() if not isinstance(w, Place)}
+        functions.checked(self.plan, weights_of(self.model, self.plan.places))
+        return weights_of(self.model)
 
     @property
     def _seen(self) -> Mapping[str, Any]:
@@ -305,9 +303,10 @@ class Adapted:
         self.plan.check(adapter)
         known = Model.of(self.model)
         held = known.parameters
-        weights = functions.checked(self.plan, {**known.weights, **known.at(self.plan.places)})
+        weights = known.weights | known.at(self.plan.places)
+        functions.checked(self.plan, weights)
         own = {id(p): p.detach() for p in held.values()}  # one tensor for all names of a tied one
-        out = {n: own[id(p)] for n, p in held.items()}
+        out = {n: weights.kept(n) if n in weights.sources else own[id(p)] for n, p in held.items()}
         for name, merged in functions.merge(self.plan, weights, adapter):
             if check_finite and not merged.isfinite().all():
                 bad = int((~merged.isfinite()).sum())
@@ -316,6 +315,8 @@ class Adapted:
                 )
             if isinstance(old := weights.get(name), QuantisedWeight):
                 merged = old.requantise(merged)
+            if name in weights.sources:
+                merged = merged.to(out[name].device)
             site = known.named[name]
             for alias in (site.name, *site.aliases):
                 out[alias] = merged

@@ -46,6 +46,25 @@ class Bypass(Released):
         )
 
 
+class Waiting(Released):
+    """Stands for a parameter that a hook puts in place when its layer is called (offload, layerwise casting)."""
+
+    make: Any = None  # what makes the values at some sites, where the parameter is adapted; see `Skeleton.wait`
+
+    @classmethod
+    def like(cls, name: str, t: Tensor, dtype: torch.dtype) -> "Waiting":
+        out = torch.empty(t.shape, dtype=dtype, device="meta").as_subclass(cls)
+        out.site = name
+        return out
+
+    @classmethod
+    def told(cls, name: str) -> str:
+        return (
+            f"{name}: the model reads this parameter outside of the forward of its layer, and a hook of accelerate or "
+            "diffusers puts it in place for that forward alone. Read it there, or load the model without offload."
+        )
+
+
 _LOOKS = frozenset(
     ["__get__", "__set__", "size", "stride", "dim", "storage_offset", "is_floating_point", "is_complex", "numel"]
 )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class Runner:
                         gates = replace(gates, call=Followed(gates, owners or {}))
                     if gates.size is not None and not torch.compiler.is_compiling():
                         mark(skeleton.tables, gates)
-                made = values(given, gates, skeleton.__getitem__, self.model.training)
+                make = partial(values, given, gates, skeleton.__getitem__, self.model.training)
+                made = make(but=skeleton.wait(make))
                 skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 with nullcontext() if gates is None else gates.during(skeleton.root):

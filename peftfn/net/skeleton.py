@@ -29,19 +29,22 @@ from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, hooks_of, is_plain, is_setting, reachable
 from peftfn.model.written import written_by
 from peftfn.net.again import rematerialised
-from peftfn.net.released import Bypass, Released
+from peftfn.net.released import Bypass, Released, Waiting
 from peftfn.slots import track
 from peftfn.slots.call import Call, Gone, hooked
 from peftfn.slots.routed import routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
+from peftfn.tensors.loaded import Source, source_of
 from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
 Spot = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
+Load = tuple[str, Mapping[str, Any], MutableMapping[str, Any], str]  # (its name for a hook, the base's dict, ours, key)
+HOOKED = ("_hf_hook", "_diffusers_hook")  # where accelerate's and diffusers' hooks are, which change in each call
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -80,11 +83,12 @@ class Skeleton:
         self.loose = [(p, Lent.of(p)) for p in loose if id(p) not in adapted or id(p) in own]
         aliases: dict[int, Any] = {id(p): alias for p, alias in self.loose}
         aliases |= {id(p): Bypass.of(adapted[id(p)]) for p in loose if id(p) not in aliases}
-        self.root, copies = copy_structure(self.base, modules, aliases)
+        self.root, copies = copy_structure(self.base, modules, aliases, (self._load, self._unload))
         self.pairs = list(zip(modules, copies, strict=True))
         self._name_slots(named, opaque)
         self._name_calls()
         self._route()
+        self._name_loads()
         self._sort_slots()
         self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
@@ -155,9 +159,12 @@ class Skeleton:
             and runs_linear(layer)
         }
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
-        self.constants = [p for p in self.filled if (id(p[1]), p[2]) in sites]
-        self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites]
+        late = self.waiting.keys()
+        self.late = [name for name in self.sites if (id(self.slots[name][0]), self.slots[name][1]) in late]
+        self.constants = [p for p in self.filled if (id(p[1]), p[2]) in sites - late]
+        self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites | late]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
+        self.copied = {(id(s._parameters), k) for b, s in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
         marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
         self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
@@ -166,6 +173,23 @@ class Skeleton:
         self.flags = [
             (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
         ]
+
+    def _name_loads(self) -> None:
+        """Slots whose tensors a hook puts in place when its layer is called."""
+        self.loads: dict[int, tuple[Source, list[Load], list[Load]]] = {}
+        self.waiting: dict[tuple[int, str], tuple[MutableMapping[str, Any], Waiting]] = {}
+        self.within: dict[int, list[Any]] = {}  # layer → what its slots held before it was called
+        ours: dict[int, Any] = {id(theirs): slots for theirs, slots, _ in self.parameters + self.buffers}
+        names = {(id(slots), k): n for n, (slots, k) in reversed(self.slots.items())}
+        for b, s in self.pairs:
+            if (source := source_of(b)) is None:
+                continue
+            parameters: list[Load] = [(n, d, ours[id(d)], k) for n, d, k in source.spots(b)]
+            buffers: list[Load] = [(n, d, ours[id(d)], k) for n, d, k in source.spots(b, buffers=True)]
+            self.loads[id(s)] = source, parameters, buffers
+            for _, theirs, slots, k in parameters:
+                at = id(slots), k
+                self.waiting[at] = slots, Waiting.like(names[at], theirs[k], source.dtype_of(theirs[k]))
 
     def _stand_in(self, weight: QuantisedWeight, copied: nn.Module) -> dict[str, MutableMapping[str, Any]]:
         """Slots for a quantised layer: where they are, by the name of what they hold."""
@@ -203,7 +227,7 @@ class Skeleton:
         self.hooked = [(d, k, dict(d[k])) for d, k in hooks if d[k]]
         self.handles = RemovableHandle.next_id
         held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
-        held = [(d, k) for d, k in held if _is_container(d[k])]
+        held = [(d, k) for d, k in held if k not in HOOKED and _is_container(d[k])]
         self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
         self.containers = [(d, k, _state(d[k])) for d, k in held if not _is_data(d[k])]
         self.seen = tuple(self._values())
@@ -289,8 +313,12 @@ class Skeleton:
             p = theirs[k]
             ours[k] = p.detach() if p is not None and p.requires_grad else p
         self._lend()
+        if self.waiting:
+            self._await()
         for embedding in self.embeddings:
-            if embedding.max_norm is not None:  # F.embedding would renormalise the base's rows in place
+            if embedding.max_norm is not None and not isinstance(
+                embedding.weight, Waiting
+            ):  # F.embedding would renormalise the base's rows in place
                 embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
@@ -319,6 +347,66 @@ class Skeleton:
                     others.append((ours, k, p))
         for ours, k, p in others:
             ours[k] = _constant(p)
+
+    # Layers whose tensors a hook puts in place when they are called, and takes away after.
+
+    def _await(self) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{next(iter(self.waiting.values()))[1].site}: a hook puts this parameter in place when its layer is "
+                "called, which the compiler cannot follow. Call the net without torch.compile, or load the model "
+                "without offload"
+            )
+        self.within.clear()
+        for (_, k), (slots, waiting) in self.waiting.items():
+            slots[k] = waiting
+
+    def wait(self, make: Callable[..., dict[str, Any]]) -> Collection[str]:
+        """The adapted sites whose parameters come later, of which make(only=sites) makes the values then."""
+        if not self.late:
+            return ()
+        names = set()
+        for name in self.late:
+            slots, k = self.slots[name]
+            held = slots[k]
+            if isinstance(held, Waiting):  # it may be the caller's own parameter
+                slots[k] = waits = Waiting.like(held.site, held, held.dtype)
+                waits.make = make
+                names.add(name)
+        return names
+
+    def _load(self, layer: nn.Module) -> None:
+        """Before a layer's forward: its tensors as the hook would put them in place, adapted where they are."""
+        source, parameters, buffers = self.loads[id(layer)]
+        before: list[Any] = []
+        makes: dict[str, Any] = {}
+        with beneath():
+            for key, theirs, ours, k in parameters:
+                held = ours[k]
+                if not isinstance(held, Waiting):  # the caller's own, or put in place around a layer above
+                    continue
+                before.append((ours, k, held))
+                t = source.load(key, theirs[k])
+                if held.make is not None:
+                    ours[k], makes[held.site] = t, held.make
+                else:
+                    ours[k] = t.clone() if (id(ours), k) in self.copied else lend(Lent, t)
+            for key, theirs, ours, k in buffers:
+                before.append((ours, k, ours[k]))
+                ours[k] = source.load(key, theirs[k]).clone()
+        made = next(iter(makes.values()))(only=makes.keys()) if makes else {}
+        self.fill(made)
+        self.within[id(layer)] = [before, made]
+
+    def _unload(self, layer: nn.Module) -> None:
+        """After a layer's forward: its slots wait again."""
+        before, made = self.within.pop(id(layer))
+        self.check_in_place(made)
+        for slots, k, held in before:
+            slots[k] = held
+        for name in made:
+            if name in self.lanes:
+                self.lanes[name].pop("forward", None)
 
     def close(self, before: Held) -> None:
         self.restore(before)

@@ -1,12 +1,12 @@
 """What stands in the slots of a call: every adapted weight, and every bias that a method changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peftfn.core.functions import bank_of, current
 from peftfn.core.method import Method, Weight
 from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
-from peftfn.core.plan import Plan
+from peftfn.core.plan import Entry, Plan
 from peftfn.slots.call import alone, mixed
 from peftfn.slots.companions import accompany
 from peftfn.slots.gates import Gates
@@ -44,9 +44,23 @@ FAMILIES: dict[type[Method], Family] = {
 }
 
 
-def values(given: Sequence[Given], gates: Gates | None, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
-    """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter."""
-    made = _single(given[0], slot, training) if gates is None else _mixed(given, gates, slot, training)
+def values(
+    given: Sequence[Given],
+    gates: Gates | None,
+    slot: Callable[[str], Any],
+    training: bool,
+    but: Collection[str] = (),
+    only: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """slot → what stands in it. slot(name) is what the slot holds without an adapter; gates: None for one adapter.
+
+    but, only: sites without a value for now, and the only ones with one: a layer may get its weights when it is called.
+    """
+    made = (
+        _single(given[0], slot, training, but, only)
+        if gates is None
+        else _mixed(given, gates, slot, training, but, only)
+    )
     wanted: dict[str, dict[Companion, None]] = {}  # once each, also where several plans want the same
     for plan, *_ in given:
         for site, companions in plan.accompanied.items():
@@ -56,11 +70,20 @@ def values(given: Sequence[Given], gates: Gates | None, slot: Callable[[str], An
     return made
 
 
-def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+def _here(plan: Plan, training: bool, but: Collection[str], only: Collection[str] | None) -> Mapping[str, Entry]:
+    entries = plan.entries if training else plan.meant
+    if only is None and not but:
+        return entries
+    return {n: e for n, e in entries.items() if n not in but and (only is None or n in only)}
+
+
+def _single(
+    given: Given, slot: Callable[[str], Any], training: bool, but: Collection[str], only: Collection[str] | None
+) -> dict[str, Any]:
     plan, adapter = given.plan, given.adapter
     now, families = moment(), FAMILIES
     held: dict[str, Any] = {}
-    for name, entry in (plan.entries if training else plan.meant).items():
+    for name, entry in _here(plan, training, but, only).items():
         w = slot(name)  # `current`, `bank_of` and `canonical` are written out: this runs once a site and call
         if w is None or w.shape != entry.site.shape:
             current(entry, w)  # raises
@@ -70,6 +93,8 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
     # norms, biases and other vectors stand there as plain tensors, so that fused norms work
     out: dict[str, Any] = {n: w.dense() if w.entry.site.kind == "other" else w for n, w in held.items()}
     for bias, name in plan.owners.items():
+        if name not in held:
+            continue
         weight = held[name]
         new = weight.entry.new_bias(weight.method, weight.p, out[bias] if bias in out else slot(bias), weight.dtype)
         if new is not None:
@@ -79,17 +104,24 @@ def _single(given: Given, slot: Callable[[str], Any], training: bool) -> dict[st
     return out
 
 
-def _mixed(given: Sequence[Given], gates: Gates, slot: Callable[[str], Any], training: bool) -> dict[str, Any]:
+def _mixed(
+    given: Sequence[Given],
+    gates: Gates,
+    slot: Callable[[str], Any],
+    training: bool,
+    but: Collection[str],
+    only: Collection[str] | None,
+) -> dict[str, Any]:
     parts: dict[str, list[Any]] = {}
     owners: dict[str, str] = {}
     for plan, stacked, start, size in given:
         if not gates.uses(start, size):
             continue
-        for name, entry in (plan.entries if training else plan.meant).items():
+        for name, entry in _here(plan, training, but, only).items():
             w = current(entry, slot(name))
             part = FAMILIES[entry.family].part(entry, stacked[name], bank_of(entry, stacked), w, start, size)
             parts.setdefault(name, []).append(part)
-        owners |= plan.owners
+        owners |= {bias: name for bias, name in plan.owners.items() if name in parts}
     out: dict[str, Any] = {
         name: FAMILIES[some[0].entry.family].mixed(some, slot(name), gates.site(name)) for name, some in parts.items()
     }

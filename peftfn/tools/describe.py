@@ -151,7 +151,7 @@ def describe(
     if what not in listings:
         raise ValueError(f"describe: what is {what!r}; choose one of {list(listings)}")
     sites, fits = getattr(known, listings[what]), matches if what == "parameters" else ends
-    seen = {**known.weights, **known.at(s for s in sites.values() if what != "parameters")}
+    seen = known.weights | known.at(s for s in sites.values() if what != "parameters")
     for s in sites.values():
         try:
             wanted = pattern is None or any(fits(pattern, n) for n in (s.name, *s.aliases))

@@ -19,7 +19,7 @@ def counts(net: Adapted) -> tuple[int, int]:
     trained = sum(prod(shape) for e in net.plan.values() for shape in e.spec.values())
     trained += sum(prod(shape) for bank in net.plan.banks.values() for shape in bank.values())
     known = Model.of(net.model)
-    hidden = {id(w): w for w in known.weights.values() if isinstance(w, QuantisedWeight)}
+    hidden = {id(w): w for w in known.weights.held.values() if isinstance(w, QuantisedWeight)}
     packed = {id(w.layer._parameters.get("weight")) for w in hidden.values()}
     plain = {id(p): p for p in known.parameters.values() if id(p) not in packed}
     base = sum(p.numel() for p in plain.values()) + sum(w.numel() for w in hidden.values())

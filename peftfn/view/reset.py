@@ -47,7 +47,7 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
     sites = {at: entry.site for at, entry in plan.items()}
     for rule, method in plan.rules.items():
         if method.overrides("shared"):
-            mine = functions.Canonical(plan, {at: e for at, e in plan.items() if e.rule == rule}, weights)
+            mine = functions.Canonical({at: s for at, s in sites.items() if plan[at].rule == rule}, weights)
             for at, made in method.shared(Rng(plan_seed, rule, sites=sites), mine).items():
                 _fill(_constants(view, at, name), made)
     for at, entry in plan.items():

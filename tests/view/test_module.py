@@ -686,17 +686,17 @@ def test_adapt_refuses_occupied_layers_unless_a_rule_names_the_part() -> None:
 
 
 @pytest.mark.parametrize("layer", ["0", "2"], ids=["of another layer", "of the adapted one"])
-def test_accelerate_s_offload_is_refused(layer: str) -> None:
+def test_a_module_of_an_offloaded_model_is_refused_and_its_net_runs(layer: str) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = by_name["mlp"].build()
     net = pf.adapt(model, {"2.weight": LoRA(2)})
-    a, hook = net.init(), AlignDevicesHook(execution_device="cpu", offload=True, offload_buffers=False)
+    a, x, hook = random(net), noise(2, 8), AlignDevicesHook(execution_device="cpu", offload=True)
+    want = net.apply(a, x)
     add_hook_to_module(model.get_submodule(layer), hook)
-    uses = [lambda: pf.as_module(net, a), lambda: net.apply(a, noise(2, 8)), lambda: pf.adapt(model, {"0": LoRA(2)})]
-    for use in uses:
-        with pytest.raises(ValueError, match=rf"^{layer}: accelerate's offload.*remove_hook_from_submodules"):
-            use()
+    same(net.apply(a, x), want)
+    with pytest.raises(ValueError, match=rf"^{layer}: .*in place for each call.*remove_hook_from_submodules"):
+        pf.as_module(net, a)
 
 
 def test_a_model_that_accelerate_dispatched_over_devices() -> None:
