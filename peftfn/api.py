@@ -13,8 +13,8 @@ from peftfn.formats import load, save
 from peftfn.formats.facts import inspect
 from peftfn.formats.files import Loaded
 from peftfn.formats.memory import from_state_dict, state_dict
-from peftfn.formats.push import push
 from peftfn.formats.peft_extra import replicate
+from peftfn.formats.push import push
 from peftfn.formats.several import load_all, save_view
 from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
