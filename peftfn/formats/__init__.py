@@ -9,7 +9,7 @@ A format is a module with three functions:
 and what is common to reading and writing files is in `files.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftfn.formats import hub, kohya, mlx, native, peft, swift
+from peftfn.core.method import Method
+from peftfn.formats import bare, hub, kohya, mlx, native, peft, swift
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
@@ -113,6 +114,8 @@ def load(
     gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
     buffers: bool = False,
+    ignore: Iterable[str] = (),
+    method: Method | None = None,
     dtype: torch.dtype | None = None,
     hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
@@ -127,8 +130,8 @@ def load(
         format: "native", "peft", "swift", "mlx" or "kohya"; None detects it.
         subfolder: folder or file inside `path`.
         revision: branch, tag or commit on the Hub.
-        strict: whether missing tensors, and tensors that have no place in the model, are errors. If False, the result
-            lists them in `missing` and `unexpected`.
+        strict: whether missing tensors, tensors that have no place in the model, and tensors of another shape are
+            errors. If False, the result lists them in `missing`, `unexpected` and `mismatched`.
         key_mapping: regular expression → replacement, tried in order on each module's name in the file; the first match
             counts. For a model whose modules have other names now.
         pickled: whether to read adapter_model.bin (only tensors, `weights_only=True`) if there is no safetensors file.
@@ -138,6 +141,8 @@ def load(
             or "unsloth", expert by expert. A file does not say which of the two it has.
         buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
             `buffers`; if False, they are an error.
+        ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
+        method: what PEFT's tensors mean where no configuration is beside them. Ranks are those of the tensors.
         dtype: of the leaves. None keeps a native file's own, and makes others at least fp32.
         hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
 
@@ -167,17 +172,29 @@ def load(
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
-    if format is None:
+    options = Options(strict, key_mapping, pickled, gated, experts, buffers, _names(ignore))
+    if format is None and method is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
-    if format is None:
+    if format is None and method is None:
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
-    options = Options(strict, key_mapping, pickled, gated, experts, buffers)
-    loaded: Loaded = _format(format).load(where, known, options)
+    if method is not None and format not in (None, "peft"):
+        raise ValueError(f"load: method= is for PEFT's tensors without a configuration, and format is {format!r}")
+    loaded: Loaded
+    if method is not None:
+        loaded = bare.load(where, known, method, options)
+    else:
+        loaded = _format(str(format)).load(where, known, options)
     if dtype is not None:
         loaded = replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
     if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))
     return loaded
+
+
+def _names(ignore: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(ignore, str):
+        raise TypeError(f"load: ignore is {ignore!r}; give a list of keys, [{ignore!r}]")
+    return tuple(ignore)
 
 
 def _format(name: str) -> Any:
@@ -212,7 +229,10 @@ def _instead(where: Path) -> str:
     below = [p.name for p in sorted(where.iterdir()) if p.is_dir()]
     if inside := [n for n in below if any(module.is_mine(where / n) for module in FORMATS.values())]:
         return f"; its sub-folders {', '.join(inside)} do: pass subfolder=…, or use load_all"
+    cure = ", or say what they are, load(…, method=pf.LoRA(alpha=16)) for one"
     for config, *tensors in (PEFTS, (native.CONFIG, native.TENSORS), (mlx.CONFIG, mlx.TENSORS)):
         if there := next((n for n in tensors if (where / n).is_file()), None):
-            return f": it has {there}, but not {config}, which describes its tensors; put {config} into the folder"
+            return (
+                f": it has {there}, but not {config}, which describes its tensors; put {config} into the folder{cure}"
+            )
     return ""

@@ -55,6 +55,8 @@ class Loaded:
         extra: what the file says that is not about the method, under PEFT's keys: `task_type`,
             `base_model_name_or_path`, the `alora_invocation_tokens` of an activated LoRA, … In the native and PEFT's
             format, `save(…, extra=loaded.extra)` writes them.
+        mismatched: with strict=False, key → (shape in the file, shape in the model) of tensors that do not fit; these
+            tensors are not used, and are in `missing` where the adapter needs them.
         buffers: with buffers=True, the file's buffers that differ from the model's, by the model's names. The adapter
             was trained with them: `model.load_state_dict(loaded.buffers, strict=False)`.
 
@@ -71,6 +73,7 @@ class Loaded:
     unexpected: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    mismatched: Mapping[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.net, self.adapter))
@@ -86,6 +89,7 @@ class Options:
     gated: bool = False
     experts: Literal["peft", "unsloth"] = "peft"
     buffers: bool = False
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):

@@ -64,7 +64,8 @@ class KohyaReader:
         if any(key.startswith("base_model.model.") for key in self.stray):
             raise ValueError(
                 f"{self.where}: it has PEFT's keys, and adapter_config.json says what they mean (method, alpha). Load "
-                "the folder of that file, with this one in it as adapter_model.safetensors"
+                "the folder of that file, with this one in it as adapter_model.safetensors, or say what they are: "
+                "load(…, method=pf.LoRA(alpha=16)) for one"
             )
         if strict and (self.missing or self.stray):
             hint = near(self.stray[0].partition(".lora")[0], [m for m, _ in self.names.sites]) if self.stray else ""

@@ -1,7 +1,7 @@
 """PEFT's tensors and configuration in memory, both ways: what `get_peft_model_state_dict` returns, without a file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfn.core.method import Method
 from peftfn.formats import peft
+from peftfn.formats.bare import configuration
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
@@ -56,11 +58,13 @@ def state_dict(
 def from_state_dict(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    config: Any,
+    config: Any = None,
     *,
+    method: Method | None = None,
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     gated: bool = False,
+    ignore: Iterable[str] = (),
 ) -> Loaded:
     """Bind PEFT's tensors in memory to a model, as `load` does those of a folder.
 
@@ -68,7 +72,8 @@ def from_state_dict(
         model: the base, without adapters of other libraries.
         tensors: PEFT's name → tensor, with or without the adapter's name in it. They are copied.
         config: PEFT's configuration: a `PeftConfig`, or a dict as in adapter_config.json.
-        strict, key_mapping, gated: as for `load`.
+        method: what the tensors mean, in place of a configuration; ranks are those of the tensors.
+        strict, key_mapping, gated, ignore: as for `load`.
 
     Returns:
         A `Loaded`: `net, adapter = from_state_dict(…)`.
@@ -94,9 +99,13 @@ def from_state_dict(
     refuse_adapters(known)
     meta = {str(k): torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
     read = {str(k): partial(torch.Tensor.detach, t) for k, t in tensors.items()}
+    file, options = Tensors(_WHERE, meta, read), Options(strict, key_mapping, gated=gated, ignore=tuple(ignore))
+    if (config is None) == (method is None):
+        raise TypeError("from_state_dict: give the configuration of the tensors, or method=pf.LoRA(alpha=16) for one")
+    if method is not None:
+        return peft.build(known, configuration(method, file), file, _WHERE, options)
     plain = json.loads(json.dumps(config if isinstance(config, dict) else _dict(config), default=_listed))
-    options = Options(strict, key_mapping, gated=gated)
-    return peft.build(known, checked(plain, _WHERE), Tensors(_WHERE, meta, read), _WHERE, options)
+    return peft.build(known, checked(plain, _WHERE), file, _WHERE, options)
 
 
 def _dict(config: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def save(
 
 
 def load(folder: Path, model: Model, options: Options) -> Loaded:
-    options.refuse(folder, "key_mapping", "experts")
+    options.refuse(folder, "key_mapping", "experts", "ignore")
     where = folder / CONFIG
     config = _read(where)
     rules, taken = _rules(config, where)
@@ -148,7 +148,7 @@ def read_saved(path: Path, net: Adapted, plan: str) -> dict[str, Any]:
         constants = {
             "": {key: key for key in file.meta if key.startswith(("frozen/", BUFFER, ROWS))}
         }  # by `check_saved`
-        places, _, _ = _places(net.plan, constants, file, True)
+        places, *_ = _places(net.plan, constants, file, True)
         adapter: dict[str, Any] = {name: {} for name, e in net.plan.items() if not e.spec}
         for key, place in places.items():
             _put(adapter, place, file.tensor(key, exact=True), path)
@@ -236,39 +236,44 @@ def _read(where: Path) -> dict[str, Any]:
 
 def _places(
     plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
-) -> tuple[dict[str, list[str]], set[str], set[str]]:
-    """(the file's key → the path to its place in the adapter, missing keys, keys without a place).
+) -> tuple[dict[str, list[str]], set[str], set[str], dict[str, tuple[torch.Size, torch.Size]]]:
+    """(the file's key → the path to its place in the adapter, missing keys, keys without a place, shapes of those of
+    another shape).
 
     Raises ValueError for tensors that do not fit the plan, and, if strict, for missing and unexpected ones.
     """
     specs = {**{n: e.spec for n, e in plan.items()}, **plan.banks}
     places = {key: _path(key.removeprefix("adapter/"), specs) for key in file.meta if key.startswith("adapter/")}
-    want = {f"adapter/{n}/{k}" for n, spec in specs.items() for k in spec}
+    want_at = {f"adapter/{n}/{k}": (n, k) for n, spec in specs.items() for k in spec}
+    want = want_at.keys()
     used = {key for keys in constants.values() for key in keys.values()}
     stray = {k for k in file.meta if k not in places and k not in used}
     tree: dict[str, Any] = {name: {} for name, spec in specs.items() if not spec}  # all they train is in a bank
     for key, path in places.items():
         _put(tree, path, file.meta[key], file.where)
+    shapes = {k: (file.meta[k].shape, torch.Size(specs[want_at[k][0]][want_at[k][1]])) for k in want & places.keys()}
+    wrong = {} if strict else {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
     try:
         plan.check(tree)
         missing, unexpected = set[str](), stray
     except (KeyError, ValueError, TypeError) as error:
-        missing, unexpected = want - places.keys(), places.keys() - want | stray
+        missing, unexpected = (want - places.keys()) | wrong.keys(), places.keys() - want | stray
         if not missing and not unexpected:
             raise ValueError(f"{file.where}: {error.args[0]}") from error
     if strict and (missing or unexpected):
         raise mismatch(file.where, missing, unexpected)
-    for key in want & places.keys() if missing or unexpected - stray else ():
+    for key in (want & places.keys()) - wrong.keys() if missing or unexpected - stray else ():
         name, k = places[key]
         file.check(key, specs[name][k])
-    return places, missing, unexpected
+    places = {key: place for key, place in places.items() if key not in wrong}
+    return places, missing, unexpected, wrong
 
 
 def _filled(
     model: Model, plan: Plan, constants: Mapping[str, Mapping[str, str]], file: Tensors, strict: bool
 ) -> Loaded:
     """The net and adapter of a plan without constants, with the file's tensors."""
-    places, missing, unexpected = _places(plan, constants, file, strict)
+    places, missing, unexpected, wrong = _places(plan, constants, file, strict)
     weights = model.weights | model.at(plan.places)
     devices = {n: w.device for n, w in weights.items()}
     devices |= {e.bank: devices[n] for n, e in plan.items() if e.bank}
@@ -287,7 +292,7 @@ def _filled(
         if key not in unexpected:
             _put(adapter, path, file.tensor(key, devices[path[0]], exact=True), file.where)
     net.plan.check(adapter)
-    return Loaded(net, adapter, tuple(sorted(missing)), tuple(sorted(unexpected)))
+    return Loaded(net, adapter, tuple(sorted(missing)), tuple(sorted(unexpected)), mismatched=wrong)
 
 
 def to_json(method: Method) -> dict[str, Any]:

@@ -96,6 +96,10 @@ def build(
     options: Options,
 ) -> Loaded:
     """The adapter that PEFT's configuration and tensors describe. config: from `peft_config.checked`, read at where."""
+    for key in options.ignore:
+        if key == "peft_type" or configs.means(key, config["peft_type"]):
+            raise ValueError(f"{where}: ignore has {key!r}, which this release reads, and which means something")
+        config.pop(key, None)
     if config["peft_type"] in peft_inputs.TYPES:
         return peft_inputs.load(config, file, model, where, options)
     extra = peft_extra.taken(config, where, options.gated)

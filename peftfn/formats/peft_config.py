@@ -167,6 +167,13 @@ def candidates(kind: str) -> list[type[Weight]]:
     ]
 
 
+def means(key: str, kind: str) -> bool:
+    """Whether this release knows a key of the configuration of one of PEFT's types."""
+    return (
+        key in DEFAULTS.get(kind, ()) or key in IGNORED or any(key in c.peft.fixed for c in candidates(kind) if c.peft)
+    )
+
+
 def declared(cls: type[Weight]) -> bool:
     """Whether PEFT has this very method, and not only the one it is derived from."""
     return vars(cls).get("peft") is not None

@@ -29,7 +29,7 @@ class PeftReader:
 
     def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, options: Options):
         self.where, self.config, self.file, self.model, self.strict = where, config, file, model, options.strict
-        self.at = at = Sorted(where, config, file, model, options.buffers)
+        self.at = at = Sorted(where, config, file, model, options)
         self.places, self.found, self.whole, self.shared, self.copies = (
             at.places,
             at.found,
@@ -74,7 +74,9 @@ class PeftReader:
             adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
         net.plan.check(adapter)
         missing = tuple(dict.fromkeys(self.missing))
-        return Loaded(net, adapter, missing, tuple(self.unexpected), buffers=self.at.buffers)
+        return Loaded(
+            net, adapter, missing, tuple(self.unexpected), buffers=self.at.buffers, mismatched=self.at.mismatched
+        )
 
     def sharing(self, name: str, methods: Mapping[str, Weight]) -> Any:
         """Which sites have one rule, besides being of one method."""
@@ -132,9 +134,11 @@ class PeftReader:
             del found[f"{part}zeros"]
         self.across_groups(place, found)
         for k, t in want.items():
+            if k in found and not self.at.fitting(found[k], t.shape, t.is_floating_point()):
+                del found[k]
             if k in found:
-                self.file.check(found[k], t.shape, t.is_floating_point())
-            elif k not in seeded and not k.startswith(off or ("\0",)) and (found or not isinstance(method, TiedTokens)):
+                continue
+            if k not in seeded and not k.startswith(off or ("\0",)) and (found or not isinstance(method, TiedTokens)):
                 self.missing.append(f"{PREFIX}{place.path}.{k}")
         for k in found.keys() - want.keys():
             self.unexpected.append(found.pop(k))

@@ -1,6 +1,7 @@
 """PEFT's tensors sorted: which site of the model each belongs to, what is missing, and what has no place."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats import peft_table as table
 from peftfn.formats.buffers import BUFFER, differs
-from peftfn.formats.files import Tensors
+from peftfn.formats.files import Options, Tensors
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, Place
 from peftfn.model.choice import matched
 from peftfn.model.names import near
@@ -33,8 +34,9 @@ class Sorted:
     are there once more for a site, missing and unexpected: keys, buffers: name → the file's value of one that differs.
     """
 
-    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, buffers: bool):
-        self.where, self.config, self.file, self.model, self.wanted = where, config, file, model, buffers
+    def __init__(self, where: Path, config: dict[str, Any], file: Tensors, model: PeftNames, options: Options):
+        self.where, self.config, self.file, self.model, self.wanted = where, config, file, model, options.buffers
+        self.strict = options.strict
         self.classes, self.tokens = configs.candidates(config["peft_type"]), configs.candidates("TRAINABLE_TOKENS")
         self.places: dict[str, Place] = {}
         self.found: dict[str, dict[str, str]] = {}
@@ -44,6 +46,7 @@ class Sorted:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.buffers: dict[str, Tensor] = {}
+        self.mismatched: dict[str, tuple[torch.Size, torch.Size]] = {}
         self.sort()
         self.unused = self.idle_patterns()
         if self.places or self.whole or self.shared:
@@ -85,8 +88,7 @@ class Sorted:
             elif (outer := _INNER.sub(".", bare)) != bare and outer in all_keys:
                 continue  # bias="all" has PEFT save a head's biases inside its wrapper too, which it does not read
             elif site := model.whole_site(bare):
-                self.sized(key, site)
-                if self.trained(site.name, key):
+                if self.sized(key, site) and self.trained(site.name, key):
                     self.once(self.whole, site.name, key)
             elif bare in model.buffers:
                 self.same(bare, key)
@@ -110,17 +112,28 @@ class Sorted:
                 self.unexpected.append(key)
         self.copies = [(key, mine) for key, mine in copies if key not in self.unexpected]
 
-    def sized(self, key: str, site: Site) -> None:
-        """ValueError for a tensor that is not of the site's shape, with the cure where tokens were added."""
+    def fitting(self, key: str, shape: Iterable[int], floating: bool = True) -> bool:
+        """Whether a tensor has this shape; one that does not is noted, or a ValueError if the load is strict."""
+        have, want = self.file.meta[key].shape, torch.Size(shape)
+        if have != want and not self.strict:
+            self.mismatched[self.file.names[key]] = (have, want)
+            return False
+        self.file.check(key, want, floating)
+        return True
+
+    def sized(self, key: str, site: Site) -> bool:
+        """Whether a tensor is of the site's shape. ValueError where it must be, with the cure if tokens were added."""
         have, model = self.file.meta[key].shape, self.model.model
-        if have != site.shape and have[1:] == site.shape[1:] and hasattr(model, "resize_token_embeddings"):
+        if not self.strict:
+            return self.fitting(key, site.shape)
+        if have[:1] > site.shape[:1] and have[1:] == site.shape[1:] and hasattr(model, "resize_token_embeddings"):
             embedding = model.get_input_embeddings()  # type: ignore[operator]
             if site.shape[0] == getattr(embedding, "num_embeddings", None):
                 raise ValueError(
                     f"{self.file.where}: {self.file.names[key]} is {list(have)}, and the model has {list(site.shape)}: "
                     f"tokens were added before training. Do so first: model.resize_token_embeddings({have[0]})"
                 )
-        self.file.check(key, site.shape)
+        return self.fitting(key, site.shape)
 
     def place(self, path: str) -> Place | None:
         return self.model.place(path.removesuffix(f".{TOKENS}"), self.config, (*self.classes, *self.tokens))

@@ -21,7 +21,7 @@ from models import SMALL, by_name, tokens
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import compare, randomised
+from support import compare, random, randomised
 from test_peft_parity import A, both_ways, edit, retensor
 from torch import Tensor, nn
 
@@ -121,10 +121,114 @@ def test_modules_to_save_that_are_not_there_are_missing(folder: Path) -> None:
         pf.load(folder, llama())
 
 
-def test_other_shapes_are_an_error_also_if_not_strict(folder: Path) -> None:
+def test_other_shapes_are_an_error_or_listed(folder: Path, tmp_path: Path) -> None:
+    """PEFT's ignore_mismatched_sizes."""
+    good = pf.load(folder, llama()).adapter
     retensor(folder, lambda t: t.update({A: torch.zeros(2, 5)}))
     with pytest.raises(ValueError, match=r"has shape \[2, 5\], and the model needs \[2, 16\]"):
-        pf.load(folder, llama(), strict=False)
+        pf.load(folder, llama())
+    loaded = pf.load(folder, llama(), strict=False)
+    assert loaded.mismatched == {A: ((2, 5), (2, 16))} and loaded.missing == (A,) and not loaded.unexpected
+    site = A.removeprefix("base_model.model.").replace("lora_A.", "")
+    assert torch.equal(loaded.adapter[site]["a"], loaded.net.init()[site]["a"])
+    assert torch.equal(loaded.adapter[site]["b"], good[site]["b"])
+
+
+def test_a_head_of_other_classes_is_an_error_or_listed(tmp_path: Path) -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(2), "lm_head": pf.Full()})
+    pf.save(tmp_path, net, net.init(), format="peft")
+    key = "base_model.model.lm_head.weight"
+    retensor(tmp_path, lambda t: t.update({key: torch.zeros(5, 16)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[5, 16\]"):
+        pf.load(tmp_path, llama())
+    loaded = pf.load(tmp_path, llama(), strict=False)
+    assert loaded.mismatched.keys() == {key} and "lm_head.weight" not in loaded.net.plan
+
+
+def test_a_native_file_lists_other_shapes(tmp_path: Path) -> None:
+    net, adapter = native(tmp_path)
+    key = next(f"adapter/{n}/b" for n in net.plan if "q_proj" in n)
+    path = tmp_path / "adapter.safetensors"
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    save_file(load_file(path) | {key: torch.zeros(3, 3)}, path, meta)
+    with pytest.raises(ValueError, match=r"\[3, 3\]"):
+        pf.load(tmp_path, llama())
+    loaded = pf.load(tmp_path, llama(), strict=False)
+    assert loaded.mismatched[key][0] == (3, 3) and loaded.missing == (key,) and not loaded.unexpected
+    other = next(n for n in net.plan if n != key.split("/")[1])
+    assert all(torch.equal(t, adapter[other][k]) for k, t in loaded.adapter[other].items())
+
+
+BARE: dict[str, tuple[dict[str, pf.Method], pf.Method]] = {
+    "ranks of the keys, alpha the rank": ({"q_proj": pf.LoRA(2), "v_proj": pf.LoRA(3)}, pf.LoRA()),
+    "ranks of the keys, one alpha": ({"q_proj": pf.LoRA(2, alpha=8), "v_proj": pf.LoRA(3, alpha=8)}, pf.LoRA(alpha=8)),
+    "DoRA and a trained norm": ({"q_proj": pf.DoRA(2), "model.norm": pf.Full()}, pf.DoRA()),
+    "without ranks": ({"q_proj": pf.IA3()}, pf.IA3()),
+    "of inputs": ({"down_proj": pf.IA3(feedforward=True)}, pf.IA3(feedforward=True)),
+    "LoHa": ({"q_proj": pf.LoHa(2), "v_proj": pf.LoHa(3)}, pf.LoHa()),
+    "what its fields say": ({"q_proj": pf.VeRA(3)}, pf.VeRA(3)),
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["as saved", "with the adapter's name"])
+@pytest.mark.parametrize("case", BARE)
+def test_tensors_without_a_configuration(case: str, named: bool, tmp_path: Path) -> None:
+    rules, method = BARE[case]
+    net = pf.adapt(llama(), rules)
+    a = random(net)
+    tensors, _ = pf.state_dict(net, a)
+    if named:
+        ends = (".lora_A", ".lora_B", ".lora_magnitude_vector")
+        tensors = {
+            next((k.replace(e, f"{e}.default") for e in ends if f"{e}." in k or k.endswith(e)), k): t
+            for k, t in tensors.items()
+        }
+    save_file(tensors, tmp_path / "some.safetensors")
+    (tmp_path / "folder").mkdir()
+    save_file(tensors, tmp_path / "folder" / "adapter_model.safetensors")
+    want = net.apply(a, tokens(2)).logits
+    for again, b in (
+        pf.load(tmp_path / "some.safetensors", llama(), method=method),
+        pf.load(tmp_path / "folder", llama(), method=method),
+        pf.from_state_dict(llama(), tensors, method=method),
+    ):
+        compare(again.apply(b, tokens(2)).logits, want)
+    for where in ("some.safetensors", "folder"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"adapter_config\.json"):
+            pf.load(tmp_path / where, llama())
+
+
+def test_a_method_for_what_has_a_configuration_or_none_of_pefts(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"method= is for tensors without a configuration.*leave it out"):
+        pf.load(folder, llama(), method=pf.LoRA())
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"PEFT has no .*Bottleneck"):
+        pf.load(folder, llama(), method=pf.Bottleneck(2))
+    with pytest.raises(TypeError, match="method is a str"):
+        pf.load(folder, llama(), method="lora")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="format is 'kohya'"):
+        pf.load(folder, llama(), method=pf.LoRA(), format="kohya")
+    with pytest.raises(ValueError, match="8 tensors have no place"):
+        pf.load(folder, llama(), method=pf.IA3())
+    with pytest.raises(TypeError, match="give the configuration of the tensors, or method="):
+        pf.from_state_dict(llama(), {})
+
+
+def test_an_unknown_key_is_ignored_only_by_name(folder: Path, tmp_path: Path) -> None:
+    want = pf.load(folder, llama()).adapter
+    edit(folder, new_key=True, other_key=3)
+    with pytest.raises(ValueError, match="other_key is 3"):
+        pf.load(folder, llama(), ignore=["new_key"])
+    same(pf.load(folder, llama(), ignore=["new_key", "other_key"]).adapter, want)
+    for known in ("r", "use_dora", "peft_type", "rank_pattern", "target_modules"):
+        with pytest.raises(ValueError, match=f"ignore has '{known}', which this release reads"):
+            pf.load(folder, llama(), ignore=[known])
+    with pytest.raises(TypeError, match=r"give a list of keys, \['new_key'\]"):
+        pf.load(folder, llama(), ignore="new_key")
+    net, _ = native(tmp_path / "native")
+    with pytest.raises(ValueError, match="ignore is for PEFT's files"):
+        pf.load(tmp_path / "native", net.model, ignore=["x"])
 
 
 # Names.
