@@ -11,6 +11,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors, opened, read_json
 from peftfn.formats.kohya_keys import ENDS
 from peftfn.formats.peft_extra import INVOCATION, REPLICATION
+from peftfn.formats.peft_old import named_today
 from peftfn.formats.several import FOLDER_FILES, folders
 
 MODEL = {
@@ -144,7 +145,7 @@ def _native(config: Any, path: Path) -> dict[str, Any]:
 
 
 def _peft(config: Mapping[str, Any], file: Tensors) -> dict[str, Any]:
-    kind = config["peft_type"]
+    kind, file = config["peft_type"], named_today(dict(config), file)
     classes = [c for c in configs.candidates(kind) if c.peft]
     ends = {k for c in classes if c.peft for k in c.peft.keys.values()}
     ends |= {v for k in ends for v in peft_keys.variants(k)}

@@ -24,7 +24,7 @@ from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, wr
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import PeftNames
 from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
-from peftfn.formats.peft_old import flattened, modernised
+from peftfn.formats.peft_old import flattened, modernised, named_today
 from peftfn.formats.peft_read import PeftReader
 from peftfn.formats.peft_write import documents
 from peftfn.model.model import Model
@@ -102,6 +102,7 @@ def build(
         config.pop(key, None)
     if config["peft_type"] in peft_inputs.TYPES:
         return peft_inputs.load(config, file, model, where, options)
+    file = named_today(config, file)
     extra = peft_extra.taken(config, where, options.gated)
     if spans := extra.get(peft_extra.REPLICATION):
         model = peft_extra.replicated(model, spans, where)

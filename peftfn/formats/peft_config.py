@@ -11,6 +11,7 @@ from peftfn.core.method import Weight, registry
 from peftfn.core.peft import is_
 from peftfn.formats.files import MOST, read_json
 from peftfn.formats.peft_table import (
+    BONE,
     COUNTS,
     DEFAULTS,
     IGNORED,
@@ -53,6 +54,8 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{path}: not a PEFT configuration: it must be an object with a string under 'peft_type'")
+    if kind == BONE:  # what MiSS was called up to PEFT 0.17; its tensors are renamed where they are read
+        kind, config = "MISS", {**config, "peft_type": "MISS"}
     defaults = DEFAULTS.get(kind, {})
     for key, want in defaults.items():
         have = config.get(key, want)

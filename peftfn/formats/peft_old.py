@@ -16,6 +16,13 @@ from peftfn.formats.files import Tensors
 from peftfn.tensors.precision import wide
 
 
+def named_today(config: dict[str, Any], file: Tensors) -> Tensors:
+    """The tensors under the names that PEFT gives them now."""
+    if config["peft_type"] != "MISS":
+        return file
+    return file.renamed(lambda k: re.sub(r"(?<=\.)bone_block(?=$|\.[^.]+$)", "miss_block", k))
+
+
 def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
     """Puts tensors that the file has in a shorter form into `file` in the full one, and into the configuration what
     PEFT counts from the model."""
@@ -26,6 +33,8 @@ def modernised(config: dict[str, Any], file: Tensors, where: Path) -> None:
         config["proportional_parameters"] = False
     if kind == "BOFT" and {len(file.meta[k]) for k in file.meta if k.endswith(".boft_R")} == {1}:
         config["boft_n_butterfly_factor"] = 1  # PEFT without its CUDA extension has one, whatever it was asked for
+    if kind == "SHIRA":
+        _places(config, file)
     if kind == "VBLORA" and config.get("save_only_topk_weights"):
         _logits(config, file)
     if kind == "ADALORA":
@@ -66,6 +75,27 @@ def _pefts_kron(
     if change.numel() != w.numel():
         raise ValueError(f"{key}: its factors make {list(change.shape)}, and the model wants {list(w.shape)}")
     return wide(w).cpu() + change.reshape(w.shape)
+
+
+def _places(config: dict[str, Any], file: Tensors) -> None:
+    """SHiRA's: those of a mask of one's own are in the file; a raw state has none, and a seed says where they are."""
+    indices = [k for k in file.meta if k.endswith(".shira_indices")]
+    if config.get("mask_type") != "random":
+        config |= {"mask_type": "random", "random_seed": None}
+    elif not indices and config.get("random_seed") is not None:
+        config["save_indices"] = False
+    for key in indices:
+        if file.meta[key].is_floating_point():  # as PEFT writes them on Windows
+            source = file.sources[key]
+            file.meta[key] = torch.empty(file.meta[key].shape, dtype=torch.int32, device="meta")
+            file.sources[key] = partial(_whole_numbers, source, f"{file.where}: {key}")
+
+
+def _whole_numbers(source: Callable[[], Tensor], key: str) -> Tensor:
+    t = source()
+    if not torch.equal(t, t.round()):
+        raise ValueError(f"{key} has numbers that are no places")
+    return t.int()
 
 
 def _logits(config: dict[str, Any], file: Tensors) -> None:

@@ -6,6 +6,8 @@ from peftfn.model.choice import HEADS
 
 VERSION = "0.21.2"
 """The release of PEFT whose format, defaults and rules are written here."""
+BONE = "BONE"
+"""A type of older releases: MiSS, with another name in its keys."""
 COUNTS = frozenset({"num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "depth"})
 """Keys that say how often something is done: a large number would keep a load busy for hours."""
 PATTERNS = {

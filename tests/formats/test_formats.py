@@ -628,6 +628,65 @@ def test_vblora_with_the_topk_weights_alone(tmp_path: Path) -> None:
         pf.load(tmp_path, llama())
 
 
+@pytest.mark.parametrize("init_weights", [True, "bat"])
+def test_bone_is_what_miss_was_called(init_weights: Any, tmp_path: Path) -> None:
+    """PEFT's own script renames the type and the keys, and nothing else."""
+    model = theirs(tmp_path, llama(), peft.MissConfig(target_modules=["q_proj"], r=4, init_weights=init_weights))
+    edit(tmp_path, peft_type="BONE")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    names = ("mini_r", "miss_dropout")  # which Bone had not
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+    retensor(tmp_path, lambda t: [t.update({k.replace("miss_block", "bone_block"): t.pop(k)}) for k in list(t)])
+    assert len(pf.inspect(tmp_path)[""]["layers"]) == 2
+    net, adapter = pf.load(tmp_path, llama())
+    assert {type(e.method) for e in net.plan.values()} == {pf.MiSSBat if init_weights == "bat" else pf.MiSS}
+    with torch.no_grad():
+        compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
+    pf.save(tmp_path / "now", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "now").eval()
+    with torch.no_grad():
+        compare(again(tokens(2)).logits, model(tokens(2)).logits)
+
+
+@pytest.mark.parametrize("windows", [False, True], ids=["integers", "as floats"])
+def test_shira_with_a_mask_of_ones_own(windows: bool, tmp_path: Path) -> None:
+    def first(layer: nn.Linear, r: int, **_: Any) -> Tensor:
+        count = r * sum(layer.weight.shape)
+        return (torch.arange(layer.weight.numel()) < count).reshape(layer.weight.shape).to(layer.weight)
+
+    config = peft.ShiraConfig(target_modules=["q_proj"], r=2, mask_type="mine")
+    config.mask_fn = first
+    model = theirs(tmp_path, llama(), config)
+    if windows:
+        ends = ".shira_indices"
+        retensor(tmp_path, lambda t: t.update({k: v.float() for k, v in t.items() if k.endswith(ends)}))
+    net, adapter = pf.load(tmp_path, llama())
+    with torch.no_grad():
+        compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
+    pf.save(tmp_path / "ours", net, adapter, format="peft")
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        compare(again(tokens(2)).logits, model(tokens(2)).logits)
+    retensor(tmp_path, lambda t: [t.pop(k) for k in list(t) if k.endswith("indices")])
+    with pytest.raises(ValueError, match=r"lacks .*shira_indices"):
+        pf.load(tmp_path, llama())
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_raw_state_of_shira_has_no_places(seed: int | None) -> None:
+    """They follow from a seed; without one, nothing says them."""
+    config = peft.ShiraConfig(target_modules=["q_proj"], r=2, random_seed=seed)
+    model = randomised(peft.get_peft_model(llama(), config))
+    raw = {k: t for k, t in model.state_dict().items() if "shira" in k}
+    if seed is None:
+        with pytest.raises(ValueError, match=r"lacks .*shira_indices"):
+            pf.from_state_dict(llama(), raw, config)
+        return
+    net, adapter = pf.from_state_dict(llama(), raw, config)
+    with torch.no_grad():
+        compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
+
+
 def test_bdlora_with_blocks_on_both_sides(tmp_path: Path) -> None:
     sides = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], use_bdlora=sides, r=4, lora_alpha=3)

@@ -39,7 +39,7 @@ class SHiRA(Weight):
         {"v": "shira_weight", "index": "shira_indices"},
         {"rank": "r", "seed": "random_seed"},
         writes=lambda m: {"mask_type": "random"},
-        leaf_to=lambda m, p: {"shira_weight": p["v"], "shira_indices": p["index"].int()},
+        leaf_to=lambda m, p: m.peft.named({**p, "index": p["index"].int()}),
     )
 
     rank: PositiveInt = 32
