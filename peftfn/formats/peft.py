@@ -21,6 +21,7 @@ from peftfn.formats import peft_extra, peft_inputs
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
+from peftfn.formats.peft_compact import compact as compacted
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import PeftNames
 from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwrapped
@@ -46,6 +47,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     tasks: bool = False,
+    compact: bool = False,
     beyond: Beyond | None = None,
 ) -> None:
     """Write one folder, or several, each with a model card (README.md), unless there is one.
@@ -55,10 +57,14 @@ def save(
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
         buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
         tasks: the adapter is a stack, one of multitask prompts for each task.
+        compact: leave out what a seed determines (VeRA, RandLoRA, PVeRA, UniLoRA), and of VB-LoRA's logits all but the
+            top k. PEFT reads it; VB-LoRA's leaves are then as large as before, and −∞ where the file has nothing.
         beyond: what the model holds beyond its base.
     """
     more = {**peft_extra.about(net.model), **peft_extra.given(extra, net)}
     if peft_inputs.is_mine(net):
+        if compact:
+            raise ValueError("save: compact=True is for methods of constants that a seed determines, and for VBLoRA")
         config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks, beyond)
         write(folder / TENSORS, tensors)
         write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
@@ -68,12 +74,17 @@ def save(
         raise ValueError(
             "save: tasks=True is for multitask prompts; save the adapters of a stack one by one, in folders"
         )
+    written = []
     for name, (config, tensors) in documents(
         net, adapter, split=split, task=more.get("task_type"), buffers=buffers, beyond=beyond
     ).items():
-        write(folder / name / TENSORS, tensors)
-        write(folder / name / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
-        write_card(folder / name, config | more, tensors, net.plan)
+        if compact:
+            config, tensors = compacted(net, config, tensors)
+        written.append((folder / name, config, tensors))
+    for where, config, tensors in written:
+        write(where / TENSORS, tensors)
+        write(where / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
+        write_card(where, config | more, tensors, net.plan)
 
 
 def load(folder: Path, model: Model, options: Options) -> Loaded:

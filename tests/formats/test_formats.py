@@ -687,6 +687,48 @@ def test_a_raw_state_of_shira_has_no_places(seed: int | None) -> None:
         compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
 
 
+COMPACT: dict[str, tuple[pf.Method, str]] = {
+    "VeRA": (pf.VeRA(3), "vera_A"),
+    "RandLoRA": (pf.RandLoRA(2), "randlora_A"),
+    "PVeRA": (pf.PVeRA(3), "pvera_A"),
+    "UniLoRA": (pf.UniLoRA(2, length=20), "unilora_indices_A"),
+    "VBLoRA": (pf.VBLoRA(2, vectors=40, length=4, topk=3), "vblora_logits_A"),
+    "VBLoRA of one vector": (pf.VBLoRA(2, vectors=300, length=4, topk=1), "vblora_logits_A"),
+}
+
+
+@pytest.mark.parametrize("case", COMPACT)
+def test_a_compact_file_is_what_peft_and_we_read(case: str, tmp_path: Path) -> None:
+    method, gone = COMPACT[case]
+    net = pf.adapt(llama(), {"q_proj|down_proj": method} if case in ("VeRA", "VBLoRA") else {"q_proj": method})
+    a = random(net)
+    want = net.apply(a, tokens(2)).logits
+    pf.save(tmp_path / "whole", net, a, format="peft")
+    pf.save(tmp_path / "compact", net, a, format="peft", compact=True)
+    sizes = [(tmp_path / n / "adapter_model.safetensors").stat().st_size for n in ("compact", "whole")]
+    assert sizes[0] < sizes[1]
+    stored = load_file(tmp_path / "compact" / "adapter_model.safetensors")
+    assert not any(k.endswith(gone) or k.endswith(f"{gone}.weight") for k in stored)
+    again, b = pf.load(tmp_path / "compact", llama())
+    compare(again.apply(b, tokens(2)).logits, want)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "compact").eval()
+    with torch.no_grad():
+        compare(theirs(tokens(2)).logits, want)
+
+
+def test_what_no_seed_determines_is_not_left_out(tmp_path: Path) -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.VeRA(3)})
+    pf.save(tmp_path / "a", net, net.init(), format="peft")
+    retensor(tmp_path / "a", lambda t: t.update({"base_model.vera_A": t["base_model.vera_A"] + 1}))
+    other, a = pf.load(tmp_path / "a", llama())
+    with pytest.raises(ValueError, match=r"q_proj\.weight: its constant A is not the one that VeRA.*by its seed"):
+        pf.save(tmp_path / "b", other, a, format="peft", compact=True)
+    lora = pf.adapt(llama(), {"q_proj": pf.LoRA(3)})
+    with pytest.raises(ValueError, match="PEFT's LORA has no shorter form"):
+        pf.save(tmp_path / "b", lora, lora.init(), format="peft", compact=True)
+    assert not (tmp_path / "b").exists()
+
+
 def test_bdlora_with_blocks_on_both_sides(tmp_path: Path) -> None:
     sides = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], use_bdlora=sides, r=4, lora_alpha=3)
