@@ -116,7 +116,7 @@ def load(
     buffers: bool = False,
     ignore: Iterable[str] = (),
     method: Method | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["file"] | None = None,
     hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read an adapter from a file, a folder or the Hugging Face Hub, and bind it to `model`.
@@ -143,7 +143,8 @@ def load(
             `buffers`; if False, they are an error.
         ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
         method: what PEFT's tensors mean where no configuration is beside them. Ranks are those of the tensors.
-        dtype: of the leaves. None keeps a native file's own, and makes others at least fp32.
+        dtype: of the leaves; "file" is what the file's tensors have. None keeps a native file's own, and makes others
+            at least fp32.
         hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
 
     Returns:
@@ -167,12 +168,12 @@ def load(
         )
     known = Model.of(model)
     refuse_adapters(known)
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype not in (None, "file") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"load: dtype is {dtype}; an adapter's leaves are floating-point")
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
-    options = Options(strict, key_mapping, pickled, gated, experts, buffers, _names(ignore))
+    options = Options(strict, key_mapping, pickled, gated, experts, buffers, _names(ignore), dtype == "file")
     if format is None and method is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
     if format is None and method is None:
@@ -184,7 +185,7 @@ def load(
         loaded = bare.load(where, known, method, options)
     else:
         loaded = _format(str(format)).load(where, known, options)
-    if dtype is not None:
+    if isinstance(dtype, torch.dtype):
         loaded = replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
     if any(map(is_sharded, known.parameters.values())):
         loaded = replace(loaded, adapter=distribute(loaded.net, loaded.adapter))

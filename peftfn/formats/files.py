@@ -6,7 +6,7 @@ import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from peftfn.core.plan import Adapter, Plan
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
-from peftfn.tensors.tree import leaves
+from peftfn.tensors.tree import leaves, mapped
 
 LIMIT = 1 << 24
 """Bytes of a configuration file; the largest real ones (a pattern for every layer) are far smaller."""
@@ -90,6 +90,7 @@ class Options:
     experts: Literal["peft", "unsloth"] = "peft"
     buffers: bool = False
     ignore: tuple[str, ...] = ()
+    stored: bool = False
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):
@@ -207,6 +208,18 @@ class Tensors:
             raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
+
+
+def as_stored(loaded: Loaded, file: Tensors) -> Loaded:
+    """The adapter in the dtype that the file's tensors have. ValueError where they have several."""
+    kinds = {t.dtype for t in file.meta.values() if t.is_floating_point() and t.dim()}  # an alpha is a number
+    if len(kinds) != 1 or any(k.itemsize < 2 for k in kinds):
+        names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
+        raise ValueError(
+            f"{file.where}: its tensors are {names}, so dtype='file' says no dtype to compute in: give one"
+        )
+    (dtype,) = kinds
+    return replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
 
 
 def mismatch(where: Path, missing: Iterable[str], unexpected: Iterable[str], more: str = "") -> ValueError:

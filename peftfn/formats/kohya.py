@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfn.core.combine import is_expression
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry
-from peftfn.formats.files import Loaded, Options, opened, unpickled, write
+from peftfn.formats.files import Loaded, Options, Tensors, as_stored, opened, unpickled, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import KohyaReader
 from peftfn.methods.parts.lowrank import Ranked
@@ -86,9 +86,14 @@ def load(path: Path, model: Model, options: Options) -> Loaded:
     if path.suffix in _PICKLES and path.is_file():
         if not options.pickled:
             raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads only its tensors")
-        return KohyaReader(unpickled(path), model, options.key_mapping or {}).load(options.strict)
+        return _read(unpickled(path), model, options)
     with opened(path / FILE if path.is_dir() else path) as file:
-        return KohyaReader(file, model, options.key_mapping or {}).load(options.strict)
+        return _read(file, model, options)
+
+
+def _read(file: Tensors, model: Model, options: Options) -> Loaded:
+    loaded = KohyaReader(file, model, options.key_mapping or {}).load(options.strict)
+    return as_stored(loaded, file) if options.stored else loaded
 
 
 def _ia3(entry: Entry, scale: Tensor, ones: tuple[int, ...], biased: bool) -> Leaf:

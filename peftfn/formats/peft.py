@@ -20,7 +20,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra, peft_inputs
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.card import write_card
-from peftfn.formats.files import Loaded, Options, Tensors, opened, unpickled, write
+from peftfn.formats.files import Loaded, Options, Tensors, as_stored, opened, unpickled, write
 from peftfn.formats.peft_compact import compact as compacted
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import PeftNames
@@ -112,7 +112,8 @@ def build(
             raise ValueError(f"{where}: ignore has {key!r}, which this release reads, and which means something")
         config.pop(key, None)
     if config["peft_type"] in peft_inputs.TYPES:
-        return peft_inputs.load(config, file, model, where, options)
+        loaded = peft_inputs.load(config, file, model, where, options)
+        return as_stored(loaded, file) if options.stored else loaded
     file = named_today(config, file)
     extra = peft_extra.taken(config, where, options.gated)
     if spans := extra.get(peft_extra.REPLICATION):
@@ -133,4 +134,6 @@ def build(
     loaded = PeftReader(where, config, file, known, options).load()
     if peft_extra.INVOCATION in extra:
         peft_extra.check_gated(loaded.net.plan, where)
+    if options.stored:
+        loaded = as_stored(loaded, file)
     return replace(loaded, extra=extra)

@@ -477,8 +477,15 @@ def test_the_dtype_of_what_is_loaded(tmp_path: Path, format: str) -> None:
     for asked, want in ((None, kept), (torch.float16, torch.float16), (torch.float64, torch.float64)):
         found = pf.load(tmp_path, llama(), dtype=asked).adapter
         assert {t.dtype for leaf in found.values() for t in leaf.values()} == {want}
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
-        pf.load(tmp_path, llama(), dtype=torch.int8)
+    found = pf.load(tmp_path, llama(), dtype="file").adapter
+    assert {t.dtype for leaf in found.values() for t in leaf.values()} == {torch.bfloat16}
+    for wrong in (torch.int8, "bf16"):
+        with pytest.raises(ValueError, match=f"dtype is {wrong}"):
+            pf.load(tmp_path, llama(), dtype=wrong)  # type: ignore[arg-type]
+    if format == "peft":
+        retensor(tmp_path, lambda t: t.update({A: t[A].float()}))
+        with pytest.raises(ValueError, match=r"its tensors are bfloat16, float32.*give one"):
+            pf.load(tmp_path, llama(), dtype="file")
 
 
 # Reading and writing itself.
