@@ -61,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--quick", action="store_true", help="a few texts and steps: seconds, but no result")
 
     new = command(
+        "compare",
+        _compare,
+        "compare methods on real data, each at its own best learning rate",
+        "Trains every method on every task at a grid of learning rates and seeds, in a sweep, and writes a record of "
+        "each pair and a page. Run it again to go on. Needs no network and no GPU.",
+    )
+    new.add_argument("--out", type=Path, default="compare_out", metavar="DIR", help="output folder (%(default)s)")
+    new.add_argument("--methods", type=_names, metavar="A,B", help="which methods, in this order (all)")
+    new.add_argument("--tasks", type=_names, metavar="A,B", help="which of digits, news, reviews (all)")
+    new.add_argument("--rates", type=_rates, metavar="X,Y", help="learning rates (3e-4 to 1, two a decade)")
+    new.add_argument("--seeds", type=_positive, metavar="N", help="of each rate (3)")
+    new.add_argument("--steps", type=_positive, metavar="N", help="of training (60)")
+    new.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing that would end later")
+
+    new = command(
         "inspect",
         _inspect,
         "what is in an adapter, and whether it fits a model",
@@ -180,6 +195,25 @@ def _demo(options: argparse.Namespace) -> int:
         return 1
 
 
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        from peftfn.compare import page, run
+    except ModuleNotFoundError as e:
+        print(f"peftfn compare needs {e.name}: pip install 'peftfn[demo]'", file=sys.stderr)
+        return 1
+    o = options
+    given = {k: v for k in ("rates", "seeds", "steps") if (v := getattr(o, k)) is not None}
+    names = {k: v for k in ("methods", "tasks") if (v := getattr(o, k)) is not None}
+    try:
+        records = run.compare(o.out, **names, settings=run.Settings(**given), minutes=o.budget)
+    except ModuleNotFoundError as e:
+        print(e, file=sys.stderr)
+        return 1
+    (o.out / "comparison.md").write_text(page.page(records), encoding="utf-8")
+    print(f"written to {o.out}: {len(records)} records, comparison.md")
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from peftfn.cli.inspect import inspect, report
 
@@ -238,6 +272,21 @@ def _combine(options: argparse.Namespace) -> int:
     o = options
     print(combine(o.paths, o.out, o.method, o.weights, o.model, o.to, **given))
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """Numbers above 0."""
+    try:
+        rates = tuple(float(x) for x in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < r < float("inf") for r in rates):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0")
+    return rates
 
 
 def _positive(text: str) -> int:

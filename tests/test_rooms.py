@@ -21,7 +21,7 @@ MAY: dict[str, set[str]] = {
     "tools": {"view", "net", "core", "methods", "model", "tensors"},
     "sweeps": {"many", "tools", "formats", "net", "core", "tensors"},
 }
-"""Room → what it may import, beside itself. `cli`, `demo`, `testing` and the root may import everything."""
+"""Room → what it may import, beside itself. `cli`, `compare`, `demo`, `testing` and the root may import everything."""
 
 
 def room_of(path: Path) -> str:

@@ -63,19 +63,24 @@ class Lane:
         rows = [*runs, *[runs[0]] * (self.width - len(runs))]
         adapters, states = stack([r.adapter for r in rows]), stack([r.state for r in rows])
         configs = [r.trial.config for r in rows]
-        numbers = {k: torch.tensor([float(c[k]) for c in configs], dtype=torch.float64) for k in _numbers(configs[0])}
-        seeds, losses = torch.tensor([int(c.get("seed", 0)) for c in configs]), []
+        device = next((t.device for t in leaves(adapters)), torch.device("cpu"))
+        seeds = torch.tensor([int(c.get("seed", 0)) for c in configs], device=device)
+        numbers = {
+            k: torch.tensor([float(c[k]) for c in configs], dtype=torch.float64, device=device)
+            for k in _numbers(configs[0])
+        }
+        losses = []
         for i in range(n):
             at = [r.trial.step + i for r in rows]
             batch = _stacked([self.data(c, s) for c, s in zip(configs, at, strict=True)], configs)
             with _undrawn():
-                gradients, loss = self._gradients(adapters, key_of(seeds, torch.tensor(at)), batch)
+                gradients, loss = self._gradients(adapters, key_of(seeds, torch.tensor(at, device=device)), batch)
             with torch.no_grad():
                 adapters, states = vmap(self._step)(adapters, gradients, states, numbers)
             losses.append(loss)
             tick(len(runs))
         new = [Run(r.trial, unstacked(adapters, i), unstacked(states, i)) for i, r in enumerate(runs)]
-        return new, torch.stack(losses)[:, : len(runs)]
+        return new, torch.stack(losses)[:, : len(runs)].cpu()
 
     def _gradients(self, adapters: Tree, keys: Tensor, batch: Any) -> tuple[Tree, Tensor]:
         """The gradient of each row's loss, and the losses [width].

@@ -18,6 +18,7 @@ from peftfn.sweeps.lane import Data, Evaluate, Lane, Loss, Run, kind, whole
 from peftfn.sweeps.store import Store, Tree
 from peftfn.sweeps.swept import Swept
 from peftfn.sweeps.trial import Config, Stop, Trial, name_of
+from peftfn.tensors.tree import leaves, mapped
 from peftfn.tools.step import Step
 
 
@@ -202,7 +203,9 @@ def _fresh(
 ) -> Tree:
     """The tensors that a run starts with."""
     adapter = init(net, config)
-    return {"adapter": adapter, "state": optimizer(config).init(adapter)}
+    device = next((t.device for t in leaves(adapter)), torch.device("cpu"))
+    state = mapped(optimizer(config).init(adapter), lambda t: t.to(device))  # counts too: in a stack, they have rows
+    return {"adapter": adapter, "state": state}
 
 
 def _checked(configs: Sequence[Config], slots: int, every: int) -> dict[str, dict[str, Any]]:

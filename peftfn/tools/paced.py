@@ -144,7 +144,10 @@ def stacked(make: Callable[..., Step], **values: Tensor | Iterable[float]) -> St
         for name, v in given.items():
             if len(v) != k:
                 raise ValueError(f"stacked: {name} has {len(v)} values for {k} adapters; give one for each")
-        return {"values": dict(given), "step": vmap(lambda a, v: make(**v).init(a))(dict(a), dict(given))}
+        device = leaves(a)[0].device  # of counts too: they have a row for each adapter
+        here = {name: v.to(device) for name, v in given.items()}
+        state = vmap(lambda a, v: make(**v).init(a))(dict(a), here)
+        return {"values": here, "step": each(state, lambda t: t.to(device))}
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
         def one(g: Tree, s: Tree, a: Tree, v: dict[str, Tensor]) -> tuple[Tree, Tree]:

@@ -260,11 +260,12 @@ def test_empty_slots_may_be_left_out() -> None:
 
 def test_a_killed_process_loses_the_steps_since_the_last_row(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen([sys.executable, sweep_worker.__file__, str(tmp_path), "0.01"], env=env)
+    worker = subprocess.Popen([sys.executable, sweep_worker.__file__, str(tmp_path), "0.03"], env=env)
     try:
-        until = time.monotonic() + 60
-        while not any(f.stat().st_size for f in tmp_path.glob("[!.]*.safetensors")) or time.monotonic() > until:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("[!.]*.safetensors"))) < sweep_worker.SLOTS:
             assert worker.poll() is None
+            assert time.monotonic() < until
             time.sleep(0.02)
         time.sleep(0.3)
         worker.send_signal(signal.SIGKILL)
@@ -273,7 +274,7 @@ def test_a_killed_process_loses_the_steps_since_the_last_row(tmp_path: Path) -> 
         worker.kill()
     kept = len(list(tmp_path.glob("[!.]*.safetensors")))
     begun = run(tmp_path, seconds=0)
-    assert 4 <= kept <= 6
+    assert sweep_worker.SLOTS <= kept <= len(CONFIGS)
     assert {t.status for t in begun.trials} >= {"running", "waiting"}
     assert all(t.step % EVERY == 0 and t.step == len(t.history) * EVERY for t in begun.trials)
     assert any(0 < t.step < STEPS for t in begun.trials)

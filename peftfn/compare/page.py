@@ -1,0 +1,93 @@
+"""A page from the records of a comparison. The words stand here; every figure comes from the records."""
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+
+from peftfn.compare.run import Json, best
+
+HEAD = """\
+# A comparison of methods
+
+Made by `peftfn compare` from its records; do not edit. Every method is shown at **its own best learning rate**, chosen
+by the mean accuracy over the seeds on validation examples, from one grid for all; the accuracy is that on test
+examples, which chose nothing. All rates and seeds of a method train in one [sweep](sweep.md). The base and its
+classifier are trained before, and frozen: the first line of a table is what they reach without an adapter.
+
+These are small tasks and few steps: they show how to compare, and what rates methods want, more than which method is
+best. Differences within the spreads say nothing. A rate at an end of the grid (↧, ↥) may not be the best there is.
+"""
+
+
+def page(records: Sequence[Json]) -> str:
+    """Markdown of records: a table for each task."""
+    if not records:
+        return HEAD + "\nThere are no records yet.\n"
+    parts = [HEAD]
+    for task in dict.fromkeys(r["task"] for r in records):
+        parts.append(_task([r for r in records if r["task"] == task]))
+    return "\n".join(parts)
+
+
+def _task(records: Sequence[Json]) -> str:
+    first, how, n = records[0], records[0]["settings"], records[0]["examples"]
+    rates = how["rates"]
+    about = (
+        f"{first['title'].capitalize()}: {n['train']} examples to train on, {n['validation']} to choose the rate, "
+        f"{n['test']} to test. {how['steps']} steps of {how['batch']} examples, AdamW, cosine after a warm-up, "
+        f"{how['seeds']} seeds; {len(rates)} rates from {min(rates):g} to {max(rates):g}."
+    )
+    lines = [
+        f"## {first['task'].capitalize()}",
+        "",
+        _wrapped(about),
+        "",
+        "| method | test accuracy, % | best rate | rates within 2 points | trained | file, KiB | s a step | MiB |",
+        "|" + " --- |" * 8,
+        f"| none (the base) | {100 * first['base']:.1f} | | | 0 | | | |",
+    ]
+    lines += [_row(r) for r in sorted(records, key=lambda r: -_mean(r))]
+    dates, environments = sorted({r["environment"]["date"] for r in records}), [r["environment"] for r in records]
+    loads = [e["load_average"] for e in environments]
+    e = environments[0]
+    below = (
+        "± is the standard deviation over the seeds. A step is the gradient of one adapter alone, by autograd; MiB is "
+        f"the peak of the tensors that it makes. {' and '.join(dates)}, peftfn {e['peftfn']}, torch {e['torch']}, "
+        f"Python {e['python']}, {e['machine']} with {e['cpu_capability']}, {e['threads']} "
+        f"thread{'s' * (e['threads'] > 1)}, load average {min(loads)} to {max(loads)}: where it was not near 0, other "
+        "work was running, and seconds are rough."
+    )
+    return "\n".join([*lines, "", _wrapped(below), ""])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def _mean(record: Json) -> float:
+    found = best(record)
+    return -1.0 if found is None else statistics.mean(t["test"] for t in found[1])
+
+
+def _row(record: Json) -> str:
+    found, rates = best(record), record["settings"]["rates"]
+    if found is None:
+        cells = ["diverged at every rate", "", ""]
+    else:
+        lr, trials = found
+        tests = [100 * t["test"] for t in trials]
+        spread = f" ± {statistics.stdev(tests):.1f}" if len(tests) > 1 else ""
+        edge = "↧" if lr == min(rates) else "↥" if lr == max(rates) else ""
+        cells = [f"{statistics.mean(tests):.1f}{spread}", f"{lr:g}{edge}", f"{_near(record)} of {len(rates)}"]
+    seconds, memory = record["seconds_a_step_alone"], record["peak_bytes_alone"] / 2**20
+    cells += [f"{record['trained']:,}", f"{record['bytes'] / 1024:.0f}", f"{seconds:.3f}", f"{memory:.1f}"]
+    return f"| {record['method']} | " + " | ".join(cells) + " |"
+
+
+def _near(record: Json) -> int:
+    """At how many rates the mean validation accuracy is within two points of the best."""
+    of: dict[float, list[float]] = {}
+    for t in record["trials"]:
+        of.setdefault(t["lr"], []).append(t.get("validation", 0.0) if t["status"] == "done" else 0.0)
+    means = [statistics.mean(values) for values in of.values()]
+    return sum(m >= max(means) - 0.02 for m in means)

@@ -1,0 +1,213 @@
+"""Run methods on tasks: for each pair, a grid of learning rates and seeds in one sweep, and a file of what came out."""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from shutil import rmtree
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import peftfn as pf
+from peftfn.compare.methods import METHODS
+from peftfn.compare.peak import peak
+from peftfn.compare.tasks import TASKS, Ready
+from peftfn.formats.files import write
+from peftfn.tools.summary import counts
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What each method gets.
+
+    Args:
+        rates: learning rates; each method's best is chosen by the mean accuracy on the validation examples.
+        seeds: of the adapter and the order of the data.
+        steps, batch: of training.
+        slots: configurations that train at once.
+    """
+
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    seeds: int = 3
+    steps: int = 60
+    batch: int = 16
+    slots: int = 12
+
+
+def compare(
+    out: Path,
+    methods: Sequence[str] = tuple(METHODS),
+    tasks: Sequence[str] = tuple(TASKS),
+    settings: Settings | None = None,
+    *,
+    minutes: float | None = None,
+    say: Callable[[str], Any] = print,
+) -> list[Json]:
+    """Run every method on every task, as far as the time goes, and return all records of the folder.
+
+    Args:
+        out: a folder. What is there with the same settings is not run again, and a pair that was interrupted goes on.
+        methods: names of `METHODS`, in the order in which they run: each on all tasks, then the next.
+        tasks: names of `TASKS`.
+        minutes: no pair begins that would end later, if it takes as long as the last on its task.
+        say: gets a line for each pair.
+
+    Raises:
+        ValueError: an unknown name, or a folder with other settings.
+        ModuleNotFoundError: a package with data is not installed.
+    """
+    for what, names, known in (("method", methods, METHODS), ("task", tasks, TASKS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"there is no {what} {name!r} to compare; there are {', '.join(known)}")
+    how = settings or Settings()
+    start, took, ready = perf_counter(), dict[str, float](), dict[str, Ready]()
+    for name in methods:
+        for task in tasks:
+            path = out / f"{task}.{name}.json"
+            if path.is_file():
+                _same(path, how)
+                continue
+            left = None if minutes is None else 60 * minutes - (perf_counter() - start)
+            if left is not None and left <= took.get(task, 0.0):
+                say(f"{task}, {name}: left out, for lack of time")
+                continue
+            began = perf_counter()
+            if task not in ready:
+                ready[task] = TASKS[task]()
+            record = one(ready[task], name, how, out / "running" / f"{task}.{name}")
+            write(path, json.dumps(record, indent=1) + "\n")
+            rmtree(out / "running" / f"{task}.{name}")
+            took[task] = perf_counter() - began
+            say(f"{task}, {name}: {_line(record)}, {took[task]:.0f} s")
+    return read(out)
+
+
+def read(folder: Path) -> list[Json]:
+    """The records of a folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def one(ready: Ready, name: str, how: Settings, folder: Path) -> Json:
+    """The record of a method on a task. The trials are kept in the folder until it is there."""
+    net = pf.adapt(ready.model, METHODS[name].rules(ready.layers))
+
+    def data(config: Mapping[str, Any], step: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(10_000 * config["seed"] + step)
+        index = ready.train[torch.randint(len(ready.train), (how.batch,), generator=g)]
+        return (ready.label[index], *(x[index] for x in ready.inputs))
+
+    def loss(net: pf.Adapted, adapter: Mapping[str, Any], batch: tuple[Tensor, ...]) -> Tensor:
+        return F.cross_entropy(net.apply(adapter, *batch[1:], method=ready.method), batch[0])
+
+    def optimizer(config: Mapping[str, Any]) -> pf.steps.Step:
+        schedule = pf.steps.cosine(how.steps, warmup=max(1, how.steps // 20))
+        return pf.steps.chain(pf.steps.clip(1.0), pf.steps.adamw(config["lr"]), pf.steps.scheduled(schedule))
+
+    def evaluate(net: pf.Adapted, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+        call = partial(net.apply, adapter, method=ready.method)
+        return {"validation": ready.right(call, ready.validation), "test": ready.right(call, ready.test)}
+
+    configs = pf.grid(lr=how.rates, seed=range(how.seeds))
+    done = pf.sweep(
+        configs,
+        net,
+        loss,
+        data,
+        optimizer,
+        steps=how.steps,
+        every=how.steps,
+        slots=how.slots,
+        evaluate=evaluate,
+        folder=folder,
+    )
+    seconds, memory = _alone(partial(loss, net), net.init(), data(configs[0], 0))
+    trials = [
+        {**t.config, "status": t.status, "step": t.step, "seconds": t.seconds, **(t.history[-1] if t.history else {})}
+        for t in done.trials
+    ]
+    return {
+        "task": ready.name,
+        "title": ready.title,
+        "method": name,
+        "net": str(METHODS[name].method),
+        "settings": {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch},
+        "examples": {"train": len(ready.train), "validation": len(ready.validation), "test": len(ready.test)},
+        "base": ready.base(),
+        "trained": counts(net)[0],
+        "bytes": _size(net),
+        "seconds_a_step_alone": seconds,
+        "peak_bytes_alone": memory,
+        "trials": trials,
+        "environment": {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("peftfn", "torch")},
+            "machine": platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+    }
+
+
+def _alone(loss: Callable[..., Tensor], adapter: pf.Adapter, batch: Any) -> tuple[float, int]:
+    """(median seconds, peak bytes) of the gradient of one adapter by plain autograd."""
+    given = {n: {k: t.detach().clone().requires_grad_() for k, t in leaf.items()} for n, leaf in adapter.items()}
+
+    def gradient() -> None:
+        torch.autograd.grad(loss(given, batch), pf.leaves(given))
+
+    gradient()
+    memory, seconds = peak(gradient), []
+    for _ in range(7):
+        began = perf_counter()
+        gradient()
+        seconds.append(perf_counter() - began)
+    return statistics.median(seconds), memory
+
+
+def _size(net: pf.Adapted) -> int:
+    """Bytes of an adapter's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        pf.save(Path(folder) / "a", net, net.init())
+        return sum(f.stat().st_size for f in (Path(folder) / "a").iterdir())
+
+
+def best(record: Json) -> tuple[float, list[Json]] | None:
+    """(the rate with the best mean validation accuracy, its trials); None if at every rate a seed diverged."""
+    of: dict[float, list[Json]] = {}
+    for t in record["trials"]:
+        of.setdefault(t["lr"], []).append(t)
+    whole = {lr: ts for lr, ts in of.items() if all(t["status"] == "done" for t in ts)}
+    if not whole:
+        return None
+    lr = max(whole, key=lambda lr: (statistics.mean(t["validation"] for t in whole[lr]), -lr))
+    return lr, whole[lr]
+
+
+def _line(record: Json) -> str:
+    found = best(record)
+    if found is None:
+        return "diverged at every rate"
+    return f"{100 * statistics.mean(t['test'] for t in found[1]):.1f} % at a rate of {found[0]:g}"
+
+
+def _same(path: Path, how: Settings) -> None:
+    have = json.loads(path.read_text())["settings"]
+    want = {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch}
+    if have != want:
+        raise ValueError(f"{path}: it was made with {have}, and these are {want}: give another folder")

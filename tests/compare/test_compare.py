@@ -1,0 +1,161 @@
+"""`peftfn compare`: records of a small real run, what the page makes of records, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT
+
+import peftfn as pf
+from peftfn.__main__ import main
+from peftfn.compare import run
+from peftfn.compare.methods import METHODS
+from peftfn.compare.page import page
+from peftfn.compare.tasks import TASKS, Patches, Ready
+
+RECORDS = ROOT / "benchmarks" / "comparison"
+
+
+def small() -> Ready:
+    """A task that an adapter can learn: the digits' model, untrained, and whether an image is bright."""
+    torch.manual_seed(0)
+    x = torch.rand(120, 8, 8) * torch.rand(120, 1, 1)
+    label = (x.mean((1, 2)) > 0.25).long()
+    parts = torch.arange(120).split([60, 20, 40])
+    return Ready(
+        "small", "bright or not", Patches().requires_grad_(False), r"^layers\.", "forward", (x,), label, *parts
+    )
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Ready:
+    made = small()
+    monkeypatch.setitem(TASKS, "small", lambda: made)
+    return made
+
+
+def test_a_run_says_what_a_loop_by_hand_gives(task: Ready, tmp_path: Path) -> None:
+    how = run.Settings(rates=(1e-3, 3e-2), seeds=2, steps=30, batch=8)
+    said: list[str] = []
+    records = run.compare(tmp_path, ["LoRA", "IA3"], ["small"], how, say=said.append)
+    assert [r["method"] for r in records] == ["IA3", "LoRA"]
+    assert len(said) == 2
+    record = records[1]
+    assert record["trained"] == 6912
+    assert record["bytes"] > 4 * 6912
+    assert record["peak_bytes_alone"] > 0 < record["seconds_a_step_alone"]
+    lr, trials = run.best(record)  # type: ignore[misc]
+    assert lr == 3e-2
+    assert all(t["test"] > record["base"] for t in trials)
+
+    net = pf.adapt(task.model, METHODS["LoRA"].rules(task.layers))
+    a = net.init(seed=1)
+    step = pf.steps.chain(pf.steps.clip(1.0), pf.steps.adamw(3e-2), pf.steps.scheduled(pf.steps.cosine(30, warmup=1)))
+    state = step.init(a)
+    for i in range(30):
+        g = torch.Generator().manual_seed(10_000 + i)
+        index = task.train[torch.randint(60, (8,), generator=g)]
+        x, y = task.inputs[0][index], task.label[index]
+        gradient = torch.func.grad(lambda a, x, y: torch.nn.functional.cross_entropy(net.apply(a, x), y))(a, x, y)
+        updates, state = step.update(gradient, state, a)
+        a = pf.steps.apply(a, updates)
+    got = (net.apply(a, task.inputs[0][task.test]).argmax(-1) == task.label[task.test]).float().mean()
+    assert trials[1]["seed"] == 1
+    assert abs(trials[1]["test"] - float(got)) <= 1.01 / 40  # rounding may turn one example
+
+
+def test_it_goes_on_and_refuses_other_settings(task: Ready, tmp_path: Path) -> None:
+    how, said = run.Settings(rates=(1e-2,), seeds=1, steps=2), list[str]()
+    run.compare(tmp_path, ["LoRA"], ["small"], how, say=said.append)
+    before = (tmp_path / "small.LoRA.json").read_text()
+    run.compare(tmp_path, ["LoRA", "IA3"], ["small"], how, minutes=0, say=said.append)
+    assert (tmp_path / "small.LoRA.json").read_text() == before
+    assert said[1:] == ["small, IA3: left out, for lack of time"]
+    with pytest.raises(ValueError, match="give another folder"):
+        run.compare(tmp_path, ["LoRA"], ["small"], run.Settings(rates=(1e-2,), seeds=2, steps=2))
+    with pytest.raises(ValueError, match="no method 'Lora' to compare; there are LoRA"):
+        run.compare(tmp_path, ["Lora"], ["small"])
+
+
+def test_the_command(task: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "--methods",
+        "BitFit,Bottleneck",
+        "--tasks",
+        "small",
+        "--rates",
+        "1e-3,1e-2",
+        "--seeds",
+        "2",
+        "--steps",
+        "3",
+    ]
+    assert main(["compare", *given, "--out", str(tmp_path)]) == 0
+    assert "2 records, comparison.md" in capsys.readouterr().out
+    text = (tmp_path / "comparison.md").read_text()
+    assert text == page(run.read(tmp_path))
+    assert "| BitFit | " in text
+    assert main(["compare", "--methods", "nothing", "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        main(["compare", "--rates", "1e-3,x"])
+
+
+def record(method: str, tests: dict[float, list[float]], **more: Any) -> Any:
+    trials = [
+        {"lr": lr, "seed": s, "status": "done", "validation": v, "test": v / 2}
+        for lr, values in tests.items()
+        for s, v in enumerate(values)
+    ]
+    settings = {"rates": list(tests), "seeds": 2, "steps": 5, "batch": 4}
+    environment = {"date": "2026-01-02", "peftfn": "1", "torch": "2", "python": "3", "machine": "m"}
+    environment |= {"cpu_capability": "c", "threads": 1, "load_average": 0.5}
+    return {
+        "task": "digits", "title": "digits", "method": method, "settings": settings, "base": 0.25, "trained": 1234,
+        "examples": {"train": 1, "validation": 2, "test": 3}, "bytes": 2048, "seconds_a_step_alone": 0.5,
+        "peak_bytes_alone": 2**20, "trials": trials, "environment": environment,
+    } | more  # fmt: skip
+
+
+def test_the_page_shows_each_method_at_its_own_rate() -> None:
+    one = record("One", {1e-3: [0.2, 0.4], 1e-2: [0.8, 1.0], 1e-1: [0.9, 0.86]})
+    two = record("Two", {1e-3: [1.0, 0.96], 1e-2: [0.97, 0.97], 1e-1: [0.0, 0.0]})
+    for t in two["trials"][4:]:
+        t["status"] = "diverged"
+    three = record("Three", {1e-3: [0.5, 0.5]})
+    for t in three["trials"]:
+        t["status"] = "diverged"
+    lines = page([one, two, three]).splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "---" not in line][1:]
+    assert rows == [
+        "| none (the base) | 25.0 | | | 0 | | | |",
+        "| Two | 49.0 ± 1.4 | 0.001↧ | 2 of 3 | 1,234 | 2 | 0.500 | 1.0 |",
+        "| One | 45.0 ± 7.1 | 0.01 | 2 of 3 | 1,234 | 2 | 0.500 | 1.0 |",
+        "| Three | diverged at every rate |  |  | 1,234 | 2 | 0.500 | 1.0 |",
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_the_digits_model(name: str, task: Ready) -> None:
+    net = pf.adapt(task.model, METHODS[name].rules(task.layers))
+    x, y = task.inputs[0][:20], task.label[:20]
+    loss = lambda net, a, b: torch.nn.functional.cross_entropy(net.apply(a, b[0]), b[1])  # noqa: E731
+    done = pf.sweep(
+        [{"lr": 1e-2, "seed": 0}], net, loss, lambda c, i: (x, y), lambda c: pf.steps.adamw(c["lr"]), steps=5, every=1
+    )
+    losses = [r["loss"] for r in done.trials[0].history]
+    assert losses[-1] < losses[0]
+
+
+def test_the_docs_page_is_made_from_the_records() -> None:
+    """After changing peftfn/compare/page.py: python -m benchmarks.comparison"""
+    records = run.read(RECORDS)
+    assert records
+    assert (ROOT / "docs" / "comparison.md").read_text() == page(records)
+    for path in RECORDS.glob("*.json"):
+        r = json.loads(path.read_text())
+        assert path.stem == f"{r['task']}.{r['method']}"
+        assert {t["lr"] for t in r["trials"]} == set(r["settings"]["rates"])
+        assert r["method"] in METHODS
+        assert r["task"] in TASKS
