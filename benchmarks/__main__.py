@@ -7,7 +7,7 @@ from time import perf_counter
 from benchmarks import table
 from benchmarks.harness import CLOCKS, QUICK, REPEATS, Options, pin, write
 
-BENCHMARKS = ("adapt", "llama", "load", "memory", "methods", "mixed", "module", "vmap")
+BENCHMARKS = ("adapt", "llama", "load", "memory", "methods", "mixed", "module", "tenants", "vmap")
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
             write(name, rows, options, seconds)
     if not args.quick:
         print(f"written: {table.write().name}")
+        if "tenants" in (args.names or BENCHMARKS):
+            import_module("benchmarks.tenants").main()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,12 @@ SECTIONS = {
         "A training step of `as_module` (forward, backward and dropping the gradients, no optimizer) against the same "
         "through `net.apply`, and PEFT's; then what making it takes.",
     ),
+    "tenants": (
+        "Tokens of each tenant, and number of tenants",
+        "The gradient of every tenant in one pass (training: by `vmap` over a stack, or `net.mixed`), or the forward "
+        "pass (serving: `net.mixed`), against a pass for each by plain autograd. [Many "
+        "adapters](many.md#where-batching-stops-to-pay) has the curve.",
+    ),
     "vmap": (
         "Many adapters in one pass",
         "`vmap(net.apply)` over a stack of adapters against a loop over them; all of it is ours. One pass saves the "

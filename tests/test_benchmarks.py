@@ -8,7 +8,7 @@ import pytest
 
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(Path(__file__).parents[1])
-    from benchmarks import harness, table
+    from benchmarks import harness, table, tenants
     from benchmarks.harness import BASE, OURS, Ratio, Target, compare, row
 
 
@@ -151,3 +151,21 @@ def test_every_results_file_is_rendered(path):
 def test_the_page_is_made_from_the_results():
     """docs/benchmarks.md is what `python -m benchmarks` writes; after changing benchmarks/table.py, run that module."""
     assert table.DOCS.read_text() == table.render(table.read())
+
+
+def test_the_page_of_many_adapters_has_the_figures_of_tenants():
+    """After changing benchmarks/tenants.py, run that module."""
+    record = next(r for r in table.read() if r["name"] == "tenants")
+    assert f"<!-- tenants -->\n\n{tenants.page(record)}\n\n<!-- /tenants -->" in tenants.PAGE.read_text()
+
+
+def test_where_batching_tenants_stops_to_pay_is_read_off_the_figures():
+    def at(q3):
+        return {"median": q3 - 0.1, "q1": q3 - 0.2, "q3": q3}
+
+    found = {("serving", k, t): at(v) for (k, t), v in {(2, 1): 0.7, (8, 1): 0.3, (2, 8): 0.9, (8, 8): 1.1}.items()}
+    assert "up to 1 tokens" in tenants._verdict("serving", found)
+    assert "From 8 on" in tenants._verdict("serving", found)
+    assert "(0.20 at 1)" in tenants._verdict("serving", found)
+    assert "every length" in tenants._verdict("serving", {k: r for k, r in found.items() if k[2] == 1})
+    assert "does not pay" in tenants._verdict("serving", {k: at(1.2) for k in found})
