@@ -186,6 +186,16 @@ def test_masks_drop_their_share_and_differ() -> None:
         assert torch.equal(torch.dropout(torch.ones(3), 0.5, True), torch.ones(3))
 
 
+def test_fused_attention_with_dropout_is_refused_and_runs_without_in_evaluation() -> None:
+    attention = torch.nn.functional.scaled_dot_product_attention
+    q = torch.randn(1, 2, 4, 8)
+    with Keyed(None):
+        for y in (attention(q, q, q, None, 0.5, True), attention(q, q, q, dropout_p=0.5, is_causal=True)):
+            torch.testing.assert_close(y, attention(q, q, q, is_causal=True))
+    with Keyed(torch.tensor(0)), pytest.raises(ValueError, match="fused attention draws its dropout itself"):
+        attention(q, q, q, None, 0.5)
+
+
 def test_rematerialised_layers_train_as_others_and_refuse_dropout() -> None:
     configs = [{"lr": 1e-2, "seed": s} for s in range(2)]
     for drop in (0.0, 0.5):
