@@ -19,6 +19,7 @@ import peftfn as pf
 from peftfn.core.method import Method, Weight, registry
 from peftfn.core.modules import ModuleMethod, Prefix, Tokens
 from peftfn.testing.case import Case
+from peftfn.testing.fields import field_table, rate_table
 from peftfn.testing.laws import routes
 from peftfn.testing.models import AROUND, MODELS, OUT
 from peftfn.testing.routes import ROUTES
@@ -41,6 +42,14 @@ Their sites are modules, and a rule's pattern is matched against the end of a mo
 training loop that uses `as_module` switch the `requires_grad` of their parameters every few steps.
 """
 """What comes before the tables of methods around a module."""
+RATES = """\
+## Learning rates
+
+What papers and PEFT's documentation advise, with AdamW unless they say otherwise. A rate for one model and batch size
+is a place to start for another. `LoRA`'s is a start for its variants too; methods that train few numbers
+(vectors, circulants) want larger ones, as the table shows.
+"""
+"""What comes before the table of learning rates."""
 REASONS = """\
 The aim was none slower, and a median of 0.7. For most methods the base's own products are most of the time (the second
 figure is near 1), so 0.7 of PEFT's time would be less than the base's. What is above 1, and why, by counting
@@ -221,6 +230,9 @@ def page() -> str:
     rows += [f"| `{c.__name__}` | {' | '.join(meaning(c))} |" for c in on_inputs()]
     rows += ["", "| method | trainable parameters per site | use it |", "|---|---|---|"]
     rows += [f"| `{c.__name__}` | {' | '.join(use(c))} |" for c in on_inputs()]
+    rows += ["", *RATES.splitlines(), "", *rate_table()]
+    rows += ["", "## Fields", "", "Every hyper-parameter of every method, in the order of its arguments.", ""]
+    rows += field_table([*methods(), *around(), *on_inputs()])
     return INTRO + "\n" + "\n".join(rows) + "\n"
 
 

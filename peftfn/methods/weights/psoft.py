@@ -31,10 +31,13 @@ class PSOFT(Weight):
         alpha: numerator of s = alpha/rank; None means rank. It cancels, but for what B and A weigh.
         dropout: probability of dropping an input feature of A in train mode.
         split: where the singular values go: "psoft" to B alone, "pissa" their roots to both.
-        svd: "full", or "lowrank": a randomised one with `niter` iterations from `seed`.
+        svd: "full", or "lowrank": a randomised one.
+        niter: iterations of the randomised one.
+        seed: of the randomised one.
         orthogonal: False trains all of the Cayley transform's place, q [rank, rank].
         magnitude_b, magnitude_a: whether there are b and a.
-        exact: solve for the Cayley transform (I + Q)(I − Q)⁻¹; False: PEFT's series of it with `terms` >= 2 terms.
+        exact: solve for the Cayley transform (I + Q)(I − Q)⁻¹; False: PEFT's series of it.
+        terms: of the series, at least 2.
         eps: of the series: keep ‖Q‖_F ≤ eps by scaling Q down.
         init_weights: "default" (R = I) or "random" (q around that with std 0.1: not the identity).
 
