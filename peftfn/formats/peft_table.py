@@ -40,7 +40,8 @@ _NAMES = (
     "loftq_config eva_config corda_config lora_ga_config r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step "
     "target_r init_r rank_dropout_scale use_asa asa_target_subspaces init_warmup final_warmup mask_interval "
     "asa_importance_beta asa_uncertainty_beta asa_schedule_exponent progressbar runtime_offload_base_weight "
-    "target_svd_config save_indices save_precomputed_indices save_only_topk_weights qalora_group_size"
+    "target_svd_config save_indices save_precomputed_indices save_only_topk_weights qalora_group_size "
+    "mask_type"  # of SHiRA: the file has the places themselves
 )
 IGNORED = frozenset([*_NAMES.split(), *PATTERNS])
 """Keys without an effect on the outputs of a loaded adapter, or read elsewhere in this package."""
@@ -88,7 +89,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "RANDLORA": {"r": 32, "projection_prng_key": 0, "sparse": False, "very_sparse": False, "randlora_alpha": 640,
         "init_weights": True},
     "ROAD": {"variant": "road_1", "group_size": 64, "init_weights": True},
-    "SHIRA": {"r": 32, "mask_type": "random", "random_seed": None, "init_weights": True},
+    "SHIRA": {"r": 32, "random_seed": None, "init_weights": True},
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "init_weights": True},
     "TINYLORA": {"r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42, "init_v_bound": 0.02, "init_weights":
         True},

@@ -12,6 +12,7 @@ no data, are the methods `pf.PiSSA` and `pf.OLoRA`.)
     lora_ga        singular vectors of the loss's gradient; an offset
     lora_one       −G's largest components: the first step of gradient descent, which is no identity
     loftq          what a quantiser takes from the weight
+    sparse         0, for SHiRA: at places of your own
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +24,16 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
-from peftfn.core.plan import Adapter
+from peftfn.core.plan import Adapter, Plan
 from peftfn.core.rng import Rng
+from peftfn.methods.weights.shira import SHiRA
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
 from peftfn.tools.observe import gradients, see_inputs
 from peftfn.tools.pca import Pca
 from peftfn.tools.start_nets import loras_of, offset_from, same_alpha, with_leaves, with_methods
 
-__all__ = ["corda", "eva", "loftq", "lora_ga", "lora_one", "orthogonal"]
+__all__ = ["corda", "eva", "loftq", "lora_ga", "lora_one", "orthogonal", "sparse"]
 
 Loss = Callable[[Any, Any], Tensor]
 """(the model's output, the batch) ↦ a scalar"""
@@ -68,6 +70,46 @@ def orthogonal(net: Adapted, seed: int = 0) -> tuple[Adapted, Adapter]:
         b = rng.normal(out, m.rank // 2) @ q[1::2] / 10
         leaves[name] = {"a": a, "b": b}
     return net, with_leaves(net, leaves)
+
+
+def sparse(net: Adapted, mask: Callable[[str, Tensor], Tensor]) -> tuple[Adapted, Adapter]:
+    """Start SHiRA at places of your own, in place of random ones: where weights are large, say, or where gradients are.
+
+    Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175, has several such masks. Files keep the places,
+    PEFT's too.
+
+    Args:
+        net: a net with SHiRA.
+        mask: (site, w [out, in]) ↦ truth values [out, in], of which rank·(in + out) are true.
+
+    Returns:
+        (net, adapter): the same net with these places, and a fresh adapter of it.
+
+    Raises:
+        ValueError: a mask of another shape or number, a stack of experts, or no SHiRA; it names the site.
+
+    Example:
+        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.SHiRA(rank=1)})
+        largest = lambda site, w: w.abs() >= w.abs().flatten().topk(14).values[-1]  # 14 = 1·(8 + 6)
+        net, adapter = pf.starts.sparse(net, largest)
+    """
+    entries, weights = dict(net.plan.items()), net.weights
+    found = {n: e for n, e in entries.items() if isinstance(e.method, SHiRA)}
+    if not found:
+        raise ValueError("sparse: the net has no SHiRA; its places are what a mask says")
+    for name, entry in found.items():
+        if entry.site.stacked:
+            raise ValueError(f"sparse: {name} is a stack of experts, which share their places: leave it out")
+        w = wide(entry.site.canonical(weights[name]))
+        chosen, n = mask(name, w), entry.spec["v"].numel()
+        if chosen.shape != w.shape or chosen.dtype != torch.bool or int(chosen.sum()) != n:
+            what = f"{int(chosen.sum())} of {list(chosen.shape)}, {chosen.dtype}"
+            raise ValueError(
+                f"sparse: {name}: the mask has {what}; {entry.method} wants {n} of {list(w.shape)}, torch.bool"
+            )
+        entries[name] = replace(entry, frozen={"index": torch.stack(chosen.to(w.device).nonzero(as_tuple=True))})
+    made = Adapted(net.model, Plan(entries, net.plan.rules, net.plan.banks), net.again)
+    return made, made.init()
 
 
 def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool = False) -> tuple[Adapted, Adapter]:

@@ -1,5 +1,6 @@
 """pf.starts: what each start is, that it leaves the base alone, PEFT's where PEFT is right, and bad input."""
 
+import copy
 import dataclasses
 import importlib
 import sys
@@ -20,7 +21,7 @@ import peftfn as pf
 from peftfn.testing import close
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`", "ignore:Cor"
+    "ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`", "ignore:Cor", "ignore:Sparse invariant checks"
 )
 S = pf.starts
 
@@ -273,3 +274,56 @@ def test_other_rules_stay_and_bad_input_is_named() -> None:
     for call, match in cases:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+# SHiRA's places.
+
+
+def largest(site: str, w: Tensor) -> Tensor:
+    return w.abs() >= w.abs().flatten().topk(sum(w.shape)).values[-1]
+
+
+def test_sparse_changes_the_places_of_its_mask_and_no_others(tmp_path: Path) -> None:
+    """And files in both formats keep them; PEFT reads ours."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    net, a = pf.starts.sparse(pf.adapt(model, {"weight": pf.SHiRA(rank=1)}), largest)
+    assert all(not t.any() for t in pf.leaves(a))
+    a = {n: {"v": torch.randn_like(leaf["v"])} for n, leaf in a.items()}
+    for name, change in net.delta(a).items():
+        assert torch.equal(change != 0, largest(name, net.weights[name]))
+    x = torch.randn(2, 8)
+    y = net.apply(a, x)
+    pf.save(tmp_path / "ours", net, a)
+    pf.save(tmp_path / "peft", net, a, format="peft")
+    for folder in ("ours", "peft"):
+        again, b = pf.load(tmp_path / folder, model)
+        assert torch.equal(again.apply(b, x), y)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft")
+    torch.testing.assert_close(theirs(x), y)
+
+
+def test_pefts_files_with_a_mask_of_ones_own_load(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    with pytest.warns(UserWarning, match="mask_type"):
+        config = peft.ShiraConfig(r=1, target_modules=["0", "1"], mask_type="largest")
+    config.mask_fn = lambda layer, r, **_: largest("", layer.weight).to(layer.weight)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.normal_()
+    theirs.save_pretrained(tmp_path)
+    net, a = pf.load(tmp_path, model)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(net.apply(a, x), theirs(x))
+
+
+def test_masks_that_do_not_fit() -> None:
+    net = pf.adapt(nn.Sequential(nn.Linear(8, 6)), {"weight": pf.SHiRA(rank=1)})
+    for mask in (lambda n, w: w > -9, lambda n, w: largest(n, w).float(), lambda n, w: largest(n, w).T):
+        with pytest.raises(ValueError, match=r"sparse: 0\.weight: the mask has .*wants 14 of \[6, 8\]"):
+            pf.starts.sparse(net, mask)
+    with pytest.raises(ValueError, match="no SHiRA"):
+        pf.starts.sparse(pf.adapt(nn.Sequential(nn.Linear(8, 6)), {"weight": pf.LoRA(1)}), largest)
