@@ -35,7 +35,7 @@ def adapt(
         seed: seed of the methods' frozen tensors (VeRA's projections, say); `init` has the seed of the trainable ones.
         routed: patterns, as in rules, of modules through which a mixed batch follows its rows, because they move tokens
             (experts, windows, sequences that are packed or flattened); "" is the whole model. None: the parent of each
-            module that holds an adapted stack of experts, and of each list called `experts` with adapted ones.
+            module that holds an adapted stack, and of each that is called `experts` if something in it is adapted.
 
     Returns:
         A net: the plan bound to the model.
@@ -71,7 +71,7 @@ class Adapted:
         """again: modules that are rematerialised (`checkpointed`). routed: modules through which rows are followed;
         None: as in `adapt`."""
         self.model, self.plan, self.again = model, plan, tuple(again)
-        self.routed = tuple(routed_by_default(plan) if routed is None else routed)
+        self.routed = tuple(routed_by_default(model, plan) if routed is None else routed)
         self._runner = Runner(model, [plan], self.again, self.routed)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -208,14 +208,15 @@ def _at_once(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     for part in layer.parts:
         low, kept = part.low, gates.kept
         assert low is not None
-        n, r = part.size, low.down.shape[-2]
-        key = "own", part.start, n, y.dtype, y.device
+        wide = part.size * low.down.shape[-2]
+        key = "own", part.start, part.size, wide, y.dtype, y.device
         if key not in kept:
-            adapters = torch.arange(part.start, part.start + n, device=y.device)
-            kept[key] = (gates.index.to(y.device)[:, None] == adapters).to(y.dtype)[..., None]
-        s = F.linear(x, low.down.reshape(n * r, -1).to(x.dtype)).unflatten(-1, (n, r))
-        s = (s * (low.scale * kept[key])).flatten(-2)
-        y = y + F.linear(s, low.up.transpose(0, 1).reshape(-1, n * r).to(s.dtype)).to(y.dtype)
+            adapters = torch.arange(part.start, part.start + part.size, device=y.device)
+            own = gates.index.to(y.device)[:, None] == adapters
+            kept[key] = own.to(y.dtype).repeat_interleave(wide // part.size, 1)
+        s = F.linear(x, low.down.reshape(wide, -1).to(x.dtype)) * kept[key]
+        up = low.up.mT.reshape(wide, -1).to(s.dtype)
+        y = torch.addmm(y, s, up, alpha=low.scale) if s.dtype == y.dtype else y + (low.scale * (s @ up)).to(y.dtype)
     return y
 
 

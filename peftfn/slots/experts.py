@@ -4,6 +4,7 @@ Experts see positions of many rows. Inside a routed module their tags say whose 
 uses its expert's part of its row's adapter.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,7 @@ from peftfn.tensors.transform import exactly
 class Routed(NamedTuple):
     """Positions sorted by expert."""
 
-    order: Tensor  # which position comes where
-    back: Tensor
+    order: Tensor | None  # which position comes where; None: they are sorted
     pieces: list[tuple[int, int, Gates]]  # expert, how many positions it has, their gates
     beyond: int  # positions of no expert
 
@@ -105,24 +105,27 @@ class MixedStack(Slot):
         gates, tag = self.of.placed(t, x, tag, x.dim() - 1)
         if hidden(ids) or (isinstance(gates, Index) and gates.known is None):
             return self._gathered(flat, ids, gates).view(*x.shape[:-1], -1), tag
-        key = "experts", id(gates), id(self.ids) if self.ids is not None else tuple(ids.tolist()), x.shape
-        made = {} if t is None else t.made
+        known = ids.tolist()
+        key, made = ("experts", id(gates), tuple(known)), {} if t is None else t.made
         if key not in made:
-            made[key] = self._routed(ids, gates), gates, self.ids
+            made[key] = self._routed(ids, known, gates), gates
         routed = made[key][0]
-        y = self._by_expert(flat[routed.order], routed, forward)
-        return y[routed.back].view(*x.shape[:-1], -1), tag
+        if routed.order is None:
+            y = self._by_expert(flat, routed, forward)
+        else:
+            y = self._by_expert(flat[routed.order], routed, forward)[routed.order.argsort()]
+        return y.view(*x.shape[:-1], -1), tag
 
-    def _routed(self, ids: Tensor, gates: Gates) -> Routed:
-        number, order = len(self.of.w), torch.argsort(ids, stable=True)
-        counts = torch.bincount(ids.clamp(max=number), minlength=number + 1).tolist()
-        pieces, start = [], 0
-        for e, n in enumerate(counts[:-1]):
-            if n:
+    def _routed(self, ids: Tensor, known: list[int], gates: Gates) -> Routed:
+        order = torch.argsort(ids, stable=True)
+        pieces, start, counts = [], 0, Counter(known)
+        for e, n in sorted(counts.items()):
+            if e < len(self.of.w):
                 own = order[start : start + n]
                 pieces.append((e, n, gates if gates.size is None else gates.of_positions(own, None)))
             start += n
-        return Routed(order, order.argsort(), pieces, counts[-1])
+        beyond = len(known) - sum(n for _, n, _ in pieces)
+        return Routed(None if known == sorted(known) else order, pieces, beyond)
 
     def _by_expert(self, x: Tensor, routed: Routed, forward: bool) -> Tensor:
         parts = x.split([n for _, n, _ in routed.pieces] + [routed.beyond])

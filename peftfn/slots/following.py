@@ -372,6 +372,10 @@ def _taken(seen: Seen, out: Any) -> Tags:
         dim = seen.arg(2 if seen.name == "repeat_interleave" else 1, "dim" if seen.name != "unfold" else "dimension")
         last = x.dim() if dim is None else dim % x.dim() + 1
         rest.pop("output_size", None)
+    elif seen.name in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        dim = seen.arg(2, "dim", 0)
+        if tag.shape[dim] == 1:
+            return [tag] * len(out)
     new = seen.f(full(small(tag), x.shape, last), *seen.args[1:], **rest)
     return small(new) if isinstance(out, Tensor) else [small(n) for n in new]
 

@@ -155,7 +155,9 @@ class Index(Gates):
         return known[0] if known and known[0] >= 0 and known.count(known[0]) == len(known) else None
 
     def of_positions(self, owner: Tensor, tokens: int | None = None) -> "Index":
-        index = extended(self.index, -1)[_rows(owner, tokens).to(self.index.device)]
+        if "extended" not in self.kept:
+            self.kept["extended"] = extended(self.index, -1)
+        index = self.kept["extended"][_rows(owner, tokens).to(self.index.device)]
         known = None if self.known is None or hidden(index) else index.tolist()
         return replace(self, index=index, known=known, copies=1, held={}, positions=True)
 

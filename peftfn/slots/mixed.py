@@ -92,7 +92,7 @@ class _Mixed(Slot):
         """(gates of x's positions, their tag): x's first `lead` dimensions are positions, the others one vector."""
         if tag is None or t is None:
             return self.rows, None
-        key = id(tag), x.shape, lead, id(self.rows)
+        key = id(tag), x.shape[:lead], id(self.rows)
         if key not in t.made:
             one = constant(tag, range(lead, x.dim()))
             if one is None:
@@ -198,8 +198,12 @@ _OF_STACKS = frozenset(["bmm", "matmul", "__matmul__", "grouped_mm", "_grouped_m
 
 
 def _fitted(tag: Tensor, lead: int, dims: int) -> Tensor:
-    """The tag of positions, for an output of so many dimensions."""
-    return tag.view(*tag.shape[:lead], *[1] * (dims - lead))
+    """The tag of positions, for an output of so many dimensions; the same object where it fits, which others may know."""
+    return (
+        tag
+        if tag.dim() == dims and tag.shape[lead:].numel() == 1
+        else tag.view(*tag.shape[:lead], *[1] * (dims - lead))
+    )
 
 
 class MixedWeight(_Mixed):

@@ -14,15 +14,20 @@ from peftfn.slots.following import tracking
 from peftfn.slots.gates import Gates
 
 
-def routed_by_default(plan: Plan) -> list[str]:
-    """The parent of every module that holds an adapted stack of experts, and of every list of adapted experts."""
+def routed_by_default(model: nn.Module, plan: Plan) -> list[str]:
+    """The parent of every module that holds an adapted stack, and of every module called `experts` beside or in which
+    something is adapted: its router, say, gets tokens without their rows too."""
+    inside = {""}  # modules in which something is adapted
     found = []
     for e in plan.values():
         parts = e.site.module.split(".")
+        inside.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
         if e.site.stacked:
             found.append(".".join(parts[:-1]))
-        elif "experts" in parts[:-1] and parts[parts.index("experts") + 1].isdigit():
-            found.append(".".join(parts[: parts.index("experts")]))
+    for name, _ in model.named_modules():
+        around, _, last = name.rpartition(".")
+        if last == "experts" and around in inside:
+            found.append(around)
     return list(dict.fromkeys(found))
 
 
