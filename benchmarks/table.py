@@ -65,6 +65,13 @@ SECTIONS = {
         "A training step of `as_module` (forward, backward and dropping the gradients, no optimizer) against the same "
         "through `net.apply`, and PEFT's; then what making it takes.",
     ),
+    "routed": (
+        "Mixed batches through experts",
+        "Eight rows, four adapters and the base for two rows, at all experts, the router and two projections of a small "
+        "Mixtral, forward without gradients, against a loop over the adapters (one call for the rows of each) and the "
+        "bare base. PEFT mixes no adapters of experts. Then what following the rows costs a function of torch inside a "
+        "routed module, against the same forward outside of one; outside nothing is followed, and nothing is paid.",
+    ),
     "tenants": (
         "Tokens of each tenant, and number of tenants",
         "The gradient of every tenant in one pass (training: by `vmap` over a stack, or `net.mixed`), or the forward "

@@ -24,7 +24,8 @@ def attend(weight: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
     shapes: list[Any] = []
     gates, tag = weight.rows.at(n), None
     if t is not None and weight.rows.size is not None:
-        tag = constant(weight.tag(t, q), (0, 2))
+        known = q if t.get(q) is not None else args[1]  # queries that are nobody's are of the rows of their keys
+        tag = constant(weight.tag(t, known), (0, 2))
         if tag is None:
             raise weight.lost(
                 f"multi_head_attention_forward: the tokens of its input {list(q.shape)} are of several rows"

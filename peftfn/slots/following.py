@@ -256,7 +256,10 @@ def _meets(left: Tensor, right: Tensor | None, dims: int) -> None:
 @rule("scaled_dot_product_attention")
 def _attention(seen: Seen, out: Any) -> Tags:
     q, k, v = (seen.arg(i, n) for i, n in enumerate(("query", "key", "value")))
-    tag = _alone(seen.must(q), [q.dim() - 1])
+    tag = seen.rows(q)
+    if tag is None:  # queries that are nobody's, such as learned ones, are of the row of their keys
+        return _alone(seen.must(k), [k.dim() - 2, k.dim() - 1])
+    tag = _alone(tag, [q.dim() - 1])
     mine = constant(tag, [q.dim() - 2])
     for other in (k, v):
         theirs = seen.maybe(other)
@@ -264,6 +267,15 @@ def _attention(seen: Seen, out: Any) -> Tags:
         if mine is not None and theirs is not None and joined(mine, theirs) is None:
             raise Unfollowed("queries and keys belong to different rows")
     return tag
+
+
+@rule("multi_head_attention_forward")
+def _heads(seen: Seen, out: Any) -> Tags:
+    """[tokens, rows, d], and the scores [rows, …]."""
+    q, k = seen.args[:2]
+    tag = _alone(seen.must(q if seen.rows(q) is not None else k), (0, 2))
+    scores = out[1]
+    return [tag, None if scores is None else tag.view(-1, *[1] * (scores.dim() - 1))]
 
 
 @rule("embedding")
@@ -430,6 +442,10 @@ def _cat(seen: Seen, out: Any) -> Tags:
     tags = [tag.unsqueeze(dim) if stacks else tag for _, tag in known]
     thin = [constant(tag, [dim]) for tag in tags]
     first = thin[0]
+    if any(t is not None and t.numel() > 1 for t in thin) and all(t is not None for t in thin):
+        for t in thin[1:]:  # side by side, and yet of different rows: a model that takes one row's for another's
+            if first is not None and t is not None and joined(first, t) is None:
+                raise Unfollowed("it puts positions of different rows side by side")
     aligned = len(known) == len(pieces) or (first is not None and small(first).numel() > 1) or out.shape[0] == 1
     if aligned and first is not None and all(t is not None and alike(first, t) for t in thin[1:]):
         return first

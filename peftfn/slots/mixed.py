@@ -198,7 +198,7 @@ _OF_STACKS = frozenset(["bmm", "matmul", "__matmul__", "grouped_mm", "_grouped_m
 
 
 def _fitted(tag: Tensor, lead: int, dims: int) -> Tensor:
-    """The tag of positions, for an output of so many dimensions; the same object where it fits, which others may know."""
+    """The tag of positions, for an output of so many dimensions: the same object where it fits, which others know."""
     return (
         tag
         if tag.dim() == dims and tag.shape[lead:].numel() == 1

@@ -12,6 +12,7 @@ from peftfn.model.names import matches, near
 from peftfn.slots import track
 from peftfn.slots.following import tracking
 from peftfn.slots.gates import Gates
+from peftfn.tensors.arguments import batched, tensors
 
 
 def routed_by_default(model: nn.Module, plan: Plan) -> list[str]:
@@ -35,11 +36,18 @@ def routed_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """The modules that the patterns find. ValueError for one that finds none."""
     names, found = [n for n, _ in model.named_modules()], []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if pattern == "":  # and its parts, which `generate` calls by themselves: encoders, towers
+            found += [n for n, m in model.named_modules() if n.count(".") < 2 and m._modules and _runs(m)]
+            continue
         some = [n for n in names if n == pattern or (pattern and n and matches(pattern, n))]
         if not some:
             raise ValueError(f"adapt: routed: {pattern!r} finds none of the {len(names)} modules{near(pattern, names)}")
         found += some
     return list(dict.fromkeys(found))
+
+
+def _runs(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def checked(owners: Mapping[str, Any], gates: Gates, names: Sequence[str]) -> dict[str, Tensor]:
@@ -90,12 +98,34 @@ def routed(
             if within:
                 return forward(*args, **kwargs)
             with t:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+            if name not in call.owners:
+                _check_rows(name, t, call.gates, out)
+            return out
         finally:
             for x, tag in before:
                 t.put(x, tag)
 
     return follow
+
+
+def _check_rows(name: str, t: track.Tracking, gates: Gates, out: Any) -> None:
+    """ValueError if a module gives in a row what it made of another one, which no order of its own explains."""
+    n = gates.size
+    for x in tensors(out):
+        tag = t.get(x)
+        if not isinstance(tag, Tensor) or tag.shape[0] != x.shape[0] or tag.shape[0] < 2 or gates.tokens is not None:
+            continue
+        if not n or gates.at(x.shape[0]) is None or batched(tag):
+            continue
+        rows = torch.arange(x.shape[0], device=tag.device) // (x.shape[0] // n)
+        odd = (tag >= 0) & (tag != rows.view(-1, *[1] * (tag.dim() - 1)))
+        if bool(odd.any()):
+            at = int(odd.nonzero()[0, 0])
+            raise ValueError(
+                f"{name or 'the model'}: what it gives {list(x.shape)} has positions of another row in row {at}, so a "
+                "mixed batch cannot tell whose adapter they use. Call net.apply for one adapter at a time."
+            )
 
 
 def _call_of(held: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn import functional as F
 
 from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
@@ -28,6 +29,8 @@ _MEET = frozenset(
     ]
 )
 """Functions that broadcast from the last dimension on, in which a table may meet rows."""
+_BATCHED = _MEET | {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+"""Functions whose inputs, where they have as many dimensions, have the same first one."""
 _NEW = frozenset(["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"])
 """Functions that take nothing but dtype and device from their tensor."""
 
@@ -204,6 +207,8 @@ def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], si
         if not isinstance(v, Unrowed) or v.each is None or not known(v):
             return v
         each, shape = v.each, list(v.shape)
+        if func in _BATCHED and owner is not None and v.dim() == dims and shape[0] == count > 1:
+            return each[owner.to(each.device), torch.arange(count, device=each.device)]  # the model has expanded it
         if v.dim() == dims and shape[0] == 1:
             shape = shape[1:]
         if func not in _MEET or not rows.size or owner is None or len(shape) >= dims:
