@@ -465,10 +465,10 @@ def _cat(seen: Seen, out: Any) -> Tags:
 def _pad(seen: Seen, out: Any) -> Tags:
     x, widths = seen.arg(0, "input"), seen.arg(1, "pad")
     tag, n = small(seen.must(x)), len(widths) // 2
-    if seen.arg(2, "mode", "constant") != "constant":
-        raise Unfollowed("it pads with values of the input")
     if all(tag.shape[x.dim() - 1 - i] == 1 for i in range(n) if widths[2 * i] or widths[2 * i + 1]):
         return tag
+    if seen.arg(2, "mode", "constant") != "constant":
+        raise Unfollowed("it pads with positions of several rows")
     first = x.dim() - n
     return F.pad(tag.expand(*tag.shape[:first], *x.shape[first:]), widths, value=-1)
 

@@ -173,7 +173,7 @@ class Tracking(TorchFunctionMode):
         if f in self.leaking:
             storage = args[0].untyped_storage()
             self.leaked[storage.data_ptr()] = storage  # kept, so that no other tensor gets this memory
-        if torch.is_inference_mode_enabled() and (writes(seen.name) or "out" in kwargs):
+        if torch.is_inference_mode_enabled() and (writes(seen.name) or kwargs.get("out") is not None):
             for v in _tensors_in((args[0] if args else None, kwargs.get("out")), {}):
                 if v.is_inference():
                     at = memory(v)
@@ -188,12 +188,17 @@ class Tracking(TorchFunctionMode):
         lost = next((t for t in seen.tags.values() if isinstance(t, Lost)), None)
         rule = self.rules.get(seen.f)
         name = getattr(seen.f, "__qualname__", seen.name)
-        if rule is None or "out" in seen.kwargs:
-            return lost or Lost(f"{name} {'writes to out=' if 'out' in seen.kwargs else 'has no rule'}")
+        into = seen.kwargs.get("out") is not None
+        if rule is None or into:
+            return lost or Lost(f"{name} {'writes to out=' if into else 'has no rule'}")
         try:
             return rule(seen, out)
         except Unfollowed as e:
             return lost or Lost(f"{name}: {e}")
+        except (
+            Exception
+        ) as e:  # the function itself has run: what the rule cannot do with a tag must not stop the model
+            return lost or Lost(f"{name}: its rule does not know this use of it ({type(e).__name__}: {e})")
 
     def _spread(self, out: Any, tags: Tags) -> None:
         if isinstance(out, list | tuple):

@@ -440,11 +440,18 @@ def stacked_under_one_another(x: Tensor) -> Any:
     return x.unfold(0, 2, 2).mT.flatten(0, 1), lambda y: y
 
 
+def besides_another_rows_token(x: Tensor) -> Any:
+    """Each row gets the first token of what the model takes for its own, as TimeSformer does."""
+    z = x.view(4, 6, 8)
+    z = torch.cat([z.flatten(0, 1)[:4, None], z], 1)
+    return z, lambda y: y[:, 1:].flatten(0, 1)
+
+
 RIGHT = [by_argsort, back_by_writing, by_writing, into_places, by_index_add, rolled, by_mask, interleaved, copied]
 LOST = [
     *(by_one_hot, sums_of_two, through_numpy, into_numpy, without_a_rule, views_of_a_fresh_buffer, given_out),
     *(views_of_a_known_one, through_a_kept_view, through_data, through_the_data_of_a_view, sorted_features),
-    turned_in_place,
+    *(turned_in_place, besides_another_rows_token),
 ]
 
 
