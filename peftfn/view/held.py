@@ -37,12 +37,18 @@ def grown(paths: Paths, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def hold(module: nn.Module, tree: Mapping[str, Any], prefix: str = "") -> Paths:
-    """Give the tensors of `tree` to `module`, as new parameters."""
+def hold(module: nn.Module, factors: nn.Module, tree: Mapping[str, Any], trainable: bool, prefix: str = "") -> Paths:
+    """Give the tensors of `tree` to `module`, as new parameters.
+
+    The factor of a scaling is a constant unless it requires a gradient, and a new buffer of `factors`.
+    """
     paths = []
     for path, t in _flat(tree):
         name = prefix + "/".join(path).replace(".", ":")
-        module.register_parameter(name, nn.Parameter(t.detach().clone()))
+        if path[-1] == "scale" and not t.requires_grad:  # a name that no method gives to a tensor
+            factors.register_buffer(name, t.detach().clone())
+        else:
+            module.register_parameter(name, nn.Parameter(t.detach().clone(), trainable))
         paths.append((path, name))
     return paths
 
@@ -62,12 +68,26 @@ class Choice(threading.local):
         return Choice, (self.default, self.several)
 
 
+class Factors(nn.Module):
+    """The factors of a leaf's scalings: buffers that are no constants of the method."""
+
+
 class Leaf(nn.Module):
     """One adapter at one site."""
 
-    def __init__(self, entry: Entry, tree: Mapping[str, Any], root: nn.Module, names: Mapping[int, str], bank: Paths):
+    def __init__(
+        self,
+        entry: Entry,
+        tree: Mapping[str, Any],
+        root: nn.Module,
+        names: Mapping[int, str],
+        bank: Paths,
+        trainable: bool,
+    ):
         super().__init__()  # its own attributes have an underscore: the others' names belong to the methods
-        self._paths = hold(self, tree)
+        factors = Factors()
+        self._paths = hold(self, factors, tree, trainable)
+        self._factors = factors if factors._buffers else None
         self._plain = all(path == (name,) for path, name in self._paths)
         self._shared = {k: names[id(t)] for k, t in entry.frozen.items() if id(t) in names}
         for k, t in entry.frozen.items():
@@ -79,8 +99,12 @@ class Leaf(nn.Module):
         self._bank = bank
         self._root = (root,) if self._shared or bank else ()  # in a tuple: no submodule of this one
 
+    def own(self) -> dict[str, Any]:
+        """The tensors of its tree by their names in it: its parameters, and the factors of scalings."""
+        return self._parameters if self._factors is None else {**self._parameters, **self._factors._buffers}
+
     def tree(self) -> dict[str, Any]:
-        return self._parameters if self._plain else grown(self._paths, self._parameters)  # type: ignore[return-value]
+        return self._parameters if self._plain else grown(self._paths, self.own())  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return str(self._entry.method)
@@ -89,9 +113,9 @@ class Leaf(nn.Module):
         """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
         entry, common = self._entry if self.training else self._meant, {}
         if self._root:
-            buffers = self._root[0]._buffers
-            shared = {k: buffers[name] for k, name in self._shared.items()}
-            common = _with(grown(self._bank, self._root[0]._parameters), shared)
+            tensors = self._root[0]._parameters | self._root[0]._buffers
+            shared = {k: tensors[name] for k, name in self._shared.items()}
+            common = _with(grown(self._bank, tensors), shared)
         method, p = entry.tensors(self.tree(), common, entry.site.canonical(w))
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 

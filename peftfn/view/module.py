@@ -22,19 +22,26 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
 from peftfn.view.held import TAKEN, Leaf, grown
-from peftfn.view.view import View, build, is_own, leaf_at, owner, weight_at
+from peftfn.view.view import View, bank_tensors, build, is_own, leaf_at, owner, weight_at
 
 DEFAULT = "default"
 
 
 def as_module(
-    net: Adapted, adapter: Mapping[str, Any] | None = None, /, *, copy_base: bool = False, **named: Any
+    net: Adapted,
+    adapter: Mapping[str, Any] | None = None,
+    /,
+    *,
+    copy_base: bool = False,
+    trainable: bool = True,
+    **named: Any,
 ) -> Any:
     """The adapted model as an `nn.Module` of the model's own class: isinstance, generate, config, signature.
 
     It shares the storage of the base's parameters, which do not require gradients in it. The leaves are its own
     parameters, copies of the adapter's tensors, and the only ones that train. It also has its own buffers, hooks,
     settings and modes, so adapter dropout follows its train() and eval(). The base does not change and stays usable.
+    The factor of `scale(adapter, s)` is a buffer, and a parameter if s is a tensor that requires a gradient.
 
     Two names of one tied tensor are two sites, as in `adapt`: adapting an embedding does not change the head it is
     tied to, unless a rule takes both.
@@ -49,6 +56,7 @@ def as_module(
             adapter). The first is active until `use` says otherwise.
         copy_base: whether the module copies the base's parameters instead of sharing them; it then takes the memory of
             a second base.
+        trainable: whether the leaves require gradients; `trainable_` changes it later.
 
     Returns:
         The module, with two methods more than the model has:
@@ -91,7 +99,7 @@ def as_module(
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
     pairs = {name: (other.plan, a) for name, (other, a) in given.items()}
-    return build(lasting_copy(net.model, copy_base), pairs, lasting_buffers(net.model))
+    return build(lasting_copy(net.model, copy_base), pairs, lasting_buffers(net.model), trainable)
 
 
 def adapter_of(module: nn.Module, name: str | None = None, *, buffers: bool = False) -> Adapter:
@@ -160,12 +168,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def parameters_of(module: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """Like `adapter_of`, with the `nn.Parameter`s themselves."""
+    """Like `adapter_of`, with the module's tensors themselves: `nn.Parameter`s, and the factors of scalings."""
     view, name = _view(module, name)
     reshard_(module)
     state = view._peftfn
     out: dict[str, Any] = {site: dict(leaf_at(view, site, name).tree()) for site in state.plans[name]}
-    return out | {bank: grown(paths, view._parameters) for bank, paths in state.banks[name].items()}
+    return out | {bank: grown(ps, bank_tensors(view, ps)) for bank, ps in state.banks[name].items()}
 
 
 def base_of(module: nn.Module) -> dict[str, Tensor]:
@@ -267,7 +275,8 @@ def trainable_(module: nn.Module, name: str | None = None, flag: bool = True) ->
         pf.trainable_(m, "two", False)
     """
     for p in leaves(parameters_of(module, name)):
-        p.requires_grad_(flag)
+        if isinstance(p, nn.Parameter):
+            p.requires_grad_(flag)
 
 
 def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -> Adapter:
@@ -393,7 +402,7 @@ def status(module: nn.Module) -> Status:
     state = view._peftfn
     rows, ours = [], set()
     for name, plan in state.plans.items():
-        ts = list(leaves(parameters_of(view, name)))
+        ts = [t for t in leaves(parameters_of(view, name)) if isinstance(t, nn.Parameter)]
         ours |= {id(t) for t in ts}
         flags = {t.requires_grad for t in ts}
         rows.append(
@@ -437,12 +446,13 @@ def _pairs(dst: Any, src: Any, where: str) -> Iterator[tuple[str, Tensor, Tensor
     yield where, dst, src
 
 
-def _set(p: nn.Parameter, value: Tensor) -> None:
+def _set(p: Tensor, value: Tensor) -> None:
     """p keeps its identity, which optimizers know it by."""
     if torch._has_compatible_shallow_copy_type(p, value):
         p.data = value
     else:  # to or from meta
-        torch.utils.swap_tensors(p, nn.Parameter(value, requires_grad=p.requires_grad))
+        like = nn.Parameter(value, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else value
+        torch.utils.swap_tensors(p, like)
 
 
 def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[Any, str]:

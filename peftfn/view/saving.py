@@ -17,7 +17,7 @@ from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
 from peftfn.view.held import grown
 from peftfn.view.module import buffers_of
-from peftfn.view.view import leaf_at, leaves_of, refuse_empty
+from peftfn.view.view import bank_tensors, leaf_at, leaves_of, refuse_empty
 
 STATE, CONFIG = "model.safetensors", "config.json"
 """Trainer resumes from the first; transformers takes a folder with the second for a model."""
@@ -62,7 +62,7 @@ def save_pretrained(
 def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """What resuming needs, and an empty tensor for a frozen parameter: transformers, which would fill a whole model
     with random weights, refuses its shape, and `load_state_dict` of a view leaves it out."""
-    ours = {id(p) for leaf in leaves_of(view) for p in leaf.parameters()} | {id(p) for p in _banks(view).values()}
+    ours = {id(p) for leaf in leaves_of(view) for p in leaf.own().values()} | {id(p) for p in _banks(view).values()}
     named = dict(view.named_parameters(remove_duplicate=False))
     frozen = {k: p for k, p in named.items() if not p.requires_grad and id(p) not in ours}
     kept = named.keys() - frozen.keys() | {k for k, _ in view.named_buffers(remove_duplicate=False)}
@@ -73,21 +73,22 @@ def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
 
 
 def _banks(view: Any) -> dict[str, Tensor]:
-    """The parameters that several sites share, by their names in the view."""
+    """The tensors of the adapters that several sites share, by their names in the view."""
     banks = (paths for of in view._peftfn.banks.values() for paths in of.values())
-    return {name: view._parameters[name] for paths in banks for _, name in paths}
+    return {name: t for paths in banks for name, t in bank_tensors(view, paths).items()}
 
 
 def _adapter(view: Any, name: str, held: Mapping[str, Tensor]) -> dict[str, Any]:
     """The adapter in a state of the view."""
     out: dict[str, Any] = {}
-    names = {id(p): k for k, p in view.named_parameters(remove_duplicate=False)}
+    tensors = (*view.named_parameters(remove_duplicate=False), *view.named_buffers(remove_duplicate=False))
+    names = {id(p): k for k, p in tensors}
     for site in view._peftfn.plans[name]:
         leaf = leaf_at(view, site, name)
-        own = {k: held.get(names[id(p)], p).detach() for k, p in leaf._parameters.items()}  # type: ignore[union-attr]
+        own = {k: held.get(names[id(p)], p).detach() for k, p in leaf.own().items()}
         out[site] = grown(leaf._paths, own)
     for bank, paths in view._peftfn.banks[name].items():
-        out[bank] = grown(paths, {k: held.get(k, view._parameters[k]).detach() for _, k in paths})
+        out[bank] = grown(paths, {k: held.get(k, t).detach() for k, t in bank_tensors(view, paths).items()})
     return out
 
 

@@ -23,7 +23,7 @@ from peftfn.slots.slot import plus
 from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
 from peftfn.view.called import CALL, calling, place_calls, places_of
-from peftfn.view.held import Choice, Held, Leaf, Paths, hold, itself
+from peftfn.view.held import Choice, Factors, Held, Leaf, Paths, hold, itself
 
 
 class _Bias(nn.Module):
@@ -294,12 +294,14 @@ def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool) -> Any:
     return made.__new__(made)
 
 
-def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffers: dict[str, Tensor]) -> Any:
+def build(
+    model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffers: dict[str, Tensor], trainable: bool
+) -> Any:
     """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `_State`."""
     plans = [plan for plan, _ in given.values()]
     choice, names = Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
     banks = {
-        name: {bank: hold(model, a[bank], f"adapter_{name}_{bank}_".replace(".", ":")) for bank in plan.banks}
+        name: {bank: hold_bank(model, name, bank, a[bank], trainable) for bank in plan.banks}
         for name, (plan, a) in given.items()
     }
     places = places_of(model, plans)
@@ -322,7 +324,8 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffe
         leaves: dict[str, nn.Module] = {}
         for name, (plan, a) in given.items():
             if at in plan:
-                leaves[name] = Leaf(plan[at], a[at], model, names, banks[name].get(plan[at].bank or "", []))
+                bank = banks[name].get(plan[at].bank or "", [])
+                leaves[name] = Leaf(plan[at], a[at], model, names, bank, trainable)
         if at in places:
             calls[at] = leaves
             continue
@@ -365,10 +368,20 @@ def build(model: Any, given: Mapping[str, tuple[Plan, Mapping[str, Any]]], buffe
         # would write all of it. What a view trains and saves is not quantised.
         model.is_quantized, model.hf_quantizer = False, None
     for module in model.modules():
-        if not isinstance(module, Leaf):  # whose tensors are the view's own
+        if not isinstance(module, (Leaf, Factors)):  # whose tensors are the view's own
             module.register_load_state_dict_pre_hook(_unshare)
     _wrap_checkpoints(model)
     return model
+
+
+def hold_bank(view: nn.Module, name: str, bank: str, tree: Mapping[str, Any], trainable: bool) -> Paths:
+    return hold(view, view, tree, trainable, f"adapter_{name}_{bank}_".replace(".", ":"))
+
+
+def bank_tensors(view: Any, paths: Paths) -> dict[str, Any]:
+    """The tensors of a bank by their names in the view."""
+    held = view._parameters | view._buffers
+    return {name: held[name] for _, name in paths}
 
 
 def owner(model: nn.Module, slot: str) -> tuple[Any, str]:

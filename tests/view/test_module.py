@@ -354,6 +354,52 @@ def test_state_dict_names() -> None:
     assert "0.parametrizations.weight.0.default.add:0/of/a" in m.state_dict()
 
 
+@pytest.mark.parametrize("method", [LoRA(2), VBLoRA(2, vectors=3, length=2), VeRA(2)], ids=str)
+def test_the_factor_of_a_scaling_is_a_buffer(method: Method) -> None:
+    """No optimizer trains it, and no reader of the module loses it: also of the bank that several sites share."""
+    net = pf.adapt(by_name["mlp"].build(), {"weight": method})
+    a, x = random(net, scale=0.5), noise(2, 8)
+    tree = pf.add(pf.scale(a, 0.5), random(net, 1))
+    m = pf.as_module(net, tree)
+    assert sum(p.requires_grad for p in m.parameters()) == 2 * len(leaves(a))
+    weighted(m(x)).backward()
+    torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1).step()
+    got = pf.adapter_of(m)
+    for site in tree:
+        assert got[site]["add.0"]["scale"] == 0.5 and got[site].keys() == tree[site].keys()
+    for other in (pickle.loads(pickle.dumps(m)), pf.as_module(net, tree)):
+        other.load_state_dict(m.state_dict())
+        same(other(x), net.apply(got, x))
+    pf.trainable_(m, flag=True)
+    assert pf.status(m).adapters[0].parameters == sum(t.numel() for t in leaves(a)) * 2
+    idle = pf.as_module(net, one=a, two=tree)
+    kept = pf.offload_(idle, "two", "meta")
+    pf.onload_(idle, "two", kept)
+    assert not any(isinstance(b, nn.Parameter) for b in idle.buffers())
+    with idle.use("two"):
+        same(idle(x), net.apply(tree, x))
+
+
+def test_a_factor_that_requires_a_gradient_trains() -> None:
+    net = pf.adapt(by_name["mlp"].build(), {"0.weight": LoRA(2)})
+    a, s, x = random(net), torch.tensor(0.5, requires_grad=True), noise(2, 8)
+    m = pf.as_module(net, pf.scale(a, s))
+    weighted(m(x)).backward()
+    weighted(net.apply(pf.scale(a, s), x)).backward()
+    (factor,) = (p for k, p in m.named_parameters() if k.endswith(".scale"))
+    same(factor.grad, s.grad)
+
+
+def test_a_module_for_inference_requires_no_gradient() -> None:
+    net = pf.adapt(by_name["mlp"].build(), {"0.weight": LoRA(2), "2.weight": VBLoRA(2, vectors=3, length=2)})
+    a, x = random(net), noise(2, 8)
+    m = pf.as_module(net, a, trainable=False)
+    assert not any(p.requires_grad for p in m.parameters()) and not m(x).requires_grad
+    same(m(x), net.apply(a, x))
+    pf.trainable_(m)
+    assert sum(p.requires_grad for p in m.parameters()) == len(leaves(a))
+
+
 def test_compiled_hot_swapped_without_compiling_anew_or_new_storage() -> None:
     torch._dynamo.reset()
     case, _, net = llama()

@@ -55,6 +55,20 @@ def test_what_is_saved_loads_and_resumes(rules: str, tmp_path: Path) -> None:
     assert not odd and all(map(torch.equal, leaves(pf.adapter_of(again)), leaves(a)))
 
 
+@pytest.mark.parametrize("rules", ["LoRA", "shared tensors"])
+def test_a_scaled_adapter_is_saved_with_its_factors(rules: str, tmp_path: Path) -> None:
+    model = llama()
+    net = pf.adapt(model, RULES[rules])
+    a = pf.scale(random(net, scale=0.5), 0.25)
+    m = pf.as_module(net, a)
+    m.save_pretrained(tmp_path)
+    loaded, b = pf.load(tmp_path, model)
+    torch.testing.assert_close(loaded.apply(b, IDS).logits, m(IDS).logits)
+    again = pf.as_module(net, pf.scale(net.init(seed=3), 1.0))
+    odd = again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).unexpected_keys
+    assert not odd and all(map(torch.equal, leaves(pf.adapter_of(again)), leaves(a)))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("rules", IN_PEFT)
 def test_peft_and_transformers_read_it_with_the_base(rules: str, tmp_path: Path) -> None:
