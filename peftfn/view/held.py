@@ -57,15 +57,27 @@ TAKEN = frozenset({"asked", "choice", "ends", "leaf", "place", "read", "run", "s
 """Names that the modules which hold leaves use themselves."""
 
 
-class Choice(threading.local):
-    """Which adapter is active in this thread. pinned: a `use` says so."""
+class _Here(threading.local):
+    """What this thread says of it. pinned: a `use` does."""
 
-    def __init__(self, default: str, several: bool):
-        self.name: str | None = default
-        self.default, self.several, self.pinned = default, several, False
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.pinned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Choice, (self.default, self.several)
+        return _Here, ()
+
+
+class Choice:
+    """Which adapter is active: the one of this thread's `use`, or else the default of all threads."""
+
+    def __init__(self, default: str | None, several: bool):
+        self.default, self.several, self.here = default, several, _Here()
+
+    @property
+    def name(self) -> str | None:
+        here = self.here
+        return here.name if here.pinned else self.default
 
 
 class Factors(nn.Module):
@@ -136,13 +148,15 @@ class Held(nn.ModuleDict):
     def leaf(self) -> Any:
         """The leaf of the active adapter, or None."""
         choice = self.choice
-        if choice.several and not choice.pinned and not torch.compiler.is_compiling() and backward_task() != -1:
+        recomputed = not torch.compiler.is_compiling() and backward_task() != -1  # nothing to guard when compiled
+        if recomputed and choice.several and not choice.here.pinned:
             raise RuntimeError(
                 f"{self.site}: recomputed in a backward pass, which does not know which of the module's adapters was "
                 "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
                 "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
-        return self._modules.get(choice.name) if choice.name is not None else None
+        name = choice.name
+        return self._modules.get(name) if name is not None else None
 
     def forward(self, w: Tensor) -> Any:
         leaf, w = self.leaf(), self.read(w)

@@ -53,14 +53,15 @@ def as_module(
         net: what `adapt` returned.
         adapter: the adapter to hold; its name in the module is "default".
         named: instead of `adapter`, several by name: an adapter of `net`, or a pair (another net of the same model, its
-            adapter). The first is active until `use` says otherwise.
+            adapter). The first is active until `use` or `use_` says otherwise.
         copy_base: whether the module copies the base's parameters instead of sharing them; it then takes the memory of
             a second base.
         trainable: whether the leaves require gradients; `trainable_` changes it later.
 
     Returns:
-        The module, with two methods more than the model has:
+        The module, with three methods more than the model has:
         `with m.use(name): …`: the adapter `name` is active in this thread; None is the base.
+        `m.use_(name)`: it is active in every thread, where no `use` says otherwise.
         `m.checkpoint_context`: `context_fn` for your own calls of torch.utils.checkpoint.
 
     Raises:
@@ -467,7 +468,7 @@ def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[
     state = found[0]._peftfn
     name = state.choice.name if name is None else name
     if name is None and not any_name:
-        raise ValueError("no adapter is active (inside use(None)); say which one you mean: name=…")
+        raise ValueError("no adapter is active (use(None) says so); say which one you mean: name=…")
     if name is not None and name not in state.plans:
         raise KeyError(f"the module has no adapter {name!r}{near(name, list(state.plans))}")
     return found[0], name or ""

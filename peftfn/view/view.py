@@ -56,7 +56,7 @@ class _State:
 
 
 CURES = {
-    "set_adapter": 'write `with m.use("x"): …`, which makes the adapter active in this thread until the block ends',
+    "set_adapter": 'write m.use_("x") for every thread, or `with m.use("x"): …` for this one until the block ends',
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
     "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
     "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
@@ -76,26 +76,36 @@ class View:
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
         """Make the adapter `name` active in this thread, until the block ends; None is the base."""
-        if name is not None and not isinstance(name, str):
-            raise TypeError(
-                f"use: {name!r} is not a name; one adapter is active at a time. For a sum of two, make a module of it, "
-                "as_module(net, both=peftfn.add(a, b)); for one adapter per row, net.mixed"
-            )
-        if name is not None and name not in self._peftfn.plans:
-            raise KeyError(f"use: the module has no adapter {name!r}{near(name, list(self._peftfn.plans))}")
-        if name in self._peftfn.offloaded:
-            raise ValueError(f"use: adapter {name!r} is offloaded; bring it back with peftfn.onload_(m, {name!r})")
-        choice = self._peftfn.choice
-        before = choice.name, choice.pinned
-        choice.name, choice.pinned = name, True
+        _check_use(self, name, "use")
+        here = self._peftfn.choice.here
+        before = here.name, here.pinned
+        here.name, here.pinned = name, True
         try:
             yield
         finally:
-            choice.name, choice.pinned = before
+            here.name, here.pinned = before
+
+    def use_(self, name: str | None) -> None:
+        """Make the adapter `name` active in every thread, where no `use` says otherwise; None is the base."""
+        _check_use(self, name, "use_")
+        self._peftfn.choice.default = name
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is active now."""
         return nullcontext(), self.use(self._peftfn.choice.name)
+
+
+def _check_use(view: View, name: Any, what: str) -> None:
+    """Raise if the adapter cannot be active."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"{what}: {name!r} is not a name; one adapter is active at a time. For a sum of two, make a module of it, "
+            "as_module(net, both=peftfn.add(a, b)); for one adapter per row, net.mixed"
+        )
+    if name is not None and name not in view._peftfn.plans:
+        raise KeyError(f"{what}: the module has no adapter {name!r}{near(name, list(view._peftfn.plans))}")
+    if name in view._peftfn.offloaded:
+        raise ValueError(f"{what}: adapter {name!r} is offloaded; bring it back with peftfn.onload_(m, {name!r})")
 
 
 def _unshare(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

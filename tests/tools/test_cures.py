@@ -47,7 +47,7 @@ def test_errors_say_what_to_write(name: str) -> None:
 
 
 WORDS = {
-    "set_adapter": r'with m\.use\("x"\)',
+    "set_adapter": r'm\.use_\("x"\) .*`with m\.use\("x"\)',
     "disable_adapter": r"with m\.use\(None\)",
     "add_adapter": r"as_module\(net, x=a, y=b\)",
     "load_adapter": r"peftfn\.load\(path, model\)",

@@ -519,6 +519,35 @@ def test_use_is_local_to_the_thread() -> None:
     same(called(m, case), want["one"])
 
 
+def test_a_default_for_all_threads() -> None:
+    case, _, _, want, m = several()
+    found: dict[str, Tensor] = {}
+
+    def run(key: str) -> None:
+        found[key] = called(m, case)
+
+    with m.use("one"):
+        m.use_("two")
+        run("inside")  # a block says otherwise for its thread
+        thread = threading.Thread(target=run, args=("thread",))
+        thread.start()
+        thread.join()
+    run("after")
+    same(found["inside"], want["one"])
+    same(found["thread"], want["two"])
+    same(found["after"], want["two"])
+    assert [a.name for a in pf.status(m).adapters if a.active] == ["two"]
+    for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        same(called(copied, case), want["two"])
+    m.use_(None)
+    same(called(m, case), want[None])
+    pf.offload_(m, "one")
+    for name, error in [("tow", KeyError), (("two",), TypeError), ("one", ValueError)]:
+        with pytest.raises(error, match="use_"):
+            m.use_(name)
+    same(called(m, case), want[None])
+
+
 def test_compiled_use() -> None:
     torch._dynamo.reset()
     net = pf.adapt(by_name["mlp"].build(), {"weight": LoRA(2)})
@@ -531,6 +560,10 @@ def test_compiled_use() -> None:
         with m.use(name):
             same(compiled(x), y)
     assert counter.frame_count == len(want)
+    for name, y in [*want.items()] * 2:
+        m.use_(name)
+        same(compiled(x), y)
+    assert counter.frame_count <= 2 * len(want)  # once more for a default
 
 
 def test_status_trainable_offload_onload() -> None:
