@@ -94,7 +94,15 @@ def test_no_tensor_of_the_weights_size_is_kept_at_the_first_layer(method: Weight
     assert kept(lambda: net.apply(a, x), [x, *model.parameters(), *own]) <= 8 * x.nbytes
 
 
-@pytest.mark.parametrize("method", [pf.RandLoRA(rank=4, alpha=8), pf.LoHa(rank=8, init_weights="random")], ids=str)
+AGAIN = [
+    pf.RandLoRA(rank=4, alpha=8),
+    pf.LoHa(rank=8, init_weights="random"),
+    pf.FourierFT(n_frequency=120, scaling=4.0),
+    pf.WaveFT(n_frequency=120, scaling=1.0),
+]
+
+
+@pytest.mark.parametrize("method", AGAIN, ids=str)
 def test_what_is_made_again_has_the_same_gradients(method: Weight) -> None:
     """Also of gradients, and under every transform."""
     torch.manual_seed(0)
