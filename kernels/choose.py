@@ -68,7 +68,13 @@ def installed() -> bool:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 """Whether kernels run in Triton's interpreter, on a CPU: decided before Triton is imported, as Triton itself does."""
+
+
+def fits(x: Tensor) -> bool:
+    """Whether x is where kernels run; the cheap question, before all others."""
+    return x.is_cuda or INTERPRETED
 
 
 def target(device: torch.device) -> Target | None:
@@ -96,7 +102,7 @@ def plain(t: Tensor) -> bool:
 
 def kernels_for(x: Tensor, *others: Tensor | None) -> Target | None:
     """The target to launch kernels on for these operands, or None where plain torch has to run."""
-    if not (x.is_cuda or INTERPRETED):  # the common case, and the cheap one
+    if not fits(x):  # the common case, and the cheap one
         return None
     if not eager(x) or _mode.get() == "torch" or torch._C._len_torch_dispatch_stack():
         return None

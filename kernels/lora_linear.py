@@ -77,7 +77,7 @@ def lora_linear(
     x [..., in], w [out, in], a [r, in], b [out, r], c and bias [out] → [..., out]. w may be any operand that `F.linear`
     takes. dropout: probability of dropping a feature of x on its way to A.
     """
-    if x.is_cuda or choose.INTERPRETED:
+    if choose.fits(x):
         fused = fused_linear(x, w, a, b, scale, c=c, bias=bias, dropout=dropout)
         if fused is not None:
             return fused

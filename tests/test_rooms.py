@@ -102,3 +102,13 @@ def test_a_room_says_what_it_promises(room: str) -> None:
     assert "Promise" in text and "May import" in text
     for other in MAY[room]:
         assert other.partition("/")[0] in text, f"{room}/README.md does not name {other}"
+
+
+def test_nothing_but_kernels_asks_for_a_kind_of_device() -> None:
+    """XPU, NPU and other accelerators run what a GPU runs: `is_cuda` and `torch.cuda` are for Triton kernels alone."""
+    found = []
+    for path in sorted((ROOT / "peftfn").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "cuda"):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, found

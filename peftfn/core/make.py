@@ -22,7 +22,7 @@ from peftfn.core.rng import Rng
 from peftfn.core.rules import checked, match, offered
 from peftfn.model.model import Model, modules_of
 from peftfn.model.place import MODULE, TOKENS, Place
-from peftfn.model.site import Site, refuse_occupied
+from peftfn.model.site import Site, refuse_occupied, refuse_partial, refuse_split
 from peftfn.model.structure import copy_structure, reachable
 from peftfn.tensors.loaded import Weights, unhook_
 from peftfn.tensors.precision import wide
@@ -100,6 +100,7 @@ class _Matched:
 def _matched(model: Model, given: Mapping[str, Method], taken: Mapping[str, str] | None) -> _Matched:
     """The rules' sites. Raises ValueError or TypeError for a rule without any, and a site that cannot be adapted."""
     for name, module in model.distinct.items():
+        refuse_split(module, name)
         if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
             raise TypeError(
                 f"{name or 'the model'}: fully_shard moves this module's parameters in and out by hooks of its own, so "
@@ -112,6 +113,8 @@ def _matched(model: Model, given: Mapping[str, Method], taken: Mapping[str, str]
         taken = match(rules, found)
         for name, pattern in taken.items():
             refuse_occupied(model.root, name, pattern)
+            if (layer := model.modules.get(name.rpartition(".")[0])) is not None:
+                refuse_partial(layer, name)
     order = {name: None for sites in {id(v): v for v in (model.sites, *found.values())}.values() for name in sites}
     matched = _Matched(model, rules, {n: found[taken[n]][n] for n in order if n in taken}, taken)
     for name in matched.sites:

@@ -181,6 +181,29 @@ def sites_in(
     return out
 
 
+def refuse_split(layer: nn.Module, name: str) -> None:
+    """Raise ValueError if DeepSpeed has split the layer's parameters; name: the layer's."""
+    for k, p in layer._parameters.items():
+        if p is not None and p.numel() == 0 and hasattr(p, "ds_shape") and tuple(p.ds_shape) != tuple(p.shape):
+            raise ValueError(
+                f"{name}.{k}: DeepSpeed's ZeRO-3 has split this parameter {list(p.ds_shape)} over the processes, and "
+                "there is nothing to adapt. Load the model without ZeRO-3 (outside of deepspeed.zero.Init), and shard "
+                "what as_module returns by FSDP2"
+            )
+
+
+def refuse_partial(layer: nn.Module, name: str) -> None:
+    """Raise ValueError if the layer has a part of its weight, without a DTensor that says so; name: the weight's."""
+    for size in ("output_size", "input_size", "num_embeddings"):  # as Megatron's parallel layers have them
+        whole, here = getattr(layer, size, None), getattr(layer, f"{size}_per_partition", None)
+        if isinstance(here, int) and whole != here:
+            raise ValueError(
+                f"{name}: a {type(layer).__name__} has {here} of {whole} rows or columns of its weight on this process "
+                "(Megatron's tensor parallelism), so each process would train an adapter of another layer. Convert the "
+                "model to transformers' and shard it by torch's parallelize_module, or adapt it on one process"
+            )
+
+
 def refuse_occupied(model: nn.Module, name: str, pattern: str) -> None:
     """Raise ValueError if the parameter belongs to another library's adapter, or to a parametrization, at the place
     that the rule means; a rule that names such a part itself gets it."""

@@ -200,18 +200,19 @@ def _uncopied(model: nn.Module, keep: list[Any], e: Exception) -> TypeError:
     )
 
 
-def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
+def lasting_copy(model: nn.Module, copy_base: bool = False, hooked: bool = False) -> nn.Module:
     """A copy of the structure to be kept and changed: it shares the storage of the parameters, which do not require
     gradients in it, and nothing else. Buffers, hooks and settings are its own, and so is a parameter that the model's
     own forward writes to; tied parameters stay tied.
 
-    copy_base: whether all parameters have storage of their own.
+    copy_base: whether all parameters have storage of their own. hooked: whether layers may lack weights, which a hook
+    puts in place for each call; the copy has no such hooks.
 
     Raises ValueError for a layer whose weights a hook puts in place for each call: there are none to share.
     """
     named = modules_of(model)
     for name, module in named.items():
-        if loaded.source_of(module) is not None:
+        if not hooked and loaded.source_of(module) is not None:
             raise ValueError(
                 f"{name or 'the model'}: a hook of accelerate or diffusers puts this layer's weights in place for each "
                 "call (offload, layerwise casting), so no module can share them. Use the net, whose apply, mixed, init "
@@ -234,7 +235,10 @@ def lasting_copy(model: nn.Module, copy_base: bool = False) -> nn.Module:
                 aliases[id(value)] = value.detach().clone()
             elif is_setting(value):
                 aliases[id(value)] = copy.deepcopy(value)
-    return copy_structure(model, modules, aliases)[0]
+    root, copies = copy_structure(model, modules, aliases)
+    for copied in copies if hooked else ():
+        loaded.unhook_(copied)
+    return root
 
 
 def lasting_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ def _share(gates: Index, part: Stack, device: torch.device) -> Share | None:
 
 def _fused(gates: Index, layer: Layer, x: Tensor) -> tuple[Tensor | None, Sequence[Part]]:
     """(the base's product with the changes of some parts, by kernels; None for nothing, the other parts)."""
-    if not (x.is_cuda or choose.INTERPRETED):
+    if not choose.fits(x):
         return None, layer.parts
     fast = [part for part in layer.parts if part.low is not None and _short(gates, part, x, layer.kind)]
     if not fast:

@@ -49,7 +49,7 @@ class AdaptedWeight(Slot):
         if low is None or not alike or torch._C._is_any_autocast_enabled():
             return super().forward(x)
         m = w if self.entry.to_matrix is None else self.entry.to_matrix(w)
-        if low.gain is None and not low.dropout and not (x.is_cuda or choose.INTERPRETED) and eager(x):
+        if low.gain is None and not low.dropout and not choose.fits(x) and eager(x):
             return lora_first(x, m, low.down, low.up, low.scale, bias)
         return lora_linear(x, m, low.down, low.up, low.scale, c=low.gain, bias=bias, dropout=low.dropout)
 
@@ -88,7 +88,7 @@ class AdaptedWeight(Slot):
             return None
         down, up, scale, c, dropout = low
         inside = bias if isinstance(bias, Tensor) and bias.shape == m.shape[:1] else None
-        if down.dtype != dtype and not (x.is_cuda or choose.INTERPRETED):
+        if down.dtype != dtype and not choose.fits(x):
             down, up, c = down.to(dtype), up.to(dtype), None if c is None else c.to(dtype)
         y = lora_linear(x, m, down, up, scale, c=c, bias=inside, dropout=dropout)
         return y if bias is None or inside is not None else plus(y, bias)

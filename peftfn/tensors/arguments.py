@@ -61,7 +61,10 @@ def hidden(t: Tensor) -> bool:
     whose replays have other values in it."""
     if torch.compiler.is_compiling() or batched(t):
         return True
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    if t.device.type == "cpu":
+        return False
+    capturing = getattr(torch.get_device_module(t.device), "is_current_stream_capturing", None)
+    return capturing is not None and bool(capturing())
 
 
 def picked(x: Tensor, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.tensors.lent import beneath
 from peftfn.tensors.quantised_weight import QuantisedWeight
 
 
@@ -232,14 +233,17 @@ class LayerWeight(QuantisedWeight):
         return super().times_transposed(g)
 
     def matrix(self) -> Tensor:
-        return _by_identity(self, self.dtype)
+        own = getattr(type(self.layer), "dequantize", None)  # HQQ has it
+        w = own(self.layer) if own is not None else None
+        return w if isinstance(w, Tensor) and w.shape == self.shape else _by_identity(self, self.dtype)
 
 
 def _by_identity(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
     """W from the layer's product with the identity; a row of zeros tells what else the layer adds."""
     n = weight.shape[1]
-    y = weight.times(torch.eye(n + 1, n, dtype=dtype, device=weight.device))
-    return (y[:-1] - y[-1]).mT
+    with beneath():  # a kernel may have no form under a transform, and W depends on none
+        y = weight.times(torch.eye(n + 1, n, dtype=dtype, device=weight.device))
+        return (y[:-1] - y[-1]).mT
 
 
 KINDS: list[type[QuantisedWeight]] = [Bnb4Weight, Bnb8Weight, TensorWeight, LayerWeight]

@@ -156,7 +156,14 @@ class Held(nn.ModuleDict):
                 "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
         name = choice.name
-        return self._modules.get(name) if name is not None else None
+        leaf = self._modules.get(name) if name is not None else None
+        if leaf is not None and not isinstance(leaf, Leaf):
+            raise RuntimeError(
+                f"{self.site}: a {type(leaf).__name__} is around this adapter's leaf, which is read, never called, so "
+                "it would have a part of its numbers. Wrap whole layers: FullyShardedDataParallel(m, auto_wrap_policy="
+                "ModuleWrapPolicy({the class of a layer}), use_orig_params=True)"
+            )
+        return leaf
 
     def forward(self, w: Tensor) -> Any:
         leaf, w = self.leaf(), self.read(w)

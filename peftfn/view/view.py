@@ -236,7 +236,7 @@ def _slot(name: str) -> property:
 
     def get(self: nn.Module) -> Any:
         held: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        value = held._parameters["original"]
+        value = held._parameters["original"] if "original" in held._parameters else held.original  # noqa: SIM401 (FSDP1)
         for parametrization in held._modules.values():
             value = parametrization.forward(value)
         return value

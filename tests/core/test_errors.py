@@ -495,3 +495,31 @@ def test_adaloras_target_above_its_rank_has_no_schedule() -> None:
     net = pf.adapt(nn.Linear(5, 7), {"weight": method})
     with pytest.raises(ValueError, match=r"target_rank=9.*target_rank <= rank"):
         Allocation.start(net, net.init())
+
+
+class ColumnParallelLinear(nn.Module):
+    """As Megatron-LM's: one process's rows of the weight, in a plain tensor."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.input_size, self.output_size, self.output_size_per_partition = 6, 8, 8 // parts
+        self.weight = nn.Parameter(torch.ones(8 // parts, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.linear(x, self.weight), None
+
+
+def test_a_part_of_a_weight_is_refused_and_a_whole_one_taken() -> None:
+    model = nn.Sequential(ColumnParallelLinear(2))
+    with pytest.raises(ValueError, match=r"^0\.weight: a ColumnParallelLinear has 4 of 8.*parallelize_module"):
+        pf.adapt(model, {"0": LoRA(2)})
+    net = pf.adapt(nn.Sequential(ColumnParallelLinear(1)), {"0": LoRA(2)})
+    assert net.apply(net.init(), torch.ones(2, 6))[0].shape == (2, 8)
+
+
+def test_parameters_that_zero_3_has_split_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    held: Any = model[0].weight
+    held.ds_shape, held.data = held.shape, torch.empty(0)
+    with pytest.raises(ValueError, match=r"^0\.weight: DeepSpeed's ZeRO-3 has split this parameter \[8, 6\].*FSDP2"):
+        pf.adapt(model, {"0": LoRA(2)})

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -218,6 +220,111 @@ def check_two_dimensions():
             with implicit_replication():  # nor does merged turn off what its caller has turned on
                 close(pf.gather(pf.merged(m)), one.merge(a))
                 close(m(rows), y.chunk(shape[0])[mesh.get_local_rank("data")])
+
+
+def check_fsdp1():
+    """Frozen and trained parameters flattened together, and apart; and a policy that takes an adapter for a layer."""
+    for method in METHODS:
+        net = pf.adapt(model(), {"up|down": method})
+        a = shaken(net.init())
+        y, _, g = single(net, a)
+        for together in (True, False):
+            m = pf.as_module(net, a)
+            space = {"torch": torch, "dist": dist, "m": m, "Block": Block, "ModuleWrapPolicy": ModuleWrapPolicy}
+            space |= {"FullyShardedDataParallel": FullyShardedDataParallel}
+            exec(BLOCKS["fsdp1.py" if together else "fsdp1_apart.py"], space)
+            sharded = space["sharded"]
+            out = sharded(mine(X))
+            close(out, mine(y))
+            loss(out).backward()
+            with FullyShardedDataParallel.summon_full_params(sharded, with_grads=together):
+                close(gradients(parameters_of(sharded)), g)
+                close(pf.adapter_of(sharded), a)
+    odd = FullyShardedDataParallel(
+        pf.as_module(net, a),
+        auto_wrap_policy=lambda module, recurse, nonwrapped_numel: recurse or type(module).__name__ == "Leaf",
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    try:
+        odd(mine(X))
+    except RuntimeError as e:
+        assert str(e).startswith("0.up.weight: ") and "ModuleWrapPolicy" in str(e), e
+    else:
+        raise AssertionError("no error")
+
+
+def llama():
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**size, num_attention_heads=4, attn_implementation="eager")
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def llama_in_parts():
+    plan, base = {}, llama()
+    for i, _ in enumerate(base.model.layers):
+        layer = f"model.layers.{i}"
+        plan |= {f"{layer}.self_attn.{k}_proj": ColwiseParallel() for k in "qkv"}
+        plan |= {f"{layer}.mlp.{k}_proj": ColwiseParallel() for k in ("gate", "up")}
+        plan |= {f"{layer}.self_attn.o_proj": RowwiseParallel(), f"{layer}.mlp.down_proj": RowwiseParallel()}
+    return parallelize_module(base, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def check_methods_at_modules_and_inputs():
+    """Bottlenecks, interventions, prompts and prefixes: DDP, FSDP1, FSDP2 and tensor parallelism."""
+    ids = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(0))
+    for rules in (
+        {"q_proj": pf.LoRA(2), "mlp": pf.Bottleneck(4), ".*": pf.PromptTuning(n=2)},
+        {"mlp": pf.LoReFT(rank=2), ".*": pf.PTuning(n=3)},
+        {".*": pf.PrefixTuning(n=3)},
+        {"self_attn": pf.LlamaAdapter(n=3)},
+    ):
+        net = pf.adapt(llama(), rules)
+        a = shaken(net.init())
+        f = fresh(a)
+        y = net.apply(f, ids).logits
+        loss(y).backward()
+        for wrap in (ddp, fsdp1, fsdp2):
+            m = wrap(pf.as_module(net, a))
+            out = m(mine(ids)).logits
+            close(out, mine(y), 1e-4)
+            loss(out).backward()
+            if wrap is fsdp1:
+                with FullyShardedDataParallel.summon_full_params(m, with_grads=True):
+                    close(gradients(parameters_of(m)), gradients(f), 1e-4)
+            else:
+                close(pf.gather(gradients(parameters_of(m))), gradients(f), 1e-4)
+        base = llama_in_parts()
+        if not {pf.PrefixTuning, pf.LlamaAdapter}.isdisjoint(map(type, rules.values())):
+            try:
+                pf.adapt(base, rules)
+            except ValueError as e:
+                assert "under tensor parallelism each process has some of them" in str(e), e
+                continue
+            raise AssertionError("no error")
+        other = pf.adapt(base, rules)
+        close(pf.gather(other.init()), net.init())
+        b = fresh(pf.distribute(other, a))
+        out = other.apply(b, ids).logits
+        close(out, y, 1e-4)
+        loss(out).backward()
+        close(pf.gather(gradients(b)), gradients(f), 1e-4)
+
+
+def ddp(m):
+    return DistributedDataParallel(m)
+
+
+def fsdp1(m):
+    policy = ModuleWrapPolicy({type(m.model.layers[0])})
+    return FullyShardedDataParallel(m, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp2(m):
+    for layer in m.model.layers:
+        fully_shard(layer)
+    return fully_shard(m)
 
 
 def check_fsdp2_of_four_bits():

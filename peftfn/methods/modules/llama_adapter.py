@@ -8,8 +8,9 @@ from torch import Tensor
 
 from peftfn.core.fields import PositiveInt
 from peftfn.core.method import Cases, Leaf
-from peftfn.core.modules import ModuleMethod
+from peftfn.core.modules import Companion, ModuleMethod
 from peftfn.core.rng import Rng
+from peftfn.methods.parts.cache import refuse_sharded_heads
 from peftfn.model.place import Place
 from peftfn.tensors.states import states_in, states_out
 
@@ -55,6 +56,10 @@ class LlamaAdapter(ModuleMethod):
                 "q_proj, k_proj, v_proj and o_proj, or as GPT-2's with c_attn; its usual name is self_attn, or attn"
             )
         return {"prompt": rng.normal(self.n, m.width), "gate": rng.zeros(1)}
+
+    def companions(self, m: Place, model: Any) -> tuple[Companion, ...]:
+        refuse_sharded_heads(m, "its gate and prompt act on every head")
+        return super().companions(m, model)
 
     def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         a: Any = m.module  # its projections are those of this call

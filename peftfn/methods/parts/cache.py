@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfn.model.place import Place, is_encoder_of_two
 from peftfn.model.structure import lasting_copy
+from peftfn.tensors.sharded import is_sharded
 
 _KNOWN: "WeakKeyDictionary[nn.Module, tuple[int, int, int]]" = WeakKeyDictionary()
 
@@ -30,6 +31,15 @@ def cache_sizes(m: Place) -> tuple[int, int, int]:
 _NONE = "a {} leaves no cache of keys and values, where a prefix goes: use PromptTuning"
 
 
+def refuse_sharded_heads(m: Place, why: str) -> None:
+    """ValueError for a module whose attention has a part of its heads on each process."""
+    if any(is_sharded(p) for p in m.module.parameters()):
+        raise ValueError(
+            f"{why}, and under tensor parallelism each process has some of them: choose a method at the hidden states "
+            "(PromptTuning, Bottleneck) or for weights, or shard what as_module returns (FSDP2)"
+        )
+
+
 @contextmanager
 def _unlogged() -> Iterator[None]:
     """torch logs the traceback of a kernel without a fake form, which is no error here."""
@@ -42,9 +52,10 @@ def _unlogged() -> Iterator[None]:
 
 
 def _sizes(m: Place) -> tuple[int, int, int]:
+    refuse_sharded_heads(m, "a prefix has keys and values of every head")
     if is_encoder_of_two(m.module, m.config):
         raise ValueError(_NONE.format(type(m.module).__name__))
-    own: Any = lasting_copy(m.module).eval()
+    own: Any = lasting_copy(m.module, hooked=True).eval()
     one = torch.ones(1, 1, dtype=torch.long, device=m.device)
     more: dict[str, Any] = {"attention_mask": one, **({"use_cache": True} if "use_cache" in m.arguments else {})}
     if getattr(m.config, "is_encoder_decoder", False):
