@@ -64,7 +64,7 @@ class Bare:
         vars(bare).pop("forward", None)
         weight = {"weight": original} if original.numel() else {}
         vars(bare)["_parameters"] = {**self.layer._parameters, **weight}
-        vars(bare)["_modules"] = {k: m for k, m in self.layer._modules.items() if k != "parametrizations"}
+        vars(bare)["_modules"] = {}  # which are the view's: a quantised layer has none of its own
         stand_in = quantised(bare, self.name)
         assert stand_in is not None
         return stand_in

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -553,3 +554,69 @@ class TestErrors:
         net.init()  # LoRA never looks at the weight
         with pytest.raises(ValueError, match=r"up\.weight: Packed cannot be dequantised here .*no kernel.*like LoRA"):
             pf.adapt(model, {"up": pf.PiSSA(rank=4)})
+
+
+def agree(model: nn.Module, rules: dict, x: Tensor, tol: float = 1e-3, **kwargs) -> None:
+    """An adapter on quantised layers and on their own values: outputs, gradients, rows of several, the module view."""
+
+    def out(f, *args):
+        y = f(*args, **kwargs)
+        return getattr(y, "logits", y)
+
+    net, plain = (pf.adapt(m, rules) for m in (model, dequantised(model)))
+    a, b = (shaken(net.init(i), i, 0.05) for i in (1, 2))
+    close(net.init(3), plain.init(3), tol)
+    close(out(net.apply, a, x), out(plain.apply, a, x), tol)
+    g, want = (grad(lambda a, f=n.apply: out(f, a, x).square().mean())(a) for n in (net, plain))
+    close(g, want, tol)
+    both = pf.stack([a, b])
+    close(out(net.mixed, both, [0, 1, -1], x[:3]), out(plain.mixed, both, [0, 1, -1], x[:3]), tol)
+    close(out(pf.as_module(net, a), x), out(plain.apply, a, x), tol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_around_quantised_modules(kind):
+    agree(model_of(kind), {r"up\.weight": pf.LoRA(4), "up": pf.Bottleneck(4), "down": pf.LoReFT(rank=2)}, X)
+
+
+@pytest.mark.parametrize("kind", ["bnb4", "bnb8", "torchao", "packed"])
+def test_prompts_and_prefixes_on_a_quantised_model(kind):
+    size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, num_attention_heads=4))
+    model = replaced(llama, KINDS[kind]).train()  # no dropout in it; and bitsandbytes rounds inputs in eval mode
+    ids = torch.randint(3, 64, (3, 5), generator=torch.Generator().manual_seed(0))
+    agree(model, {".*": pf.PromptTuning(n=3), "mlp": pf.Bottleneck(4), "q_proj": pf.LoRA(2)}, ids)
+    agree(model, {".*": pf.PrefixTuning(n=3)}, ids)
+
+
+class Kernel(torch.autograd.Function):
+    """A product that vmap knows nothing of."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.saved_tensors[0], None
+
+
+class PackedForNoTransform(Packed):
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return Kernel.apply(x, w)
+
+
+class PackedWithFunction(PackedForNoTransform):
+    """HQQ's layers have such a function."""
+
+    def dequantize(self) -> Tensor:
+        return self.qweight * self.scales
+
+
+@pytest.mark.parametrize("make", [PackedForNoTransform, PackedWithFunction])
+@pytest.mark.parametrize("method", [pf.LoRA(4), pf.DoRA(4), pf.Full(), pf.OFT(4)], ids=lambda m: type(m).__name__)
+def test_a_kernel_without_a_batching_rule(make, method):
+    torch.manual_seed(0)
+    agree(replaced(TwoLayers(), make), {r"up\.weight": method}, X)

@@ -63,7 +63,7 @@ def _sizes(m: Place) -> tuple[int, int, int]:
     try:
         with torch.no_grad(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
             out = own(input_ids=one, **more)
-    except RuntimeError:  # a kernel without a fake form
+    except (RuntimeError, AttributeError):  # a kernel without a fake form, or a quantised layer without its values
         c = m.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
