@@ -196,6 +196,15 @@ def test_tied_weights_are_known_also_where_they_are_offloaded() -> None:
             net.merge(random(net))
 
 
+@pytest.mark.parametrize("rules", [{".*": pf.PrefixTuning(n=2)}, {"self_attn": pf.LlamaAdapter(n=2)}], ids=str)
+def test_methods_that_call_parts_of_their_module(rules: dict[str, pf.Method]) -> None:
+    net, other = pf.adapt(llama(), rules), pf.adapt(KINDS["disk"](llama()), rules)
+    a = random(net)
+    trees_close(other.init(seed=1), net.init(seed=1))
+    torch.testing.assert_close(other.apply(a, IDS).logits, net.apply(a, IDS).logits)
+    trees_close(gradient(other, a), gradient(net, a))
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +238,8 @@ def test_what_cannot_be_followed_is_said() -> None:
     for use in (pf.as_module, pf.merged_model):
         with pytest.raises(ValueError, match=r"^model\.embed_tokens: .*in place for each call.*Use the net"):
             use(net, net.init())
+    with pytest.raises(ValueError, match=r"^model\.layers\.1: .*a new block begins as a copy.*without offload"):
+        pf.adapt(net.model, {"layers.1": pf.LlamaPro()})
     odd = pf.adapt(cpu_offload(Peeks(), "cpu"), {"down": pf.LoRA(2)})
     with pytest.raises(RuntimeError, match=r"^down\.weight: .*outside of the forward of its layer"):
         odd.apply(odd.init(), torch.randn(5, 8))

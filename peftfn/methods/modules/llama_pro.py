@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peftfn.core.method import Cases, Leaf
-from peftfn.core.modules import ModuleMethod
+from peftfn.core.modules import Companion, ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
+from peftfn.tensors.loaded import source_of
 from peftfn.tensors.states import states_in, states_out
 
 DOT = "__"
@@ -65,6 +66,14 @@ class LlamaPro(ModuleMethod):
             return t.detach().to(rng.device, rng.dtype, copy=True)
 
         return {name.replace(".", DOT): fresh(name, t) for name, t in own.items()}
+
+    def companions(self, m: Place, model: Any) -> tuple[Companion, ...]:
+        if any(source_of(part) is not None for part in m.module.modules()):
+            raise ValueError(
+                "a hook of accelerate or diffusers puts this block's weights in place for each call, and a new block "
+                "begins as a copy of them: load the model without offload and without layerwise casting"
+            )
+        return super().companions(m, model)
 
     def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         y, put = states_out(out)
