@@ -47,6 +47,7 @@ from peftfn.tools.report import MergedSite, MergeReport, merge_report
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
 from peftfn.tools.verify import Verification, VerifiedSite, verify
+from peftfn.view.change import attach_, detach_
 from peftfn.view.merged import merged, merged_model
 from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, status, trainable_
 from peftfn.view.reset import reset_
@@ -88,6 +89,7 @@ __all__ = [
     "add",
     "alora_gates",
     "as_module",
+    "attach_",
     "bank",
     "base_of",
     "behind",
@@ -98,6 +100,7 @@ __all__ = [
     "continuous",
     "copy_",
     "describe",
+    "detach_",
     "distribute",
     "extract",
     "from_state_dict",

@@ -53,6 +53,12 @@ def hold(module: nn.Module, factors: nn.Module, tree: Mapping[str, Any], trainab
     return paths
 
 
+def bank_tensors(root: nn.Module, paths: Paths) -> dict[str, Any]:
+    """The tensors of a bank by their names in the view, one by one: compiled code depends on no others."""
+    params, buffers = root._parameters, root._buffers
+    return {name: params[name] if name in params else buffers[name] for _, name in paths}
+
+
 TAKEN = frozenset({"asked", "choice", "ends", "leaf", "place", "read", "run", "seen", "site", "value"})
 """Names that the modules which hold leaves use themselves."""
 
@@ -73,11 +79,19 @@ class Choice:
 
     def __init__(self, default: str | None, several: bool):
         self.default, self.several, self.here = default, several, _Here()
+        self.blocks: list[str | None] = []  # the names in all threads' `use` blocks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Choice, (self.default, self.several)
 
     @property
     def name(self) -> str | None:
         here = self.here
         return here.name if here.pinned else self.default
+
+    def has(self, name: str) -> bool:
+        """Whether the adapter is active in some thread, or will be after a block."""
+        return name == self.default or name in self.blocks
 
 
 class Factors(nn.Module):
@@ -125,9 +139,9 @@ class Leaf(nn.Module):
         """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
         entry, common = self._entry if self.training else self._meant, {}
         if self._root:
-            tensors = self._root[0]._parameters | self._root[0]._buffers
-            shared = {k: tensors[name] for k, name in self._shared.items()}
-            common = _with(grown(self._bank, tensors), shared)
+            root = self._root[0]
+            shared = {k: root._buffers[name] for k, name in self._shared.items()}
+            common = _with(grown(self._bank, bank_tensors(root, self._bank)), shared)
         method, p = entry.tensors(self.tree(), common, entry.site.canonical(w))
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 

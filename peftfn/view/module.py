@@ -21,8 +21,8 @@ from peftfn.model.structure import lasting_buffers, lasting_copy
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
-from peftfn.view.held import TAKEN, Leaf, grown
-from peftfn.view.view import View, bank_tensors, build, is_own, leaf_at, owner, weight_at
+from peftfn.view.held import TAKEN, Leaf, bank_tensors, grown
+from peftfn.view.view import View, build, is_own, leaf_at, owner, weight_at
 
 DEFAULT = "default"
 
@@ -91,8 +91,7 @@ def as_module(
     every = [other for other, _ in given.values() if isinstance(other, Adapted)]
     weights = weights_of(net.model, {s.name: s for other in every for s in other.plan.places}.values())
     for name, (other, a) in given.items():
-        if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in TAKEN:
-            raise ValueError(f"as_module: an adapter cannot be named {name!r}, which torch does not allow for a module")
+        check_name("as_module", name)
         if other.model is not net.model:
             raise ValueError(f"as_module: the net of {name!r} adapts another model; call adapt on this one")
         other.plan.check(a)
@@ -292,7 +291,7 @@ def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -
         The adapter with its former tensors. Pass it to `onload_` after "meta".
 
     Raises:
-        ValueError: the adapter is active in this thread, or is the module's default.
+        ValueError: the adapter is active in some thread, or is the module's default.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -301,7 +300,7 @@ def offload_(module: nn.Module, name: str, device: torch.device | str = "cpu") -
         pf.onload_(m, "two", kept)
     """
     view, name = _view(module, name)
-    if name in (view._peftfn.choice.name, view._peftfn.choice.default):
+    if view._peftfn.choice.has(name):
         raise ValueError(f"offload_: adapter {name!r} is active, or is the default; offload an idle one")
     before = adapter_of(view, name, buffers=True)
     view._peftfn.offloaded.add(name)
@@ -472,6 +471,13 @@ def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[
     if name is not None and name not in state.plans:
         raise KeyError(f"the module has no adapter {name!r}{near(name, list(state.plans))}")
     return found[0], name or ""
+
+
+def check_name(what: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{what}: an adapter's name is a string, not {name!r}")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in TAKEN:
+        raise ValueError(f"{what}: an adapter cannot be named {name!r}, which torch does not allow for a module")
 
 
 def _check_layer(model: nn.Module, site: str) -> None:

@@ -13,7 +13,7 @@ from peftfn.core.rng import Rng
 from peftfn.tensors.sharded import laid_out, whole
 from peftfn.tensors.tree import leaves
 from peftfn.view.module import _view, parameters_of
-from peftfn.view.view import leaf_at, owner, weight_at
+from peftfn.view.view import constants_of, leaf_at, owner, weight_at
 
 
 def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_seed: int = 0) -> None:
@@ -49,9 +49,9 @@ def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_se
         if method.overrides("shared"):
             mine = functions.Canonical({at: s for at, s in sites.items() if plan[at].rule == rule}, weights)
             for at, made in method.shared(Rng(plan_seed, rule, sites=sites), mine).items():
-                _fill(_constants(view, at, name), made)
+                _fill(constants_of(view, leaf_at(view, at, name)), made)
     for at, entry in plan.items():
-        constants = _constants(view, at, name)
+        constants = constants_of(view, leaf_at(view, at, name))
         _fill(constants, functions.constants(entry, weights, plan_seed))
         dtype = next((t.dtype for t in held[at].values()), torch.float32)
         _fill(held[at], functions.leaf(entry, weights, seed, dtype, constants))
@@ -86,12 +86,6 @@ class _Weights(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.plan.slots)
-
-
-def _constants(view: Any, at: str, name: str) -> dict[str, Any]:
-    """The buffers that hold the constants of one site."""
-    leaf = leaf_at(view, at, name)
-    return {**leaf._buffers, **{k: view._buffers[buffer] for k, buffer in leaf._shared.items()}}
 
 
 def _fill(held: Mapping[str, Any], values: Tensors) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
-from peftfn.view.held import grown
+from peftfn.view.held import bank_tensors, grown
 from peftfn.view.module import buffers_of
-from peftfn.view.view import bank_tensors, leaf_at, leaves_of, refuse_empty
+from peftfn.view.view import constants_of, leaf_at, leaves_of, refuse_empty
 
 STATE, CONFIG = "model.safetensors", "config.json"
 """Trainer resumes from the first; transformers takes a folder with the second for a model."""
@@ -97,9 +97,7 @@ def _net(view: Any, name: str) -> Adapted:
     plan: Plan = view._peftfn.plans[name]
     entries = {}
     for site, e in plan.items():
-        leaf = leaf_at(view, site, name)
-        constants = {**leaf._buffers, **{k: view._buffers[buffer] for k, buffer in leaf._shared.items()}}
-        entries[site] = replace(e, frozen=constants)  # type: ignore[arg-type]
+        entries[site] = replace(e, frozen=constants_of(view, leaf_at(view, site, name)))
     return Adapted(_bare(view), Plan(entries, plan.rules, plan.banks))
 
 

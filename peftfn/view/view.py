@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
-from itertools import chain
+from itertools import chain, count
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from peftfn.core.modules import Companion
 from peftfn.core.plan import Plan
 from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
@@ -53,13 +54,18 @@ class _State:
     choice: Choice
     offloaded: set[str]
     buffers: dict[str, Tensor]  # the base's own, that a checkpoint has and training may change
+    constants: set[str]  # names of the root's buffers that hold constants of several leaves
+    # The slots that the view was made with: what adapters may come in later.
+    sites: dict[str, Site]
+    companions: set[tuple[str, Companion]]  # (site, what its methods put at another module)
 
 
 CURES = {
     "set_adapter": 'write m.use_("x") for every thread, or `with m.use("x"): …` for this one until the block ends',
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
-    "add_adapter": "pass all adapters by name when you make the module, peftfn.as_module(net, x=a, y=b)",
-    "load_adapter": "net, a = peftfn.load(path, model) reads one; pass all by name, peftfn.as_module(net, x=a, y=b)",
+    "add_adapter": 'write peftfn.attach_(m, "x", a), or pass all by name, peftfn.as_module(net, x=a, y=b)',
+    "load_adapter": 'net, a = peftfn.load(path, model) reads one; peftfn.attach_(m, "x", (net, a)) adds it',
+    "delete_adapter": 'write peftfn.detach_(m, "x")',
     "merge_and_unload": "peftfn.merged_model(net, peftfn.adapter_of(m)) returns a merged model",
     "print_trainable_parameters": "print(peftfn.status(m))",
 }
@@ -77,13 +83,16 @@ class View:
     def use(self, name: str | None) -> Iterator[None]:
         """Make the adapter `name` active in this thread, until the block ends; None is the base."""
         _check_use(self, name, "use")
-        here = self._peftfn.choice.here
+        choice = self._peftfn.choice
+        here = choice.here
         before = here.name, here.pinned
+        choice.blocks.append(name)
         here.name, here.pinned = name, True
         try:
             yield
         finally:
             here.name, here.pinned = before
+            choice.blocks.remove(name)
 
     def use_(self, name: str | None) -> None:
         """Make the adapter `name` active in every thread, where no `use` says otherwise; None is the base."""
@@ -309,7 +318,7 @@ def build(
 ) -> Any:
     """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `_State`."""
     plans = [plan for plan, _ in given.values()]
-    choice, names = Choice(next(iter(given)), len(given) > 1), _share_constants(model, plans)
+    choice, names = Choice(next(iter(given)), len(given) > 1), share_constants(model, plans)
     banks = {
         name: {bank: hold_bank(model, name, bank, a[bank], trainable) for bank in plan.banks}
         for name, (plan, a) in given.items()
@@ -367,12 +376,17 @@ def build(
     called = place_calls(model, places, calls, plans, choice, classes)
     for layer in {**slots, **dict.fromkeys(called)}:
         layer.__class__ = _derived(classes[layer], tuple(slots.get(layer, ())), layer is model, layer in called)
-    # The plans without their constants, which stand in the module now.
-    kept = {
-        name: Plan({site: replace(e, frozen={}) for site, e in plan.items()}, plan.rules, plan.banks)
-        for name, (plan, _) in given.items()
-    }
-    model._peftfn = _State(kept, banks, choice, set(), buffers)
+    bare = {id(plan): without_constants(plan) for plan in plans}  # adapters of one net have one plan
+    model._peftfn = _State(
+        plans={name: bare[id(plan)] for name, (plan, _) in given.items()},
+        banks=banks,
+        choice=choice,
+        offloaded=set(),
+        buffers=buffers,
+        constants=set(names.values()),
+        sites={at: e.site for plan in plans for at, e in plan.items()},
+        companions={(at, c) for plan in plans for at, cs in plan.accompanied.items() for c in cs},
+    )
     if vars(model).get("is_quantized"):
         # What transformers keeps of a quantised model: Trainer refuses one without PEFT's adapters, and save_pretrained
         # would write all of it. What a view trains and saves is not quantised.
@@ -388,12 +402,6 @@ def hold_bank(view: nn.Module, name: str, bank: str, tree: Mapping[str, Any], tr
     return hold(view, view, tree, trainable, f"adapter_{name}_{bank}_".replace(".", ":"))
 
 
-def bank_tensors(view: Any, paths: Paths) -> dict[str, Any]:
-    """The tensors of a bank by their names in the view."""
-    held = view._parameters | view._buffers
-    return {name: held[name] for _, name in paths}
-
-
 def owner(model: nn.Module, slot: str) -> tuple[Any, str]:
     path, _, attr = slot.rpartition(".")
     return model.get_submodule(path), attr
@@ -403,16 +411,36 @@ def leaves_of(view: nn.Module) -> list[Leaf]:
     return [m for m in view.modules() if isinstance(m, Leaf)]
 
 
-def leaf_at(view: nn.Module, site: str, name: str) -> Leaf:
-    entry = view._peftfn.plans[name][site]  # type: ignore[union-attr, index]
-    held: Any
-    if entry.site.kind in (MODULE, TOKENS):  # type: ignore[union-attr]
-        held = view.get_submodule(site)._modules[CALL]
-    else:
-        layer, attr = owner(view, site)
-        held = layer.parametrizations[attr][0]
-    leaf: Leaf = held._modules[name]
+def held_at(view: nn.Module, site: Site) -> Any:
+    """What holds the leaves of a site."""
+    if site.kind in (MODULE, TOKENS):
+        return view.get_submodule(site.name)._modules[CALL]
+    layer, attr = owner(view, site.name)
+    return layer.parametrizations[attr][0]
+
+
+def leaf_at(view: Any, site: str, name: str) -> Leaf:
+    leaf: Leaf = held_at(view, view._peftfn.plans[name][site].site)._modules[name]
     return leaf
+
+
+def changes_bias_at(view: nn.Module, site: Site, adds: bool) -> bool:
+    """Whether a method at this weight can change the layer's bias, or has none to change. adds: it makes one."""
+    layer, _ = owner(view, site.name)
+    attr = str(site.bias).rpartition(".")[-1]
+    if attr in layer.parametrizations:
+        return any(isinstance(p, _Bias) for p in layer.parametrizations[attr])
+    return not adds and layer._parameters.get(attr) is None
+
+
+def constants_of(view: Any, leaf: Leaf) -> dict[str, Any]:
+    """The constants of a leaf: its own buffers, and those that it shares."""
+    return {**leaf._buffers, **{k: view._buffers[name] for k, name in leaf._shared.items()}}
+
+
+def without_constants(plan: Plan) -> Plan:
+    """The plan of an adapter in a view, whose constants are buffers."""
+    return Plan({site: replace(e, frozen={}) for site, e in plan.items()}, plan.rules, plan.banks)
 
 
 def weight_at(view: Any, site: Site) -> Any:
@@ -428,18 +456,18 @@ def is_own(path: str) -> bool:
     return not {"parametrizations", CALL}.isdisjoint(path.split("."))
 
 
-def _share_constants(model: nn.Module, plans: list[Plan]) -> dict[int, str]:
+def share_constants(model: nn.Module, plans: list[Plan], known: Mapping[int, str] | None = None) -> dict[int, str]:
     """Constants that several leaves use become buffers of the model: {id of the constant: its name there}.
 
-    So do those of a chain's parts, whose names, with a dot, no buffer could have.
+    So do those of a chain's parts, whose names, with a dot, no buffer could have. known: those that are there.
     """
     uses = [(k, t) for plan in plans for entry in plan.values() for k, t in entry.frozen.items()]
-    count = Counter(id(t) for _, t in uses)
-    names: dict[int, str] = {}
+    number = Counter(id(t) for _, t in uses)
+    names = dict(known or {})
     for k, t in uses:
-        if (count[id(t)] > 1 or "." in k) and id(t) not in names:
+        if (number[id(t)] > 1 or "." in k) and id(t) not in names:
             base = f"adapter_{k}".replace(".", ":")
-            taken = sum(n == base or n.startswith(f"{base}_") for n in names.values())
-            names[id(t)] = f"{base}_{taken}" if taken else base
+            free = (f"{base}_{i}" if i else base for i in count())
+            names[id(t)] = next(n for n in free if n not in model._buffers)
             model.register_buffer(names[id(t)], t.detach())
     return names

@@ -50,7 +50,8 @@ WORDS = {
     "set_adapter": r'm\.use_\("x"\) .*`with m\.use\("x"\)',
     "disable_adapter": r"with m\.use\(None\)",
     "add_adapter": r"as_module\(net, x=a, y=b\)",
-    "load_adapter": r"peftfn\.load\(path, model\)",
+    "load_adapter": r"peftfn\.load\(path, model\) .*peftfn\.attach_",
+    "delete_adapter": r"peftfn\.detach_\(m, ",
     "merge_and_unload": r"peftfn\.merged_model\(net, peftfn\.adapter_of\(m\)\)",
     "print_trainable_parameters": r"print\(peftfn\.status\(m\)\)",
 }
