@@ -68,9 +68,9 @@ SECTIONS = {
     "routed": (
         "Mixed batches through experts",
         "Eight rows, four adapters and the base for two rows, at all experts, the router and two projections of a "
-        "small Mixtral, forward without gradients, against a loop over the adapters (one call for the rows of each) and "
-        "the bare base. PEFT mixes no adapters of experts. Then what following the rows costs a function of torch inside "
-        "a routed module, against the same forward outside of one, where nothing is followed.",
+        "small Mixtral, forward without gradients, against a loop over the adapters (one call for the rows of each) "
+        "and the bare base. PEFT mixes no adapters of experts. Then what following the rows costs a function of "
+        "torch inside a routed module, against the same forward outside of one, where nothing is followed.",
     ),
     "tenants": (
         "Tokens of each tenant, and number of tenants",

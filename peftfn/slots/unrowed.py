@@ -121,6 +121,8 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     def sort(v: Any) -> None:
         if isinstance(v, Unrowed) and known(v):
             tables.append(v)
+        elif isinstance(v, Unrowed) and v.each is not None:
+            raise _written(v, getattr(func, "__name__", ""))
         elif isinstance(v, Tensor) and v.dim():
             others.append(v)
 
@@ -141,7 +143,12 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     site = next(t.site for t in tables if t.each is not None)
     if rowed:
         return _met(func, args, kwargs, rows, rowed, site)
+    own = next(t for t in tables if t.each is not None)
+    if own.version is None and own is args[0] and (_writes(name) or kwargs.get("inplace")):
+        raise _written(own, name)  # inference_mode does not count writes
     out = func(*args, **kwargs)
+    if not all(known(t) for t in tables):
+        raise _written(own, name)
     if not tensors(out):
         return out
     if name == "repeat" and (made := _repeated(tables[0], args[1:], rows)) is not None:
@@ -157,6 +164,14 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*mapped(args, swap), **mapped(kwargs, swap))
 
     return _wrapped(out, rows, vmap(one, randomness="different")(*each), site)
+
+
+def _written(table: Unrowed, name: str) -> ValueError:
+    return ValueError(
+        f"{table.site}: all rows have its input in common, so its output {list(table.shape)} is another for each row, "
+        f"and the model writes to it in place ({name}), which would change that of one row alone. Call net.apply for "
+        "one adapter at a time, or leave this site out of the rules."
+    )
 
 
 def _writes(name: str) -> bool:

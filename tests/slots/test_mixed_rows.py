@@ -227,6 +227,24 @@ def test_a_vector_of_features_is_no_batch(method: pf.Method) -> None:
         conv.mixed(pf.stack(many), INDEX, noise(3, 5))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["a function", "a method", "a layer"])
+def test_what_a_site_makes_of_a_table_is_not_written_to(how: str, mode: Any) -> None:
+    """Each row has its own, of which a write in place would reach that of one row alone."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.f(m.table)
+        if how == "a method":
+            y.relu_()
+        y = F.relu(y, inplace=True) if how == "a function" else m.act(y) if how == "a layer" else y
+        return x + y
+
+    parts = {"f": nn.Linear(4, 4), "table": nn.Parameter(noise(2, 4)), "act": nn.ReLU(inplace=True)}
+    net, many = setting(forward, {r"f\.weight": LoRA(2)}, **parts)
+    with mode(), pytest.raises(ValueError, match=r"f\.weight: .*writes to it in place"):
+        net.mixed(pf.stack(many), INDEX, noise(3, 2, 4))
+
+
 # Functions over all rows.
 
 
