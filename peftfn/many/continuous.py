@@ -63,6 +63,9 @@ class Continuous:
     def eval(self) -> "Continuous":
         """Return itself: the manager keeps what this returns. The model must be in eval mode.
 
+        Returns:
+            This object.
+
         Raises:
             ValueError: it is in training mode.
 
