@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--rates", type=_rates, metavar="X,Y", help="learning rates (3e-4 to 1, two a decade)")
     new.add_argument("--seeds", type=_positive, metavar="N", help="of each rate (3)")
     new.add_argument("--steps", type=_positive, metavar="N", help="of training (60)")
-    new.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing that would end later")
+    new.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="begin nothing that would end later, by the last on its task"
+    )
 
     new = command(
         "inspect",

@@ -33,7 +33,7 @@ def _task(records: Sequence[Json]) -> str:
     first, how, n = records[0], records[0]["settings"], records[0]["examples"]
     rates = how["rates"]
     about = (
-        f"{first['title'].capitalize()}: {n['train']} examples to train on, {n['validation']} to choose the rate, "
+        f"{first['title'][0].upper()}{first['title'][1:]}: {n['train']} examples to train on, {n['validation']} to choose the rate, "
         f"{n['test']} to test. {how['steps']} steps of {how['batch']} examples, AdamW, cosine after a warm-up, "
         f"{how['seeds']} seeds; {len(rates)} rates from {min(rates):g} to {max(rates):g}."
     )
