@@ -32,8 +32,9 @@ def page(records: Sequence[Json]) -> str:
 def _task(records: Sequence[Json]) -> str:
     first, how, n = records[0], records[0]["settings"], records[0]["examples"]
     rates = how["rates"]
+    title = first["title"]
     about = (
-        f"{first['title'][0].upper()}{first['title'][1:]}: {n['train']} examples to train on, {n['validation']} to choose the rate, "
+        f"{title[0].upper()}{title[1:]}: {n['train']} examples to train on, {n['validation']} to choose the rate, "
         f"{n['test']} to test. {how['steps']} steps of {how['batch']} examples, AdamW, cosine after a warm-up, "
         f"{how['seeds']} seeds; {len(rates)} rates from {min(rates):g} to {max(rates):g}."
     )
