@@ -386,3 +386,8 @@ class Adapted:
         """
         skeleton = self._runner.innermost
         return (nullcontext(), nullcontext()) if skeleton is None else skeleton.checkpoint_context()
+
+
+def replanned(net: Adapted, plan: Plan) -> Adapted:
+    """The net of another plan on the same model, rematerialised and routed as this one is."""
+    return Adapted(net.model, plan, net.again, net.routed)

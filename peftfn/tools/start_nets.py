@@ -11,7 +11,7 @@ from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.methods.weights.lora import LoRA
 from peftfn.methods.weights.offset_lora import OffsetLoRA
 from peftfn.model.model import Model
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, replanned
 from peftfn.tools.change import exactly
 
 
@@ -52,7 +52,7 @@ def with_methods(net: Adapted, methods: Mapping[str, Method | None]) -> Adapted:
     taken = {n: exactly(n) if n in methods else net.plan[n].rule for n in kept}
     plan = make(Model.of(net.model), rules, 0, taken=taken, constants=False)
     entries = {n: e if n in methods else replace(e, frozen=net.plan[n].frozen) for n, e in plan.items()}
-    return Adapted(net.model, Plan(entries, plan.rules, plan.banks))
+    return replanned(net, Plan(entries, plan.rules, plan.banks))
 
 
 def offset_from(net: Adapted, starts: Mapping[str, Leaf]) -> tuple[Adapted, Adapter]:
@@ -68,7 +68,7 @@ def offset_from(net: Adapted, starts: Mapping[str, Leaf]) -> tuple[Adapted, Adap
     for n, leaf in starts.items():
         frozen = {f"{k}0": t.float().contiguous() for k, t in leaf.items()}
         entries[n] = replace(entries[n], frozen=frozen)
-    made = Adapted(net.model, Plan(entries, new.plan.rules, new.plan.banks))
+    made = replanned(net, Plan(entries, new.plan.rules, new.plan.banks))
     return made, made.init()
 
 

@@ -27,7 +27,7 @@ from peftfn.core.method import Leaf
 from peftfn.core.plan import Adapter, Plan
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.shira import SHiRA
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, replanned
 from peftfn.tensors.precision import wide
 from peftfn.tools.observe import gradients, see_inputs
 from peftfn.tools.pca import Pca
@@ -108,7 +108,7 @@ def sparse(net: Adapted, mask: Callable[[str, Tensor], Tensor]) -> tuple[Adapted
                 f"sparse: {name}: the mask has {what}; {entry.method} wants {n} of {list(w.shape)}, torch.bool"
             )
         entries[name] = replace(entry, frozen={"index": torch.stack(chosen.to(w.device).nonzero(as_tuple=True))})
-    made = Adapted(net.model, Plan(entries, net.plan.rules, net.plan.banks), net.again)
+    made = replanned(net, Plan(entries, net.plan.rules, net.plan.banks))
     return made, made.init()
 
 

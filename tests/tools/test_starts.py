@@ -327,3 +327,13 @@ def test_masks_that_do_not_fit() -> None:
             pf.starts.sparse(net, mask)
     with pytest.raises(ValueError, match="no SHiRA"):
         pf.starts.sparse(pf.adapt(nn.Sequential(nn.Linear(8, 6)), {"weight": pf.LoRA(1)}), largest)
+
+
+def test_a_start_keeps_what_else_the_net_was_told() -> None:
+    """Which modules are rematerialised, and through which rows are followed."""
+    net = pf.adapt(Net(), {"weight": pf.LoRA(rank=2)}, routed=["q"])
+    net = pf.Adapted(net.model, net.plan, ["o"], net.routed)
+    batches = [torch.randn(16, 12)]
+    loss = lambda y, *_: y.square().mean()  # noqa: E731
+    for made, _ in (S.corda(net, batches), S.eva(net, batches), S.lora_ga(net, batches, loss=loss)):
+        assert (made.again, made.routed) == (("o",), net.routed)
