@@ -132,7 +132,7 @@ def test_the_reference_is_complete() -> None:
     listed = re.search(r"^## Methods\n\n.*\n\n(.*)$", text, flags=re.M)
     assert listed is not None
     methods = re.findall(r"`(\w+)`", listed[1])
-    members = {n for n in PUBLIC if n.split(".")[0] in {"Adapted", "Bank", "Nets"} and "." in n}
+    members = {n for n in PUBLIC if n.split(".")[0] in {"Adapted", "Bank", "Continuous", "Nets"} and "." in n}
     of_method, of_fields = (importlib.import_module(f"peftfn.{m}").__all__ for m in ("method", "fields"))
     wanted = {*OURS, *members, *of_method, *of_fields, "use"}
     shown = {*(name for name, _ in rows), *methods}
