@@ -49,7 +49,7 @@ class Bypass(Released):
 class Waiting(Released):
     """Stands for a parameter that a hook puts in place when its layer is called (offload, layerwise casting)."""
 
-    make: Any = None  # what makes the values at some sites, where the parameter is adapted; see `Skeleton.wait`
+    make: Any = None  # what makes the values at some sites, where the parameter is adapted; see `Loading.wait`
 
     @classmethod
     def like(cls, name: str, t: Tensor, dtype: torch.dtype) -> "Waiting":

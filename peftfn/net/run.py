@@ -82,7 +82,7 @@ class Runner:
                     if gates.size is not None and not torch.compiler.is_compiling():
                         mark(skeleton.tables, gates)
                 make = partial(values, given, gates, skeleton.__getitem__, self.model.training)
-                made = make(but=skeleton.wait(make))
+                made = make(but=skeleton.loading.wait(make))
                 skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 with nullcontext() if gates is None else gates.during(skeleton.root):

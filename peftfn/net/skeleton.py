@@ -29,6 +29,7 @@ from peftfn.model.site import runs_linear
 from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, hooks_of, is_plain, is_setting, reachable
 from peftfn.model.written import written_by
 from peftfn.net.again import rematerialised
+from peftfn.net.loading import Loading, Spot
 from peftfn.net.released import Bypass, Released, Waiting
 from peftfn.slots import track
 from peftfn.slots.call import Call, Gone, hooked
@@ -36,14 +37,11 @@ from peftfn.slots.routed import routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
-from peftfn.tensors.loaded import Source, source_of
 from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
 
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
-Spot = tuple[Mapping[str, Any], MutableMapping[str, Any], str]  # (the base's dict, the skeleton's, key)
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
-Load = tuple[str, Mapping[str, Any], MutableMapping[str, Any], str]  # (its name for a hook, the base's dict, ours, key)
 HOOKED = ("_hf_hook", "_diffusers_hook")  # where accelerate's and diffusers' hooks are, which change in each call
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -88,7 +86,6 @@ class Skeleton:
         self._name_slots(named, opaque)
         self._name_calls()
         self._route()
-        self._name_loads()
         self._sort_slots()
         self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
@@ -159,12 +156,12 @@ class Skeleton:
             and runs_linear(layer)
         }
         sites = {(id(slots), k) for slots, k in map(self.slots.__getitem__, self.sites)}
-        late = self.waiting.keys()
-        self.late = [name for name in self.sites if (id(self.slots[name][0]), self.slots[name][1]) in late]
+        copied = {(id(s._parameters), k) for b, s in self.pairs for k in written_by(b)}
+        self.loading = Loading(self.pairs, self.parameters + self.buffers, self.slots, self.sites, copied)
+        late = self.loading.waiting.keys()
         self.constants = [p for p in self.filled if (id(p[1]), p[2]) in sites - late]
         self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites | late]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
-        self.copied = {(id(s._parameters), k) for b, s in self.pairs for k in written_by(b)}
         self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
         marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
         self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
@@ -173,23 +170,6 @@ class Skeleton:
         self.flags = [
             (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
         ]
-
-    def _name_loads(self) -> None:
-        """Slots whose tensors a hook puts in place when its layer is called."""
-        self.loads: dict[int, tuple[Source, list[Load], list[Load]]] = {}
-        self.waiting: dict[tuple[int, str], tuple[MutableMapping[str, Any], Waiting]] = {}
-        self.within: dict[int, list[Any]] = {}  # layer → what its slots held before it was called
-        ours: dict[int, Any] = {id(theirs): slots for theirs, slots, _ in self.parameters + self.buffers}
-        names = {(id(slots), k): n for n, (slots, k) in reversed(self.slots.items())}
-        for b, s in self.pairs:
-            if (source := source_of(b)) is None:
-                continue
-            parameters: list[Load] = [(n, d, ours[id(d)], k) for n, d, k in source.spots(b)]
-            buffers: list[Load] = [(n, d, ours[id(d)], k) for n, d, k in source.spots(b, buffers=True)]
-            self.loads[id(s)] = source, parameters, buffers
-            for _, theirs, slots, k in parameters:
-                at = id(slots), k
-                self.waiting[at] = slots, Waiting.like(names[at], theirs[k], source.dtype_of(theirs[k]))
 
     def _stand_in(self, weight: QuantisedWeight, copied: nn.Module) -> dict[str, MutableMapping[str, Any]]:
         """Slots for a quantised layer: where they are, by the name of what they hold."""
@@ -313,12 +293,10 @@ class Skeleton:
             p = theirs[k]
             ours[k] = p.detach() if p is not None and p.requires_grad else p
         self._lend()
-        if self.waiting:
-            self._await()
+        self.loading.begin()
         for embedding in self.embeddings:
-            if embedding.max_norm is not None and not isinstance(
-                embedding.weight, Waiting
-            ):  # F.embedding would renormalise the base's rows in place
+            waits = isinstance(embedding.weight, Waiting)
+            if embedding.max_norm is not None and not waits:  # F.embedding would renormalise the base's rows in place
                 embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
         self._fill_buffers()
         return before
@@ -348,63 +326,13 @@ class Skeleton:
         for ours, k, p in others:
             ours[k] = _constant(p)
 
-    # Layers whose tensors a hook puts in place when they are called, and takes away after.
-
-    def _await(self) -> None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{next(iter(self.waiting.values()))[1].site}: a hook puts this parameter in place when its layer is "
-                "called, which the compiler cannot follow. Call the net without torch.compile, or load the model "
-                "without offload"
-            )
-        self.within.clear()
-        for (_, k), (slots, waiting) in self.waiting.items():
-            slots[k] = waiting
-
-    def wait(self, make: Callable[..., dict[str, Any]]) -> Collection[str]:
-        """The adapted sites whose parameters come later, of which make(only=sites) makes the values then."""
-        if not self.late:
-            return ()
-        names = set()
-        for name in self.late:
-            slots, k = self.slots[name]
-            held = slots[k]
-            if isinstance(held, Waiting):  # it may be the caller's own parameter
-                slots[k] = waits = Waiting.like(held.site, held, held.dtype)
-                waits.make = make
-                names.add(name)
-        return names
-
     def _load(self, layer: nn.Module) -> None:
-        """Before a layer's forward: its tensors as the hook would put them in place, adapted where they are."""
-        source, parameters, buffers = self.loads[id(layer)]
-        before: list[Any] = []
-        makes: dict[str, Any] = {}
-        with beneath():
-            for key, theirs, ours, k in parameters:
-                held = ours[k]
-                if not isinstance(held, Waiting):  # the caller's own, or put in place around a layer above
-                    continue
-                before.append((ours, k, held))
-                t = source.load(key, theirs[k])
-                if held.make is not None:
-                    ours[k], makes[held.site] = t, held.make
-                else:
-                    ours[k] = t.clone() if (id(ours), k) in self.copied else lend(Lent, t)
-            for key, theirs, ours, k in buffers:
-                before.append((ours, k, ours[k]))
-                ours[k] = source.load(key, theirs[k]).clone()
-        made = next(iter(makes.values()))(only=makes.keys()) if makes else {}
-        self.fill(made)
-        self.within[id(layer)] = [before, made]
+        """Before the forward of a layer whose tensors a hook puts in place."""
+        self.fill(self.loading.load(layer))
 
     def _unload(self, layer: nn.Module) -> None:
-        """After a layer's forward: its slots wait again."""
-        before, made = self.within.pop(id(layer))
-        self.check_in_place(made)
-        for slots, k, held in before:
-            slots[k] = held
-        for name in made:
+        """After it."""
+        for name in self.loading.unload(layer, self.check_in_place):
             if name in self.lanes:
                 self.lanes[name].pop("forward", None)
 
