@@ -10,7 +10,7 @@ tensors like any other: it stacks, saves, and has gradients.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -95,14 +95,18 @@ def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], pl
         scaling: Any = _FORMS[m.family][0]
         return (m, closed) if closed is not None else (scaling(m), {"scale": leaf["scale"]} | _nested("of", p))
     if "add.0" in leaf:
-        parts = [resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()]
-        ms, ps = [m for m, _ in parts], [p for _, p in parts]
-        closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
-        if closed is not None:
-            return ms[0], closed
-        sum_: Any = _FORMS[ms[0].family][1]
-        return sum_(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
+        return total([resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()])
     return method, plain(leaf, bank)
+
+
+def total(parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return (method, prepared tensors) of the sum of some, of one family."""
+    ms, ps = [m for m, _ in parts], [p for _, p in parts]
+    closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
+    if closed is not None:
+        return ms[0], closed
+    sum_: Any = _FORMS[ms[0].family][1]
+    return sum_(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
 
 
 # The prepared tensors of a scaling or sum are one flat dict: the names of each operand behind a prefix and a "/", which

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfn.core.combine import total
 from peftfn.core.plan import Entry
 from peftfn.slots.values import FAMILIES
-from peftfn.tensors.transform import backward_task, moment
+from peftfn.tensors.transform import backward_task, exactly, moment
 
 # A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
 # does not allow there.
@@ -67,7 +68,7 @@ class _Here(threading.local):
     """What this thread says of it. pinned: a `use` does."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.active: tuple[str, ...] = ()
         self.pinned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,23 +76,26 @@ class _Here(threading.local):
 
 
 class Choice:
-    """Which adapter is active: the one of this thread's `use`, or else the default of all threads."""
+    """Which adapters are active: those of this thread's `use`, or else the default of all threads.
 
-    def __init__(self, default: str | None, several: bool):
+    Several are their sum, and none is the base.
+    """
+
+    def __init__(self, default: tuple[str, ...], several: bool):
         self.default, self.several, self.here = default, several, _Here()
-        self.blocks: list[str | None] = []  # the names in all threads' `use` blocks
+        self.blocks: list[tuple[str, ...]] = []  # those of all threads' `use`
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Choice, (self.default, self.several)
 
     @property
-    def name(self) -> str | None:
+    def active(self) -> tuple[str, ...]:
         here = self.here
-        return here.name if here.pinned else self.default
+        return here.active if here.pinned else self.default
 
     def has(self, name: str) -> bool:
         """Whether the adapter is active in some thread, or will be after a block."""
-        return name == self.default or name in self.blocks
+        return any(name in active for active in [self.default, *self.blocks])
 
 
 class Factors(nn.Module):
@@ -135,14 +139,45 @@ class Leaf(nn.Module):
     def extra_repr(self) -> str:
         return str(self._entry.method)
 
-    def adapted(self, w: Any) -> Any:
-        """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
-        entry, common = self._entry if self.training else self._meant, {}
+    def entry(self) -> Entry:
+        return self._entry if self.training else self._meant
+
+    def changes_bias(self) -> bool:
+        return self._entry.changes_bias
+
+    def tensors(self, w: Any) -> tuple[Any, dict[str, Any]]:
+        """(method, prepared tensors) at w."""
+        common: dict[str, Any] = {}
         if self._root:
             root = self._root[0]
             shared = {k: root._buffers[name] for k, name in self._shared.items()}
             common = _with(grown(self._bank, bank_tensors(root, self._bank)), shared)
-        method, p = entry.tensors(self.tree(), common, entry.site.canonical(w))
+        entry = self.entry()
+        return entry.tensors(self.tree(), common, entry.site.canonical(w))
+
+    def adapted(self, w: Any) -> Any:
+        """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
+        entry, (method, p) = self.entry(), self.tensors(w)
+        return FAMILIES[entry.family].single(entry, method, p, w, moment())
+
+
+class Several:
+    """The leaves of several active adapters at one site: their sum, whose parts have their own constants."""
+
+    def __init__(self, leaves: list[Any]):
+        self.leaves = leaves
+
+    def changes_bias(self) -> bool:
+        return any(leaf.changes_bias() for leaf in self.leaves)
+
+    def entry(self) -> Entry:
+        entry: Entry = self.leaves[0].entry()
+        return entry
+
+    def adapted(self, w: Any) -> Any:
+        entry, parts = self.entry(), [leaf.tensors(w) for leaf in self.leaves]
+        with exactly(entry.site.canonical(w)):
+            method, p = total(parts)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
 
@@ -160,7 +195,7 @@ class Held(nn.ModuleDict):
         self.read: Callable[[Tensor], Any] = read  # the parameter ↦ what methods take for the weight
 
     def leaf(self) -> Any:
-        """The leaf of the active adapter, or None."""
+        """The leaf of the active adapter, the sum of several, or None."""
         choice = self.choice
         recomputed = not torch.compiler.is_compiling() and backward_task() != -1  # nothing to guard when compiled
         if recomputed and choice.several and not choice.here.pinned:
@@ -169,22 +204,22 @@ class Held(nn.ModuleDict):
                 "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
                 "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
-        name = choice.name
-        leaf = self._modules.get(name) if name is not None else None
-        if leaf is not None and not isinstance(leaf, Leaf):
-            raise RuntimeError(
-                f"{self.site}: a {type(leaf).__name__} is around this adapter's leaf, which is read, never called, so "
-                "it would have a part of its numbers. Wrap whole layers: FullyShardedDataParallel(m, auto_wrap_policy="
-                "ModuleWrapPolicy({the class of a layer}), use_orig_params=True)"
-            )
-        return leaf
+        leaves = [self._modules[name] for name in choice.active if name in self._modules]
+        for leaf in leaves:
+            if not isinstance(leaf, Leaf):
+                raise RuntimeError(
+                    f"{self.site}: a {type(leaf).__name__} is around this adapter's leaf, which is read, never called, "
+                    "so it would have a part of its numbers. Wrap whole layers: FullyShardedDataParallel(m, "
+                    "auto_wrap_policy=ModuleWrapPolicy({the class of a layer}), use_orig_params=True)"
+                )
+        return Several(leaves) if len(leaves) > 1 else (leaves[0] if leaves else None)
 
     def forward(self, w: Tensor) -> Any:
         leaf, w = self.leaf(), self.read(w)
         if leaf is None:
             return w
         value = leaf.adapted(w)
-        return value.dense() if leaf._entry.site.kind == "other" else value
+        return value.dense() if leaf.entry().site.kind == "other" else value
 
 
 def itself(w: Any) -> Any:

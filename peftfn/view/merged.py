@@ -43,8 +43,8 @@ def merged(module: nn.Module, *, untied: bool = False) -> Iterator[tuple[str, Te
     """
     if module.training:
         raise ValueError("merged: the module is in train mode, where dropout and the like may act; call m.eval() first")
-    if any(row.active for row in status(module).adapters):
-        for entry in plan_of(module).values():
+    for row in status(module).adapters:
+        for entry in plan_of(module, row.name).values() if row.active else ():
             entry.check_merge()
     reshard_(module)
     sharded = any(is_sharded(p) for p in module.parameters())

@@ -60,7 +60,8 @@ def as_module(
 
     Returns:
         The module, with three methods more than the model has:
-        `with m.use(name): …`: the adapter `name` is active in this thread; None is the base.
+        `with m.use(name): …`: the adapter `name` is active in this thread; None is the base, and a list of names the
+            sum of these adapters.
         `m.use_(name)`: it is active in every thread, where no `use` says otherwise.
         `m.checkpoint_context`: `context_fn` for your own calls of torch.utils.checkpoint.
 
@@ -408,7 +409,7 @@ def status(module: nn.Module) -> Status:
         rows.append(
             AdapterStatus(
                 name=name,
-                active=name == state.choice.name,
+                active=name in state.choice.active,
                 trainable=flags.pop() if len(flags) == 1 else None,
                 sites=len(plan),
                 parameters=sum(t.numel() for t in ts),
@@ -465,9 +466,11 @@ def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[
             f"this {type(module).__name__} holds {len(found)} modules that as_module made; pass one that it returned"
         )
     state = found[0]._peftfn
-    name = state.choice.name if name is None else name
-    if name is None and not any_name:
-        raise ValueError("no adapter is active (use(None) says so); say which one you mean: name=…")
+    active = state.choice.active
+    if name is None and len(active) != 1 and not any_name:
+        many = f"{len(active)} adapters are active" if active else "no adapter is active (use(None) says so)"
+        raise ValueError(f"{many}; say which one you mean: name=…")
+    name = active[0] if name is None and active else name
     if name is not None and name not in state.plans:
         raise KeyError(f"the module has no adapter {name!r}{near(name, list(state.plans))}")
     return found[0], name or ""

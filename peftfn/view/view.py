@@ -2,7 +2,7 @@
 
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from peftfn.core.modules import Companion
-from peftfn.core.plan import Plan
+from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
@@ -38,7 +38,7 @@ class _Bias(nn.Module):
         b = None if self.missing else b
         weight: Any = self.weight[0]
         leaf = weight[0].leaf()
-        if leaf is None or not leaf._entry.changes_bias:
+        if leaf is None or not leaf.changes_bias():
             return b
         w = leaf.adapted(weight[0].read(weight.original))
         new = w.entry.new_bias(w.method, w.p, b, w.dtype)
@@ -80,41 +80,73 @@ class View:
     """What save_pretrained calls. The package sets it: this room may not import the one that writes files."""
 
     @contextmanager
-    def use(self, name: str | None) -> Iterator[None]:
-        """Make the adapter `name` active in this thread, until the block ends; None is the base."""
-        _check_use(self, name, "use")
+    def use(self, names: str | Sequence[str] | None) -> Iterator[None]:
+        """Make an adapter active in this thread, or the sum of several, until the block ends; None is the base."""
+        active = _checked(self, names, "use")
         choice = self._peftfn.choice
         here = choice.here
-        before = here.name, here.pinned
-        choice.blocks.append(name)
-        here.name, here.pinned = name, True
+        before = here.active, here.pinned
+        choice.blocks.append(active)
+        here.active, here.pinned = active, True
         try:
             yield
         finally:
-            here.name, here.pinned = before
-            choice.blocks.remove(name)
+            here.active, here.pinned = before
+            choice.blocks.remove(active)
 
-    def use_(self, name: str | None) -> None:
-        """Make the adapter `name` active in every thread, where no `use` says otherwise; None is the base."""
-        _check_use(self, name, "use_")
-        self._peftfn.choice.default = name
+    def use_(self, names: str | Sequence[str] | None) -> None:
+        """Make an adapter active in every thread, or the sum of several, where no `use` says otherwise; None is the
+        base."""
+        self._peftfn.choice.default = _checked(self, names, "use_")
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is active now."""
-        return nullcontext(), self.use(self._peftfn.choice.name)
+        return nullcontext(), self.use(self._peftfn.choice.active)
 
 
-def _check_use(view: View, name: Any, what: str) -> None:
-    """Raise if the adapter cannot be active."""
-    if name is not None and not isinstance(name, str):
+def _checked(view: View, names: Any, what: str) -> tuple[str, ...]:
+    """The adapters that a `use` makes active. Raises if they cannot be."""
+    state = view._peftfn
+    active = () if names is None else (names,) if isinstance(names, str) else names
+    if not isinstance(active, (list, tuple)) or not all(isinstance(name, str) for name in active):
         raise TypeError(
-            f"{what}: {name!r} is not a name; one adapter is active at a time. For a sum of two, make a module of it, "
-            "as_module(net, both=peftfn.add(a, b)); for one adapter per row, net.mixed"
+            f"{what}: {names!r} is neither a name nor a list of names. For a weighted sum, attach_ a sum of "
+            "peftfn.scale(a, s); for one adapter per row, net.mixed"
         )
-    if name is not None and name not in view._peftfn.plans:
-        raise KeyError(f"{what}: the module has no adapter {name!r}{near(name, list(view._peftfn.plans))}")
-    if name in view._peftfn.offloaded:
-        raise ValueError(f"{what}: adapter {name!r} is offloaded; bring it back with peftfn.onload_(m, {name!r})")
+    for name in active:
+        if name not in state.plans:
+            raise KeyError(f"{what}: the module has no adapter {name!r}{near(name, list(state.plans))}")
+        if name in state.offloaded:
+            raise ValueError(f"{what}: adapter {name!r} is offloaded; bring it back with peftfn.onload_(m, {name!r})")
+    if len(active) > 1:
+        _check_sum(state, active, what)
+    return tuple(active)
+
+
+def _check_sum(state: _State, active: Sequence[str], what: str) -> None:
+    """ValueError unless these adapters have a sum at every site."""
+    if len(set(active)) < len(active):
+        raise ValueError(f"{what}: {list(active)} has a name twice; attach_ peftfn.scale(a, 2.0) for twice an adapter")
+    first: dict[str, tuple[str, Entry]] = {}
+    for name in active:
+        for at, e in state.plans[name].items():
+            other, f = first.setdefault(at, (name, e))
+            if name != other and not _have_sum(e, f):
+                raise ValueError(
+                    f"{what}: {e.site.label}: {f.method} of {other!r} and {e.method} of {name!r} have no sum; make one "
+                    "of them active at a time"
+                )
+
+
+def _have_sum(e: Entry, f: Entry) -> bool:
+    """Whether leaves of these entries of one site can be active together."""
+    one, both = e.method == f.method, (e.method, f.method)
+    if e.site.kind in (MODULE, TOKENS):
+        return one and e.method.combines
+    if one and e.method.overrides("summed"):  # it has a closed form
+        return True
+    # W + Σ delta; methods name for themselves which tensors the experts of a stack share
+    return all(m.combines and m.mergeable for m in both) and (one or not e.site.stacked)
 
 
 def _unshare(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -220,10 +252,10 @@ def _wrap_checkpoints(view: Any) -> None:
 
 
 def _checkpoint(view: View, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    name = view._peftfn.choice.name
+    active = view._peftfn.choice.active
 
     def under(*args: Any, **kwargs: Any) -> Any:
-        with view.use(name):
+        with view.use(active):
             return run(*args, **kwargs)
 
     return original(under, *args, **kwargs)
@@ -318,7 +350,7 @@ def build(
 ) -> Any:
     """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `_State`."""
     plans = [plan for plan, _ in given.values()]
-    choice, names = Choice(next(iter(given)), len(given) > 1), share_constants(model, plans)
+    choice, names = Choice((next(iter(given)),), len(given) > 1), share_constants(model, plans)
     banks = {
         name: {bank: hold_bank(model, name, bank, a[bank], trainable) for bank in plan.banks}
         for name, (plan, a) in given.items()

@@ -34,7 +34,7 @@ CASES: dict[str, Case] = {
     "summary(m)": (lambda n, a, m: pf.summary(m), TypeError, r"peftfn\.status\(m\)"),
     "status(net)": (lambda n, a, m: pf.status(n), TypeError, r"as_module.*Adapted"),
     "as_module(model, a)": (lambda n, a, m: pf.as_module(n.model, a), TypeError, r"\(net, adapter\).*adapt first"),
-    "use of two": (lambda n, a, m: m.use(["one", "two"]).__enter__(), TypeError, r"use.*peftfn\.add.*net\.mixed"),
+    "use with weights": (lambda n, a, m: m.use({"one": 0.5}).__enter__(), TypeError, r"use.*peftfn\.scale.*net\.mixed"),
     "one adapter to Nets": (lambda n, a, m: pf.Nets([n]).mixed(a, [0], torch.ones(1, 6)), ValueError, r"list"),
 }
 

@@ -5,12 +5,16 @@ import pickle
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import by_name, noise
-from support import FIRST, random
+from support import FIRST, random, randomised
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA, Method, VBLoRA, VeRA
@@ -25,6 +29,12 @@ def same(a: Any, b: Any) -> None:
 
 def weights(m: nn.Module) -> dict[str, Tensor]:
     return {k: t.clone() for k, t in m.state_dict().items()}
+
+
+def gradients(y: Tensor, parameters: Any) -> list[Tensor]:
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    made = torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(made, parameters, strict=True)]
 
 
 @pytest.mark.parametrize("method", FIRST, ids=str)
@@ -45,6 +55,27 @@ def test_an_attached_adapter_is_apply(method: Method) -> None:
         got = pf.detach_(m, "two")
         assert got.keys() == b.keys() and all(map(torch.equal, leaves(got), leaves(b)))
         assert list(m.state_dict()) == names and all(torch.equal(t, before[k]) for k, t in m.state_dict().items())
+
+
+@pytest.mark.parametrize("method", FIRST, ids=str)
+def test_several_active_adapters_are_their_sum(method: Method) -> None:
+    """For every method, with gradients; where it has no sum, an error says so."""
+    case = MethodCase(method, models_for(method)[0])
+    a, b = case.adapter(), random(case.net, 7)
+    m = pf.as_module(case.net, one=a, two=b)
+    if not method.combines or type(method) in (pf.Lily, pf.MoELoRA):  # these two depend on the input
+        with pytest.raises(ValueError, match="have no sum"), m.use(["one", "two"]):
+            pass
+        return
+    tree = tree_map(lambda t: t.detach().clone().requires_grad_(), pf.add(a, b))
+    want = case.net.apply(tree, case.x)
+    with m.use(["one", "two"]):
+        y = m(case.x)
+        assert [row.active for row in pf.status(m).adapters] == [True, True]
+    same(y, want)
+    held, added = parameters_of(m, "two"), {site: leaf["add.1"] for site, leaf in tree.items()}
+    for g, h in zip(gradients(y, leaves(held)), gradients(want, leaves(added)), strict=True):
+        same(g, h)
 
 
 def two_layers() -> tuple[Any, Any, Any, Any]:
@@ -193,3 +224,78 @@ def test_an_adapter_that_another_thread_uses_stays() -> None:
     done.set()
     thread.join()
     pf.detach_(m, "two")
+
+
+def test_several_active_adapters_of_other_nets() -> None:
+    net, a, m, x = two_layers()
+    b = random(net, 1)
+    pf.attach_(m, "two", b)
+    other = pf.adapt(net.model, {"0.weight": DoRA(3)})
+    c = random(other, 2)
+    pf.attach_(m, "other", (other, c))
+    deltas = [net.delta(a), net.delta(b), other.delta(c)]
+    params = {k: p.detach().clone() for k, p in net.model.named_parameters()}
+    for delta in deltas:
+        for k, d in delta.items():
+            params[k] += d
+    m.use_(["one", "two", "other"])
+    same(m(x), functional_call(net.model, params, (x,)))
+    with m.use(["two", "one"]):
+        same(m(x), net.apply(pf.add(a, b), x))
+        same(dict(pf.merged(m))["2.weight"], net.merge(pf.add(a, b))["2.weight"])
+        with pytest.raises(ValueError, match="2 adapters are active; say which"):
+            pf.adapter_of(m)
+    with m.use([]):
+        same(m(x), net.model(x))
+    with pytest.raises(ValueError, match="'other' is active, or is the default"):
+        pf.detach_(m, "other")
+    for names, error, match in [
+        (["one", "one"], ValueError, "a name twice"),
+        (["one", "tow"], KeyError, "no adapter 'tow'; near: two"),
+        (["one", 2], TypeError, "neither a name nor a list of names"),
+    ]:
+        with pytest.raises(error, match=match), m.use(names):
+            pass
+    same(m(x), functional_call(net.model, params, (x,)))
+
+
+def test_several_active_adapters_compile_and_recompute() -> None:
+    torch._dynamo.reset()
+    net, a, m, x = two_layers()
+    b = random(net, 1)
+    pf.attach_(m, "two", b)
+    counter = CompileCounterWithBackend("eager")
+    compiled, want = torch.compile(m, fullgraph=True, backend=counter), net.apply(pf.add(a, b), x)
+    for _ in range(2):
+        with m.use(["one", "two"]):
+            same(compiled(x), want)
+    assert counter.frame_count == 1
+    parameters = leaves(parameters_of(m, "one"))
+    with m.use(["one", "two"]):
+        direct = gradients(m(x), parameters)
+        y = checkpoint(m, x, use_reentrant=False, context_fn=m.checkpoint_context)
+    for g, h in zip(gradients(y, parameters), direct, strict=True):
+        same(g, h)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_peft_s_active_adapters_are_ours() -> None:
+    """PEFT's set_adapter of a list, with ranks that differ, is `use_` of that list."""
+    made = [peft.LoraConfig(r=r, lora_alpha=4, target_modules=["0", "2"]) for r in (2, 3)]
+    model = by_name["mlp"].build()
+    theirs = peft.LoraModel(copy.deepcopy(model), {"a": made[0]}, "a")
+    theirs.peft_config["b"] = made[1]
+    theirs.inject_adapter(theirs.model, "b")
+    for k, p in theirs.named_parameters():
+        p.requires_grad_("lora_" in k)
+    randomised(theirs)  # what trains
+    x, nets = noise(3, 8), {r: pf.adapt(model, {"weight": LoRA(r, alpha=4)}) for r in (2, 3)}
+    adapters = []
+    for name, net in zip("ab", nets.values(), strict=True):
+        layers = {site: theirs.model.get_submodule(site.rpartition(".")[0]) for site in net.plan}
+        adapters.append({s: {"a": q.lora_A[name].weight, "b": q.lora_B[name].weight} for s, q in layers.items()})
+    m = pf.as_module(nets[2], a=adapters[0], b=(nets[3], adapters[1]))
+    for names in (["a", "b"], ["b"], ["a"]):
+        theirs.set_adapter(names)
+        m.use_(names)
+        same(m(x), theirs(x))

@@ -542,7 +542,7 @@ def test_a_default_for_all_threads() -> None:
     m.use_(None)
     same(called(m, case), want[None])
     pf.offload_(m, "one")
-    for name, error in [("tow", KeyError), (("two",), TypeError), ("one", ValueError)]:
+    for name, error in [("tow", KeyError), (2, TypeError), ("one", ValueError)]:
         with pytest.raises(error, match="use_"):
             m.use_(name)
     same(called(m, case), want[None])
