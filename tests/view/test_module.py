@@ -1,6 +1,7 @@
 """as_module: for every method and kind of site it is net.apply, and it does what an nn.Module does."""
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -603,6 +604,26 @@ def test_status_trainable_offload_onload() -> None:
             pf.offload_(m, "two")
     with pytest.raises(ValueError, match="'one' is active"):
         pf.offload_(m, "one")
+
+
+def test_status_by_site() -> None:
+    model = by_name["mlp"].build()
+    net = pf.adapt(model, {"0.weight": LoRA(2), "2.weight": VBLoRA(2, vectors=3, length=2)})
+    m = pf.as_module(net, one=net.init(), two=net.init(dtype=torch.float64))
+    m.use_("two")
+    pf.trainable_(m, "two", False)
+    m[0].parametrizations.weight[0].two.a.requires_grad_()
+    rows = [dataclasses.asdict(row) for row in pf.status(m).by_site]
+    assert [(r["adapter"], r["site"]) for r in rows] == [
+        (name, at) for name in ("one", "two") for at in ("0.weight", "2.weight", "VBLoRA")
+    ]
+    assert [(r["active"], r["requires_grad"], r["dtype"], r["device"]) for r in rows] == [
+        *[(False, True, "float32", "cpu")] * 3,
+        (True, None, "float64", "cpu"),
+        *[(True, False, "float64", "cpu")] * 2,
+    ]
+    assert sum(r["parameters"] for r in rows) == 2 * sum(t.numel() for t in leaves(net.init()))
+    assert rows[1]["method"] == rows[2]["method"] == str(VBLoRA(2, vectors=3, length=2))
 
 
 # Checkpointing.
