@@ -14,7 +14,8 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.operand import dense
 from peftfn.tensors.sharded import equal, is_sharded, reshard_, whole
 from peftfn.tensors.tree import leaves
-from peftfn.view.module import parameters_of, plan_of, status
+from peftfn.view.module import parameters_of, plan_of
+from peftfn.view.status import status
 from peftfn.view.view import is_own, owner
 
 
