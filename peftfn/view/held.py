@@ -129,35 +129,35 @@ class Leaf(nn.Module):
         self._bank = bank
         self._root = (root,) if self._shared or bank else ()  # in a tuple: no submodule of this one
 
-    def own(self) -> dict[str, Any]:
+    def _own(self) -> dict[str, Any]:
         """The tensors of its tree by their names in it: its parameters, and the factors of scalings."""
         return self._parameters if self._factors is None else {**self._parameters, **self._factors._buffers}
 
     def tree(self) -> dict[str, Any]:
-        return self._parameters if self._plain else grown(self._paths, self.own())  # type: ignore[return-value]
+        return self._parameters if self._plain else grown(self._paths, self._own())  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return str(self._entry.method)
 
-    def entry(self) -> Entry:
+    def _current(self) -> Entry:
         return self._entry if self.training else self._meant
 
-    def changes_bias(self) -> bool:
+    def _changes_bias(self) -> bool:
         return self._entry.changes_bias
 
-    def tensors(self, w: Any) -> tuple[Any, dict[str, Any]]:
+    def _tensors(self, w: Any) -> tuple[Any, dict[str, Any]]:
         """(method, prepared tensors) at w."""
         common: dict[str, Any] = {}
         if self._root:
             root = self._root[0]
             shared = {k: root._buffers[name] for k, name in self._shared.items()}
             common = _with(grown(self._bank, bank_tensors(root, self._bank)), shared)
-        entry = self.entry()
+        entry = self._current()
         return entry.tensors(self.tree(), common, entry.site.canonical(w))
 
     def adapted(self, w: Any) -> Any:
         """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
-        entry, (method, p) = self.entry(), self.tensors(w)
+        entry, (method, p) = self._current(), self._tensors(w)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
 
@@ -167,15 +167,15 @@ class Several:
     def __init__(self, leaves: list[Any]):
         self.leaves = leaves
 
-    def changes_bias(self) -> bool:
-        return any(leaf.changes_bias() for leaf in self.leaves)
+    def _changes_bias(self) -> bool:
+        return any(leaf._changes_bias() for leaf in self.leaves)
 
-    def entry(self) -> Entry:
-        entry: Entry = self.leaves[0].entry()
+    def _current(self) -> Entry:
+        entry: Entry = self.leaves[0]._current()
         return entry
 
     def adapted(self, w: Any) -> Any:
-        entry, parts = self.entry(), [leaf.tensors(w) for leaf in self.leaves]
+        entry, parts = self._current(), [leaf._tensors(w) for leaf in self.leaves]
         with exactly(entry.site.canonical(w)):
             method, p = total(parts)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
@@ -219,7 +219,7 @@ class Held(nn.ModuleDict):
         if leaf is None:
             return w
         value = leaf.adapted(w)
-        return value.dense() if leaf.entry().site.kind == "other" else value
+        return value.dense() if leaf._current().site.kind == "other" else value
 
 
 def itself(w: Any) -> Any:

@@ -62,7 +62,7 @@ def save_pretrained(
 def _state(view: Any, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """What resuming needs, and an empty tensor for a frozen parameter: transformers, which would fill a whole model
     with random weights, refuses its shape, and `load_state_dict` of a view leaves it out."""
-    ours = {id(p) for leaf in leaves_of(view) for p in leaf.own().values()} | {id(p) for p in _banks(view).values()}
+    ours = {id(p) for leaf in leaves_of(view) for p in leaf._own().values()} | {id(p) for p in _banks(view).values()}
     named = dict(view.named_parameters(remove_duplicate=False))
     frozen = {k: p for k, p in named.items() if not p.requires_grad and id(p) not in ours}
     kept = named.keys() - frozen.keys() | {k for k, _ in view.named_buffers(remove_duplicate=False)}
@@ -85,7 +85,7 @@ def _adapter(view: Any, name: str, held: Mapping[str, Tensor]) -> dict[str, Any]
     names = {id(p): k for k, p in tensors}
     for site in view._peftfn.plans[name]:
         leaf = leaf_at(view, site, name)
-        own = {k: held.get(names[id(p)], p).detach() for k, p in leaf.own().items()}
+        own = {k: held.get(names[id(p)], p).detach() for k, p in leaf._own().items()}
         out[site] = grown(leaf._paths, own)
     for bank, paths in view._peftfn.banks[name].items():
         out[bank] = grown(paths, {k: held.get(k, t).detach() for k, t in bank_tensors(view, paths).items()})

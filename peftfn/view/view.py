@@ -38,7 +38,7 @@ class _Bias(nn.Module):
         b = None if self.missing else b
         weight: Any = self.weight[0]
         leaf = weight[0].leaf()
-        if leaf is None or not leaf.changes_bias():
+        if leaf is None or not leaf._changes_bias():
             return b
         w = leaf.adapted(weight[0].read(weight.original))
         new = w.entry.new_bias(w.method, w.p, b, w.dtype)

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfn as pf
 from peftfn import IA3, DoRA, Full, LoRA, Method, VBLoRA, VeRA
+from peftfn.core.made import RESERVED
 from peftfn.model.names import matches
 from peftfn.testing import Case as MethodCase
 from peftfn.testing import close, leaves, models_for
+from peftfn.view.held import Leaf
 from peftfn.view.module import parameters_of
 
 
@@ -833,3 +835,8 @@ def test_a_module_keeps_no_reference_to_the_base() -> None:
     gc.collect()
     assert alive() is None
     assert m(noise(2, 8)).isfinite().all()
+
+
+def test_a_leaf_takes_no_name_from_the_methods() -> None:
+    """A method may give a tensor any name that is not reserved, and a leaf holds it as an attribute of that name."""
+    assert {k for k in vars(Leaf) if not k.startswith("_")} <= RESERVED | vars(nn.Module).keys()
