@@ -139,25 +139,22 @@ class Leaf(nn.Module):
     def extra_repr(self) -> str:
         return str(self._entry.method)
 
-    def _current(self) -> Entry:
-        return self._entry if self.training else self._meant
-
     def _changes_bias(self) -> bool:
         return self._entry.changes_bias
 
-    def _tensors(self, w: Any) -> tuple[Any, dict[str, Any]]:
-        """(method, prepared tensors) at w."""
+    def _tensors(self, w: Any) -> tuple[Entry, Any, dict[str, Any]]:
+        """(entry in the present mode, method, prepared tensors) at w."""
         common: dict[str, Any] = {}
         if self._root:
             root = self._root[0]
             shared = {k: root._buffers[name] for k, name in self._shared.items()}
             common = _with(grown(self._bank, bank_tensors(root, self._bank)), shared)
-        entry = self._current()
-        return entry.tensors(self.tree(), common, entry.site.canonical(w))
+        entry = self._entry if self.training else self._meant
+        return entry, *entry.tensors(self.tree(), common, entry.site.canonical(w))
 
     def adapted(self, w: Any) -> Any:
         """What stands in the slot of the site in place of w: a weight, or the `Place` of a module."""
-        entry, (method, p) = self._current(), self._tensors(w)
+        entry, method, p = self._tensors(w)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
 
@@ -165,19 +162,15 @@ class Several:
     """The leaves of several active adapters at one site: their sum, whose parts have their own constants."""
 
     def __init__(self, leaves: list[Any]):
-        self.leaves = leaves
+        self.leaves, self._entry = leaves, leaves[0]._entry
 
     def _changes_bias(self) -> bool:
         return any(leaf._changes_bias() for leaf in self.leaves)
 
-    def _current(self) -> Entry:
-        entry: Entry = self.leaves[0]._current()
-        return entry
-
     def adapted(self, w: Any) -> Any:
-        entry, parts = self._current(), [leaf._tensors(w) for leaf in self.leaves]
+        (entry, *first), *rest = [leaf._tensors(w) for leaf in self.leaves]
         with exactly(entry.site.canonical(w)):
-            method, p = total(parts)
+            method, p = total([first, *(part[1:] for part in rest)])
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
 
@@ -197,14 +190,19 @@ class Held(nn.ModuleDict):
     def leaf(self) -> Any:
         """The leaf of the active adapter, the sum of several, or None."""
         choice = self.choice
-        recomputed = not torch.compiler.is_compiling() and backward_task() != -1  # nothing to guard when compiled
-        if recomputed and choice.several and not choice.here.pinned:
+        # is_compiling comes first: compiled code must not depend on how many adapters there are.
+        if not torch.compiler.is_compiling() and choice.several and not choice.here.pinned and backward_task() != -1:
             raise RuntimeError(
                 f"{self.site}: recomputed in a backward pass, which does not know which of the module's adapters was "
                 "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
                 "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
-        leaves = [self._modules[name] for name in choice.active if name in self._modules]
+        modules, active = self._modules, choice.active
+        if len(active) == 1:  # the common case in the fewest steps
+            leaf = modules.get(active[0])
+            if leaf is None or isinstance(leaf, Leaf):
+                return leaf
+        leaves = [modules[name] for name in active if name in modules]
         for leaf in leaves:
             if not isinstance(leaf, Leaf):
                 raise RuntimeError(
@@ -219,7 +217,7 @@ class Held(nn.ModuleDict):
         if leaf is None:
             return w
         value = leaf.adapted(w)
-        return value.dense() if leaf._current().site.kind == "other" else value
+        return value.dense() if leaf._entry.site.kind == "other" else value
 
 
 def itself(w: Any) -> Any:
