@@ -18,17 +18,14 @@ from peftfn.tensors.arguments import batched, tensors
 def routed_by_default(model: nn.Module, plan: Plan) -> list[str]:
     """The parent of every module that holds an adapted stack, and of every module called `experts` beside or in which
     something is adapted: its router, say, gets tokens without their rows too."""
-    inside = {""}  # modules in which something is adapted
+    inside = {"": None}  # modules in which something is adapted
     found = []
     for e in plan.values():
         parts = e.site.module.split(".")
-        inside.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        inside.update(dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts) + 1)))
         if e.site.stacked:
             found.append(".".join(parts[:-1]))
-    for name, _ in model.named_modules():
-        around, _, last = name.rpartition(".")
-        if last == "experts" and around in inside:
-            found.append(around)
+    found += [name for name in inside if "experts" in model.get_submodule(name)._modules]
     return list(dict.fromkeys(found))
 
 

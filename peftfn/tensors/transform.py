@@ -11,7 +11,14 @@ from torch.autograd import forward_ad
 
 def under_transform() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is active."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        and not torch._C._dispatch_tls_is_dispatch_key_excluded(
+            torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode  # by `outside`
+        )
+    )
 
 
 def eager(x: Tensor) -> bool:

@@ -193,7 +193,7 @@ INDICES: list[tuple[Any, str]] = [
     ([0, -2, 1], r"row 1.*-2"),
     (torch.tensor([0, 1, 5]), r"row 2.*5"),
     ([0.0, 1.0, 0.0], r"index.*float.*integer"),
-    (torch.tensor([[0, 1, 1]]), r"index.*\[1, 3\].*\[rows\]"),
+    (torch.tensor([[0, 1, 1]]), r"index.*\[1, 3\].*rows and tokens"),
     (torch.tensor([True, False, True]), r"index.*bool"),
     (torch.tensor(1), r"index.*\[\].*\[rows\]"),
     ([0, 1], r"index has 2 entries.*\[3, 6\].*row"),

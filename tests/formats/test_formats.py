@@ -1064,7 +1064,7 @@ def test_repeated_layers_are_repeated(name: str, spans: list[list[int]], tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_replication": [[0, 3]]}, r"give spans \[start, end\] of 2 layers"),
+        ({"layer_replication": [[0, 3]]}, r"give spans \[start, end\) of 2 layers"),
         ({"layer_replication": [[0, 1]] * 1001}, "at most 1000"),
         ({"layer_replication": "all"}, "give spans"),
         ({"layer_replication": [[0, True]]}, "give spans"),
