@@ -51,7 +51,7 @@ class Finding:
 def check(
     net: Adapted, adapter: Mapping[str, Any] | None = None, loss: Callable[[Any], Tensor] | None = None
 ) -> tuple[Finding, ...]:
-    """Look for what often goes wrong: heads and vocabularies in no file, sites that do not train, NaN, dtypes, modes.
+    """Look for what often goes wrong: fresh heads and tokens, sites that do not train, NaN, dtypes, modes.
 
     Nothing is changed. Not all that it finds is an error: a fresh adapter is the identity, as it should be. `verify`
     measures what an adapter does on a batch.
@@ -98,7 +98,7 @@ def _heads(net: Adapted) -> Iterator[Finding]:
                 "head",
                 name,
                 "no rule trains this head. Where it is fresh (transformers tells so on loading the model), it stays "
-                "random, and no file has it",
+                "random, in files too",
                 f'Add a rule {{"{name}": peftfn.Full()}}, or use peftfn.targets(model, method, task="SEQ_CLS")',
             )
 
@@ -113,8 +113,8 @@ def _vocabulary(net: Adapted) -> Iterator[Finding]:
         yield Finding(
             "vocabulary",
             name,
-            f"it has {w.shape[0]} rows and the base's own configuration {old}: no adapter has the new rows, "
-            "so whoever loads it gets other ones",
+            f"it has {w.shape[0]} rows and the base's own configuration {old}: no rule trains the new ones, so they "
+            "stay as they were drawn, in files too",
             f"Train them: peftfn.TiedTokens or peftfn.TrainableTokens(tokens=tuple(range({old}, {w.shape[0]})))",
         )
 

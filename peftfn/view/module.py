@@ -58,11 +58,10 @@ def as_module(
         trainable: whether the leaves require gradients; `trainable_` changes it later.
 
     Returns:
-        The module, with three methods more than the model has:
-        `with m.use(name): …`: the adapter `name` is active in this thread; None is the base, and a list of names the
-            sum of these adapters.
-        `m.use_(name)`: it is active in every thread, where no `use` says otherwise.
-        `m.checkpoint_context`: `context_fn` for your own calls of torch.utils.checkpoint.
+        The module, with three methods more than the model has. `with m.use(name): …` makes the adapter `name` active
+        in this thread; None is the base, and a list of names the sum of these adapters. `m.use_(name)` makes it active
+        in every thread, where no `use` says otherwise. `m.checkpoint_context` is the `context_fn` for your own calls
+        of torch.utils.checkpoint.
 
     Raises:
         ValueError: no adapter, an invalid name, a net of another model, of such a module, or of a model whose
