@@ -105,6 +105,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         "headless",
         "no-sandbox",
         "disable-gpu",
+        "disable-dev-shm-usage",
         "disable-background-networking",
         "disable-component-update",
         "no-first-run",
