@@ -1,6 +1,7 @@
 """What a check says of a subject."""
 
 import re
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ def outcomes(s: Subject) -> dict[str, Outcome]:
 
 
 def one_line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200]
+    """Without the temporary folder of the run."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", str(e))
+    return " ".join(text.split())[:200]
 
 
 def refused(e: Exception, s: Subject) -> bool:
