@@ -1,6 +1,7 @@
 """Mixed batches through experts, against a loop over adapters and the base; and what following a function costs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Adapted:
         for k in range(-1, len(self.adapters)):
             rows = (index == k).nonzero()[:, 0]
             x = ids[rows]
-            base = self.model if k < 0 else lambda x, **how: self.net.apply(self.adapters[k], x, **how)  # noqa: B023
+            base = self.model if k < 0 else partial(self.net.apply, self.adapters[k])
             y = base(x, use_cache=False).logits
             out = y.new_empty(len(ids), *y.shape[1:]) if out is None else out
             out[rows] = y

@@ -91,7 +91,11 @@ def run(options: Options) -> list[Json]:
                 ids = torch.randint(0, 1000, (k, 1, tokens))
                 ways = getattr(tenants, kind.replace(" ", "_"))(ids)
                 mine, theirs = ways[OURS](), ways[APART]()
-                agree(mine, torch.cat(theirs) if kind == "serving" else list(map(torch.stack, zip(*theirs))), kind)  # noqa: B905
+                agree(
+                    mine,
+                    torch.cat(theirs) if kind == "serving" else list(map(torch.stack, zip(*theirs, strict=True))),
+                    kind,
+                )
                 repeats = options.repeats if k * tokens <= 256 else min(options.repeats, 11 if k * tokens < 2048 else 5)
                 times = options.compare(ways, repeats=repeats, warmup=1)
                 rows.append(row(f"{kind}, {k} tenants × {tokens} tokens, {WHERE}", times))

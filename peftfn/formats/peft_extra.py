@@ -67,7 +67,7 @@ def replicate(model: nn.Module, spans: Sequence[Sequence[int]]) -> nn.Module:
         The deeper model.
 
     Raises:
-        ValueError: the model has no such layers, or a span is none of them.
+        ValueError: the model has no list of layers, or a span is not within it.
 
     Example:
         from transformers import LlamaConfig, LlamaForCausalLM

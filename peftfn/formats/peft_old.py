@@ -94,7 +94,7 @@ def _places(config: dict[str, Any], file: Tensors) -> None:
 def _whole_numbers(source: Callable[[], Tensor], key: str) -> Tensor:
     t = source()
     if not torch.equal(t, t.round()):
-        raise ValueError(f"{key} has numbers that are no places")
+        raise ValueError(f"{key} has values that are not whole numbers, so they are no indices")
     return t.int()
 
 

@@ -51,7 +51,7 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: `repo` is no repository's name, or as for `save`: nothing has been sent then.
+        ValueError: `repo` is not a repository name, or as for `save`; nothing has been sent then.
         ModuleNotFoundError: huggingface_hub is not installed.
 
     Example:

@@ -117,7 +117,7 @@ def _class(facts: Mapping[str, Any], where: Path, transformers: Any) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
         raise ValueError(
-            f"{where}: its base is a {name} of {mapping.get('parent_library')}, which is no model of transformers: "
+            f"{where}: its base is a {name} of {mapping.get('parent_library')}, which is not a transformers model: "
             "import the class, and give load_model(…, cls=…)"
         )
     task = facts.get("task_type")
