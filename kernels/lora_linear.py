@@ -21,10 +21,11 @@ from peftfn.kernels.lora_fused import fused_linear
 from peftfn.tensors.transform import autocast, eager
 
 
-def _forward(x: Tensor, s: Tensor, w: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def accumulated(x: Tensor, s: Tensor, w: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """x w + scale·s b + bias: x [m, in], w [in, out], s [m, r], b [r, out]."""
     if bias is None:
-        return torch.mm(s, b.mT).addmm_(x, w.mT, beta=scale)
-    return torch.addmm(bias, s, b.mT, alpha=scale).addmm_(x, w.mT)
+        return torch.mm(s, b).addmm_(x, w, beta=scale)
+    return torch.addmm(bias, s, b, alpha=scale).addmm_(x, w)
 
 
 class _LoRALinear(Function):
@@ -45,7 +46,7 @@ class _LoRALinear(Function):
         )
         ctx.save_for_backward(*saved)
         ctx.scale = scale
-        return _forward(x, s, w, b, bias, scale)
+        return accumulated(x, s, w.mT, b.mT, bias, scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -100,9 +101,7 @@ def lora_first(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, b
         bias = bias.to(x.dtype)
     graded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad or w.requires_grad)
     if not graded and (bias is None or not bias.requires_grad):
-        s = torch.mm(flat, a.mT)  # `_forward`, written out: this is the path of every call without gradients
-        y = torch.mm(s, b.mT) if bias is None else torch.addmm(bias, s, b.mT, alpha=scale)
-        y.addmm_(flat, w.mT, beta=scale if bias is None else 1)
+        y = accumulated(flat, torch.mm(flat, a.mT), w.mT, b.mT, bias, scale)
     elif a.requires_grad:
         y = _LoRALinear.apply(flat, w, a, b, bias, scale)  # type: ignore[no-untyped-call]
     else:  # LoRA-FA: plain autograd then keeps S alone, and no x

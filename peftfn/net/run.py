@@ -57,21 +57,51 @@ class Runner:
         params: Mapping[str, Any] | None,
         method: str | None,
         owners: Mapping[str, Tensor] | None = None,
+        known: bool = True,
     ) -> Any:
         """model(*args, **kwargs) with the adapters in it. gates: which of them act on which rows; None for one adapter.
 
         params: the caller's own parameters, by name. method: another method of the model to call. owners: routed module
-        → the row of each position of its input.
+        → the row of each position of its input. known: whether the adapters are known to fit their plans.
         """
         if gates is not None and self.routed and torch.compiler.is_compiling():
             return _uncompiled(self.run, given, gates, args, kwargs, params, method, owners)
         skeleton = self._acquire()
-        if not torch.compiler.is_compiling():
-            self._running.calls.append(skeleton)
+        if torch.compiler.is_compiling():
+            if not known:
+                given[0].plan.check(given[0].adapter)
+            return self._call(skeleton, {}, given, gates, args, kwargs, params, method, owners)
+        self._running.calls.append(skeleton)
         try:
             skeleton.refresh()
+            single = gates is None and not params
+            kept = skeleton.kept(given[0], self.model.training) if single else {}
+            if not (known or kept):
+                given[0].plan.check(given[0].adapter)
+            return self._call(skeleton, kept, given, gates, args, kwargs, params, method, owners)
+        finally:
+            self._running.calls.pop()
+            self._idle.append(skeleton)
+
+    def _call(
+        self,
+        skeleton: Skeleton,
+        kept: Mapping[str, Any],
+        given: Sequence[Given],
+        gates: Gates | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Any] | None,
+        method: str | None,
+        owners: Mapping[str, Tensor] | None,
+    ) -> Any:
+        """`run` on a skeleton. kept: what stands in some of its slots already, from the call before."""
+        traced = torch.compiler.is_compiling()
+        if traced:
+            skeleton.refresh()
+        try:
             before = skeleton.open()
-            versions = [] if torch.compiler.is_compiling() else skeleton.versions()
+            versions = [] if traced else skeleton.versions()
             try:
                 if params:
                     skeleton.put(params)
@@ -79,16 +109,17 @@ class Runner:
                     gates = replace(gates, fixed=skeleton.identities())
                     if self.routed:
                         gates = replace(gates, call=Followed(gates, owners or {}))
-                    if gates.size is not None and not torch.compiler.is_compiling():
+                    if gates.size is not None and not traced:
                         mark(skeleton.tables, gates)
-                make = partial(values, given, gates, skeleton.__getitem__, self.model.training)
-                made = make(but=skeleton.loading.wait(make))
+                made = self._values(skeleton, kept, given, gates)
                 skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
                 with nullcontext() if gates is None else gates.during(skeleton.root):
                     out = call(*args, **kwargs)
-                if not torch.compiler.is_compiling():
+                if not traced:
                     skeleton.check_in_place(made)
+                    if gates is None and not params and not kept:
+                        skeleton.keep(given[0], self.model.training, made)
                 if gates is not None:
                     check_output(out)
             finally:
@@ -105,10 +136,15 @@ class Runner:
                 if problem := misplaced(plan, weights_of(self.model, plan.places), adapter, e):
                     raise ValueError(problem) from e
             raise
-        finally:
-            if not torch.compiler.is_compiling():
-                self._running.calls.pop()
-                self._idle.append(skeleton)
+
+    def _values(
+        self, skeleton: Skeleton, kept: Mapping[str, Any], given: Sequence[Given], gates: Gates | None
+    ) -> Mapping[str, Any]:
+        """What stands in the slots of the call."""
+        make = partial(values, given, gates, skeleton.__getitem__, self.model.training)
+        if not kept:
+            return make(but=skeleton.loading.wait(make))
+        return {**kept, **make(but=kept)} if len(kept) < len(given[0].plan) else kept
 
     def batch(
         self,

@@ -33,9 +33,11 @@ from peftfn.net.loading import Loading, Spot
 from peftfn.net.released import Bypass, Released, Waiting
 from peftfn.slots import track
 from peftfn.slots.call import Call, Gone, hooked
+from peftfn.slots.kept import Keeper
 from peftfn.slots.routed import routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
+from peftfn.slots.values import Given
 from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
 from peftfn.tensors.quantised import Parts, QuantisedWeight
 from peftfn.tensors.transform import backward_task, lasting, under_transform
@@ -43,6 +45,7 @@ from peftfn.tensors.transform import backward_task, lasting, under_transform
 Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
 HOOKED = ("_hf_hook", "_diffusers_hook")  # where accelerate's and diffusers' hooks are, which change in each call
+_VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -89,6 +92,7 @@ class Skeleton:
         self._sort_slots()
         self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
+        self.keeper = Keeper()
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
@@ -344,7 +348,10 @@ class Skeleton:
     def versions(self) -> list[int]:
         """How often each of the base's parameters was written to; a forward pass must not."""
         tensors = [theirs[k] for theirs, _, k in self.parameters]
-        return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+        try:
+            return list(map(_VERSION, tensors))
+        except (RuntimeError, TypeError):  # an inference tensor, an empty slot
+            return [-1 if t is None or t.is_inference() else t._version for t in tensors]
 
     def written(self, versions: list[int]) -> list[str]:
         """The parameters written to since `versions`."""
@@ -370,6 +377,22 @@ class Skeleton:
             if direct and name in self.lanes and isinstance(value, Slot):
                 value.held = slots
                 self.lanes[name]["forward"] = value.forward
+
+    # What one adapter made is kept for its next call.
+
+    def kept(self, given: Given, training: bool) -> Mapping[str, Any]:
+        """What stands in the slots when this adapter was the last one here, and nothing of it or of the base was
+        replaced; nothing otherwise."""
+        return self.keeper.find(given, training, self._theirs)
+
+    def keep(self, given: Given, training: bool, made: Mapping[str, Any]) -> None:
+        """Keep of `made`, what the call of an adapter had in its slots, what its next call can have."""
+        if not self.loading.late:
+            self.keeper.keep(given, training, made, self.lanes, self._theirs)
+
+    def _theirs(self, names: Collection[str]) -> list[Any]:
+        """What the base has in these slots of parameters."""
+        return [self.originals[id(slots)][k] for slots, k in map(self.slots.__getitem__, names)]
 
     def check_in_place(self, values: Mapping[str, Any]) -> None:
         """RuntimeError if the forward took one of `values` out of its slot, so that its adapter was not used."""

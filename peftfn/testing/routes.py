@@ -357,6 +357,13 @@ def _gated(gates: Callable[[Party], Tensor], where: Callable[[Case], bool] = _su
     return Route(lambda s, g: s.net.gated(s.stack, g, s.x), gates, where)
 
 
+def _again(s: Party, adapter: pf.Adapter) -> Tensor:
+    """The third call without gradients: what the first two made may serve it."""
+    with torch.no_grad():
+        *_, out = (s.net.apply(adapter, s.x) for _ in range(3))
+    return out
+
+
 def _prepared_rows(s: Party, g: Tensor) -> Tensor:
     out: Tensor = s.net.mixed(pf.stack([s.net.prepare(a) for a in s.groups[0]]), INDEX, s.x)
     return out
@@ -374,6 +381,10 @@ ROUTES = {
     "apply": Route(lambda s, g: s.net.apply(s.first, s.x), _first),
     "apply under vmap": Route(_vmap, lambda s: s.hot([2, 1, 0, 2, 1])),
     "apply, prepared": Route(lambda s, g: s.net.apply(s.net.prepare(s.first), s.x), _first),
+    "apply, called again": Route(lambda s, g: _again(s, s.first), _first, differentiable=False),
+    "apply, prepared, called again": Route(
+        lambda s, g: _again(s, s.net.prepare(s.first)), _first, differentiable=False
+    ),
     "merge": Route(_merge, _first, _merges),
     "as_module": Route(_as_module, _first),
     "a file": Route(_file, _first),
