@@ -384,7 +384,7 @@ class Adapted:
             forward, recomputation = net.checkpoint_context()
         """
         skeleton = self._runner.innermost
-        return (nullcontext(), nullcontext()) if skeleton is None else skeleton.checkpoint_context()
+        return (nullcontext(), nullcontext()) if skeleton is None else skeleton.recompute.context()
 
 
 def replanned(net: Adapted, plan: Plan) -> Adapted:

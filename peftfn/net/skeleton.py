@@ -5,48 +5,37 @@ the start of the call and restored at its end; whatever a forward pass writes (a
 it writes there. One skeleton serves one call at a time, so threads cannot collide.
 """
 
-import copy
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import Enum
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from functools import partial
-from itertools import chain
 from threading import RLock
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from peftfn.model.model import modules_of, quantised_in
 from peftfn.model.names import near
 from peftfn.model.place import Place
 from peftfn.model.site import runs_linear
-from peftfn.model.structure import HOOKS, STANDARD, copy_structure, followed, hooks_of, is_plain, is_setting, reachable
+from peftfn.model.structure import copy_structure, followed, hooks_of, is_plain, reachable
 from peftfn.model.written import written_by
-from peftfn.net.again import rematerialised
+from peftfn.net.lending import Lending, constant
 from peftfn.net.loading import Loading, Spot
-from peftfn.net.released import Bypass, Released, Waiting
-from peftfn.slots import track
-from peftfn.slots.call import Call, Gone, hooked
+from peftfn.net.recompute import Held, Recompute
+from peftfn.net.released import Bypass, Released
+from peftfn.net.watch import PLAIN, Watch
+from peftfn.slots.call import Gone, hooked
 from peftfn.slots.kept import Keeper
 from peftfn.slots.routed import routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.slots.values import Given
-from peftfn.tensors.lent import REPLACED, Lent, beneath, lend
+from peftfn.tensors.lent import REPLACED, Lent, beneath
 from peftfn.tensors.quantised import Parts, QuantisedWeight
-from peftfn.tensors.transform import backward_task, lasting, under_transform
+from peftfn.tensors.transform import lasting
 
-Held = tuple[list[Any], list[Any]]  # (what the slots hold, the forwards of the layers in the fast lane)
-CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their torch.utils.checkpoint
-HOOKED = ("_hf_hook", "_diffusers_hook")  # where accelerate's and diffusers' hooks are, which change in each call
 _VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Skeleton:
@@ -90,18 +79,14 @@ class Skeleton:
         self._name_calls()
         self._route()
         self._sort_slots()
-        self.inside: dict[int, list[str]] = {}  # module → its slots, where it is rematerialised
         self.idle = self.snapshot()
         self.keeper = Keeper()
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
-            if CHECKPOINT in vars(s):
-                vars(s)[CHECKPOINT] = partial(self._checkpoint, vars(s)[CHECKPOINT])
-        for name in self.again:
-            layer = self.root.get_submodule(name)
-            vars(layer)["forward"] = partial(self._checkpoint, None, _method(layer, layer.forward))
-        self._watch()
+        self.recompute = Recompute(self)
+        self.recompute.install([s for _, s in self.pairs], self.again)
+        self.watch = Watch(self.pairs, self.loose)
 
     def _check_sites(self, weights: list[str], named: Mapping[str, nn.Module], opaque: set[int]) -> None:
         for name in weights:
@@ -133,7 +118,6 @@ class Skeleton:
         self.parameters: list[Spot] = [(b._parameters, s._parameters, k) for b, s in self.pairs for k in b._parameters]
         self.buffers: list[Spot] = [(b._buffers, s._buffers, k) for b, s in self.pairs for k in b._buffers]
         self.buffers += [(vars(b), vars(s), k) for b, s in self.pairs for k, t in vars(b).items() if is_plain(t)]
-        self.clones: list[tuple[Any, ...]] = [(None, 0, None, 0)] * len(self.buffers)
         copied = {id(b): s for b, s in self.pairs}
         self.slots: dict[str, tuple[MutableMapping[str, Any], str]] = {
             f"{prefix}.{k}" if prefix else k: (copied[id(b)]._parameters, k)
@@ -164,13 +148,14 @@ class Skeleton:
         self.loading = Loading(self.pairs, self.parameters + self.buffers, self.slots, self.sites, copied)
         late = self.loading.waiting.keys()
         self.constants = [p for p in self.filled if (id(p[1]), p[2]) in sites - late]
-        self.lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites | late]
+        lendable = [p for p in self.parameters if (id(p[1]), p[2]) not in sites | late]
         written = {(id(b._parameters), k) for b, _ in self.pairs for k in written_by(b)}
-        self.written_to = [p for p in self.lendable if (id(p[0]), p[2]) in written]
+        embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
+        writers = [p for p in lendable if (id(p[0]), p[2]) in written]
+        self.lending = Lending(lendable, writers, self.buffers, embeddings)
         marked = [(s._parameters, k) for b, s in self.pairs for k in tables(b)]
         self.tables = [(slots, k) for slots, k in marked if (id(slots), k) not in sites]
         self.moved: set[tuple[int, str]] = set()
-        self.embeddings = [s for _, s in self.pairs if isinstance(s, nn.Embedding | nn.EmbeddingBag)]
         self.flags = [
             (b, s, [k for k, v in vars(b).items() if isinstance(v, bool | float | int | str)]) for b, s in self.pairs
         ]
@@ -188,64 +173,6 @@ class Skeleton:
         return dict.fromkeys(names, slots)
 
     # Freshness: what the owner did to the base between calls is seen by the next one.
-
-    def _watch(self) -> None:
-        """Note what the modules of base and skeleton hold, to see in one pass whether anything is not as it was."""
-        own = [[k for k in _own(vars(b)) if k in vars(s)] for b, s in self.pairs]
-        watched = [
-            (operator.itemgetter(*keys), vars(m)) for pair, keys in zip(self.pairs, own, strict=True) for m in pair
-        ]
-        self.getters, self.dicts = zip(*watched, strict=True)
-        self.children = [b._modules for b, _ in self.pairs]
-        self.links = [(children, k, child) for children in self.children for k, child in children.items()]
-        self.children += [s._modules for _, s in self.pairs]
-        tensors = [d for pair in self.pairs for m in pair for d in (m._parameters, m._buffers)]
-        self.named = [*self.children, *tensors]
-        ours: list[tuple[dict[str, Any], ...]] = [
-            (vars(s), s._modules, s._parameters, s._buffers) for _, s in self.pairs
-        ]
-        self.initial = [(d, dict(d)) for attributes, modules, _, _ in ours for d in (attributes, modules)]
-        self.places = [(d, list(d)) for _, _, *slots in ours for d in slots]
-        hooks = [(vars(m), k) for pair in self.pairs for m in pair for k in HOOKS if k in vars(m)]
-        self.unhooked = [d[k] for d, k in hooks if not d[k]]
-        self.hooked = [(d, k, dict(d[k])) for d, k in hooks if d[k]]
-        self.handles = RemovableHandle.next_id
-        held = [(vars(m), k) for pair, keys in zip(self.pairs, own, strict=True) for m in pair for k in keys]
-        held = [(d, k) for d, k in held if k not in HOOKED and _is_container(d[k])]
-        self.data = [(d, k, copy.deepcopy(d[k])) for d, k in held if _is_data(d[k])]
-        self.containers = [(d, k, _state(d[k])) for d, k in held if not _is_data(d[k])]
-        self.seen = tuple(self._values())
-        self.keys, self.size = list(chain.from_iterable(self.named)), sum(map(len, self.dicts))
-
-    def _values(self) -> Iterator[Any]:
-        attributes = chain.from_iterable(map(operator.call, self.getters, self.dicts))
-        return chain(attributes, chain.from_iterable(map(dict.values, self.children)))
-
-    def _same_structure(self) -> bool:
-        return (
-            sum(map(len, self.dicts)) == self.size
-            and list(chain.from_iterable(self.named)) == self.keys
-            and all(_equal(d[k], was) for d, k, was in self.data)
-            and all(_equal(_state(d[k]), was) for d, k, was in self.containers)
-            and all(p.data_ptr() == alias.data_ptr() and p.dtype == alias.dtype for p, alias in self.loose)
-        )
-
-    def _same_hooks(self) -> bool:
-        if RemovableHandle.next_id != self.handles:  # a hook was registered somewhere in the process
-            if any(self.unhooked):
-                return False
-            self.handles = RemovableHandle.next_id
-        return all(d[k] == was for d, k, was in self.hooked)
-
-    def _clear(self) -> None:
-        """Take away what a forward pass left behind in the skeleton."""
-        for ours, before in self.initial:
-            ours.clear()
-            ours.update(before)
-        for slots, names in self.places:
-            kept = {k: slots.get(k) for k in names}
-            slots.clear()
-            slots.update(kept)
 
     def _take_hooks(self) -> None:
         copies = {id(b): s for b, s in self.pairs}
@@ -268,22 +195,20 @@ class Skeleton:
                 for name in names:
                     if getattr(s, name) != getattr(b, name):
                         setattr(s, name, getattr(b, name))
-            for children, key, child in self.links:
+            for children, key, child in self.watch.links:
                 if children.get(key) is not child:
                     raise RuntimeError(f"the model's {key} is another module now. Call adapt again, and compile that.")
             return
-        if self._same_structure() and self._same_hooks() and not any(map(operator.is_not, self._values(), self.seen)):
+        if self.watch.same():
             return
-        self._clear()
-        if not self._same_structure() or any(
-            v is not old and v.__class__ not in _PLAIN for v, old in zip(self._values(), self.seen, strict=True)
-        ):
+        self.watch.clear()
+        if not self.watch.alike():
             self._build()
             return
         for b, s in self.pairs:
-            vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in _PLAIN})
+            vars(s).update({k: v for k, v in vars(b).items() if v.__class__ in PLAIN})
         self._take_hooks()
-        self._watch()
+        self.watch = Watch(self.pairs, self.loose)
 
     # A call: fill the slots, run, restore.
 
@@ -295,40 +220,12 @@ class Skeleton:
         self.moved.clear()
         for theirs, ours, k in self.constants:
             p = theirs[k]
-            ours[k] = p.detach() if p is not None and p.requires_grad else p
-        self._lend()
+            ours[k] = constant(p)
+        self.lending.fill_parameters()
         self.loading.begin()
-        for embedding in self.embeddings:
-            waits = isinstance(embedding.weight, Waiting)
-            if embedding.max_norm is not None and not waits:  # F.embedding would renormalise the base's rows in place
-                embedding._parameters["weight"] = embedding._parameters["weight"].clone()  # type: ignore[union-attr, assignment]
-        self._fill_buffers()
+        self.lending.fill_tables()
+        self.lending.fill_buffers()
         return before
-
-    def _lend(self) -> None:
-        """Fill the slots that no rule adapts: a call may write to what it has there. Tied slots hold one tensor."""
-        lent: dict[int, Any] = {}
-        for theirs, _, k in self.written_to:
-            p = theirs[k]
-            lent[id(p)] = None if p is None else p.detach().clone()
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a tracer has plain tensors
-            for theirs, ours, k in self.lendable:
-                p = theirs[k]
-                ours[k] = lent[id(p)] if id(p) in lent else _constant(p)
-            return
-        parameter, kind, others = nn.Parameter, Lent, []
-        with beneath():
-            for theirs, ours, k in self.lendable:
-                p = theirs[k]
-                held = lent.get(id(p))
-                if held is not None:
-                    ours[k] = held
-                elif type(p) is parameter:
-                    ours[k] = lent[id(p)] = lend(kind, p)
-                else:
-                    others.append((ours, k, p))
-        for ours, k, p in others:
-            ours[k] = _constant(p)
 
     def _load(self, layer: nn.Module) -> None:
         """Before the forward of a layer whose tensors a hook puts in place."""
@@ -460,129 +357,7 @@ class Skeleton:
             else:
                 lane["forward"] = forward
 
-    def _fill_buffers(self) -> None:
-        """A copy of each buffer. One of integers (a mask, positions) is copied again only when it was written to; for
-        the others versions tell nothing, since BatchNorm's kernel writes its statistics without counting."""
-        for i, (theirs, ours, k) in enumerate(self.buffers):
-            t = theirs[k]
-            if t is None:
-                ours[k] = None
-            elif torch.compiler.is_compiling() or t.is_inference() or t.is_floating_point():
-                ours[k] = t.detach().clone()
-            elif not _same(self.clones[i], t, ours[k]):
-                with lasting():
-                    ours[k] = t.clone()
-                self.clones[i] = (t, t._version, ours[k], ours[k]._version)
-
-    @contextmanager
-    def _holding(self, held: Held) -> Iterator[None]:
-        with self.lock:
-            before = self.snapshot()
-            self.restore(held)
-            tasks = [(v, v.task) for v in held[0] if isinstance(v, Slot | Call)]
-            for v, _ in tasks:
-                v.task = backward_task()
-            try:
-                yield
-            finally:
-                self.restore(before)
-                for v, task in tasks:
-                    v.task = task
-
-    def _checkpoint(self, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Gradient checkpointing whose recomputation, which comes in backward, sees the tensors of this very call."""
-        if not under_transform() and not torch.is_grad_enabled():  # nothing is kept
-            return run(*args, **kwargs)
-        if torch.compiler.is_compiling() and under_transform():  # the compiler decides what it keeps
-            return run(*args, **kwargs)
-        if (tracking := track.current()) is not None:
-            if under_transform():  # what runs again has other tensors, which would have no rows
-                return run(*args, **kwargs)
-            run = tracking.again(run, args, kwargs)
-        if under_transform():  # which has no hooks on saved tensors
-            return rematerialised(run, args, kwargs, self._slots_of, partial(self._filled, self.snapshot()))
-        options = {
-            k: v for k, v in getattr(original, "keywords", {}).items() if k not in ("use_reentrant", "context_fn")
-        }
-        return checkpoint(run, *args, use_reentrant=False, context_fn=self.checkpoint_context, **options, **kwargs)
-
-    def _slots_of(self, layer: nn.Module) -> dict[str, Any]:
-        """What the slots of a layer and its parts hold, by one name of each."""
-        if id(layer) not in self.inside:
-            prefix = next(f"{n}." if n else "" for n, m in self.root.named_modules() if m is layer)
-            names = {(id(slots), k): n for n, (slots, k) in self.slots.items() if n.startswith(prefix)}
-            self.inside[id(layer)] = list(names.values())
-        return {n: self[n] for n in self.inside[id(layer)]}
-
-    @contextmanager
-    def _filled(self, held: Held, values: Mapping[str, Any]) -> Iterator[None]:
-        """While it lasts, the slots have what they had in a call, with other values in some of them."""
-        with self._holding(held):
-            self.fill(values)
-            yield
-
-    def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around a checkpointed forward pass, and around its recomputation."""
-        return nullcontext(), self._holding(self.snapshot())
-
-
-def _constant(p: Any) -> Any:
-    return p.detach() if p is not None and p.requires_grad else p
-
-
-def _method(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward that a layer has, which may be a function that somebody put there, as a method of the layer."""
-    return MethodType(lambda _, *args, **kwargs: forward(*args, **kwargs), layer)
-
 
 def _linear(slots: Mapping[str, Any], x: Tensor) -> Tensor:
     """A quantised layer's forward, with its weight and bias as they stand in the slots."""
     return plus(F.linear(x, slots["weight"]), slots["bias"])
-
-
-def _is_container(v: Any) -> bool:
-    """Whether v holds what its owner may change without replacing v: a list, say, or an object with attributes."""
-    if isinstance(v, list | dict | set):
-        return True
-    if isinstance(v, Tensor | nn.Module | type | Enum) or callable(v) or is_setting(v):
-        return False
-    return type(getattr(v, "__dict__", None)) is dict
-
-
-def _is_data(v: Any) -> bool:
-    """Whether v is numbers and texts in lists, dicts and sets: what `==` compares, and quickly."""
-    if type(v) in (list, tuple, set):
-        return all(map(_is_data, v))
-    return v.__class__ in _PLAIN or (type(v) is dict and all(map(_is_data, [*v, *v.values()])))
-
-
-def _state(v: Any, above: tuple[int, ...] = ()) -> Any:
-    """What is in nested lists, dicts, sets and objects now, to compare with what is in them later."""
-    if isinstance(v, Tensor):
-        return id(v), None if isinstance(v, Released) or v.is_inference() else v._version
-    if id(v) in above:
-        return id(v)
-    above = (*above, id(v))
-    if type(v) in (list, tuple):
-        return [_state(x, above) for x in v]
-    if type(v) is dict:
-        return {k: _state(x, above) for k, x in v.items()}
-    if isinstance(v, list | dict | set):
-        return copy.copy(v)
-    return (id(v), _state(vars(v), above)) if _is_container(v) else v
-
-
-def _equal(v: Any, was: Any) -> bool:
-    try:
-        return bool(v == was)
-    except (RuntimeError, ValueError, TypeError):  # tensors in it, that are not the same objects any more
-        return False
-
-
-def _own(attributes: dict[str, Any]) -> list[str]:
-    """The attributes that tell a module from a bare `nn.Module`: settings, state, plain tensors; at least two."""
-    return [k for k in attributes if k not in STANDARD]
-
-
-def _same(clone: tuple[Any, ...], theirs: Tensor, ours: Tensor) -> bool:
-    return clone[0] is theirs and clone[1] == theirs._version and clone[2] is ours and clone[3] == ours._version

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from peftfn.core.method import LowRank
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import accumulated
+from peftfn.slots.slot import OUTLIVED
 from peftfn.slots.values import Given
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.operand import Operand
@@ -44,7 +45,10 @@ class Kept(AdaptedWeight):
     @property
     def p(self) -> dict[str, Any]:  # type: ignore[override]
         """What it was made of: the caller's adapter holds these tensors for the length of the call."""
-        return {k: t() for k, t in self.tensors.items()}
+        p = {k: t() for k, t in self.tensors.items()}
+        if any(t is None for t in p.values()):
+            raise RuntimeError(OUTLIVED.format(name=self.name))
+        return p
 
     @property
     def low(self) -> LowRank | None:  # type: ignore[override]

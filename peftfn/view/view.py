@@ -19,7 +19,7 @@ from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
-from peftfn.net.skeleton import CHECKPOINT
+from peftfn.net.recompute import CHECKPOINT
 from peftfn.slots.slot import plus
 from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
