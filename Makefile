@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples docs/recipes
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test laws zoo bench docs lint
+.PHONY: demo check test laws zoo matrix bench docs lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
-demo check test laws zoo: export OMP_WAIT_POLICY = PASSIVE
+demo check test laws zoo matrix: export OMP_WAIT_POLICY = PASSIVE
 
 demo: $(VENV)/ready
 	$(BIN)/peftfn demo
@@ -35,6 +35,15 @@ EXAMPLES := 20
 # Every architecture that builds, tests/zoo: make zoo ZOO="llama bert", or ZOO=--write to list what fails today.
 zoo: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m zoo --workers 2 $(ZOO)
+
+# The tables of PEFT's own tests, from its source distribution, tests/matrix: make matrix MATRIX="'MLP 1' --details".
+matrix: $(VENV)/ready
+	mkdir -p build/peft
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build/peft peft==$(PEFT)
+	tar -xzf build/peft/peft-$(PEFT).tar.gz -C build/peft
+	PYTHONPATH=tests $(BIN)/python -m matrix build/peft/peft-$(PEFT) $(MATRIX)
+
+PEFT := 0.21.2
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peftfn.core.modules import Prefix, Tokens
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra, peft_inputs
 from peftfn.formats.beyond import Beyond
@@ -65,7 +66,13 @@ def save(
     if peft_inputs.is_mine(net):
         if compact:
             raise ValueError("save: compact=True is for methods of constants that a seed determines, and for VBLoRA")
-        config, tensors = peft_inputs.document(net, adapter, more.get("task_type"), tasks, beyond)
+        more = {"task_type": peft_extra.task_of(net.model)} | more
+        if more["task_type"] is None and any(isinstance(m, Tokens | Prefix) for m in net.plan.rules.values()):
+            raise ValueError(
+                f"save: PEFT uses virtual tokens by the file's task_type, and {type(net.model).__name__} "
+                "tells none: give extra={'task_type': 'CAUSAL_LM'}, or another"
+            )
+        config, tensors = peft_inputs.document(net, adapter, more["task_type"], tasks, beyond)
         write(folder / TENSORS, tensors)
         write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder, config | more, tensors, net.plan)

@@ -140,6 +140,33 @@ def about(model: nn.Module) -> dict[str, Any]:
     return found | ({"base_model_name_or_path": name} if isinstance(name, str) and name else {})
 
 
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's task_type for a model of transformers, by its class; None if it has a class of its own.
+
+    PEFT chooses the class that puts virtual tokens in front of an input by it: a file without one loads as the base.
+    """
+    if not hasattr(model, "config") or not type(model).__module__.startswith("transformers."):
+        return None
+    from transformers.models.auto import modeling_auto
+
+    for task, mapping in _CLASSES.items():
+        names = getattr(modeling_auto, f"MODEL_{mapping}MAPPING_NAMES").values()
+        if any(type(model).__name__ in ([name] if isinstance(name, str) else name) for name in names):
+            return task
+    return None
+
+
+_CLASSES = {  # in this order: some classes are in two
+    "SEQ_2_SEQ_LM": "FOR_SEQ_TO_SEQ_CAUSAL_LM_",
+    "SEQ_CLS": "FOR_SEQUENCE_CLASSIFICATION_",
+    "TOKEN_CLS": "FOR_TOKEN_CLASSIFICATION_",
+    "QUESTION_ANS": "FOR_QUESTION_ANSWERING_",
+    "CAUSAL_LM": "FOR_CAUSAL_LM_",
+    "FEATURE_EXTRACTION": "",
+}
+"""task_type → part of the name of transformers' table of classes."""
+
+
 def checked(extra: Any, where: Path) -> dict[str, Any]:
     """The keys that are not about the method, from a file. ValueError for others, or for values of another kind."""
     if not isinstance(extra, dict) or (odd := extra.keys() - KEYS):

@@ -19,7 +19,7 @@ from peftfn.core.plan import Entry
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
-from peftfn.formats.peft_table import VERSION
+from peftfn.formats.peft_table import CLASSIFIERS, VERSION
 from peftfn.methods.inputs.cartridge import Cartridge
 from peftfn.methods.inputs.cpt import CPT
 from peftfn.methods.inputs.multitask import MultitaskPrompt
@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
         PrefixTuning,
         lambda c: {"hidden": c.get("encoder_hidden_size") if c.get("prefix_projection") else None},
         lambda m: {"prefix_projection": m.hidden is not None, "encoder_hidden_size": m.hidden},
-        "encoder_hidden_size",
+        "encoder_hidden_size init_weights",
     ),
     "CARTRIDGE": Kind(
         Cartridge, lambda c: {"still": c.get("num_frozen_tokens", 1)}, lambda m: {"num_frozen_tokens": m.still}
@@ -305,6 +305,8 @@ def document(
             f"{next(iter(mine))}: PEFT has no form for {names} at {len(mine)} sites: save in the native format"
         )
     more = beyond.values(net.model) if beyond else {}
+    if methods and not isinstance(method, LlamaAdapter):  # which PEFT puts into the model, as it does with weights
+        more = {**_head(model, task), **more}
     if rest or more:
         config["modules_to_save"] = _roots({**rest, **more}, model)
         for name in {**rest, **more}:
@@ -313,6 +315,13 @@ def document(
             tensors[f"{HEAD}{name}"] = (w.float() + diff).to(w.dtype)
     shared = {"inference_mode": True, "peft_version": VERSION, "task_type": task}
     return {**shared, **config}, {k: t.detach().contiguous() for k, t in tensors.items()}
+
+
+def _head(model: Model, task: str | None) -> dict[str, Any]:
+    """The parameters of the head that PEFT looks for in a file of this task, trained or not."""
+    names = CLASSIFIERS.get(task or "", ())
+    heads = tuple(f"{m}." for m in model.modules if m.rpartition(".")[2] in names)
+    return {n: model.weights[n] for n in model.sites if heads and n.startswith(heads)}
 
 
 def _roots(whole: Mapping[str, Any], model: Model) -> list[str]:
