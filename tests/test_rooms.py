@@ -20,6 +20,7 @@ MAY: dict[str, set[str]] = {
     "formats": {"net", "core", "methods", "model", "tensors"},
     "tools": {"view", "net", "core", "methods", "model", "tensors"},
     "sweeps": {"many", "tools", "formats", "net", "core", "tensors"},
+    "serving": {"many", "formats", "net"},
 }
 """Room → what it may import, beside itself. `cli`, `compare`, `demo`, `testing` and the root may import everything."""
 

@@ -503,7 +503,7 @@ def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared:
     counts: list[int] = []
     for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
         for i, other in enumerate(nets):
-            if net is other or (size(other) <= 2 * size(net) and _holds(net, other)):
+            if net is other or (size(other) <= 2 * size(net) and fits(net, other)):
                 counts[i] += 1
                 break
         else:
@@ -521,7 +521,8 @@ def size(net: Adapted) -> int:
     return sum(shape.numel() for spec in specs for shape in spec.values())
 
 
-def _holds(net: Adapted, other: Adapted) -> bool:
+def fits(net: Adapted, other: Adapted) -> bool:
+    """Whether a slot of `other` holds any adapter of `net` exactly."""
     try:
         conform(net.init(), net, other)
     except ValueError:

@@ -1,0 +1,1 @@
+"""Serving: requests of many adapters, answered in one running batch."""

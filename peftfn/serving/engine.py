@@ -1,0 +1,333 @@
+"""The engine: a bounded queue, and one thread that prefills what waits and takes every running row a token further."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Thread
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfn.many.bank import BASE
+from peftfn.serving.adapters import Adapters
+from peftfn.serving.batch import Batch, Stepper
+from peftfn.serving.sampling import GREEDY, Defaults, Sampling, choose, generator
+from peftfn.serving.text import Text
+
+_log = logging.getLogger("peftfn.serving")
+
+
+class Full(Exception):
+    """The queue is full. `seconds`: when to try again."""
+
+    def __init__(self, waiting: int, seconds: int):
+        super().__init__(f"{waiting} requests wait already, as many as the queue holds: try again in {seconds} seconds")
+        self.seconds = seconds
+
+
+class Stopped(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request.
+
+    Args:
+        prompt: token ids, at least one.
+        adapter: its name; None: the base.
+        max_tokens: of the answer.
+        sampling: how tokens are drawn.
+        stops: texts that end the answer; they need a tokenizer.
+    """
+
+    prompt: Sequence[int]
+    adapter: str | None = None
+    max_tokens: int = 16
+    sampling: Sampling = GREEDY
+    stops: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: the token ids and the text that are new. The last one has a `finish`, "stop" or "length", or
+    an `error`."""
+
+    tokens: Sequence[int] = ()
+    text: str = ""
+    finish: str | None = None
+    error: str | None = None
+
+
+class Ticket:
+    """A request in the engine. Its pieces go to the sink, in the engine's thread."""
+
+    def __init__(self, ask: Ask, key: str, sink: Callable[[Piece], None], text: Text | None):
+        self.ask, self.key, self.text, self._sink = ask, key, text, sink
+        self.out: list[int] = []
+        self.source = generator(ask.sampling)
+        self.began = 0.0
+        self.tries = 0  # how often a pass that it was in has failed
+        self.done = self.cancelled = False
+
+    def cancel(self) -> None:
+        """Give the row or the place in the queue to another request; no more pieces come. Nothing, if it is done."""
+        self.cancelled = True
+
+    def give(self, piece: Piece) -> None:
+        try:
+            self._sink(piece)
+        except Exception:  # whoever asked is gone, and took the means to be told along
+            _log.debug("a request's sink raised", exc_info=True)
+            self.cancelled = True
+
+
+class Engine:
+    """Answers requests of many adapters in one running batch, in a thread of its own.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        adapters: of this model.
+        tokenizer: None: answers are token ids.
+        rows: requests that run at once.
+        queue: requests that wait at most.
+        prefill: tokens of prompts in one pass, padding included; a longer prompt has a pass of its own.
+
+    Raises:
+        TypeError, ValueError: the model cannot be served, or there are more rows than slots for adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Adapters,
+        tokenizer: Any = None,
+        *,
+        rows: int = 16,
+        queue: int = 256,
+        prefill: int = 2048,
+    ):
+        if rows > adapters.slots:
+            raise ValueError(
+                f"serve: {rows} rows may use as many adapters, and there are {adapters.slots} slots: give at least as "
+                "many slots (--resident) as rows (--rows)"
+            )
+        if model.training:
+            raise ValueError("serve: the model is in training mode: call model.eval() first")
+        self.defaults, self.stepper = Defaults.of(model), Stepper(model)
+        self.model, self.adapters, self.tokenizer = model, adapters, tokenizer
+        self.rows, self.queue, self._prefill = rows, queue, prefill
+        self._changed = Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._tickets: list[Ticket] = []  # of the running rows, in the order of the batch
+        self._batch = Batch()
+        self._seconds = 1.0  # of a request from its first step to its last, averaged over the last ones
+        self._stopping = False
+        self._thread = Thread(target=self._run, name="peftfn.serving", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Rows of the batch."""
+        return len(self._tickets)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, ask: Ask, sink: Callable[[Piece], None]) -> Ticket:
+        """Put a request into the queue. An adapter that was not used yet is loaded first, which takes its time.
+
+        Raises:
+            Full: the queue is.
+            KeyError, ValueError: as for `Adapters.acquire`; or a request without a prompt, or with stops and without
+                a tokenizer.
+            Stopped: after `close`.
+        """
+        if not ask.prompt or ask.max_tokens < 1:
+            raise ValueError("a request needs at least one token in its prompt, and one to make")
+        if ask.stops and self.tokenizer is None:
+            raise ValueError("stop needs text, and the model has no tokenizer")
+        self._room()
+        key = BASE if ask.adapter is None else self.adapters.acquire(ask.adapter)
+        text = None if self.tokenizer is None else Text(self.tokenizer, ask.prompt, ask.stops)
+        ticket = Ticket(ask, key, sink, text)
+        with self._changed:
+            try:
+                self._room()
+            except (Full, Stopped):
+                self._release(ticket)
+                raise
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def close(self) -> None:
+        """Stop after the step that runs; requests that are not finished get an error."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _room(self) -> None:
+        if not self.alive:
+            raise Stopped("the server is stopping, or its engine has failed")
+        if len(self._waiting) >= self.queue:
+            seconds = math.ceil(self._seconds * len(self._waiting) / self.rows)
+            raise Full(len(self._waiting), min(60, max(1, seconds)))
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._ready():
+                    self._turn()
+        except BaseException:
+            _log.exception("the engine has failed")
+            raise
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._tickets, *self._waiting]
+                self._waiting.clear()
+            for ticket in left:
+                self._end(ticket, Piece(error="the server stopped before the answer was complete"))
+            self._tickets = []
+
+    def _ready(self) -> bool:
+        """Wait for something to do. False: stop."""
+        with self._changed:
+            while not (self._stopping or self._waiting or self._tickets):
+                self._changed.wait()
+            return not self._stopping
+
+    def _turn(self) -> None:
+        """Leave out what was cancelled, prefill some of what waits, and make one token for each row."""
+        self._swept()
+        if group := self._admitted():
+            self._began(group)
+        self._swept()
+        if self._tickets:
+            self._step()
+
+    def _swept(self) -> None:
+        """Rows that are done or cancelled leave."""
+        with self._changed:
+            gone = [t for t in self._waiting if t.cancelled]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        stay = [i for i, t in enumerate(self._tickets) if not (t.done or t.cancelled)]
+        gone += [t for t in self._tickets if t.cancelled and not t.done]
+        self._batch.keep_(stay)
+        self._tickets = [self._tickets[i] for i in stay]
+        for ticket in gone:
+            self._end(ticket, None)
+
+    def _admitted(self) -> list[Ticket]:
+        """The first that waits, and others of about its length, as many as fit into rows and a pass."""
+        with self._changed:
+            room, longest = self.rows - len(self._tickets), 0
+            group: list[Ticket] = []
+            for ticket in self._waiting if room > 0 else ():
+                n = len(ticket.ask.prompt) + len(ticket.out)
+                if not group and ticket.tries:  # it was in a pass that failed: alone
+                    group = [ticket]
+                    break
+                fits = n.bit_length() == longest.bit_length() and (len(group) + 1) * max(n, longest) <= self._prefill
+                if not group or (fits and not ticket.tries):
+                    group.append(ticket)
+                    longest = max(n, longest)
+                if len(group) == room:
+                    break
+            for ticket in group:
+                self._waiting.remove(ticket)
+        bad = self.adapters.fetch([t.key for t in group])
+        for ticket in [t for t in group if t.key in bad]:
+            self._end(ticket, Piece(error=f"adapter {ticket.ask.adapter!r} cannot be read: {bad[ticket.key]}"))
+        return [t for t in group if t.key not in bad]
+
+    def _began(self, group: list[Ticket]) -> None:
+        for ticket in group:
+            ticket.began = ticket.began or monotonic()
+        prompts = [[*t.ask.prompt, *t.out] for t in group]
+        try:
+            logits, batch = self.stepper.prefill(prompts, self._runner(group))
+            tokens = self._chosen(logits, group)
+            self._batch.join_(batch)
+        except Exception as e:
+            return self._failed(group, e)
+        self._tickets += group
+        self._told(group, tokens)
+        return None
+
+    def _step(self) -> None:
+        tickets = self._tickets
+        try:
+            logits = self.stepper.step_(self._batch, [t.out[-1] for t in tickets], self._runner(tickets))
+            tokens = self._chosen(logits, tickets)
+        except Exception as e:
+            self._tickets, self._batch = [], Batch()
+            return self._failed(tickets, e)
+        self._told(tickets, tokens)
+        return None
+
+    def _chosen(self, logits: torch.Tensor, tickets: Sequence[Ticket]) -> list[int]:
+        sampling, sources = [t.ask.sampling for t in tickets], [t.source for t in tickets]
+        return choose(logits, sampling, sources, [[*t.ask.prompt, *t.out] for t in tickets], self.defaults)
+
+    def _runner(self, tickets: Sequence[Ticket]) -> Callable[..., Any]:
+        keys, bank = [t.key for t in tickets], self.adapters.bank
+        if bank is None or all(key == BASE for key in keys):
+            return self.model
+
+        def run(**inputs: Any) -> Any:
+            with bank.holding(keys, timeout=None) as (stacks, index):
+                return bank.nets.mixed(stacks, index, **inputs)
+
+        return run
+
+    def _told(self, tickets: Sequence[Ticket], tokens: Sequence[int]) -> None:
+        """Give each request its token; those that are complete get their last piece."""
+        for ticket, token in zip(tickets, tokens, strict=True):
+            ticket.out.append(token)
+            ended = token in self.defaults.ends
+            text = "" if ticket.text is None else ticket.text.add(token)
+            stopped = ended or (ticket.text is not None and ticket.text.stopped)
+            if stopped or len(ticket.out) >= ticket.ask.max_tokens:
+                text += "" if ticket.text is None else ticket.text.end()
+                stopped = stopped or (ticket.text is not None and ticket.text.stopped)
+                self._seconds += 0.1 * (monotonic() - ticket.began - self._seconds)
+                self._end(ticket, Piece([token], text, "stop" if stopped else "length"))
+            else:
+                ticket.give(Piece([token], text))
+
+    def _failed(self, tickets: Sequence[Ticket], why: Exception) -> None:
+        """A pass failed: its rows begin again, each alone, from the tokens that they have; not for ever."""
+        _log.error("a pass over %d rows failed", len(tickets), exc_info=why)
+        for ticket in tickets:
+            ticket.tries += 1
+            if ticket.tries > 2 or len(tickets) == 1:
+                self._end(ticket, Piece(error=f"the model failed on this request: {type(why).__name__}: {why}"))
+        with self._changed:
+            self._waiting.extendleft([t for t in reversed(tickets) if not t.done])
+
+    def _end(self, ticket: Ticket, piece: Piece | None) -> None:
+        ticket.done = True
+        self._release(ticket)
+        if piece is not None:
+            ticket.give(piece)
+
+    def _release(self, ticket: Ticket) -> None:
+        if ticket.key != BASE:
+            self.adapters.release(ticket.key)
