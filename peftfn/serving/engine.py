@@ -18,6 +18,7 @@ from peftfn.serving.batch import Batch, Stepper
 from peftfn.serving.sampling import GREEDY, Defaults, Sampling, choose, generator
 from peftfn.serving.text import Text
 
+_STOPPED = "the server is stopping, or its engine has failed"
 _log = logging.getLogger("peftfn.serving")
 
 
@@ -126,14 +127,15 @@ class Engine:
         self._tickets: list[Ticket] = []  # of the running rows, in the order of the batch
         self._batch = Batch()
         self._seconds = 1.0  # of a request from its first step to its last, averaged over the last ones
+        self._coming = 0  # requests whose adapter is being loaded
         self._stopping = False
         self._thread = Thread(target=self._run, name="peftfn.serving", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Requests in the queue, with those whose adapter is being loaded."""
+        return len(self._waiting) + self._coming
 
     @property
     def running(self) -> int:
@@ -158,19 +160,25 @@ class Engine:
             raise ValueError("a request needs at least one token in its prompt, and one to make")
         if ask.stops and self.tokenizer is None:
             raise ValueError("stop needs text, and the model has no tokenizer")
-        self._room()
-        key = BASE if ask.adapter is None else self.adapters.acquire(ask.adapter)
+        with self._changed:
+            self._room()
+            self._coming += 1  # it has a place in the queue while its adapter is loaded
         text = None if self.tokenizer is None else Text(self.tokenizer, ask.prompt, ask.stops)
+        try:
+            key = BASE if ask.adapter is None else self.adapters.acquire(ask.adapter)
+        except BaseException:
+            with self._changed:
+                self._coming -= 1
+            raise
         ticket = Ticket(ask, key, sink, text)
         with self._changed:
-            try:
-                self._room()
-            except (Full, Stopped):
-                self._release(ticket)
-                raise
-            self._waiting.append(ticket)
-            self._changed.notify_all()
-        return ticket
+            self._coming -= 1
+            if not self._stopping:
+                self._waiting.append(ticket)
+                self._changed.notify_all()
+                return ticket
+        self._release(ticket)
+        raise Stopped(_STOPPED)
 
     def close(self) -> None:
         """Stop after the step that runs; requests that are not finished get an error."""
@@ -181,10 +189,9 @@ class Engine:
 
     def _room(self) -> None:
         if not self.alive:
-            raise Stopped("the server is stopping, or its engine has failed")
-        if len(self._waiting) >= self.queue:
-            seconds = math.ceil(self._seconds * len(self._waiting) / self.rows)
-            raise Full(len(self._waiting), min(60, max(1, seconds)))
+            raise Stopped(_STOPPED)
+        if self.waiting >= self.queue:
+            raise Full(self.waiting, min(60, max(1, math.ceil(self._seconds * self.waiting / self.rows))))
 
     # In the engine's thread.
 

@@ -54,7 +54,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn. temperature 0: the largest logit."""
+    """How one answer is drawn. A temperature below 1e-4: the largest logit."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -66,7 +66,7 @@ GREEDY = Sampling()
 
 def generator(how: Sampling) -> torch.Generator | None:
     """The source of random numbers of one answer, on the CPU; None for a greedy one."""
-    if not how.temperature:
+    if how.temperature < 1e-4:
         return None
     made = torch.Generator()
     made.seed() if how.seed is None else made.manual_seed(how.seed)

@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -100,3 +101,20 @@ class Answer:
         pieces = self.all()
         assert pieces[-1].error is None, pieces[-1].error
         return [t for p in pieces for t in p.tokens]
+
+
+class Held(Answer):
+    """An answer whose engine waits in front of the second token until it is let go."""
+
+    def __init__(self, engine: Any, ask: Ask):
+        self._go, self._first = Event(), True
+        super().__init__(engine, ask)
+
+    def put(self, piece: Piece) -> None:
+        super().put(piece)
+        if self._first:
+            self._first = False
+            assert self._go.wait(30)
+
+    def go(self) -> None:
+        self._go.set()

@@ -3,18 +3,18 @@
 import shutil
 import time
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from served import Answer, alone, engine, folders, model, prompts
+from served import Answer, Held, alone, engine, folders, model, prompts
 from support import random
 
 import peftfn as pf
 from peftfn.serving.batch import Stepper
-from peftfn.serving.engine import Ask, Full, Piece, Stopped
+from peftfn.serving.engine import Ask, Full, Stopped
 from peftfn.serving.sampling import Defaults, Sampling, choose, generator
 
 
@@ -96,23 +96,6 @@ def test_the_models_own_penalty_is_applied(running: Any) -> None:
     assert got == [alone(net, None, p, 8) for p in asked]
     base.generation_config.repetition_penalty = None
     assert got != [alone(net, None, p, 8) for p in asked]
-
-
-class Held(Answer):
-    """An answer whose engine waits in front of the second token until it is let go."""
-
-    def __init__(self, engine: Any, ask: Ask):
-        self._go, self._first = Event(), True
-        super().__init__(engine, ask)
-
-    def put(self, piece: Piece) -> None:
-        super().put(piece)
-        if self._first:
-            self._first = False
-            assert self._go.wait(30)
-
-    def go(self) -> None:
-        self._go.set()
 
 
 def test_a_request_ends_with_the_adapter_it_began_with(tmp_path: Path, running: Any) -> None:

@@ -1,0 +1,286 @@
+"""The server: OpenAI's routes and a few of its own, in front of an engine."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from peftfn.serving.asked import Asked, Limits, Refused, asked, parsed
+from peftfn.serving.engine import Engine, Full, Piece, Stopped, Ticket
+from peftfn.serving.metrics import Metrics
+from peftfn.serving.told import Told, error
+
+_GONE = 499
+"""The status of an answer that nobody waits for. Nobody sees it."""
+
+
+class Failed(Exception):
+    """The engine could not answer."""
+
+
+class Gone(Exception):
+    """Whoever asked went away."""
+
+
+def app(engine: Engine, name: str, limits: Limits) -> FastAPI:
+    """Return the application of a server; when it stops, so does the engine.
+
+    Args:
+        name: of the base, as `model` in requests.
+        limits: of requests.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+
+    out = FastAPI(title="peftfn", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    server = Server(engine, name, limits)
+    for path, call, verbs in (
+        ("/health", server.health, ["GET"]),
+        ("/metrics", server.measured, ["GET"]),
+        ("/v1/models", server.models, ["GET"]),
+        ("/v1/models/{model:path}", server.model, ["GET"]),
+        ("/v1/completions", server.completion, ["POST"]),
+        ("/v1/chat/completions", server.chat, ["POST"]),
+        ("/v1/adapters/{adapter:path}", server.put, ["POST"]),
+        ("/v1/adapters/{adapter:path}", server.remove, ["DELETE"]),
+    ):
+        out.add_api_route(path, call, methods=verbs, response_model=None)
+    out.add_exception_handler(Refused, _refused)
+    out.add_exception_handler(HTTPException, _unrouted)
+    out.add_exception_handler(Exception, _unforeseen)
+    return out
+
+
+class Server:
+    """The routes."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits):
+        self.engine, self.name, self.limits = engine, name, limits
+        self.metrics, self._began = Metrics(engine), int(time.time())
+        self._vocabulary = int(engine.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+    async def health(self) -> Response:
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def measured(self) -> Response:
+        return Response(
+            await run_in_threadpool(self.metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def models(self) -> Response:
+        names = await run_in_threadpool(lambda: self.engine.adapters.names)
+        return JSONResponse({"object": "list", "data": [self._model(n) for n in dict.fromkeys([self.name, *names])]})
+
+    async def model(self, model: str) -> Response:
+        if model != self.name and model not in await run_in_threadpool(lambda: self.engine.adapters.names):
+            raise Refused(404, f"there is no model {model[:200]!r}", "model", "model_not_found")
+        return JSONResponse(self._model(model))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        parent = None if name == self.name else self.name
+        return {"id": name, "object": "model", "created": self._began, "owned_by": "peftfn", "parent": parent}
+
+    async def put(self, request: Request, adapter: str) -> Response:
+        body = await _body(request, self.limits.body, optional=True)
+        fields = parsed(body) if body else {}
+        if odd := fields.keys() - {"path"}:
+            raise Refused(400, f"unknown field {min(odd)[:80]!r}; supported is path", min(odd)[:80])
+        path = fields.get("path")
+        if path is not None and not isinstance(path, str):
+            raise Refused(400, "path must be a text: a folder in the adapters' directory", "path")
+        if adapter == self.name:
+            raise Refused(400, f"{adapter!r} is the base's name", "adapter")
+        await self._changed(lambda: self.engine.adapters.put(adapter, path))
+        return JSONResponse({"id": adapter, "object": "adapter", "registered": True})
+
+    async def remove(self, adapter: str) -> Response:
+        await self._changed(lambda: self.engine.adapters.remove(adapter))
+        return JSONResponse({"id": adapter, "object": "adapter", "deleted": True})
+
+    async def _changed(self, change: Callable[[], None]) -> None:
+        try:
+            await run_in_threadpool(change)
+        except KeyError as e:
+            raise Refused(404, str(e.args[0]), "adapter", "model_not_found") from e
+        except ValueError as e:
+            raise Refused(400, str(e), "adapter") from e
+
+    async def completion(self, request: Request) -> Response:
+        return await self._counted(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._counted(request, chat=True)
+
+    async def _counted(self, request: Request, chat: bool) -> Response:
+        began = time.monotonic()
+        try:
+            return await self._answered(request, chat, began)
+        except Refused as e:
+            self.metrics.requests.labels("rejected" if e.status in (429, 503) else "refused").inc()
+            raise
+
+    async def _answered(self, request: Request, chat: bool, began: float) -> Response:
+        fields = parsed(await _body(request, self.limits.body))
+        engine, limits = self.engine, self.limits
+        wanted = await run_in_threadpool(
+            asked, fields, chat, self.name, engine.tokenizer, self._vocabulary, limits, engine.defaults
+        )
+        answer = Answer(self, wanted, began)
+        await answer.submitted()
+        watch = asyncio.create_task(answer.watch(request.receive))
+        if wanted.stream:
+            return _Events(answer, watch)
+        try:
+            return JSONResponse(await answer.whole())
+        except Failed as e:
+            return JSONResponse(error(500, str(e)), 500)
+        except Gone:
+            return Response(status_code=_GONE)
+        finally:
+            watch.cancel()
+            answer.close()
+
+
+class Answer:
+    """One request on its way: the pieces come from the engine's thread into a queue of the event loop."""
+
+    def __init__(self, server: Server, wanted: Asked, began: float):
+        self._server, self._wanted, self._began = server, wanted, began
+        self._told, self._pieces = Told(wanted), asyncio.Queue[Piece | None]()
+        self._ticket: Ticket | None = None
+        self._ended = False
+
+    async def submitted(self) -> None:
+        """Put the request into the engine's queue. Refused where it takes none."""
+        loop = asyncio.get_running_loop()
+
+        def sink(piece: Piece) -> None:
+            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+        try:
+            self._ticket = await run_in_threadpool(self._server.engine.submit, self._wanted.ask, sink)
+        except Full as e:
+            raise Refused(429, str(e), code="queue_full", retry=e.seconds) from e
+        except Stopped as e:
+            raise Refused(503, str(e)) from e
+        except KeyError as e:
+            raise Refused(404, f"{e.args[0]}; GET /v1/models lists them", "model", "model_not_found") from e
+        except ValueError as e:
+            raise Refused(400, str(e), "model") from e
+        self._server.metrics.prompt.inc(len(self._wanted.ask.prompt))
+
+    async def watch(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        """End the answer when whoever asked goes away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._pieces.put_nowait(None)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces, counted. Failed where the engine fails, Gone where nobody waits any more."""
+        metrics = self._server.metrics
+        while not self._ended:
+            piece = await self._pieces.get()
+            if piece is None:
+                raise Gone
+            if piece.error is not None:
+                self._end("failed")
+                raise Failed(piece.error)
+            if not self._told.count:
+                metrics.first.observe(time.monotonic() - self._began)
+            self._told.count += len(piece.tokens)
+            metrics.generated.inc(len(piece.tokens))
+            if piece.finish is not None:
+                metrics.whole.observe(time.monotonic() - self._began)
+                self._end("answered")
+            yield piece
+
+    async def whole(self) -> dict[str, Any]:
+        pieces = [piece async for piece in self.pieces()]
+        text, ids = "".join(p.text for p in pieces), [t for p in pieces for t in p.tokens]
+        return self._told.whole(text, ids, pieces[-1].finish or "length")
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        try:
+            for chunk in self._told.first():
+                yield _event(chunk)
+            async for piece in self.pieces():
+                for chunk in self._told.piece(piece.text, piece.tokens, piece.finish):
+                    yield _event(chunk)
+            for chunk in self._told.last():
+                yield _event(chunk)
+        except Failed as e:
+            yield _event(error(500, str(e)))
+        yield "data: [DONE]\n\n"
+
+    def close(self) -> None:
+        """Free the row, if the answer is not complete."""
+        if not self._ended:
+            self._end("cancelled")
+            if self._ticket is not None:
+                self._ticket.cancel()
+
+    def _end(self, outcome: str) -> None:
+        self._ended = True
+        self._server.metrics.requests.labels(outcome).inc()
+
+
+class _Events(StreamingResponse):
+    """An answer as it comes. However it ends, the row is free afterwards."""
+
+    def __init__(self, answer: Answer, watch: "asyncio.Task[None]"):
+        super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answer, self._watch = answer, watch
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.stream_response(send)
+        except (Gone, OSError):  # there is nobody to send to
+            return
+        finally:
+            self._watch.cancel()
+            self._answer.close()
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+async def _body(request: Request, limit: int, optional: bool = False) -> bytes:
+    """The body, read no further than the limit."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = b""
+    if (length := request.headers.get("content-length", "0")).isdecimal() and int(length) > limit:
+        raise Refused(413, f"the body has {length} bytes; this server reads at most {limit}")
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise Refused(413, f"the body has more than {limit} bytes, the most that this server reads")
+    if kind != "application/json" and (body or not optional):  # what a web page may send without being asked is none
+        raise Refused(415, f"the body is {kind[:80] or 'of no type'}; give application/json")
+    return body
+
+
+async def _refused(_: Request, e: Any) -> Response:
+    headers = None if e.retry is None else {"Retry-After": str(e.retry)}
+    return JSONResponse(error(e.status, str(e), e.field, e.code), e.status, headers)
+
+
+async def _unrouted(request: Request, e: Any) -> Response:
+    what = f"{request.method} {request.url.path[:200]}: {e.detail}"
+    return JSONResponse(error(e.status_code, what), e.status_code, e.headers)
+
+
+async def _unforeseen(_: Request, e: Exception) -> Response:
+    return JSONResponse(error(500, f"the server failed: {type(e).__name__}"), 500)

@@ -1,0 +1,274 @@
+"""What a request's JSON asks for: every field is used or refused, and nothing is larger than the limits."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from peftfn.serving.engine import Ask
+from peftfn.serving.sampling import Defaults, Sampling
+
+
+class Refused(Exception):
+    """A request that is not answered: its status, the field that is wrong, and in how many seconds to try again."""
+
+    def __init__(
+        self, status: int, what: str, field: str | None = None, code: str | None = None, retry: int | None = None
+    ):
+        super().__init__(what)
+        self.status, self.field, self.code, self.retry = status, field, code, retry
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a request may be.
+
+    Args:
+        body: bytes of its JSON.
+        tokens: max_tokens.
+        context: tokens of prompt and answer together.
+    """
+
+    body: int = 1 << 20
+    tokens: int = 1024
+    context: int = 4096
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: what the engine is asked, and how the answer is to be told."""
+
+    ask: Ask
+    chat: bool
+    model: str
+    stream: bool
+    usage: bool
+    ids: bool  # whether token ids are told too
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The object of a body. Refused where it is no JSON, or no object."""
+    try:
+        found = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise Refused(400, f"the body is not valid JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise Refused(400, f"the body is a JSON {type(found).__name__}; give an object")
+    return found
+
+
+def asked(
+    fields: Mapping[str, Any], chat: bool, base: str, tokenizer: Any, vocabulary: int, limits: Limits, own: Defaults
+) -> Asked:
+    """What the fields of a request mean. Refused where one is unknown, has a value that is not supported, or is too
+    large.
+
+    Args:
+        chat: whether they are those of /v1/chat/completions, or of /v1/completions.
+        base: the base's name as `model`.
+        tokenizer: None: prompts are token ids.
+        vocabulary: token ids are below it.
+        own: what holds where a request says nothing.
+    """
+    given = {k: v for k, v in fields.items() if v is not None}  # null is what is not there
+    mine = _COMMON | (_CHAT if chat else _COMPLETION)
+    for name, value in given.items():
+        if name in mine:
+            mine[name](name, value)
+        elif name not in _NEUTRAL:
+            raise Refused(400, f"unknown field {name[:80]!r}; supported are {', '.join(sorted(mine))}", name[:80])
+        elif value != _NEUTRAL[name] or isinstance(value, bool) != isinstance(_NEUTRAL[name], bool):
+            only = json.dumps(_NEUTRAL[name])
+            raise Refused(400, f"{name} is {_brief(value)}; this server supports {only} alone", name)
+    for name in ("model", "messages" if chat else "prompt"):
+        if name not in given:
+            raise Refused(400, f"the field {name} is missing", name)
+    if "max_tokens" in given and "max_completion_tokens" in given:
+        raise Refused(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
+    stops = _stops(given.get("stop", []))
+    if stops and tokenizer is None:
+        raise Refused(400, "stop is text, and the model has no tokenizer", "stop")
+    prompt = _dialogue(given["messages"], tokenizer) if chat else _prompt(given["prompt"], tokenizer)
+    max_tokens = _sized(prompt, given, chat, vocabulary, limits)
+    how = Sampling(given.get("temperature", own.temperature), given.get("top_p", own.top_p), given.get("seed"))
+    adapter = None if given["model"] == base else given["model"]
+    return Asked(
+        Ask(prompt, adapter, max_tokens, how, stops),
+        chat,
+        given["model"],
+        given.get("stream", False),
+        given.get("stream_options", {}).get("include_usage", False),
+        given.get("return_token_ids", False) or tokenizer is None,
+    )
+
+
+def _sized(prompt: Sequence[int], given: Mapping[str, Any], chat: bool, vocabulary: int, limits: Limits) -> int:
+    """The tokens of the answer, where prompt and answer are within the limits."""
+    field = "messages" if chat else "prompt"
+    if not prompt:
+        raise Refused(400, f"{field} has no tokens", field)
+    if (odd := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
+        raise Refused(400, f"token {odd} is not in the model's vocabulary, 0 to {vocabulary - 1}", field)
+    left = limits.context - len(prompt)
+    if left < 1:
+        raise Refused(
+            400,
+            f"the prompt has {len(prompt)} tokens; it may have {limits.context - 1}, with room for one to answer",
+            field,
+            "context_length_exceeded",
+        )
+    usual = min(limits.tokens, left) if chat else min(16, limits.tokens, left)
+    wanted: int = given.get("max_completion_tokens", given.get("max_tokens", usual))
+    if wanted > limits.tokens:
+        raise Refused(400, f"max_tokens is {wanted}; this server makes at most {limits.tokens}", "max_tokens")
+    if wanted > left:
+        raise Refused(
+            400,
+            f"the prompt has {len(prompt)} tokens, and max_tokens is {wanted}; together they may be {limits.context}",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    return wanted
+
+
+def _prompt(value: Any, tokenizer: Any) -> list[int]:
+    """Token ids of a text, of ids, or of a list with one of these."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise Refused(400, f"prompt is a list of {len(value)} prompts; give one a request", "prompt")
+        value = value[0]
+    if isinstance(value, str):
+        return _tokens(value, tokenizer, "prompt", add_special_tokens=True)
+    if isinstance(value, list) and all(type(t) is int for t in value):
+        return value
+    raise Refused(400, "prompt must be a text, or a list of token ids", "prompt")
+
+
+def _dialogue(messages: list[Any], tokenizer: Any) -> list[int]:
+    """Token ids of a dialogue, by the tokenizer's own template."""
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise Refused(400, "the model has no chat template; use /v1/completions", "messages")
+    plain = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    try:
+        text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    except Exception as e:  # a template raises what it likes: an order of roles that it does not take, for one
+        raise Refused(400, f"the model's chat template refuses these messages: {e}", "messages") from e
+    return _tokens(text, tokenizer, "messages", add_special_tokens=False)
+
+
+def _message(m: Any, where: str) -> dict[str, str]:
+    if not isinstance(m, dict) or m.keys() != {"role", "content"} or not isinstance(m["role"], str):
+        raise Refused(400, f"{where} must be an object with role and content, and no more", "messages")
+    content = m["content"]
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+                raise Refused(400, f"{where} has content that is no text; this server takes text alone", "messages")
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(content, str):
+        raise Refused(400, f"{where}: content must be a text, or a list of parts of type text", "messages")
+    return {"role": m["role"], "content": content}
+
+
+def _tokens(text: str, tokenizer: Any, field: str, **how: bool) -> list[int]:
+    if tokenizer is None:
+        raise Refused(400, f"{field} is text, and the model has no tokenizer: give a list of token ids", field)
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise Refused(400, f"{field} is not valid Unicode: {e.reason} at character {e.start}", field) from e
+    ids: list[int] = tokenizer.encode(text, **how)
+    return ids
+
+
+# What a field may be. Each raises where its value is not that.
+
+
+def _wrong(name: str, value: Any, want: str) -> NoReturn:
+    raise Refused(400, f"{name} is {_brief(value)}; it must be {want}", name)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        _wrong(name, value, "a text")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        _wrong(name, value, "true or false")
+
+
+def _whole(low: int, high: int, words: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if type(value) is not int or not low <= value <= high:
+            _wrong(name, value, words)
+
+    return check
+
+
+def _number(low: float, high: float, words: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if type(value) not in (int, float) or not low <= value <= high:
+            _wrong(name, value, words)
+
+    return check
+
+
+def _listed(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value:
+        _wrong(name, value, "a list with at least one message")
+
+
+def _stream_options(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
+        _wrong(name, value, 'an object with "include_usage" alone')
+    _flag(f"{name}.include_usage", value.get("include_usage", False))
+
+
+def _stop(name: str, value: Any) -> None:
+    texts = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(texts, list)
+        or len(texts) > 4
+        or not all(isinstance(t, str) and 0 < len(t) <= 256 for t in texts)
+    ):
+        _wrong(name, value, "a text, or a list of at most 4, each of 1 to 256 characters")
+
+
+def _stops(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+Check = Callable[[str, Any], None]
+_COMMON: dict[str, Check] = {
+    "model": _text,
+    "max_tokens": _whole(1, 2**31, "a whole number of at least 1"),
+    "temperature": _number(0, 2, "a number from 0 to 2"),
+    "top_p": _number(1e-9, 1, "a number above 0, up to 1"),
+    "seed": _whole(-(2**63), 2**63 - 1, "a whole number of 64 bits"),
+    "stop": _stop,
+    "stream": _flag,
+    "stream_options": _stream_options,
+    "return_token_ids": _flag,
+    "user": _text,
+}
+_COMPLETION: dict[str, Check] = {"prompt": lambda name, value: None}  # `_prompt` says what is wrong
+_CHAT: dict[str, Check] = {
+    "messages": _listed,
+    "max_completion_tokens": _whole(1, 2**31, "a whole number of at least 1"),
+}
+_NEUTRAL: dict[str, Any] = {
+    **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "suffix": "", "logit_bias": {}},
+    **{"presence_penalty": 0, "frequency_penalty": 0, "tools": [], "tool_choice": "none", "store": False},
+    **{"response_format": {"type": "text"}, "metadata": {}, "service_tier": "auto"},
+}
+"""OpenAI's fields that the server has nothing for, with the value that asks for nothing."""
