@@ -179,6 +179,32 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seed", type=int, metavar="N", help="dare, della: of what is dropped")
     new.add_argument("--model", type=Path, metavar="MODEL", help="the base model: its folder, or its config.json")
     new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
+
+    new = command(
+        "serve",
+        _serve,
+        "answer requests over HTTP, each with an adapter of its own",
+        "Serves the model MODEL and the adapters in the sub-folders of DIR at OpenAI's routes, on one machine. The "
+        "adapter's name is the model of a request. Stops at SIGINT or SIGTERM.",
+    )
+    new.add_argument("model", metavar="MODEL", help="the base model's folder, or the hub's owner/name")
+    new.add_argument("--adapters", type=Path, metavar="DIR", help="its sub-folders are adapters (none: the base alone)")
+    new.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
+    new.add_argument("--port", type=int, default=8000, metavar="N", help="0: any (%(default)s)")
+    new.add_argument("--name", metavar="NAME", help="the base's name in requests (its folder's)")
+    new.add_argument("--device", metavar="D", help="cpu, cuda:0, … (the accelerator, if there is one)")
+    new.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(the file's)")
+    for option, default, what in (
+        ("--resident", 64, "adapters of one plan in memory at once"),
+        ("--plans", 4, "plans that have slots: methods, ranks and targets that do not fit into each other"),
+        ("--rows", 16, "requests that run at once"),
+        ("--queue", 256, "requests that wait at most"),
+        ("--max-tokens", 1024, "of an answer, at most"),
+        ("--max-body", 1 << 20, "bytes of a request, at most"),
+        ("--grace", 30, "seconds for answers to end at a stop"),
+    ):
+        new.add_argument(option, type=_positive, default=default, metavar="N", help=f"{what} (%(default)s)")
+    new.add_argument("--context", type=_positive, metavar="N", help="tokens of prompt and answer (the model's)")
     return parser
 
 
@@ -273,6 +299,15 @@ def _combine(options: argparse.Namespace) -> int:
     given = {k: v for k in words if (v := getattr(options, k)) is not None}
     o = options
     print(combine(o.paths, o.out, o.method, o.weights, o.model, o.to, **given))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from peftfn.cli.serve import serve
+
+    words = ("host", "port", "name", "device", "dtype", "resident", "plans", "rows", "queue", "max_tokens", "max_body")
+    given = {k: getattr(options, k) for k in (*words, "grace", "context")}
+    serve(options.model, options.adapters, **given, say=lambda text: print(f"peftfn serve: {text}", flush=True))
     return 0
 
 

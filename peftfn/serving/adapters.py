@@ -30,11 +30,7 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, root: Path | None, *, slots: int = 64, plans: int = 4):
-        if root is not None:
-            if not root.is_dir():
-                raise NotADirectoryError(f"{root}: no such folder; give one whose sub-folders are adapters")
-            os.listdir(root)  # may it be read?
-        self.model, self.root = model, None if root is None else root.resolve()
+        self.model, self.root = model, None if root is None else directory(root)
         self.slots, self.plans = slots, plans
         self.bank: Bank | None = None
         self._lock, self._loading = Lock(), Lock()  # of the tables; of what is slow: one adapter at a time
@@ -208,6 +204,14 @@ class Adapters:
         for key, path in used.items():
             new.put(key, path)
         return new
+
+
+def directory(root: Path) -> Path:
+    """The directory without links. NotADirectoryError where there is none, PermissionError where it cannot be read."""
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is no folder; give one whose sub-folders are adapters")
+    os.listdir(root)
+    return root.resolve()
 
 
 def _odd(name: object) -> str | None:
