@@ -37,6 +37,7 @@ class Adapters:
         self._keys: dict[str, str] = {}  # name → its name in the bank, another one after each registration
         self._paths: dict[str, Path] = {}  # name in the bank → folder
         self._users: dict[str, int] = {}  # name in the bank → requests that run and wait
+        self._given: dict[str, str] = {}  # name → path, where `put` said one
         self._gone: set[str] = set()  # taken away: not found again until put
         self._count = 0
 
@@ -56,7 +57,7 @@ class Adapters:
                     return key
                 if name in self._gone:
                     raise KeyError(f"there is no adapter {name!r}: it was removed")
-            self._put(name, self._folder(name))
+            self._put(name, self._folder(name, self._given.get(name)))
             with self._lock:
                 key = self._taken(name)
                 assert key is not None
@@ -85,6 +86,9 @@ class Adapters:
         """
         with self._loading:
             self._put(name, self._folder(name, path))
+            with self._lock:
+                self._gone.discard(name)
+                self._given.pop(name, None) if path is None else self._given.update({name: path})
 
     def remove(self, name: str) -> None:
         """Take an adapter away; its files stay. Requests that run and wait finish with it.
@@ -93,11 +97,13 @@ class Adapters:
             KeyError: there is no adapter of this name.
         """
         with self._loading:
-            self._folder(name) if name not in self._keys else None
+            if name not in self._keys and name not in self._given:
+                self._folder(name)  # or there is none
             with self._lock:
                 if name in self._gone:
                     raise KeyError(f"there is no adapter {name!r}: it was removed already")
                 self._gone.add(name)
+                self._given.pop(name, None)
                 if (key := self._keys.pop(name, None)) is not None:
                     self._forget(key)
 
@@ -105,7 +111,7 @@ class Adapters:
     def names(self) -> list[str]:
         """Every name that a request may give: what is registered, and the folders of the directory."""
         with self._lock:
-            known, gone = set(self._keys), set(self._gone)
+            known, gone = {*self._keys, *self._given}, set(self._gone)
         found = set() if self.root is None else {e.name for e in os.scandir(self.root) if e.is_dir()}
         return sorted((known | {name for name in found if _odd(name) is None}) - gone)
 
@@ -171,7 +177,6 @@ class Adapters:
         with self._lock:
             old = self._keys.get(name)
             self._keys[name], self._paths[key] = key, folder
-            self._gone.discard(name)
             if old is not None:
                 self._forget(old)
 

@@ -72,13 +72,18 @@ def test_plans_are_bounded_and_a_wider_one_takes_the_place_of_a_narrow_one(tmp_p
         net = pf.adapt(base, rules)
         pf.save(root / name, net, random(net, 1))
     adapters = Adapters(base, root, slots=2, plans=2)
+    adapters.put("alias", "narrow")
     for name, plans in {"narrow": 1, "wide": 1, "widest": 2}.items():
         adapters.release(adapters.acquire(name))
         assert adapters.bank is not None and len(adapters.bank.nets.nets) == plans
     adapters.release(adapters.acquire("narrow"))
     with pytest.raises(ValueError, match=r"'other': it fits none of the 2 plans .*--plans"):
         adapters.acquire("other")
-    adapters.release(adapters.acquire("wide"))
+    for name in ("wide", "alias"):  # a name that was given to a folder outlives the plan that it had
+        adapters.release(adapters.acquire(name))
+    adapters.remove("alias")
+    with pytest.raises(KeyError, match="removed"):
+        adapters.acquire("alias")
 
 
 def test_adapters_that_count_the_tokens_of_a_call_are_refused(tmp_path: Path) -> None:
