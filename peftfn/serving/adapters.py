@@ -135,7 +135,7 @@ class Adapters:
         return key
 
     def _forget(self, key: str) -> None:
-        if not self._users.get(key) and key not in self._keys.values():
+        if not self._users.get(key) and self._keys.get(key.rpartition("#")[0]) != key:
             self._users.pop(key, None)
             self._paths.pop(key, None)
             if self.bank is not None and key in self.bank:
@@ -205,6 +205,7 @@ class Adapters:
         with self._lock:  # what no request uses is found again when one does
             self._keys = {name: key for name, key in self._keys.items() if self._users.get(key)}
             self._paths = {key: path for key, path in self._paths.items() if self._users.get(key)}
+            self._users = {key: n for key, n in self._users.items() if n}
             used = dict(self._paths)
         for key, path in used.items():
             new.put(key, path)

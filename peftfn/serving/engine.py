@@ -291,7 +291,8 @@ class Engine:
 
     def _chosen(self, logits: torch.Tensor, tickets: Sequence[Ticket]) -> list[int]:
         sampling, sources = [t.ask.sampling for t in tickets], [t.source for t in tickets]
-        return choose(logits, sampling, sources, [[*t.ask.prompt, *t.out] for t in tickets], self.defaults)
+        seen = [[*t.ask.prompt, *t.out] for t in tickets] if self.defaults.penalty != 1 else [()] * len(tickets)
+        return choose(logits, sampling, sources, seen, self.defaults)
 
     def _runner(self, tickets: Sequence[Ticket]) -> Callable[..., Any]:
         keys, bank = [t.key for t in tickets], self.adapters.bank

@@ -85,7 +85,7 @@ def choose(
     Args:
         logits: [rows, vocabulary], fp32.
         hows, sources: of each row.
-        seen: the tokens of each row so far, prompt and answer.
+        seen: the tokens of each row so far, prompt and answer; read where there is a penalty.
         defaults: of the model: top_k and penalty.
     """
     if defaults.penalty != 1.0:
