@@ -120,7 +120,8 @@ async def client(http: httpx.AsyncClient, known: Known, tally: Tally, draw: rand
         kind = draw.random()
         if kind < UNKNOWN:
             response = await http.post("/v1/completions", json=body | {"model": "nobody"})
-            tally.outcomes["unknown, 404" if response.status_code == 404 else "unknown, but answered"] += 1
+            said = {404: "unknown, 404", 429: "told to wait, 429"}
+            tally.outcomes[said.get(response.status_code, "unknown, but answered")] += 1
         elif kind < UNKNOWN + GOES_AWAY:
             async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
                 async for _ in response.aiter_bytes():
@@ -196,7 +197,7 @@ async def run(address: str, pid: int, known: Known, tally: Tally, clients: int) 
     began = monotonic()
     # A connection that was idle for as long as the server's 5 seconds may be closed under a request.
     limits = httpx.Limits(max_connections=clients + 2, keepalive_expiry=2)
-    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as http:
         sampler = asyncio.create_task(sampling(pid, tally, began))
         crowd = [client(http, known, tally, random.Random(i)) for i in range(clients)]
         try:

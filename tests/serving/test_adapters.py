@@ -55,7 +55,7 @@ def test_a_broken_folder_is_said_without_the_servers_paths(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=name) as why:
             adapters.acquire(name)
         assert str(tmp_path) not in str(why.value)
-    with pytest.raises(NotADirectoryError, match="no such folder"):
+    with pytest.raises(NotADirectoryError, match="is no folder"):
         Adapters(base, tmp_path / "none")
     with pytest.raises(KeyError, match="the base alone"):
         Adapters(base, None).acquire("user0")
