@@ -120,6 +120,8 @@ class Engine:
         if model.training:
             raise ValueError("serve: the model is in training mode: call model.eval() first")
         self.defaults, self.stepper = Defaults.of(model), Stepper(model)
+        if tokenizer is not None:
+            tokenizer.encode("a")  # a first use may change its settings, which must not happen in two threads at once
         self.model, self.adapters, self.tokenizer = model, adapters, tokenizer
         self.rows, self.queue, self._prefill = rows, queue, prefill
         self._changed = Condition()
@@ -206,7 +208,7 @@ class Engine:
         finally:
             with self._changed:
                 self._stopping = True
-                left = [*self._tickets, *self._waiting]
+                left = [t for t in (*self._tickets, *self._waiting) if not t.done]
                 self._waiting.clear()
             for ticket in left:
                 self._end(ticket, Piece(error="the server stopped before the answer was complete"))
@@ -221,12 +223,16 @@ class Engine:
 
     def _turn(self) -> None:
         """Leave out what was cancelled, prefill some of what waits, and make one token for each row."""
-        self._swept()
-        if group := self._admitted():
-            self._began(group)
-        self._swept()
-        if self._tickets:
-            self._step()
+        try:
+            self._swept()
+            if group := self._admitted():
+                self._began(group)
+            self._swept()
+            if self._tickets:
+                self._step()
+        except Exception as e:  # the cache may be half changed
+            tickets, self._tickets, self._batch = self._tickets, [], Batch()
+            self._failed([t for t in tickets if not t.done], e)
 
     def _swept(self) -> None:
         """Rows that are done or cancelled leave."""
@@ -259,7 +265,11 @@ class Engine:
                     break
             for ticket in group:
                 self._waiting.remove(ticket)
-        bad = self.adapters.fetch([t.key for t in group])
+        try:
+            bad = self.adapters.fetch([t.key for t in group])
+        except Exception as e:  # of a kind that no reader should raise
+            _log.exception("adapters could not be read")
+            bad = {t.key: f"{type(e).__name__}: {e}" for t in group if t.key != BASE}
         for ticket in [t for t in group if t.key in bad]:
             self._end(ticket, Piece(error=f"adapter {ticket.ask.adapter!r} cannot be read: {bad[ticket.key]}"))
         return [t for t in group if t.key not in bad]
@@ -271,23 +281,16 @@ class Engine:
         try:
             logits, batch = self.stepper.prefill(prompts, self._runner(group))
             tokens = self._chosen(logits, group)
-            self._batch.join_(batch)
         except Exception as e:
             return self._failed(group, e)
         self._tickets += group
-        self._told(group, tokens)
-        return None
+        self._batch.join_(batch)
+        return self._told(group, tokens)
 
     def _step(self) -> None:
         tickets = self._tickets
-        try:
-            logits = self.stepper.step_(self._batch, [t.out[-1] for t in tickets], self._runner(tickets))
-            tokens = self._chosen(logits, tickets)
-        except Exception as e:
-            self._tickets, self._batch = [], Batch()
-            return self._failed(tickets, e)
-        self._told(tickets, tokens)
-        return None
+        logits = self.stepper.step_(self._batch, [t.out[-1] for t in tickets], self._runner(tickets))
+        self._told(tickets, self._chosen(logits, tickets))
 
     def _chosen(self, logits: torch.Tensor, tickets: Sequence[Ticket]) -> list[int]:
         sampling, sources = [t.ask.sampling for t in tickets], [t.source for t in tickets]
@@ -309,16 +312,27 @@ class Engine:
         """Give each request its token; those that are complete get their last piece."""
         for ticket, token in zip(tickets, tokens, strict=True):
             ticket.out.append(token)
-            ended = token in self.defaults.ends
-            text = "" if ticket.text is None else ticket.text.add(token)
-            stopped = ended or (ticket.text is not None and ticket.text.stopped)
-            if stopped or len(ticket.out) >= ticket.ask.max_tokens:
-                text += "" if ticket.text is None else ticket.text.end()
-                stopped = stopped or (ticket.text is not None and ticket.text.stopped)
+            try:
+                piece = self._piece(ticket, token)
+            except Exception as e:  # of the tokenizer
+                _log.exception("a token has no text")
+                piece = Piece(error=f"token {token} has no text: {type(e).__name__}: {e}")
+            if piece.finish or piece.error:
                 self._seconds += 0.1 * (monotonic() - ticket.began - self._seconds)
-                self._end(ticket, Piece([token], text, "stop" if stopped else "length"))
+                self._end(ticket, piece)
             else:
-                ticket.give(Piece([token], text))
+                ticket.give(piece)
+
+    def _piece(self, ticket: Ticket, token: int) -> Piece:
+        """What a token adds to an answer, and whether it ends it."""
+        text = "" if ticket.text is None else ticket.text.add(token)
+        stopped = token in self.defaults.ends or (ticket.text is not None and ticket.text.stopped)
+        if not stopped and len(ticket.out) < ticket.ask.max_tokens:
+            return Piece([token], text)
+        if ticket.text is not None:
+            text += ticket.text.end()
+            stopped = stopped or ticket.text.stopped
+        return Piece([token], text, "stop" if stopped else "length")
 
     def _failed(self, tickets: Sequence[Ticket], why: Exception) -> None:
         """A pass failed: its rows begin again, each alone, from the tokens that they have; not for ever."""

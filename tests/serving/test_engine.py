@@ -13,7 +13,7 @@ from served import Answer, Held, alone, engine, folders, model, prompts
 from support import random
 
 import peftfn as pf
-from peftfn.serving.batch import Stepper
+from peftfn.serving.batch import Batch, Stepper
 from peftfn.serving.engine import Ask, Full, Stopped
 from peftfn.serving.sampling import Defaults, Sampling, choose, generator
 
@@ -232,3 +232,39 @@ def test_a_stopped_engine_ends_every_answer() -> None:
 def test_requests_without_a_meaning_are_refused(ask: Ask, why: str, running: Any) -> None:
     with pytest.raises(ValueError, match=why):
         running(model(), None, text=False).submit(ask, print)
+
+
+def test_a_token_without_a_text_ends_its_own_answer_alone(running: Any) -> None:
+    base = model(end=None)
+    e, net = running(base, None), pf.adapt(base, {"q_proj": pf.LoRA(1)})
+    held = Held(e, Ask([9], None, 2))
+    held.next()
+    odd, well = Answer(e, Ask([5, 6], None, 5)), Answer(e, Ask([5, 7], None, 5))
+
+    def never(_: int) -> str:
+        raise OverflowError("too large")
+
+    odd.ticket.text.add = never  # type: ignore[union-attr,method-assign]
+    held.go()
+    assert "has no text: OverflowError: too large" in odd.all()[-1].error
+    assert well.tokens() == alone(net, None, [5, 7], 5)
+
+
+def test_a_cache_that_cannot_be_joined_is_made_again(running: Any, monkeypatch: Any) -> None:
+    base = model(end=None)
+    e, net = running(base, None), pf.adapt(base, {"q_proj": pf.LoRA(1)})
+    join, fails = Batch.join_, iter([False, True])
+
+    def sometimes(batch: Batch, other: Batch) -> None:
+        if next(fails, False):
+            batch.cache.layers[0].keys = batch.cache.layers[0].keys[:0]
+            raise RuntimeError("out of memory")
+        join(batch, other)
+
+    monkeypatch.setattr(Batch, "join_", sometimes)
+    held = Held(e, Ask([9], None, 6))
+    first = [*held.next().tokens]
+    other = Answer(e, Ask([5, 6], None, 5))
+    held.go()
+    assert first + held.tokens() == alone(net, None, [9], 6)
+    assert other.tokens() == alone(net, None, [5, 6], 5)
