@@ -5,8 +5,9 @@ An adapter is data, so its algebra is data too. `scale` and `add` write what the
     leaf  ::=  {name: tensor}  |  {"scale": s, "of": leaf}  |  {"add.0": leaf, "add.1": leaf, …}
 
 and the tree is read when the adapter is applied: W + s·delta, W + Σ delta. Where the method knows a closed form (a sum
-of LoRAs is a LoRA of the summed rank), that form runs; otherwise the weight is made dense. The result is a tree of
-tensors like any other: it stacks, saves, and has gradients.
+of LoRAs is a LoRA of the summed rank), that form runs; otherwise the weight is made dense. A method without a delta,
+whose change depends on the input, scales and sums what the layer returns beyond the base's output. The result is a tree
+of tensors like any other: it stacks, saves, and has gradients.
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ from peftfn.model.place import Place
 
 def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
     """Return the adapter whose change of every weight is s times as large: W + s·delta(W).
+
+    Of a method whose change depends on the input, it is what the layer returns beyond the base's output that is scaled.
 
     Args:
         adapter: an adapter, also a sum or a scaling of others.
@@ -92,7 +95,7 @@ def resolve(method: Method, leaf: Mapping[str, Any], bank: Mapping[str, Any], pl
     if "of" in leaf:
         m, p = resolve(method, leaf["of"], bank.get("of", bank), plain)
         closed = m.scaled(p, leaf["scale"])
-        scaling: Any = _FORMS[m.family][0]
+        scaling: Any = _forms(m)[0]
         return (m, closed) if closed is not None else (scaling(m), {"scale": leaf["scale"]} | _nested("of", p))
     if "add.0" in leaf:
         return total([resolve(method, part, bank.get(key, bank), plain) for key, part in leaf.items()])
@@ -105,7 +108,7 @@ def total(parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     closed = ms[0].summed(ps) if all(m == ms[0] for m in ms) else None
     if closed is not None:
         return ms[0], closed
-    sum_: Any = _FORMS[ms[0].family][1]
+    sum_: Any = _forms(ms[0])[1]
     return sum_(tuple(ms)), {k: t for i, p in enumerate(ps) for k, t in _nested(f"add.{i}", p).items()}
 
 
@@ -165,6 +168,38 @@ class _Sum(Weight):
 
 
 @dataclasses.dataclass(frozen=True)
+class _ScaledOutput(Weight):
+    """x Wᵀ + s (linear(x) − x Wᵀ), for a method whose change depends on the input: there is no delta to scale."""
+
+    mergeable: ClassVar = False
+    method: Weight
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return self.method.per_row
+
+    def linear(self, p: Any, w: Tensor, x: Tensor) -> Tensor:
+        y = F.linear(x, w)
+        return y + p["scale"] * (self.method.linear(_inside("of", p), w, x) - y)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SumOutput(Weight):
+    """x Wᵀ + Σ (linear_i(x) − x Wᵀ), for the same methods."""
+
+    mergeable: ClassVar = False
+    methods: tuple[Weight, ...]
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return all(m.per_row for m in self.methods)
+
+    def linear(self, p: Any, w: Tensor, x: Tensor) -> Tensor:
+        y = F.linear(x, w)
+        return sum((m.linear(_inside(f"add.{i}", p), w, x) - y for i, m in enumerate(self.methods)), y)
+
+
+@dataclasses.dataclass(frozen=True)
 class _ScaledModule(ModuleMethod):
     """x + s (before(x) − x) and y + s (after(y) − y)."""
 
@@ -193,8 +228,11 @@ class _SumModule(ModuleMethod):
         return sum((f.after(q, m, x, y, *seen) - y for f, q in self._parts(p)), y)
 
 
-_FORMS: dict[type[Method], tuple[type, type]] = {Weight: (_Scaled, _Sum), ModuleMethod: (_ScaledModule, _SumModule)}
-"""Family → (what a scaling is, what a sum is)."""
+def _forms(method: Method) -> tuple[type, type]:
+    """(what a scaling of the method's adapters is, what a sum of them is)."""
+    if not isinstance(method, Weight):
+        return _ScaledModule, _SumModule
+    return (_Scaled, _Sum) if method.mergeable else (_ScaledOutput, _SumOutput)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +247,7 @@ class Chain(Weight):
 
     Raises:
         TypeError: an argument is not a method.
-        ValueError: a method shares tensors among its sites.
+        ValueError: a method shares tensors among its sites, or depends on the input and is not the last.
 
     Example:
         method = pf.Chain((pf.LoRA(rank=2), pf.IA3()))
@@ -228,6 +266,11 @@ class Chain(Weight):
                 raise ValueError(
                     f"chain: {m} shares tensors among its sites, which a chain cannot; give it a separate rule"
                 )
+        for m in self.methods[:-1]:
+            if not m.mergeable:
+                raise ValueError(
+                    f"chain: {m} depends on the input, so there is no weight after it for the next method: put it last"
+                )
 
     def __str__(self) -> str:
         return f"chain({', '.join(map(str, self.methods))})"
@@ -235,6 +278,10 @@ class Chain(Weight):
     @property
     def kinds(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset.intersection(*(m.kinds for m in self.methods)) if self.methods else Weight.kinds
+
+    @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        return all(m.mergeable for m in self.methods)
 
     @property
     def identity(self) -> bool:
@@ -308,7 +355,7 @@ def chain(*methods: Some) -> Some:
 
     Raises:
         TypeError: an argument is not a method.
-        ValueError: a method shares tensors among its sites.
+        ValueError: a method shares tensors among its sites, or depends on the input and is not the last.
 
     Example:
         method = pf.chain(pf.LoRA(rank=2), pf.IA3())

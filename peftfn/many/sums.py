@@ -12,7 +12,8 @@ def add(*adapters: Mapping[str, Any] | tuple[Adapted, Mapping[str, Any]]) -> dic
     """Return the adapter whose change of every weight is the sum of theirs: W + Σ_i delta_i(W).
 
     Every delta is computed at the base weight, so the order does not matter. (`chain` applies methods one after the
-    other.) Adapters may cover different sites of the same net.
+    other.) Adapters may cover different sites of the same net. A method whose change depends on the input (`MoELoRA`,
+    `Lily`) has no delta: of these, what the layer returns beyond the base's output is summed.
 
     An adapter is a tree of tensors, which does not say with what alpha, or with what method, it was trained. So give
     adapters of different nets, as `load` returns them, as pairs (net, adapter): each becomes an adapter of the first

@@ -418,11 +418,10 @@ class Nothing(pf.ModuleMethod, abstract=True):
 
 
 def algebra(c: Case) -> None:
-    """scale(a, 0) is the base, scale(a, 1) is a; add commutes; adding or chaining nothing changes nothing."""
+    """scale(a, 0) is the base, scale(a, 1) is a; add commutes; adding or chaining nothing changes nothing. Where a
+    method has neither, an error names the site before any work."""
     if not c.method.combines:
         _refused(c.net.apply, pf.scale(c.adapter(), 0.5), c.x, naming=c.site)
-        return
-    if isinstance(c.method, Weight) and not c.merges:
         return
     linear_in, scales_with = (getattr(c.method, k, ()) for k in ("linear_in", "scales_with"))
     named, has = {*linear_in, *scales_with}, c.net.prepare(c.net.init())[c.site].keys()
@@ -441,17 +440,23 @@ def algebra(c: Case) -> None:
     close(c.net.apply(pf.add(a, pf.scale(b, 0.0)), c.x), c.net.apply(a, c.x), "a + 0·b")
     halves = pf.add(pf.scale(a, 0.5), pf.scale(a, 0.5))
     close(c.net.apply(halves, c.x), c.net.apply(a, c.x), f"a/2 + a/2{scaled}")
+    if ROUTES["mixed"].where(c):
+        more = pf.add(a, pf.scale(b, 0.5))
+        close(c.net.mixed(pf.stack([more]), [0] * c.rows, c.x), c.net.apply(more, c.x), "mixed(a + b/2)")
     if c.merges:
         both = c.net.delta(pf.add(a, b))[c.site]
         close(both, c.net.delta(a)[c.site] + c.net.delta(b)[c.site], f"delta(a + b){closed}")
     if c.method.overrides("shared") or c.method.overrides("bank"):
         return
-    chained = pf.chain(c.method, pf.Full() if c.merges else Nothing())
+    if isinstance(c.method, Weight) and not c.merges:  # which only the last of a chain may be
+        inside, chained = "1.", pf.chain(pf.Full(), c.method)
+    else:
+        inside = "" if isinstance(c.method, pf.Chain | pf.ModuleChain) else "0."
+        chained = pf.chain(c.method, pf.Full() if c.merges else Nothing())
     then = pf.adapt(c.model, {c.site: chained}, seed=c.seed)
-    inside = "" if isinstance(c.method, pf.Chain | pf.ModuleChain) else "0."
     leaf = {inside + k: t for k, t in a[c.site].items()}
-    last = {k: torch.zeros(shape) for k, shape in then.plan[c.site].spec.items() if k not in leaf}
-    close(then.apply({c.site: leaf | last}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
+    none = {k: torch.zeros(shape) for k, shape in then.plan[c.site].spec.items() if k not in leaf}
+    close(then.apply({c.site: leaf | none}, c.x), c.net.apply(a, c.x), "chain(m, identity)")
 
 
 def half_precision(c: Case) -> None:

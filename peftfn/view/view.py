@@ -146,6 +146,8 @@ def _have_sum(e: Entry, f: Entry) -> bool:
     if one and e.method.overrides("summed"):  # it has a closed form
         return True
     # W + Σ delta; methods name for themselves which tensors the experts of a stack share
+    if one and not e.method.mergeable:  # the sum of what the layer gives beyond the base
+        return e.method.combines
     return all(m.combines and m.mergeable for m in both) and (one or not e.site.stacked)
 
 

@@ -63,7 +63,7 @@ def test_several_active_adapters_are_their_sum(method: Method) -> None:
     case = MethodCase(method, models_for(method)[0])
     a, b = case.adapter(), random(case.net, 7)
     m = pf.as_module(case.net, one=a, two=b)
-    if not method.combines or type(method) in (pf.Lily, pf.MoELoRA):  # these two depend on the input
+    if not method.combines:
         with pytest.raises(ValueError, match="have no sum"), m.use(["one", "two"]):
             pass
         return
