@@ -42,6 +42,7 @@ class Entry:
     adds_bias: bool = False  # gives a bias also to a layer that has none
     changes_bias: bool = False  # makes another bias of the one the layer has, or adds one
     companions: tuple[Companion, ...] = ()  # what the method puts at other modules
+    fp32: bool = False  # on half-precision inputs, its products are in fp32; the base's own stays in half precision
     # What a call would ask at every site, answered once, from the fields above.
     family: type[Method] = field(init=False)
     hooks: frozenset[str] = field(init=False)  # the functions that a method around a module has

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfn.core import functions
 from peftfn.core.make import make
-from peftfn.core.method import Method
+from peftfn.core.method import Method, Weight
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
 from peftfn.net.again import layers_of
@@ -369,6 +370,28 @@ class Adapted:
             g = torch.func.grad(lambda a: less.apply(a, x).sum())(a)
         """
         return Adapted(self.model, self.plan, [*self.again, *layers_of(self.model, pattern)], self.routed)
+
+    def in_fp32(self) -> "Adapted":
+        """Return the net whose adapters compute in fp32 on half-precision inputs, as PEFT's do.
+
+        In other nets, products with an adapter's factors run in the input's dtype, which is faster. In this one, each
+        adapted layer widens its input for the adapter's own products, takes the base's product in half precision, and
+        rounds their sum to the input's dtype; so too under autocast. A method that makes a new weight (`Full`, `HiRA`)
+        multiplies by it in fp32. The backward pass keeps the widened inputs.
+
+        Deltas and merges are computed in fp32 in every net. Files do not say it: call this on the net from `load`.
+
+        Returns:
+            A net of the same model and plan: adapters of one are adapters of the other.
+
+        Example:
+            net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)).bfloat16(), {"0.weight": pf.LoRA(rank=2)})
+            y = net.in_fp32().apply(net.init(), torch.randn(3, 8).bfloat16())
+            assert y.dtype == torch.bfloat16
+        """
+        plan = self.plan
+        entries = {name: replace(e, fp32=e.family is Weight) for name, e in plan.items()}
+        return replanned(self, Plan(entries, plan.rules, plan.banks))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return the `context_fn` for torch.utils.checkpoint in the model's own code, with use_reentrant=False.

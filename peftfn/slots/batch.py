@@ -18,7 +18,9 @@ from peftfn.slots.gates import Gates, Index, Weights
 from peftfn.slots.part import Cut, One, Part, Run, Stack, Use
 from peftfn.slots.rows import Share, share
 from peftfn.tensors.arguments import picked
+from peftfn.tensors.narrow import Narrow, half_of
 from peftfn.tensors.precision import operand_dtype
+from peftfn.tensors.transform import exactly
 
 
 class Layer(NamedTuple):
@@ -35,6 +37,22 @@ class Layer(NamedTuple):
 def product(gates: Gates, layer: Layer, x: Tensor) -> Tensor:
     """The layer's output for x [rows, …], each row with the adapters that its gates name."""
     gates = gates.here(x, layer.name)
+    dtype = operand_dtype(x) if x.is_floating_point() else layer.w.dtype
+    if (half := half_of(dtype)) and any(part.entry.fp32 for part in layer.parts):
+        with exactly(x):
+            return _by_gates(gates, _in_fp32(layer, half), x.float() if layer.kind == "linear" else x).to(dtype)
+    return _by_gates(gates, layer, x)
+
+
+def _in_fp32(layer: Layer, half: torch.dtype) -> Layer:
+    """The layer whose adapters compute in fp32, and whose base in `half`."""
+    w = Narrow(layer.w, half)
+    if layer.kind == "linear":
+        return layer._replace(w=w, base=lambda x: F.linear(x, w))  # type: ignore[arg-type]
+    return layer._replace(w=w, base=lambda x: layer.base(x).float())
+
+
+def _by_gates(gates: Gates, layer: Layer, x: Tensor) -> Tensor:
     if isinstance(gates, Weights):
         return _weighted(gates, layer, x)
     assert isinstance(gates, Index)

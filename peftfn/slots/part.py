@@ -187,10 +187,9 @@ class Part(Stack):
         """A linear layer whose rows are this bucket as they stand: no row is moved. w: the base's weight [out, in]."""
         dtype = operand_dtype(x)
         low = self.factors(bucket, dtype)
-        w = w if isinstance(w, Tensor) else w.to(dtype)  # a quantised weight: its values in this dtype
         s = self._shrink(bucket, low, x, "linear")
-        if not torch.is_grad_enabled() and eager(x) and w.dtype == dtype:  # the base's product onto the low-rank one:
-            y = torch.bmm(s, low.up.mT)  # a pass less over the output
+        if not torch.is_grad_enabled() and eager(x) and isinstance(w, Tensor) and w.dtype == dtype:
+            y = torch.bmm(s, low.up.mT)  # the base's product goes onto the low-rank one: a pass less over the output
             y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), w.mT, beta=low.scale)
             if low.gain is not None:
                 y.mul_(low.gain[:, None])

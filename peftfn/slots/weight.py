@@ -13,6 +13,7 @@ from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import lora_first, lora_linear
 from peftfn.slots.slot import Slot, check, plus
 from peftfn.tensors.lent import Computed
+from peftfn.tensors.narrow import Narrow, half_of
 from peftfn.tensors.operand import Operand, dense
 from peftfn.tensors.precision import cast, operand_dtype, wide
 from peftfn.tensors.transform import eager, exactly, in_function, moment
@@ -62,10 +63,26 @@ class AdaptedWeight(Slot):
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
         """dot(x, w + delta) for an input that is no feature vector: an embedding lookup, a convolution."""
+        dtype = operand_dtype(x) if x.is_floating_point() else self.w.dtype
+        if self.entry.fp32 and (half := half_of(dtype, self.w.dtype)):
+            return self._product_in_fp32(x, dot, half).to(dtype)
         if not self.method.overrides("product"):
             return dot(x, self._matrix())
-        dtype = operand_dtype(x) if x.is_floating_point() else self.w.dtype
         return self.method.product(self._operands(dtype), self.canonical(), x, dot)
+
+    def _product_in_fp32(self, x: Tensor, dot: Product, half: torch.dtype) -> Tensor:
+        """`product` of whose parts that with the base's weight alone is in half precision."""
+        numbers = x.is_floating_point()
+
+        def each(x: Tensor, m: Any) -> Tensor:
+            m = m.w.to(half) if isinstance(m, Narrow) else m
+            return wide(dot(x.to(m.dtype) if numbers else x, m))  # a lookup of indices stays one
+
+        with exactly(self.w):
+            x = x.float() if numbers else x
+            if not self.method.overrides("product"):
+                return each(x, self._matrix(torch.float32))
+            return self.method.product(self.p, Narrow(self.canonical(), half), x, each)  # type: ignore[arg-type]
 
     def linear(self, x: Tensor, bias: Any = None) -> Tensor:
         """x (w + delta)ᵀ + bias, the bias as it stands in the layer's slot."""
@@ -73,13 +90,21 @@ class AdaptedWeight(Slot):
         m = self.w if self.entry.to_matrix is None else self.entry.to_matrix(self.w)
         if self.entry.site.quantised:
             m = m.to(dtype)
+        if self.entry.fp32 and (half := half_of(dtype, m.dtype)):
+            with exactly(x):
+                return self._linear(x.float(), Narrow(m, half), torch.float32, bias).to(dtype)
+        return self._linear(x, m, dtype, bias)
+
+    def _linear(self, x: Tensor, m: Any, dtype: torch.dtype, bias: Any) -> Tensor:
+        """`linear` with m, the base's weight [out, in] or what stands for it; the adapter's operands in `dtype`."""
         if not self.fast:
-            return plus(F.linear(x, self._matrix().to(m.dtype)), bias)
+            dense = self._matrix(m.dtype) if isinstance(m, Narrow) else self._matrix().to(m.dtype)
+            return plus(F.linear(x, dense), bias)
         if self.low is not None and (y := self._low_rank(x, m, dtype, self.low, bias)) is not None:
             return y
         return plus(self.method.linear(self._operands(dtype), m, x), bias)
 
-    def _low_rank(self, x: Tensor, m: Tensor, dtype: torch.dtype, low: LowRank, bias: Any) -> Tensor | None:
+    def _low_rank(self, x: Tensor, m: Any, dtype: torch.dtype, low: LowRank, bias: Any) -> Tensor | None:
         """`linear` where it is a low-rank change of a matrix; None where it is one of a stack.
 
         A kernel reads the prepared tensors in their own dtype; plain torch has them in the dtype of the product.
@@ -99,11 +124,11 @@ class AdaptedWeight(Slot):
             return self.p
         return cast(self.p, dtype)
 
-    def _matrix(self) -> Tensor:
-        """The dense adapted weight in canonical orientation."""
+    def _matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense adapted weight in canonical orientation, in the weight's own dtype or in `dtype`."""
         m = self.canonical()
         with exactly(m):
-            return (wide(m) + self.method.delta(self.p, wide(m))).to(m.dtype)
+            return (wide(m) + self.method.delta(self.p, wide(m))).to(dtype or m.dtype)
 
     def rowed(self, x: Tensor) -> Tensor:
         """x [n, in] with the rows of the batch in the first dimension; they matter in mixed batches alone."""

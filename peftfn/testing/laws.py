@@ -460,7 +460,8 @@ def algebra(c: Case) -> None:
 
 
 def half_precision(c: Case) -> None:
-    """fp32 leaves on a bf16 or fp16 base: outputs in the base's dtype, near fp32's; merge rounds once."""
+    """fp32 leaves on a bf16 or fp16 base: outputs in the base's dtype, near fp32's, also where products are in fp32;
+    merge rounds once."""
     for dtype, rtol in ((torch.bfloat16, 6e-2), (torch.float16, 1e-2)):
         low = replace(c, dtype=dtype)
         if not _runs_in(low, dtype):
@@ -472,6 +473,13 @@ def half_precision(c: Case) -> None:
         x = low.x.float() if low.x.is_floating_point() else low.x
         wide_net = pf.adapt(model, {c.rule: c.method}, seed=c.seed)
         close(y.float(), wide_net.apply(a, x), f"{dtype} apply", rtol)
+        full = low.net.in_fp32()
+        outputs = {"apply": full.apply(a, low.x)}
+        if ROUTES["mixed"].where(low) and leaves(a):
+            outputs["mixed"] = full.mixed(pf.stack([a]), [0] * low.rows, low.x)
+        for way, got in outputs.items():
+            assert got.dtype == y.dtype, f"in_fp32().{way}: {got.dtype} from a {dtype} base"
+            close(got.float(), wide_net.apply(a, x), f"{dtype} in_fp32().{way}", rtol)
         if c.merges and not c.net.plan[c.site].adds_bias:
             close(
                 low.net.merge(a)[c.site],
