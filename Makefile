@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples docs/recipes
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test laws zoo matrix bench docs lint
+.PHONY: demo check test laws fuzz zoo matrix bench docs lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
-demo check test laws zoo matrix: export OMP_WAIT_POLICY = PASSIVE
+demo check test laws fuzz zoo matrix: export OMP_WAIT_POLICY = PASSIVE
 
 demo: $(VENV)/ready
 	$(BIN)/peftfn demo
@@ -31,6 +31,12 @@ laws: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 tests/testing/test_laws.py
 
 EXAMPLES := 20
+
+# Broken and hostile files, tests/fuzz.py: the mutations of these seeds. It goes on after a failure, and fails at the end.
+fuzz: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
+
+FUZZ := 0 100000
 
 # Every architecture that builds, tests/zoo: make zoo ZOO="llama bert", or ZOO=--write to list what fails today.
 zoo: $(VENV)/ready

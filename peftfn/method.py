@@ -1,6 +1,7 @@
 """What a method is made of: the names that a method of your own imports."""
 
 import peftfn.methods  # noqa: F401 - fills the registry
+from peftfn.core.indices import Index
 from peftfn.core.method import ALL, LINEAR, MATRIX, Cases, Leaf, LowRank, Method, Padding, Product, Weight, registry
 from peftfn.core.peft import Peft
 
@@ -9,6 +10,7 @@ __all__ = [
     "LINEAR",
     "MATRIX",
     "Cases",
+    "Index",
     "Leaf",
     "LowRank",
     "Method",

@@ -57,6 +57,9 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
         "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
         "lokr": peft.LoKrConfig(target_modules=["q_proj"], r=2),
         "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0),
+        "shira": peft.ShiraConfig(target_modules=["v_proj"], r=1, random_seed=3),
+        "unilora": peft.UniLoraConfig(target_modules=["q_proj"], r=2, theta_d_length=9, save_indices=True),
+        "tokens": peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7]),
         "norms": peft.LNTuningConfig(target_modules=["norm"]),
     }
     with warnings.catch_warnings():
@@ -68,6 +71,10 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
         r"\.1\..*v_proj": pf.LoRA(2),
         "v_proj": pf.chain(pf.LoRA(1), pf.IA3()),
         "k_proj": pf.VBLoRA(1, vectors=3, length=4),
+        "o_proj": pf.SHiRA(rank=1),
+        "gate_proj": pf.UniLoRA(rank=2, length=9),
+        "up_proj": pf.OFT(block_size=4),
+        "embed_tokens": pf.TrainableTokens((3, 7)),
     }
     net = pf.adapt(MODEL, rules)
     pf.save(root / "native", net, net.init(3))

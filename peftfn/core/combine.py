@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.method import Leaf, Method, Product, Weight
+from peftfn.core.method import Index, Leaf, Method, Product, Weight
 from peftfn.core.modulechain import ModuleChain
 from peftfn.core.modules import ModuleMethod
 from peftfn.core.rng import Rng
@@ -295,6 +295,9 @@ class Chain(Weight):
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {f"{i}.{k}": t for i, m in enumerate(self.methods) for k, t in m.frozen(rng, w).items()}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index | Tensor]:
+        return {f"{i}.{k}": x for i, m in enumerate(self.methods) for k, x in m.indices(self._part(p, i), w).items()}
 
     @property
     def exact_gradient(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import checks_of
+from peftfn.core.indices import Index as Index
 from peftfn.core.peft import Leaf as Leaf
 from peftfn.core.peft import Peft, refuse_words
 from peftfn.core.rng import Rng
@@ -106,6 +107,11 @@ class Method:
     def bank(self, rng: Rng, weights: Mapping[str, Any]) -> Leaf:
         """Return trainable tensors that the sites of the rule share. They are one entry of the adapter, under the
         method's name, and every site of the rule has them in its p."""
+        return {}
+
+    def indices(self, p: Leaf, w: Any) -> Mapping[str, Index | Tensor]:
+        """Return what its integer constants may have, by name: an `Index`, or the very tensor where the method and the
+        shapes determine it. Files are checked against it. p and w have shapes, and p's constants values too."""
         return {}
 
     # Speed.

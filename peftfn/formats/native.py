@@ -18,6 +18,7 @@ from peftfn.core.rules import offered
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.buffers import compared, compared_rows, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
+from peftfn.formats.indices import check_indices
 from peftfn.formats.peft_extra import REPLICATION, about, checked, given, repetition, replicated
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
@@ -104,7 +105,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         file, buffers = compared(file, model.buffers, known, options.buffers, BUFFER)
         buffers |= rows
         loaded = _filled(model, plan, config["constants"], file, options.strict)
-        return replace(loaded, buffers=buffers, extra=checked(config.get("extra", {}), where))
+        return replace(loaded, buffers=buffers, extra=config.get("extra", {}))
 
 
 def check_saved(path: Path, net: Adapted) -> str:
@@ -205,7 +206,10 @@ def _constant_keys(
             f"{file.where}: {name} has constants {sorted(keys)}, and {entry.method} has {sorted(entry.frozen)}"
         )
     for k, key in keys.items():
-        file.check(key, entry.frozen[k].shape, entry.frozen[k].is_floating_point())
+        like = entry.frozen[k]
+        file.check(key, like.shape, like.is_floating_point())
+        if not like.is_floating_point() and file.meta[key].dtype != like.dtype:
+            raise ValueError(f"{file.where}: {key} is {file.meta[key].dtype}; its indices are {like.dtype}")
     return keys
 
 
@@ -231,6 +235,7 @@ def _read(where: Path) -> dict[str, Any]:
             raise ValueError(f"{where}: constants: {name} is {str(keys)[:80]}; it must be name → key")
     if len({p for p, _ in config["rules"]}) != len(config["rules"]):
         raise ValueError(f"{where}: rules: a pattern occurs twice")
+    checked(config.get("extra", {}), where)
     return config
 
 
@@ -287,6 +292,7 @@ def _filled(
             frozen[k] = once[key, devices[name]]
         entries[name] = dataclasses.replace(e, frozen=frozen)
     net = Adapted(model.root, Plan(entries, plan.rules, plan.banks))
+    check_indices(net.plan, file.where)
     adapter: dict[str, Any] = net.init() if missing else {name: {} for name, e in plan.items() if not e.spec}
     for key, path in places.items():
         if key not in unexpected:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.indices import Index
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Tensors
@@ -117,8 +118,8 @@ def _logits(config: dict[str, Any], file: Tensors) -> None:
 def _scattered(indices: Callable[[], Tensor], weights: Callable[[], Tensor], vectors: int, names: str) -> Tensor:
     at, w = indices().long(), weights().float()
     w = torch.cat([w, 1 - w.sum(-1, keepdim=True)], -1)
-    if int(at.min()) < 0 or int(at.max()) >= vectors or not bool((w >= 0).all()):
-        raise ValueError(f"{names} is out of range for {vectors} vectors")
+    if (why := Index(vectors, distinct=True).wrong(at)) or not bool((w >= 0).all()):
+        raise ValueError(f"{names} {why or 'has a weight below zero'}: the bank has {vectors} vectors")
     return torch.full((*w.shape[:-1], vectors), -torch.inf).scatter(-1, at, w.log())
 
 

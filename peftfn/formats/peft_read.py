@@ -13,6 +13,7 @@ from peftfn.core.method import Weight
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats.files import Loaded, Options, Tensors, mismatch
+from peftfn.formats.indices import check_indices
 from peftfn.formats.peft_fill import Filling
 from peftfn.formats.peft_keys import PREFIX, PeftNames, Place
 from peftfn.formats.peft_names import cure
@@ -70,6 +71,7 @@ class PeftReader:
             if not torch.equal(self.file.tensor(key), self.file.tensor(self.shared[mine])):
                 raise ValueError(f"{self.file.where}: {key} differs from base_model.{mine}, which all layers share")
         net, adapter = values.filled()
+        check_indices(net.plan, self.file.where)
         if self.missing:
             adapter = {n: {**leaf, **adapter.get(n, {})} for n, leaf in net.init().items()}
         net.plan.check(adapter)

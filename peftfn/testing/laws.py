@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import peftfn as pf
 from peftfn.core.method import Weight
+from peftfn.formats.indices import expected, wrong_indices
 from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
 from peftfn.testing.case import Case, close, dot, leaves, shaken
@@ -393,6 +396,32 @@ def round_trip(c: Case) -> None:
     assert net.plan.rules == c.net.plan.rules
 
 
+def indices(c: Case) -> None:
+    """A method says what its integer constants may have, and a file with anything else is refused."""
+    found = {n: [k for k, t in e.frozen.items() if not t.is_floating_point()] for n, e in c.net.plan.items()}
+    if not any(found.values()):
+        return
+    for name, names in found.items():
+        assert expected(c.net.plan, name).keys() == set(names), "indices(p, w) has an entry for each integer constant"
+    assert not list(wrong_indices(c.net.plan)), "its own constants are not what its indices(p, w) allows"
+    with tempfile.TemporaryDirectory() as folder:
+        pf.save(folder, c.net, c.adapter())
+        file = Path(folder) / "adapter.safetensors"
+        with safe_open(file, framework="pt") as good:
+            tensors, metadata = {k: good.get_tensor(k) for k in good.keys()}, good.metadata()  # noqa: SIM118 - no mapping
+        for key, t in tensors.items():
+            for wrong in _wrong(t) if key.startswith("frozen/") and not t.is_floating_point() else ():
+                save_file({**tensors, key: wrong}, file, metadata)
+                _refused(pf.load, folder, c.model, naming=str(file))
+
+
+def _wrong(t: Tensor) -> list[Tensor]:
+    """An index below what any table has, one beyond, and another dtype."""
+    low, high = t.clone(), t.clone()
+    low.view(-1)[0], high.view(-1)[-1] = -9, 10**9
+    return [low, high, t.int(), t.bool()]
+
+
 def values(c: Case) -> None:
     """A method compares, hashes, prints, pickles and serialises by its fields."""
     m = c.method
@@ -546,12 +575,13 @@ LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
     for law in (
         values, functions, keeps, every_field, structure, meaning_is_speed, purity, identity, effect, routes, merging,
-        no_rows, modes, conformed, gradients, per_sample, round_trip, algebra, half_precision, bad_leaves, compiled,
+        no_rows, modes, conformed, gradients, per_sample, round_trip, indices, algebra, half_precision, bad_leaves,
+        compiled,
     )
 }  # fmt: skip
 ONCE = frozenset({"compiled", "every_field", "keeps", "values"})
 """Laws that are checked at one kind of site: they are slow, or do not depend on it."""
-CORE = frozenset({"structure", "purity", "no_rows", "modes", "round_trip", "bad_leaves"})
+CORE = frozenset({"structure", "purity", "no_rows", "modes", "round_trip", "indices", "bad_leaves"})
 """Laws about what is around a method, at two kinds of site: with one site and, if its sites share, with several."""
 TRAINED = frozenset({"purity", "effect", "routes", "modes", "gradients", "per_sample", "compiled", "bad_leaves"})
 """Laws about trainable tensors: a method that has none (noise) obeys them beside one that has some, in a chain."""

@@ -57,12 +57,13 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
     if m is None:
         return w + d
     rows = len(m) == len(w)
-    return (m.reshape(-1, 1) if rows else m) * (w + d) / (w + d).norm(dim=1 if rows else 0, keepdim=True)
+    return m.reshape((-1, 1) if rows else (1, -1)) * (w + d) / (w + d).norm(dim=1 if rows else 0, keepdim=True)
 
 
 def mlx(folder: Path, model: nn.Module) -> Weights:
     """As `kohya`, of a folder of MLX-LM: W + s (a b)ᵀ, with a magnitude m of each row where there is one."""
     s, found = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"], dict[str, Any]()
+    s = float(s)  # an integer may be too large for torch
     for key, t in load_file(folder / "adapters.safetensors").items():
         name, _, end = key.rpartition(".")
         found.setdefault(name, {})[end] = t.float()

@@ -1,12 +1,13 @@
 """AdaMSS: W + Δ, row o of Δ being B[o] A_c P, with c the cluster of row o and P leading right singular vectors of W."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peftfn.core.fields import PositiveInt, Probability, Start
-from peftfn.core.method import Leaf
+from peftfn.core.method import Index, Leaf
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.kmeans import kmeans
@@ -114,6 +115,9 @@ class AdaMSS(Factored):
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         _, p, cluster = self.parts(w, rng.bias)
         return {"P": p.to(rng.device), "c": cluster.to(rng.device)}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {"c": Index(p["a"].shape[-3])}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         u, _, cluster = self.parts(w, rng.bias)

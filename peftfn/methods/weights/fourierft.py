@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import STARTS, PositiveInt, Start
-from peftfn.core.method import Cases, Leaf, Weight
+from peftfn.core.method import Cases, Index, Leaf, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.tensors.remat import recomputed
@@ -74,6 +74,9 @@ class FourierFT(Weight):
                 at = rng.reseeded(self.seed).permutation(out * in_)[: self.n_frequency].clone()
                 drawn[out, in_] = self.places(at, out, in_)
         return {site: {"at": drawn[w.shape[-2], w.shape[-1]]} for site, w in weights.items()}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {"at": Index((self.bins(w.shape[0]), self.bins(w.shape[1])), distinct=True)}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"c": rng.zeros(self.n_frequency) if self.identity else rng.normal(self.n_frequency, std=self.std)}

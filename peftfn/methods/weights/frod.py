@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Positive, Probability
-from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.method import Index, Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts import hogsvd
@@ -104,6 +104,10 @@ class FRoD(Weight):
         in_, device = len(v), places.device
         at = torch.cat([torch.arange(in_, device=device) * (in_ + 1), places[0] * in_ + places[1]])
         return {"V": v, "places": places, "size": torch.tensor([in_, in_], device=device), "at": at}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        n = w.shape[1]
+        return {"places": Index((n, n), distinct=True), "size": Index(n + 1, n), "at": Index(n * n, distinct=True)}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"d": rng.zeros(w.shape[1]), "s": rng.zeros(self._count(w.shape[1]))}

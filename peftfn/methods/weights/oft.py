@@ -121,6 +121,9 @@ class OFT(_Blocks):
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {"at": places(self._block(w)).to(rng.device)}
 
+    def indices(self, p: Leaf, w: Tensor) -> Leaf:
+        return {"at": places(self._block(w))}
+
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         q = skew(p["q"], p["at"])
         if self.eps is not None:

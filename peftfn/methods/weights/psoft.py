@@ -106,6 +106,9 @@ class PSOFT(Weight):
         at = {"at": places(r).to(rng.device)} if self.orthogonal else {}
         return {"A": (a[:, None] * v).contiguous(), "B": (u * b).contiguous(), **at}
 
+    def indices(self, p: Leaf, w: Tensor) -> Leaf:
+        return {"at": places(self.rank)} if self.orthogonal else {}
+
     def _sketch(self, rng: Rng, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`torch.svd_lowrank` from the method's own seed."""
         flat = w.shape[0] < w.shape[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.fields import PositiveInt
-from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.method import Index, Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 
@@ -61,6 +61,9 @@ class SHiRA(Weight):
                 at = rng.reseeded(seed).permutation(out * in_)[:n].sort().values
                 drawn[out, in_] = torch.stack([at // in_, at % in_])
         return {site: {"index": drawn[w.shape[-2], w.shape[-1]]} for site, w in weights.items()}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {"index": Index(tuple(w.shape), distinct=True)}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         return {"v": rng.zeros(self.rank * sum(w.shape))}

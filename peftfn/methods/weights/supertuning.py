@@ -1,12 +1,13 @@
 """SuperTuning: W + v at the places of W's largest entries, beside an optional LoRA ("Supra")."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.fields import Positive, PositiveInt, Probability
-from peftfn.core.method import Leaf, Product, Weight
+from peftfn.core.method import Index, Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.shira import added
@@ -79,6 +80,9 @@ class SuperTuning(Weight):
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
         return {"at": w.abs().flatten().topk(self.count(w), largest=self.select_top).indices}
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {"at": Index(w.numel(), distinct=True)}
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         (out, in_), r = w.shape, self.rank

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.fields import PositiveInt, Probability, Start
-from peftfn.core.method import Leaf
+from peftfn.core.method import Index, Leaf
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import Factored
@@ -86,6 +86,9 @@ class TinyLoRA(Factored):
             }
             for k, site in enumerate(weights)
         }
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {"group": Index(len(p["v"]))}
 
     def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
         n = self._groups(len(weights))

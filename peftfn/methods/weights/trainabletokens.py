@@ -60,11 +60,19 @@ class TrainableTokens(Weight):
         return w.mT if rng.site and rng.site.kind == "embedding" else w
 
     def frozen(self, rng: Rng, w: Tensor) -> Leaf:
-        index = torch.tensor(self.tokens, device=w.device)
         if self._rows(rng, w) is w:
-            return {"row": index}
-        slot = torch.full((1, w.shape[1]), -1, device=w.device)  # [1, vocab]: a token's place in T, or −1
-        return {"column": index, "slot": slot.index_copy(1, index, torch.arange(len(index), device=w.device)[None])}
+            return {"row": torch.tensor(self.tokens, device=w.device)}
+        return self._columns(w.shape[1], w.device)
+
+    def _columns(self, vocabulary: int, device: torch.device) -> Leaf:
+        index = torch.tensor(self.tokens, device=device)
+        slot = torch.full((1, vocabulary), -1, device=device)  # a token's place in T, or −1
+        return {"column": index, "slot": slot.index_copy(1, index, torch.arange(len(index), device=device)[None])}
+
+    def indices(self, p: Leaf, w: Tensor) -> Leaf:
+        if "row" in p:
+            return {"row": torch.tensor(self.tokens)}
+        return self._columns(w.shape[1], torch.device("cpu"))
 
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
         dim, name, new = (0, "row", p["t"]) if "row" in p else (1, "column", p["t"].mT)

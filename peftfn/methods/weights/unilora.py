@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.fields import PositiveInt, Probability
-from peftfn.core.method import MATRIX, Leaf
+from peftfn.core.method import MATRIX, Index, Leaf
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import Factored
@@ -89,6 +89,9 @@ class UniLoRA(Factored):
             site: {"ia": i[2 * k], "ib": i[2 * k + 1], "ca": c[2 * k], "cb": c[2 * k + 1]}
             for k, site in enumerate(weights)
         }
+
+    def indices(self, p: Leaf, w: Tensor) -> Mapping[str, Index]:
+        return {k: Index(self.length) for k in ("ia", "ib")}
 
     def bank(self, rng: Rng, weights: Mapping[str, Tensor]) -> Leaf:
         return {"theta": rng.uniform(self.length, bound=self.bound)}
