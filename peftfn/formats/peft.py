@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftfn.core.modules import Prefix, Tokens
 from peftfn.formats import peft_config as configs
-from peftfn.formats import peft_extra, peft_inputs
+from peftfn.formats import peft_extra, peft_inputs, peft_poly
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.card import write_card
 from peftfn.formats.files import Loaded, Options, Tensors, as_stored, opened, unpickled, write
@@ -57,7 +57,7 @@ def save(
         split: write several folders below, one for each of PEFT's types, if the plan needs more than one.
         extra: further keys of the configuration: `task_type`, `alora_invocation_tokens`, …
         buffers: the model's buffers that belong to the adapter: of modules that are saved whole.
-        tasks: the adapter is a stack, one of multitask prompts for each task.
+        tasks: the adapter is a stack: of multitask prompts, or of Poly's tasks, which share all but their weights.
         compact: leave out what a seed determines (VeRA, RandLoRA, PVeRA, UniLoRA), and of VB-LoRA's logits all but the
             top k. PEFT reads it; VB-LoRA's leaves are then as large as before, and −∞ where the file has nothing.
         beyond: what the model holds beyond its base.
@@ -77,14 +77,15 @@ def save(
         write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder, config | more, tensors, net.plan)
         return
+    logits: dict[str, Tensor] = {}
     if tasks:
-        raise ValueError(
-            "save: tasks=True is for multitask prompts; save the adapters of a stack one by one, in folders"
-        )
+        adapter, logits = peft_poly.one_of(net, adapter)
     written = []
     for name, (config, tensors) in documents(
         net, adapter, split=split, task=more.get("task_type"), buffers=buffers, beyond=beyond
     ).items():
+        if config["peft_type"] == "POLY" and logits:
+            config, tensors = config | {peft_poly.COUNT: len(next(iter(logits.values())))}, tensors | logits
         if compact:
             config, tensors = compacted(net, config, tensors)
         written.append((folder / name, config, tensors))
@@ -138,7 +139,11 @@ def build(
         ranked(config, file, known)
     stacked(config, file, known, where)
     flattened(config, file, known, where)
-    loaded = PeftReader(where, config, file, known, options).load()
+    whole = peft_poly.first_task(config, file, where)
+    reader = PeftReader(where, config, file, known, options)
+    loaded = reader.load()
+    if whole is not None:
+        loaded = peft_poly.all_tasks(loaded, whole, reader.found)
     if peft_extra.INVOCATION in extra:
         peft_extra.check_gated(loaded.net.plan, where)
     if options.stored:

@@ -81,6 +81,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
     "OSF": {"effective_rank": None, "init_weights": True},
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0, "init_weights": True},
+    "POLY": {"r": 8, "poly_type": "poly", "n_tasks": 1, "n_skills": 4, "n_splits": 1, "init_weights": True},
     "PSOFT": {"r": 32, "psoft_alpha": 32, "ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_svd_lowrank_niter":
         10, "random_seed": 0, "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True, "use_cayley_neumann":
         False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None, "init_weights": True},

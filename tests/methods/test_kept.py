@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Hyper-parameters other than the defaults, which do not fit."""
 NOT_PEFTS = {
+    "Poly": "PEFT's layers are called with the task of each row",
     "QALoRA": "PEFT has it at GPTQ layers alone",
     "FRoD": "PEFT's matrices are sparse tensors, without a storage to count",
     "SHiRA": "PEFT's matrices are sparse tensors, without a storage to count",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peftfn.core.fields import PositiveInt, divides
 from peftfn.core.method import LINEAR, Cases, Leaf
+from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import Factored
 
@@ -42,6 +43,14 @@ class Poly(Factored):
         {"rank": 3, "skills": 3, "relaxed": False},
     )
     in_eval = (("relaxed", False),)
+
+    peft = Peft(
+        "POLY",
+        {"a": "poly_lora_A", "b": "poly_lora_B", "z": "poly_router.module_logits"},
+        {"rank": "r", "skills": "n_skills", "splits": "n_splits"},
+        fixed={"poly_type": "poly"},
+        leaf_to=lambda m, p: m.peft.named({**p, "z": p["z"][None]}),  # of one task
+    )
 
     rank: PositiveInt = 8
     skills: PositiveInt = 4
