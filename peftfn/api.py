@@ -25,6 +25,7 @@ from peftfn.many.nets import Nets
 from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
 from peftfn.many.sums import add
+from peftfn.many.xlora import XLoRA
 from peftfn.methods import *  # noqa: F403
 from peftfn.methods.parts.longlora import longlora
 from peftfn.model.model import places, sites
@@ -85,6 +86,7 @@ __all__ = [
     "Verification",
     "VerifiedSite",
     "Weight",
+    "XLoRA",
     "adapt",
     "adapter_of",
     "add",

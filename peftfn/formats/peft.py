@@ -122,6 +122,11 @@ def build(
     if config["peft_type"] in peft_inputs.TYPES:
         loaded = peft_inputs.load(config, file, model, where, options)
         return as_stored(loaded, file) if options.stored else loaded
+    if config["peft_type"] == "XLORA":
+        raise ValueError(
+            f"{where}: X-LoRA weighs several adapters, so it is a mixture, and no adapter of a net: read it with "
+            "mixture, a = peftfn.XLoRA.load(path, model)"
+        )
     file = named_today(config, file)
     extra = peft_extra.taken(config, where, options.gated)
     if spans := extra.get(peft_extra.REPLICATION):

@@ -57,7 +57,7 @@ def one_of(net: Adapted, adapter: Mapping[str, Any]) -> tuple[dict[str, Any], di
     """(the first task of a stack, {PEFT's key: the logits of all tasks}). ValueError unless all but those is shared."""
     if not any(isinstance(e.method, Poly) for e in net.plan.values()):
         raise ValueError(
-            "save: tasks=True is for multitask prompts and for Poly; save the adapters of a stack one by one, in folders"
+            "save: tasks=True is for multitask prompts and for Poly; save the adapters of a stack one by one"
         )
     logits = dict[str, Tensor]()
     for name, leaf in adapter.items():

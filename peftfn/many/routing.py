@@ -306,8 +306,22 @@ class Routed:
         Raises:
             KeyError: `adapter` is no tree of `init`.
         """
+        self._check(adapter)
+        return self.net.gated(adapter["experts"], self.gates(adapter["router"]), *args, **kwargs)
+
+    def _check(self, adapter: Any) -> None:
+        """KeyError unless `adapter` has what a tree of `init` has."""
         if not isinstance(adapter, Mapping) or adapter.keys() != {"experts", "router"}:
             has = sorted(adapter) if isinstance(adapter, Mapping) else type(adapter).__name__
             raise KeyError(f"Routed: the adapter has {has}; give a tree like that of init, with experts and router")
-        router = adapter["router"]
-        return self.net.gated(adapter["experts"], lambda site, x: self.router(router, site, x), *args, **kwargs)
+
+    def gates(self, router: Any) -> Route | PerForward:
+        """Return the gates that a router's parameters make, for `net.gated`.
+
+        Args:
+            router: the router's parameters.
+
+        Returns:
+            Gates.
+        """
+        return lambda site, x: self.router(router, site, x)

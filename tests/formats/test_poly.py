@@ -121,9 +121,10 @@ def test_what_pefts_tasks_cannot_differ_in_is_an_error(tmp_path: Path) -> None:
     net = pf.adapt(BASE, {"q_proj": pf.Poly(rank=2, skills=2)})
     with pytest.raises(ValueError, match=f"{Q}: PEFT's tasks share all but .* here a differs"):
         pf.save(tmp_path, net, pf.stack([net.init(0), net.init(1)]), format="peft", tasks=True)
+    lora = pf.adapt(BASE, {"q_proj": pf.LoRA(rank=2)})
+    two = pf.stack([lora.init(0), lora.init(1)])
     with pytest.raises(ValueError, match="tasks=True is for multitask prompts and for Poly"):
-        lora = pf.adapt(BASE, {"q_proj": pf.LoRA(rank=2)})
-        pf.save(tmp_path, lora, pf.stack([lora.init(0), lora.init(1)]), format="peft", tasks=True)
+        pf.save(tmp_path, lora, two, format="peft", tasks=True)
     assert not any(tmp_path.iterdir())
 
 
