@@ -50,6 +50,14 @@ def constant(tag: Tensor, dims: Iterable[int]) -> Tensor | None:
     return tag
 
 
+def alone(tag: Tensor, dims: Iterable[int]) -> Tensor:
+    """The tag, of one row along `dims`, over which the function joins values."""
+    one = constant(tag, dims)
+    if one is None:
+        raise Unfollowed("it joins positions of different rows")
+    return one
+
+
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tags are certain to say the same: of those that a `vmap` is over, in all samples."""
     if a is b:

@@ -1,7 +1,7 @@
 """Rows followed through modules that move positions: experts, windows, packed and flattened tokens.
 
 While a routed module runs in a mixed batch, a TorchFunctionMode sees every function of torch in it. A tensor whose rows
-are known has its tag as an attribute; a rule for each function (following.py) says what the output's is. A function
+are known has its tag as an attribute; a rule for each function (following/) says what the output's is. A function
 without a rule loses the rows, and the site that gets such an input raises, naming that function. Nothing is guessed.
 
 A tag holds for the values that were there when it was set: a write through another view makes it out of date.
