@@ -16,7 +16,7 @@ from peftfn.model.model import Model, weights_of
 from peftfn.net.again import layers_of
 from peftfn.net.run import Runner
 from peftfn.slots import pertoken, routes
-from peftfn.slots.routed import routed_by_default, routed_of
+from peftfn.slots.routed import routed_of
 from peftfn.slots.routes import Gating
 from peftfn.slots.values import Given
 from peftfn.tensors.quantised import QuantisedWeight
@@ -36,7 +36,8 @@ def adapt(
         seed: seed of the methods' frozen tensors (VeRA's projections, say); `init` has the seed of the trainable ones.
         routed: patterns, as in rules, of modules through which a mixed batch follows its rows, because they move tokens
             (experts, windows, sequences that are packed or flattened); "" is the whole model. None: the parent of each
-            module that holds an adapted stack, and of each that is called `experts` if something in it is adapted.
+            module that holds an adapted stack, and of each that is called `experts` if something in it is adapted; if
+            another site loses its rows, the whole model from then on.
 
     Returns:
         A net: the plan bound to the model.
@@ -72,8 +73,8 @@ class Adapted:
         """again: modules that are rematerialised (`checkpointed`). routed: modules through which rows are followed;
         None: as in `adapt`."""
         self.model, self.plan, self.again = model, plan, tuple(again)
-        self.routed = tuple(routed_by_default(model, plan) if routed is None else routed)
-        self._runner = Runner(model, [plan], self.again, self.routed)
+        self.routed = None if routed is None else tuple(routed)
+        self._runner = Runner(model, [plan], self.again, [self.routed])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapted, (self.model, self.plan, self.again, self.routed)
@@ -178,14 +179,15 @@ class Adapted:
             index: [rows] integers in [−1, k), −1 being the base; or [rows, tokens], one for each token (of sequences
                 packed into one row, say). In `generate`, later tokens use the last one's.
             args, kwargs: as for the model. At every site that `common` does not name and that is in no routed module,
-                the first dimension of the input must be the rows.
+                the first dimension of the input must be the rows; where it is not, rows are followed (see `adapt`).
             params, method: as for `apply`.
             common: patterns, as in rules, of sites whose input is the same for all rows: [tokens, …] or [1, tokens, …]
                 rather than [rows, tokens, …] (position indices that the model computes, say). The output of such a
                 site has rows. None: detect the model's own tables; any other input whose first dimension is 1 or the
                 batch size, and which cannot be the batch, raises an error.
-            owners: {name of a routed module: the row of each of the leading positions of its input}, where that does
-                not have the rows in its first dimension: patches of images of several sizes, say. "" is the model.
+            owners: {name of a module: the row of each of the leading positions of its input}, where that does not have
+                the rows in its first dimension: patches of images of several sizes, say. "" is the model. If `adapt`
+                was told which modules are routed, it must be one of them.
 
         Returns:
             The model's output, differentiable in the stack.

@@ -21,8 +21,10 @@ from peftfn.model.place import TOKENS
 from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
+from peftfn.net.wider import Before
 from peftfn.slots.gates import Gates
-from peftfn.slots.routed import checked
+from peftfn.slots.routed import checked, named, routed_by_default, routed_of
+from peftfn.slots.tags import RowsLost
 from peftfn.slots.track import Followed
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
@@ -33,9 +35,22 @@ from peftfn.tensors.tree import stack_size, unstacked
 class Runner:
     """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own."""
 
-    def __init__(self, model: nn.Module, plans: Sequence[Plan], again: Sequence[str] = (), routed: Sequence[str] = ()):
-        """again: modules that are rematerialised. routed: modules through which rows are followed."""
-        self.model, self.plans, self.again, self.routed = model, plans, again, list(dict.fromkeys(routed))
+    def __init__(
+        self,
+        model: nn.Module,
+        plans: Sequence[Plan],
+        again: Sequence[str] = (),
+        routed: Sequence[Sequence[str] | None] = (),
+    ):
+        """again: modules that are rematerialised. routed: for each plan the modules through which rows are followed;
+        None: those around experts, and if that is not enough, the whole model."""
+        self.model, self.plans, self.again = model, plans, again
+        pairs = list(zip(plans, routed or [None] * len(plans), strict=True))
+        found = [routed_by_default(model, plan) if names is None else names for plan, names in pairs]
+        self.routed = list(dict.fromkeys(name for names in found for name in names))
+        self._told = any(names is not None for _, names in pairs)
+        self._wider: dict[tuple[str, ...], Runner] = {}  # more routed modules → what runs with them
+        self._whole: tuple[str, ...] = ()  # all modules, once a site has lost its rows
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
         check_copy(model)
@@ -167,13 +182,55 @@ class Runner:
             count += given[-1].size
         inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
         made = gates_of(gates, count, inputs, self.copies(method, args, kwargs), method is not None)
-        held = checked(owners, made, self.routed) if owners else None
+        runner = self if self._told or not owners else self._with(named(self.model, owners))
+        held = checked(owners, made, runner.routed) if owners else None
         made = made.bound(common, dict.fromkeys(name for plan in self.plans for name in plan))
         if (k := made.only) is None:
-            return self.run(given, made, args, kwargs, params, method, held)
+            return runner._followed(given, made, args, kwargs, params, method, held)
         plan, stacked, start, _ = next(part for part in given if k < part.start + part.size)
         alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
         return self.run([alone], None, args, kwargs, params, method)
+
+    def _followed(
+        self,
+        given: Sequence[Given],
+        gates: Gates,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Any] | None,
+        method: str | None,
+        owners: Mapping[str, Tensor] | None,
+    ) -> Any:
+        """`run`. If a site loses its rows and nobody said which modules move them, the call runs once more with rows
+        followed through the whole model, and so do later ones."""
+        if self._whole:
+            return self._with(self._whole).run(given, gates, args, kwargs, params, method, owners)
+        if self._told or torch.compiler.is_compiling():
+            return self.run(given, gates, args, kwargs, params, method, owners)
+        before = Before(args, kwargs)
+        try:
+            return self.run(given, gates, args, kwargs, params, method, owners)
+        except RowsLost as e:
+            whole = tuple(routed_of(self.model, [""]))
+            if (wider := self._with(whole)) is self or not before.again():
+                raise
+            try:
+                out = wider.run(given, gates, args, kwargs, params, method, owners)
+            except RowsLost as more:
+                raise RowsLost(f"{e.text} Followed through the whole model, they are lost too: {more}") from more
+        self._whole = whole
+        return out
+
+    def _with(self, modules: Sequence[str]) -> "Runner":
+        """What runs with these modules routed too."""
+        key = tuple(name for name in dict.fromkeys(modules) if name not in self.routed)
+        if not key:
+            return self
+        if key not in self._wider:
+            wider = Runner(self.model, self.plans, self.again, [[*self.routed, *key]] * len(self.plans))
+            wider._told, wider._running = False, self._running
+            self._wider.setdefault(key, wider)
+        return self._wider[key]
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

@@ -27,7 +27,7 @@ from peftfn.net.released import Bypass, Released
 from peftfn.net.watch import PLAIN, Watch
 from peftfn.slots.call import Gone, hooked
 from peftfn.slots.kept import Keeper
-from peftfn.slots.routed import routed
+from peftfn.slots.routed import encoders, routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
 from peftfn.slots.values import Given
@@ -111,7 +111,8 @@ class Skeleton:
         for name in self.routed:
             module, inside = self.root.get_submodule(name), f"{name}." if name else ""
             places = [self.slots[n] for n in self.sites if n == name or n.startswith(inside)]
-            vars(module)["forward"] = routed(name, places, module.forward)
+            for k in ("forward", *encoders(module)):
+                vars(module)[k] = routed(name, places, getattr(module, k))
 
     def _name_slots(self, named: Mapping[str, nn.Module], opaque: Mapping[str, QuantisedWeight]) -> None:
         """Where each parameter and buffer stands in the base and here, and the slots by name, released for now."""

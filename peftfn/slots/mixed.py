@@ -21,7 +21,7 @@ from peftfn.slots.gates import Gates
 from peftfn.slots.part import Cut, Part, take
 from peftfn.slots.pertoken import PerToken
 from peftfn.slots.slot import Slot, plus
-from peftfn.slots.tags import Lost, constant
+from peftfn.slots.tags import Lost, RowsLost, constant
 from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
 from peftfn.slots.weight import AdaptedWeight, Expert, picks_one
 from peftfn.tensors.arguments import mapped, storages, tensors, visit
@@ -57,16 +57,16 @@ class _Mixed(Slot):
         """What stands here where all rows use adapter k."""
         return self.value(k)
 
-    def lost(self, what: str, more: str = "") -> ValueError:
+    def lost(self, what: str, more: str = "") -> RowsLost:
         wanted = (
             "its rows and tokens in the first two dimensions" if self.rows.tokens else "its rows in the first dimension"
         )
         inside = self.tracking() is not None
         need = "must know whose each position is" if inside else f"needs {wanted}"
-        cure = "" if inside else "If a module moves them (experts, windows), name it in adapt(…, routed=[…]). "
-        return ValueError(
-            f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows {need}. {more}{cure}"
-            "Call net.apply for one adapter at a time, or leave this site out of the rules."
+        cure = "" if inside else 'If modules move them, name these, or "", the whole model, in adapt(…, routed=[…]). '
+        text = f"{self.name}: {what}, and a mixed batch of {self.rows.size} rows {need}. {more}"
+        return RowsLost(
+            f"{text}{cure}Call net.apply for one adapter at a time, or leave this site out of the rules.", text.strip()
         )
 
     # Inside a routed module only tags count, never sizes.

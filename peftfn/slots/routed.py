@@ -43,6 +43,16 @@ def routed_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def named(model: nn.Module, owners: Mapping[str, Any]) -> list[str]:
+    """The modules that a caller gave owners for, of those that the model has."""
+    return [name for name, _ in model.named_modules() if name in owners]
+
+
+def encoders(module: nn.Module) -> list[str]:
+    """The methods of a module that encode images and the like, which `generate` calls before any forward."""
+    return [k for k in dir(type(module)) if k.startswith("get_") and k.endswith("_features")]
+
+
 def _runs(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 

@@ -23,6 +23,17 @@ class Unfollowed(Exception):
     """Raised by a rule: the rows of the output are not known. Its text says why."""
 
 
+class RowsLost(ValueError):
+    """Raised by a site of a mixed batch that does not know whose the positions of its input are.
+
+    text: what it says without the advice to name a routed module.
+    """
+
+    def __init__(self, message: str, text: str = ""):
+        super().__init__(message)
+        self.text = text or message
+
+
 def full(tag: Tensor, shape: Sequence[int], upto: int) -> Tensor:
     """The tag with its dimensions before `upto` expanded to the tensor's."""
     return tag.expand(*shape[:upto], *tag.shape[upto:])

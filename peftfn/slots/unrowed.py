@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
-from peftfn.slots.tags import constant
+from peftfn.slots.tags import RowsLost, constant
 from peftfn.slots.track import current
 from peftfn.tensors.arguments import mapped, tensors, visit
 from peftfn.tensors.lent import Lent
@@ -227,7 +227,7 @@ def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], si
         if v.dim() == dims and shape[0] == 1:
             shape = shape[1:]
         if func not in _MEET or not rows.size or owner is None or len(shape) >= dims:
-            raise ValueError(
+            raise RowsLost(
                 f"{site}: all rows have its input in common, so its output {list(v.shape)} is another for each row, "
                 f"and {getattr(func, '__name__', func)} uses it with {[list(r.shape) for r in rowed]}, where "
                 "peftfn cannot tell the rows. Call net.apply for one adapter at a time, or leave this site out of the "

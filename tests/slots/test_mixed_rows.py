@@ -97,7 +97,7 @@ def test_a_site_with_an_input_that_all_rows_have_in_common(case: str, tokens: in
 
 @pytest.mark.parametrize("common", [None, []])
 @pytest.mark.parametrize("how", ["mixed", "gated"])
-def test_rows_packed_into_one_sequence_are_refused(how: str, common: Any) -> None:
+def test_rows_packed_into_one_sequence_are_followed_or_refused(how: str, common: Any) -> None:
     """[1, rows · tokens, …] is not one input for all rows."""
 
     def packed(m: Any, x: Tensor) -> Tensor:
@@ -105,9 +105,12 @@ def test_rows_packed_into_one_sequence_are_refused(how: str, common: Any) -> Non
         return out
 
     net, many = setting(packed, {"f": LoRA(2)}, f=nn.Linear(4, 4))
-    way = INDEX if how == "mixed" else torch.rand(3, 2)
+    way = INDEX if how == "mixed" else torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    want = one_by_one(net, many, noise(3, 2, 4))
+    close(getattr(net, how)(pf.stack(many), way, noise(3, 2, 4), common=common), want)
     with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[1, 6, 4\].*3 rows"):
-        getattr(net, how)(pf.stack(many), way, noise(3, 2, 4), common=common)
+        fixed = pf.adapt(net.model, {"f": LoRA(2)}, routed=[])
+        getattr(fixed, how)(pf.stack(many), way, noise(3, 2, 4), common=common)
 
 
 def test_a_common_input_with_a_first_dimension_of_one() -> None:

@@ -477,7 +477,71 @@ def test_the_error_says_which_function_lost_the_rows_and_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"f\.weight: .*cdist has no rule.*Call net\.apply.*leave this site out"):
         net.mixed(many, [1, 0, 0, 1], noise(4, 6, 8))
     with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[24, 8\].*adapt\(…, routed=\[…\]\)"):
+        pf.adapt(net.model, {"f": LoRA(2)}, routed=[]).mixed(many, [1, 0, 0, 1], noise(4, 6, 8))
+    with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[24, 8\].*whole model.*cdist has no rule"):
         pf.adapt(net.model, {"f": LoRA(2)}).mixed(many, [1, 0, 0, 1], noise(4, 6, 8))
+
+
+class Keeps(list[Any]):
+    """A cache, say."""
+
+
+class Shuffled(nn.Module):
+    """Drops values and moves its tokens. before: what it does with its inputs first."""
+
+    def __init__(self, before: Callable[..., Any]):
+        super().__init__()
+        self.f, self.before = nn.Linear(8, 8), before
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        self.before(x, *more)
+        order = some_order(x.shape[0] * x.shape[1])
+        return self.f(F.dropout(x).flatten(0, 1)[order])[order.argsort()].view_as(x)
+
+
+def shuffled(before: Callable[..., Any]) -> tuple[pf.Adapted, Any]:
+    net = pf.adapt(Shuffled(before), {"f": LoRA(2)})
+    return net, pf.stack([random(net, s) for s in range(2)])
+
+
+def test_a_net_that_loses_rows_follows_them_through_the_whole_model_from_then_on() -> None:
+    """The call that finds out has the random numbers of any other call, and later ones run once."""
+    calls: list[Tensor] = []
+    net, many = shuffled(calls.append)
+    x, index, outputs = noise(4, 6, 8), [1, -1, 0, 1], []
+    for runs in (2, 1):
+        torch.manual_seed(3)
+        calls.clear()
+        outputs.append(net.mixed(many, index, x))
+        assert len(calls) == runs
+    assert torch.equal(*outputs)
+    torch.manual_seed(3)
+    close(outputs[0], pf.adapt(net.model, {"f": LoRA(2)}, routed=[""]).mixed(many, index, x))
+    a = {n: {k: t[1] for k, t in leaf.items()} for n, leaf in many.items()}
+    torch.manual_seed(3)
+    close(outputs[0][[0, 3]], net.apply(a, x)[[0, 3]])
+    several = pf.Nets([pf.adapt(net.model, {"f": LoRA(2)})])
+    torch.manual_seed(3)
+    assert torch.equal(several.mixed([many], index, x), outputs[0])
+    with torch.no_grad():
+        two = {n: {k: torch.stack([t, 2 * t]) for k, t in leaf.items()} for n, leaf in many.items()}
+        fresh = pf.adapt(net.model, {"f": LoRA(2)})
+        torch.manual_seed(3)
+        got = vmap(lambda m: fresh.mixed(m, index, x), randomness="same")(two)
+        close(got[0], outputs[0])
+
+
+def test_a_call_that_cannot_start_anew_says_so_and_names_the_cure() -> None:
+    """It has written to its input, or has an object among its arguments that may keep what it has seen."""
+    x, index = noise(4, 6, 8), [1, -1, 0, 1]
+    kept = Keeps()
+    for how, more in ((lambda x: x.mul_(2), ()), (lambda x, seen: seen.append(x), (kept,))):
+        net, many = shuffled(how)
+        with pytest.raises(
+            ValueError, match=r"f\.weight: its input has shape \[24, 8\].*the whole model, in adapt\(…, routed=\[…\]\)"
+        ):
+            net.mixed(many, index, x.clone(), *more)
+    assert len(kept) == 1
 
 
 # What surrounds a call.
@@ -601,4 +665,6 @@ def test_bad_owners_and_patterns_are_told_before_any_work() -> None:
     with pytest.raises(ValueError, match=r"owners: '' has a torch.float32 tensor"):
         mixed({"": torch.zeros(15)})
     with pytest.raises(ValueError, match=r"owners: '' is no routed module.*routed=\[…\]"):
-        mixed({"": torch.zeros(15, dtype=torch.long)}, pf.adapt(model, {"qkv": LoRA(2)}))
+        mixed({"": torch.zeros(15, dtype=torch.long)}, pf.adapt(model, {"qkv": LoRA(2)}, routed=[]))
+    with pytest.raises(ValueError, match=r"owners: 'embedding' is no routed module"):
+        mixed({"embedding": torch.zeros(15, dtype=torch.long)}, pf.adapt(model, {"qkv": LoRA(2)}))
