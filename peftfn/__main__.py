@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--out", type=Path, default="compare_out", metavar="DIR", help="output folder (%(default)s)")
     new.add_argument("--methods", type=_names, metavar="A,B", help="which methods, in this order (all)")
-    new.add_argument("--tasks", type=_names, metavar="A,B", help="which of digits, news, reviews (all)")
+    new.add_argument("--tasks", type=_names, metavar="A,B", help="which of digits, characters, news, reviews (all)")
     new.add_argument("--rates", type=_rates, metavar="X,Y", help="learning rates (3e-4 to 1, two a decade)")
     new.add_argument("--seeds", type=_positive, metavar="N", help="of each rate (3)")
     new.add_argument("--steps", type=_positive, metavar="N", help="of training (60)")
@@ -225,7 +225,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     try:
-        from peftfn.compare import page, run
+        from peftfn.compare import page, plot, run
     except ModuleNotFoundError as e:
         print(f"peftfn compare needs {e.name}: pip install 'peftfn[demo]'", file=sys.stderr)
         return 1
@@ -237,8 +237,9 @@ def _compare(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         print(e, file=sys.stderr)
         return 1
-    (o.out / "comparison.md").write_text(page.page(records), encoding="utf-8")
-    print(f"written to {o.out}: {len(records)} records, comparison.md")
+    drawn = plot.pareto(records, o.out / page.PICTURE)
+    (o.out / "comparison.md").write_text(page.page(records, picture=drawn), encoding="utf-8")
+    print(f"written to {o.out}: {len(records)} records, comparison.md{f', {page.PICTURE}' if drawn else ''}")
     return 0
 
 

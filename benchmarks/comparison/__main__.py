@@ -1,13 +1,16 @@
-"""docs/comparison.md from the records beside this file. `peftfn compare --out benchmarks/comparison` makes them."""
+"""docs/comparison.md and its picture from the records here. `peftfn compare --out benchmarks/comparison` makes them."""
 
 from pathlib import Path
 
-from peftfn.compare.page import page
+from peftfn.compare.page import PICTURE, page
+from peftfn.compare.plot import pareto
 from peftfn.compare.run import read
 
 HERE = Path(__file__).parent
 
 if __name__ == "__main__":
-    path = HERE.parents[1] / "docs" / "comparison.md"
-    path.write_text(page(read(HERE)))
-    print(path.name)
+    docs = HERE.parents[1] / "docs"
+    records = read(HERE)
+    pareto(records, docs / PICTURE)
+    (docs / "comparison.md").write_text(page(records))
+    print(f"comparison.md, {PICTURE}")

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import peftfn as pf
-from peftfn.compare.methods import METHODS
+from peftfn.compare.curvature import sharpness
+from peftfn.compare.methods import METHODS, Recipe
 from peftfn.compare.peak import peak
 from peftfn.compare.tasks import TASKS, Ready
 from peftfn.formats.files import write
@@ -88,7 +88,7 @@ def compare(
             began = perf_counter()
             if task not in ready:
                 ready[task] = TASKS[task]()
-            record = one(ready[task], name, how, out / "running" / f"{task}.{name}")
+            record = one(ready[task], name, METHODS[name], how, out / "running" / f"{task}.{name}")
             write(path, json.dumps(record, indent=1) + "\n")
             rmtree(out / "running" / f"{task}.{name}")
             took[task] = perf_counter() - began
@@ -101,17 +101,19 @@ def read(folder: Path) -> list[Json]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def one(ready: Ready, name: str, how: Settings, folder: Path) -> Json:
+def one(ready: Ready, name: str, recipe: Recipe, how: Settings, folder: Path | None = None) -> Json:
     """The record of a method on a task. The trials are kept in the folder until it is there."""
-    net = pf.adapt(ready.model, METHODS[name].rules(ready.layers))
+    net = pf.adapt(ready.model, recipe.rules(ready.layers))
+
+    def batch(index: Tensor) -> tuple[Tensor, ...]:
+        return (ready.label[index], *(x[index] for x in ready.inputs))
 
     def data(config: Mapping[str, Any], step: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(10_000 * config["seed"] + step)
-        index = ready.train[torch.randint(len(ready.train), (how.batch,), generator=g)]
-        return (ready.label[index], *(x[index] for x in ready.inputs))
+        return batch(ready.train[torch.randint(len(ready.train), (how.batch,), generator=g)])
 
     def loss(net: pf.Adapted, adapter: Mapping[str, Any], batch: tuple[Tensor, ...]) -> Tensor:
-        return F.cross_entropy(net.apply(adapter, *batch[1:], method=ready.method), batch[0])
+        return ready.loss(partial(net.apply, adapter, method=ready.method), *batch)
 
     def optimizer(config: Mapping[str, Any]) -> pf.steps.Step:
         schedule = pf.steps.cosine(how.steps, warmup=max(1, how.steps // 20))
@@ -119,7 +121,8 @@ def one(ready: Ready, name: str, how: Settings, folder: Path) -> Json:
 
     def evaluate(net: pf.Adapted, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
         call = partial(net.apply, adapter, method=ready.method)
-        return {"validation": ready.right(call, ready.validation), "test": ready.right(call, ready.test)}
+        own = ready.own.loss(partial(net.apply, adapter, method=ready.own.method))
+        return {"validation": ready.right(call, ready.validation), "test": ready.right(call, ready.test), "own": own}
 
     configs = pf.grid(lr=how.rates, seed=range(how.seeds))
     done = pf.sweep(
@@ -135,6 +138,8 @@ def one(ready: Ready, name: str, how: Settings, folder: Path) -> Json:
         folder=folder,
     )
     seconds, memory = _alone(partial(loss, net), net.init(), data(configs[0], 0))
+    start = partial(loss, net, batch=batch(ready.train[: 2 * how.batch]))
+    right, own = ready.base()
     trials = [
         {**t.config, "status": t.status, "step": t.step, "seconds": t.seconds, **(t.history[-1] if t.history else {})}
         for t in done.trials
@@ -143,10 +148,12 @@ def one(ready: Ready, name: str, how: Settings, folder: Path) -> Json:
         "task": ready.name,
         "title": ready.title,
         "method": name,
-        "net": str(METHODS[name].method),
+        "net": str(recipe.method),
         "settings": {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch},
         "examples": {"train": len(ready.train), "validation": len(ready.validation), "test": len(ready.test)},
-        "base": ready.base(),
+        "base": right,
+        "own": {"title": ready.own.title, "base": own},
+        "sharpness": sharpness(start, net.init()),
         "trained": counts(net)[0],
         "bytes": _size(net),
         "seconds_a_step_alone": seconds,
@@ -199,6 +206,27 @@ def best(record: Json) -> tuple[float, list[Json]] | None:
     return lr, whole[lr]
 
 
+def mean_test(record: Json) -> float:
+    """The mean test accuracy at the best rate; −1 if there is none."""
+    found = best(record)
+    return -1.0 if found is None else statistics.mean(t["test"] for t in found[1])
+
+
+def forgotten(record: Json) -> float:
+    """How much the mean loss on the base's own task rises at the best rate; infinite if there is none."""
+    found = best(record)
+    return float("inf") if found is None else statistics.mean(t["own"] for t in found[1]) - record["own"]["base"]
+
+
+def near(record: Json) -> int:
+    """At how many rates the mean validation accuracy is within two points of the best."""
+    of: dict[float, list[float]] = {}
+    for t in record["trials"]:
+        of.setdefault(t["lr"], []).append(t.get("validation", 0.0) if t["status"] == "done" else 0.0)
+    means = [statistics.mean(values) for values in of.values()]
+    return sum(m >= max(means) - 0.02 for m in means)
+
+
 def _line(record: Json) -> str:
     found = best(record)
     if found is None:
@@ -207,7 +235,10 @@ def _line(record: Json) -> str:
 
 
 def _same(path: Path, how: Settings) -> None:
-    have = json.loads(path.read_text())["settings"]
+    record = json.loads(path.read_text())
+    have = record["settings"]
     want = {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch}
+    if "sharpness" not in record:
+        raise ValueError(f"{path}: an older version made it, without what is measured now: give another folder")
     if have != want:
         raise ValueError(f"{path}: it was made with {have}, and these are {want}: give another folder")

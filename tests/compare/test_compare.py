@@ -1,19 +1,24 @@
 """`peftfn compare`: records of a small real run, what the page makes of records, and what is refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from optree.integrations.torch import tree_ravel
 from support import ROOT
 
 import peftfn as pf
 from peftfn.__main__ import main
-from peftfn.compare import run
+from peftfn.compare import run, tasks
+from peftfn.compare.choose import chosen, front, good
+from peftfn.compare.curvature import sharpness
 from peftfn.compare.methods import METHODS
+from peftfn.compare.models import Patches
 from peftfn.compare.page import page
-from peftfn.compare.tasks import TASKS, Patches, Ready
+from peftfn.compare.tasks import TASKS, Own, Ready, cross_entropy
 
 RECORDS = ROOT / "benchmarks" / "comparison"
 
@@ -24,8 +29,9 @@ def small() -> Ready:
     x = torch.rand(120, 8, 8) * torch.rand(120, 1, 1)
     label = (x.mean((1, 2)) > 0.25).long()
     parts = torch.arange(120).split([60, 20, 40])
+    own = Own("dark or not", "forward", (1 - x[100:],), partial(cross_entropy, label=1 - label[100:]))
     return Ready(
-        "small", "bright or not", Patches().requires_grad_(False), r"^layers\.", "forward", (x,), label, *parts
+        "small", "bright or not", Patches().requires_grad_(False), r"^layers\.", "forward", (x,), label, *parts, own
     )
 
 
@@ -46,6 +52,7 @@ def test_a_run_says_what_a_loop_by_hand_gives(task: Ready, tmp_path: Path) -> No
     assert record["trained"] == 6912
     assert record["bytes"] > 4 * 6912
     assert record["peak_bytes_alone"] > 0 < record["seconds_a_step_alone"]
+    assert record["sharpness"] > 0
     lr, trials = run.best(record)  # type: ignore[misc]
     assert lr == 3e-2
     assert all(t["test"] > record["base"] for t in trials)
@@ -64,6 +71,10 @@ def test_a_run_says_what_a_loop_by_hand_gives(task: Ready, tmp_path: Path) -> No
     got = (net.apply(a, task.inputs[0][task.test]).argmax(-1) == task.label[task.test]).float().mean()
     assert trials[1]["seed"] == 1
     assert abs(trials[1]["test"] - float(got)) <= 1.01 / 40  # rounding may turn one example
+    own = task.own.loss(lambda x: net.apply(a, x))
+    assert trials[1]["own"] == pytest.approx(float(own), rel=1e-3)
+    assert record["own"]["base"] == pytest.approx(float(task.own.loss(task.model)), rel=1e-5)
+    assert run.forgotten(record) == pytest.approx(sum(t["own"] for t in trials) / 2 - record["own"]["base"])
 
 
 def test_it_goes_on_and_refuses_other_settings(task: Ready, tmp_path: Path) -> None:
@@ -75,6 +86,11 @@ def test_it_goes_on_and_refuses_other_settings(task: Ready, tmp_path: Path) -> N
     assert said[1:] == ["small, IA3: left out, for lack of time"]
     with pytest.raises(ValueError, match="give another folder"):
         run.compare(tmp_path, ["LoRA"], ["small"], run.Settings(rates=(1e-2,), seeds=2, steps=2))
+    old = json.loads(before)
+    del old["sharpness"]
+    (tmp_path / "small.LoRA.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="an older version made it"):
+        run.compare(tmp_path, ["LoRA"], ["small"], how)
     with pytest.raises(ValueError, match="no method 'Lora' to compare; there are LoRA"):
         run.compare(tmp_path, ["Lora"], ["small"])
 
@@ -93,7 +109,8 @@ def test_the_command(task: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[
         "3",
     ]
     assert main(["compare", *given, "--out", str(tmp_path)]) == 0
-    assert "2 records, comparison.md" in capsys.readouterr().out
+    assert "2 records, comparison.md, comparison.png" in capsys.readouterr().out
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
     text = (tmp_path / "comparison.md").read_text()
     assert text == page(run.read(tmp_path))
     assert "| BitFit | " in text
@@ -104,7 +121,7 @@ def test_the_command(task: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def record(method: str, tests: dict[float, list[float]], **more: Any) -> Any:
     trials = [
-        {"lr": lr, "seed": s, "status": "done", "validation": v, "test": v / 2}
+        {"lr": lr, "seed": s, "status": "done", "validation": v, "test": v / 2, "own": 1 + lr}
         for lr, values in tests.items()
         for s, v in enumerate(values)
     ]
@@ -114,7 +131,8 @@ def record(method: str, tests: dict[float, list[float]], **more: Any) -> Any:
     return {
         "task": "digits", "title": "digits", "method": method, "settings": settings, "base": 0.25, "trained": 1234,
         "examples": {"train": 1, "validation": 2, "test": 3}, "bytes": 2048, "seconds_a_step_alone": 0.5,
-        "peak_bytes_alone": 2**20, "trials": trials, "environment": environment,
+        "peak_bytes_alone": 2**20, "trials": trials, "environment": environment, "sharpness": 0.123,
+        "own": {"title": "letters", "base": 0.75},
     } | more  # fmt: skip
 
 
@@ -126,14 +144,67 @@ def test_the_page_shows_each_method_at_its_own_rate() -> None:
     three = record("Three", {1e-3: [0.5, 0.5]})
     for t in three["trials"]:
         t["status"] = "diverged"
-    lines = page([one, two, three]).splitlines()
+    text = page([one, two, three])
+    lines = text[text.index("## Digits") :].splitlines()
     rows = [line for line in lines if line.startswith("| ") and "---" not in line][1:]
     assert rows == [
-        "| none (the base) | 25.0 | | | 0 | | | |",
-        "| Two | 49.0 ± 1.4 | 0.001↧ | 2 of 3 | 1,234 | 2 | 0.500 | 1.0 |",
-        "| One | 45.0 ± 7.1 | 0.01 | 2 of 3 | 1,234 | 2 | 0.500 | 1.0 |",
-        "| Three | diverged at every rate |  |  | 1,234 | 2 | 0.500 | 1.0 |",
+        "| none (the base) | 25.0 | 0 | | | | 0 | | | |",
+        "| Two | 49.0 ± 1.4 | +0.25 | 0.001↧ | 2 of 3 | 0.12 | 1,234 | 2 | 0.500 | 1.0 |",
+        "| One | 45.0 ± 7.1 | +0.26 | 0.01 | 2 of 3 | 0.12 | 1,234 | 2 | 0.500 | 1.0 |",
+        "| Three | diverged at every rate |  |  |  | 0.12 | 1,234 | 2 | 0.500 | 1.0 |",
     ]
+    assert "The base's own task: letters; its loss is 0.75." in " ".join(lines)
+
+
+def test_which_method_for_what_follows_its_rules() -> None:
+    records = [
+        record("Best", {1e-3: [0.9, 0.92], 1e-2: [0.5, 0.5]}, trained=900, bytes=9 * 1024),
+        record("Within", {1e-3: [0.86, 0.90], 1e-2: [0.86, 0.9]}, trained=500, bytes=9 * 1024),
+        record("Apart", {1e-3: [0.82, 0.82], 1e-2: [0.5, 0.5]}, trained=600, bytes=1024, peak_bytes_alone=2**19),
+        record("Far", {1e-3: [0.5, 0.5], 1e-2: [0.5, 0.5]}, trained=10, bytes=10),
+        record("Worse", {1e-3: [0.4, 0.4], 1e-2: [0.4, 0.4]}, trained=20, bytes=10),
+    ]
+    assert [r["method"] for r in good(records)] == ["Best", "Within", "Apart"]
+    assert [r["method"] for r in front(records)] == ["Far", "Within", "Best"]
+    table = dict(line[2:-2].split(" | ") for line in chosen(records).splitlines()[4:] if line.startswith("| "))
+    assert table["most accurate"] == "Best, Within"
+    assert table["fewest trained numbers"] == "Within (500)"
+    assert table["smallest file"] == "Apart (1 KiB)"
+    assert table["least memory"] == "Apart (0.5 MiB)"
+    assert table["most rates good"] == "Within (2 of 2)"
+    assert table["none is better in accuracy and trained numbers"] == "Far, Within, Best"
+    assert chosen(records[:1]) == ""  # nothing to choose from
+
+
+def test_the_largest_eigenvalue_is_that_of_the_hessian() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).double()
+    net = pf.adapt(model, {"weight": pf.LoRA(rank=2)})
+    x, y = torch.randn(10, 4).double(), torch.tensor([0, 1] * 5)
+    loss = lambda a: cross_entropy(net.apply(a, x), y)  # noqa: E731
+    a = net.init(seed=0, dtype=torch.float64)
+    flat, tree_of = tree_ravel(a)
+    true = torch.linalg.eigvalsh(torch.func.hessian(lambda v: loss(tree_of(v)))(flat))
+    assert true[0] < 0 < true[-1]
+    assert sharpness(loss, a, products=len(flat)) == pytest.approx(float(true[-1]), rel=1e-6)
+    assert float(true[-2]) < sharpness(loss, a) <= float(true[-1]) * (1 + 1e-9)
+    assert sharpness(lambda a: sum(t.sum() for t in pf.leaves(a)), a) == 0  # a plane
+
+
+def test_the_language_models_task_is_made_of_pythons_own_text() -> None:
+    ready = tasks.characters(length=16, steps=2)
+    assert ready.label.shape == (2400, 16)
+    (x,) = ready.inputs
+    assert torch.equal(x[:, 1:], ready.label[:, :-1])
+    before = ready.model(x[:2])
+    x = x[:2].clone()
+    x[:, 9:] = 0
+    assert torch.allclose(ready.model(x)[:, :9], before[:, :9])  # no position sees a later one
+    code = "".join(map(chr, ready.label[ready.test].flatten().tolist()))
+    assert "self" in code
+    right, own = ready.base()
+    assert 0 < right < 1
+    assert own > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
