@@ -36,7 +36,7 @@ def convert(
     if where is None:
         raise ValueError(f"{path}: only the base model says which layers its names mean: give --model")
     base = load_base(where)
-    net, adapter = loaded = bound(path, base, gated=to == "peft")
+    net, adapter = loaded = bound(path, base)
     if to == "peft":
         options = {**options, "extra": loaded.extra}
     if base.hollow:
@@ -59,10 +59,10 @@ def free(out: Path) -> None:
         raise FileExistsError(f"{out} exists; name a new one")
 
 
-def bound(path: Path, base: Base, gated: bool = False) -> Loaded:
+def bound(path: Path, base: Base) -> Loaded:
     """The adapter, on the model of the base. ValueError where it does not fit."""
     guard(base, path)
-    return load(path, base.model, gated=gated)
+    return load(path, base.model)
 
 
 def named(path: Path) -> Path | None:

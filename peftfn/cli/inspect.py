@@ -35,7 +35,7 @@ def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, 
         facts = facts_of(where)
         if base is not None:
             try:
-                loaded = bound(where, base, gated=True)
+                loaded = bound(where, base)
             except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
                 facts["fits"] = f"no: {e.args[0]}"
             else:

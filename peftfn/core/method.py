@@ -268,6 +268,14 @@ class Weight(Method, family=True):
     mergeable: ClassVar[bool] = True
     """Whether there is a `delta`. Without one (a router that looks at x) there is only `linear`, and no merge."""
 
+    # When it acts.
+
+    def acts_on(self, ids: Tensor) -> Tensor:
+        """Return gates [rows, tokens] for the token ids [rows, tokens] of a call: 1 where the method acts, 0 where the
+        base does. Define it in a method that acts on some tokens alone: each call then takes its gates from its ids.
+        """
+        return torch.ones(ids.shape, device=ids.device)
+
     # Speed.
 
     per_row: ClassVar[bool] = True

@@ -50,6 +50,7 @@ class Entry:
     plain: bool = field(init=False)  # it has no constants here
 
     to_matrix: ClassVar[Any] = None  # the parameter ↦ canonical; None: it is
+    gated: ClassVar[bool] = False  # the method acts on some tokens alone, those that `acts_on` says
 
     def __post_init__(self) -> None:
         self._decide(
@@ -146,6 +147,7 @@ class WeightEntry(Entry):
 
     fast: bool = field(init=False)  # the method's `linear` is more than the product with the dense weight
     low: bool = field(init=False)  # it has a `low_rank`
+    gated: bool = field(init=False)  # type: ignore[misc]
     to_matrix: Callable[[Tensor], Tensor] | None = field(init=False)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -154,6 +156,7 @@ class WeightEntry(Entry):
         self._decide(
             fast=self.method.fast_linear(),
             low=self.method.overrides("low_rank"),
+            gated=self.method.overrides("acts_on"),
             to_matrix=None if is_matrix else self.site.canonical,
         )
 
@@ -161,7 +164,7 @@ class WeightEntry(Entry):
         if not self.method.mergeable:
             raise ValueError(
                 f"{self.site.name}: {self.method} depends on the input, so it is no change of the weight and cannot be "
-                "merged. Use net.apply or net.gated, or leave this site out"
+                "merged. Use net.apply or as_module, or leave this site out"
             )
 
     def delta(self, method: Weight, p: dict[str, Any], w: Tensor) -> Tensor:
@@ -194,6 +197,7 @@ class Plan(Mapping[str, Entry]):
         self.places = tuple(e.site for e in entries.values() if e.site.kind in (MODULE, TOKENS))
         others = [c.at for e in entries.values() for c in e.companions]
         self.accompanied = {name: e.companions for name, e in entries.items() if e.companions}
+        self.gated = tuple(name for name, e in entries.items() if e.gated)
         self.slots = list(dict.fromkeys([*entries, *self.owners, *others]))
 
     def __getitem__(self, name: str) -> Entry:

@@ -111,7 +111,6 @@ def load(
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     pickled: bool = False,
-    gated: bool = False,
     experts: Literal["peft", "unsloth"] = "peft",
     buffers: bool = False,
     ignore: Iterable[str] = (),
@@ -135,8 +134,6 @@ def load(
         key_mapping: regular expression → replacement, tried in order on each module's name in the file; the first match
             counts. For a model whose modules have other names now.
         pickled: whether to read adapter_model.bin (only tensors, `weights_only=True`) if there is no safetensors file.
-        gated: whether to read PEFT's activated LoRAs too. They act from certain tokens on: use them with `alora_gates`
-            and `net.gated`, not with `net.apply`; the tokens are in the result's `extra["alora_invocation_tokens"]`.
         experts: the order of lora_B in a PEFT file, for experts that are one stacked parameter: "peft", rank by rank,
             or "unsloth", expert by expert. A file does not say which of the two it has.
         buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
@@ -173,7 +170,7 @@ def load(
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
-    options = Options(strict, key_mapping, pickled, gated, experts, buffers, _names(ignore), dtype == "file")
+    options = Options(strict, key_mapping, pickled, experts, buffers, _names(ignore), dtype == "file")
     if format is None and method is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
     if format is None and method is None:

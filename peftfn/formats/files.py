@@ -86,7 +86,6 @@ class Options:
     strict: bool = True
     key_mapping: Mapping[str, str] | None = None
     pickled: bool = False
-    gated: bool = False
     experts: Literal["peft", "unsloth"] = "peft"
     buffers: bool = False
     ignore: tuple[str, ...] = ()

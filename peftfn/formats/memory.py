@@ -63,7 +63,6 @@ def from_state_dict(
     method: Method | None = None,
     strict: bool = True,
     key_mapping: Mapping[str, str] | None = None,
-    gated: bool = False,
     ignore: Iterable[str] = (),
 ) -> Loaded:
     """Bind PEFT's tensors in memory to a model, as `load` does those of a folder.
@@ -73,7 +72,7 @@ def from_state_dict(
         tensors: PEFT's name → tensor, with or without the adapter's name in it. They are copied.
         config: PEFT's configuration: a `PeftConfig`, or a dict as in adapter_config.json.
         method: what the tensors mean, in place of a configuration; ranks are those of the tensors.
-        strict, key_mapping, gated, ignore: as for `load`.
+        strict, key_mapping, ignore: as for `load`.
 
     Returns:
         A `Loaded`: `net, adapter = from_state_dict(…)`.
@@ -99,7 +98,7 @@ def from_state_dict(
     refuse_adapters(known)
     meta = {str(k): torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
     read = {str(k): partial(torch.Tensor.detach, t) for k, t in tensors.items()}
-    file, options = Tensors(_WHERE, meta, read), Options(strict, key_mapping, gated=gated, ignore=tuple(ignore))
+    file, options = Tensors(_WHERE, meta, read), Options(strict, key_mapping, ignore=tuple(ignore))
     if (config is None) == (method is None):
         raise TypeError("from_state_dict: give the configuration of the tensors, or method=pf.LoRA(alpha=16) for one")
     if method is not None:

@@ -128,7 +128,7 @@ def build(
             "mixture, a = peftfn.XLoRA.load(path, model)"
         )
     file = named_today(config, file)
-    extra = peft_extra.taken(config, where, options.gated)
+    extra = peft_extra.taken(config, where)
     if spans := extra.get(peft_extra.REPLICATION):
         model = peft_extra.replicated(model, spans, where)
     known = PeftNames(model)

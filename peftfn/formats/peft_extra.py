@@ -18,7 +18,7 @@ INVOCATION, REPLICATION = "alora_invocation_tokens", "layer_replication"
 KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path", "revision", "auto_mapping"})
 
 
-def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
+def taken(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Remove and return the keys that are not about the method. ValueError for what would change outputs silently."""
     extra = {k: config[k] for k in sorted(KEYS) if config.get(k)}
     config.pop(REPLICATION, None)
@@ -33,12 +33,6 @@ def taken(config: dict[str, Any], where: Path, gated: bool) -> dict[str, Any]:
         return extra
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
         raise ValueError(f"{where}: {INVOCATION} is {str(tokens)[:80]}; it must be a list of token ids")
-    if not gated:
-        raise ValueError(
-            f"{where}: {INVOCATION} is {str(tokens)[:80]}: an activated LoRA, which acts from these tokens on, and "
-            f"net.apply would act on all. Load it with gated=True, and call net.gated(pf.stack([a]), "
-            f"pf.alora_gates(input_ids, [loaded.extra[{INVOCATION!r}]]), input_ids)"
-        )
     return extra
 
 

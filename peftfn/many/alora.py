@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from peftfn.tensors.sequence import from_last
 
 
 def alora_gates(
@@ -39,15 +40,7 @@ def alora_gates(
             continue
         if not len(wanted):
             raise ValueError(f"alora_gates: invocation {k} is empty; give its tokens, or None to act everywhere")
-        if len(wanted) > tokens:
-            gates.append(torch.zeros(rows, tokens, device=input_ids.device))
-            continue
-        sought = torch.as_tensor(wanted, device=input_ids.device)
-        here = (input_ids.unfold(1, len(wanted), 1) == sought).all(-1)  # [rows, starts]
-        here = F.pad(here, (0, tokens - here.shape[1]))
-        later = here.flip(1).cumsum(1).flip(1) - here.long()  # occurrences after each position
-        start = here & (later == 0)
-        gates.append(start.cumsum(1).float())
+        gates.append(from_last(input_ids, wanted))
     out = torch.stack(gates, -1)
     if index is None:
         return out

@@ -17,11 +17,12 @@ from torch._compile import _disable_dynamo
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
-from peftfn.model.place import TOKENS
+from peftfn.model.place import TOKENS, arguments_of
 from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
 from peftfn.net.wider import Before
+from peftfn.slots import acting
 from peftfn.slots.gates import Gates
 from peftfn.slots.routed import checked, named, routed_by_default, routed_of
 from peftfn.slots.tags import RowsLost
@@ -29,6 +30,7 @@ from peftfn.slots.track import Followed
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
 from peftfn.tensors.operand import dense
+from peftfn.tensors.sequence import Steps
 from peftfn.tensors.tree import stack_size, unstacked
 
 
@@ -53,6 +55,7 @@ class Runner:
         self._whole: tuple[str, ...] = ()  # all modules, once a site has lost its rows
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
+        self.arguments = arguments_of(model)
         check_copy(model)
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
@@ -79,6 +82,9 @@ class Runner:
         params: the caller's own parameters, by name. method: another method of the model to call. owners: routed module
         → the row of each position of its input. known: whether the adapters are known to fit their plans.
         """
+        if gates is None and given[0].plan.gated:
+            ids = acting.Ids(self.model, self.arguments, args, kwargs, method)
+            gates = acting.alone(given[0].plan, ids, copies_of(self.model, method, args, kwargs))
         if gates is not None and self.routed and torch.compiler.is_compiling():
             return _uncompiled(self.run, given, gates, args, kwargs, params, method, owners)
         skeleton = self._acquire()
@@ -121,7 +127,8 @@ class Runner:
                 if params:
                     skeleton.put(params)
                 if gates is not None:
-                    gates = replace(gates, fixed=skeleton.identities())
+                    steps = None if method is None else Steps()
+                    gates = replace(gates, fixed=skeleton.identities(), steps=steps)
                     if self.routed:
                         gates = replace(gates, call=Followed(gates, owners or {}))
                     if gates.size is not None and not traced:
@@ -129,7 +136,10 @@ class Runner:
                 made = self._values(skeleton, kept, given, gates)
                 skeleton.fill(made)
                 call = skeleton.root if method is None else getattr(skeleton.root, method)
-                with nullcontext() if gates is None else gates.during(skeleton.root):
+                with (
+                    nullcontext() if gates is None else gates.during(skeleton.root),
+                    nullcontext() if gates is None or gates.steps is None else gates.steps.during(skeleton.root),
+                ):
                     out = call(*args, **kwargs)
                 if not traced:
                     skeleton.check_in_place(made)
@@ -181,13 +191,18 @@ class Runner:
             given.append(Given(plan, stacked, count, stack_size(stacked)))
             count += given[-1].size
         inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
-        made = gates_of(gates, count, inputs, self.copies(method, args, kwargs), method is not None)
+        made = gates_of(gates, count, inputs, copies_of(self.model, method, args, kwargs), method is not None)
         runner = self if self._told or not owners else self._with(named(self.model, owners))
         held = checked(owners, made, runner.routed) if owners else None
         made = made.bound(common, dict.fromkeys(name for plan in self.plans for name in plan))
-        if (k := made.only) is None:
+        k = made.only
+        part = None if k is None else next(part for part in given if k < part.start + part.size)
+        if k is None or part is None or (made.by_token and part.plan.gated):
+            if any(plan.gated for plan in self.plans):
+                ids = acting.Ids(self.model, self.arguments, args, kwargs, method)
+                made = acting.joined(made, [(part.plan, part.start, part.size) for part in given], ids)
             return runner._followed(given, made, args, kwargs, params, method, held)
-        plan, stacked, start, _ = next(part for part in given if k < part.start + part.size)
+        plan, stacked, start, _ = part
         alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
         return self.run([alone], None, args, kwargs, params, method)
 
@@ -251,14 +266,15 @@ class Runner:
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.model, self.slots, self.backbones, self.again, self.routed)
 
-    def copies(self, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
-        if method != "generate":
-            return 1
-        given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
-        config = given or getattr(self.model, "generation_config", None)
-        counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
-        return max(n or 1 for n in counts)
+
+def copies_of(model: nn.Module, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row of its inputs: for beams, or for several sampled sequences."""
+    if method != "generate":
+        return 1
+    given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
+    config = given or getattr(model, "generation_config", None)
+    counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
+    return max(n or 1 for n in counts)
 
 
 @_disable_dynamo

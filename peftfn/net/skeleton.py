@@ -342,11 +342,14 @@ class Skeleton:
         buffers = self.buffers if torch.compiler.is_compiling() else []
         return [ours[k] for _, ours, k in self.filled + buffers], [lane.get("forward") for lane in self.lanes.values()]
 
-    def identities(self) -> frozenset[int]:
-        """Every parameter and buffer in the slots now, by identity; while compiling there are no identities."""
+    def identities(self) -> dict[int, Any]:
+        """Every parameter and buffer in the slots now, by identity; while compiling there are no identities.
+
+        The tensors are kept: no other one gets the identity of one that leaves its slot.
+        """
         if torch.compiler.is_compiling():
-            return frozenset()
-        return frozenset(id(ours[k]) for _, ours, k in self.parameters + self.buffers)
+            return {}
+        return {id(ours[k]): ours[k] for _, ours, k in self.parameters + self.buffers}
 
     def restore(self, held: Held) -> None:
         values, forwards = held

@@ -7,7 +7,7 @@ method: a gate of 1 is the adapter and 0 the base; between them the output is on
 f_k is linear in the change of the weight, that is the change scaled by g_k; at a norm, say, it is not.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftfn.model.names import matches, near
 from peftfn.tensors.arguments import hidden, storages, tensors
+from peftfn.tensors.sequence import Steps
 from peftfn.tensors.transform import under_transform
 
 
@@ -27,12 +28,13 @@ class Gates:
 
     count: int  # adapters
     inputs: frozenset[int] = field(default=frozenset(), kw_only=True)  # storages of the call's own indices
-    fixed: frozenset[int] = field(default=frozenset(), kw_only=True)  # the model's tensors, which have no rows
+    fixed: Mapping[int, Any] = field(default_factory=dict, kw_only=True)  # the model's tensors, which have no rows
     copies: int = field(default=1, kw_only=True)  # how often `generate` repeats each row: beams, sampled sequences
     common: frozenset[str] | None = field(default=None, kw_only=True)  # sites whose input has no rows; None: not said
     call: Any = field(default=None, kw_only=True)  # the `Followed` of a call of a net that has routed modules
-    stepwise: bool = field(default=False, kw_only=True)  # later steps of `generate` have other numbers of tokens
+    steps: "Steps | None" = field(default=None, kw_only=True)  # of a method that runs several forward passes
     tokens = None  # tokens of a row, where each has gates of its own
+    by_token: bool = field(default=False, kw_only=True)  # the caller said for each token which adapters act on it
 
     @property
     def sealed(self) -> bool:
@@ -86,6 +88,10 @@ class Gates:
     def repeated(self) -> "Gates":
         """The gates of a batch in which each row stands `copies` times, next to itself."""
         raise NotImplementedError
+
+    def passed_to(self, gates: "Gates") -> "Gates":
+        """`gates` with what these know of the call."""
+        return replace(gates, fixed=self.fixed, common=self.common, call=self.call, steps=self.steps)
 
     def site(self, name: str) -> "Gates":
         """The gates at one site."""
@@ -206,29 +212,28 @@ class Weights(Gates):
             )
         free = hidden(g) or under_transform() or g.requires_grad
         if torch.compiler.is_compiling():
-            return cls(count, g, (None,) * count, stepwise=stepwise, copies=copies)
+            return cls(count, g, (None,) * count, copies=copies, by_token=g.dim() == 3)
         given = tensors(inputs)
         if g.dim() > 1:
             check_rows("gated", f"gates have shape {list(g.shape)}, for {g.shape[0]} rows", g.shape[0], given)
         if g.dim() == 3 and given and not any(t.dim() > 1 and t.shape[:2] == g.shape[:2] for t in given):
             shapes = ", ".join(str(list(t.shape)) for t in given[:4])
             raise ValueError(f"gated: gates have shape {list(g.shape)}, and no input has {g.shape[1]} tokens: {shapes}")
-        if g.dim() == 3 and stepwise:
-            check_steps(inputs)
         own = storages(given)
         if free:
-            return cls(count, g, (None,) * count, stepwise=stepwise, inputs=own, copies=copies)
+            return cls(count, g, (None,) * count, inputs=own, copies=copies, by_token=g.dim() == 3)
         flat = g.detach().cpu()
         one = flat[:, 0] if flat.dim() == 3 and g.shape[1] and bool((flat == flat[:, :1]).all()) else flat
         if one.dim() == 2 and bool(((one == 0) | (one == 1)).all()) and bool((one.sum(1) <= 1).all()):
-            return Index.of(torch.where(one.sum(1) > 0, one.argmax(1), -1), count, inputs, copies)
+            index = Index.of(torch.where(one.sum(1) > 0, one.argmax(1), -1), count, inputs, copies)
+            return replace(index, by_token=g.dim() == 3)
         used = flat != 0
         if used.dim() == 1:
             active = tuple(None if u else torch.empty(0, dtype=torch.long) for u in used.tolist())
         else:
             used = used.any(1) if used.dim() == 3 else used
             active = tuple(None if bool(u.all()) else u.nonzero()[:, 0].to(g.device) for u in used.unbind(1))
-        return cls(count, g, active, stepwise=stepwise, inputs=own, copies=copies)
+        return cls(count, g, active, inputs=own, copies=copies, by_token=g.dim() == 3)
 
     @property
     def size(self) -> int | None:
@@ -261,20 +266,18 @@ class Weights(Gates):
         """The gates of an output y [rows, …]: [rows, 1 …, K], or [rows, tokens, 1 …, K], with as many dimensions."""
         g = self.g.to(y)
         if g.dim() == 1:
-            return g.view(*[1] * (y.dim() - 1), -1)
+            return g.view(*[1] * (y.dim() - 1), g.shape[-1])
         if g.dim() == 2:
-            return g.view(g.shape[0], *[1] * (y.dim() - 2), -1)
+            return g.view(g.shape[0], *[1] * (y.dim() - 2), g.shape[-1])
         tokens = y.shape[1] if y.dim() > 2 else -1
-        if self.stepwise and tokens == 1:
-            g = g[:, -1:]
-        elif self.stepwise and tokens > g.shape[1]:
-            g = torch.cat([g, g[:, -1:].expand(-1, tokens - g.shape[1], -1)], 1)
+        if self.steps is not None and (at := self.steps.positions(tokens, g.shape[1], g.device)) is not None:
+            g = g.index_select(1, at)
         if tokens != g.shape[1]:
             raise ValueError(
                 f"{what}: its output has shape {list(y.shape)}, and the gates are for {g.shape[1]} tokens in the "
                 "second dimension. Give gates [rows, adapters], or leave this site out of the rules."
             )
-        return g.view(*g.shape[:2], *[1] * (y.dim() - 3), -1)
+        return g.view(*g.shape[:2], *[1] * (y.dim() - 3), g.shape[-1])
 
 
 def _rows(owner: Tensor, tokens: int | None) -> Tensor:
@@ -291,18 +294,3 @@ def check_rows(what: str, have: str, rows: int, given: list[Tensor]) -> None:
     if given and not any(rows in t.shape[:2] for t in given):
         shapes = ", ".join(str(list(t.shape)) for t in given[:4])
         raise ValueError(f"{what}: {have}, and none of the inputs has as many rows: {shapes}. Give one entry a row.")
-
-
-STEPS = (
-    "gated: {} makes steps of several tokens, and which gates of [rows, tokens, adapters] are theirs is not known: "
-    "leave it out, or give gates [rows, adapters]"
-)
-
-
-def check_steps(inputs: Any, message: str = STEPS) -> None:
-    """Raise for a `generate` whose later steps are of several tokens: they could be taken for the prompt's."""
-    _, kwargs = inputs
-    config = kwargs.get("generation_config")
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-        if kwargs.get(name) or getattr(config, name, None):
-            raise ValueError(message.format(name))

@@ -15,7 +15,7 @@ from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.weight import AdaptedWeight, Expert
 from peftfn.tensors.arguments import picked
 from peftfn.tensors.precision import cast, operand_dtype
-from peftfn.tensors.transform import eager
+from peftfn.tensors.transform import eager, level
 
 Cut = Callable[[Tensor], Tensor]
 """x [rows, …] ↦ [some rows, …]"""
@@ -37,6 +37,15 @@ class Stack:
         self.entry, self.w, self.start, self.size = entry, w, start, size
         self.method, self.p, self.axes = _stacked(entry, leaf, bank, entry.site.canonical(w))
         self._derive()
+
+    @classmethod
+    def alone(cls, entry: Entry, method: Any, p: dict[str, Any], w: Any, start: int = 0) -> Self:
+        """One adapter as a stack of itself. p: its prepared tensors, without an axis of adapters."""
+        out = cls.__new__(cls)
+        out.entry, out.method, out.w, out.start, out.size = entry, method, w, start, 1
+        out.p, out.axes = {k: t[None] for k, t in p.items()}, dict.fromkeys(p, 0)
+        out._derive()
+        return out
 
     def _derive(self) -> None:
         """What follows from p."""
@@ -93,7 +102,7 @@ class Part(Stack):
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
         self.experts: dict[int, ExpertPart] = {}
         self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
-        self.level = torch._C._functorch.maybe_current_level()
+        self.level = level()
 
     @property
     def _is_matrix(self) -> bool:
@@ -148,7 +157,7 @@ class Part(Stack):
         made = LowRank(cut(low.down, 2), cut(low.up, 2), low.scale, gain)
         # Kept for a layer's later uses in this call (the steps of `generate`) where no graph is recorded: what has none
         # would lose the gradient of a use that records one, and a rematerialisation must repeat each use as it was.
-        if not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() == self.level:
+        if not torch.is_grad_enabled() and level() == self.level:
             self.made[key] = made
         return made
 

@@ -1,14 +1,13 @@
 """An index of tokens: each token of a batch uses an adapter of its own, or the base."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfn.slots.gates import Gates, Index, check_steps
+from peftfn.slots.gates import Gates, Index
 from peftfn.tensors.arguments import storages, tensors
 
 
@@ -18,6 +17,7 @@ class PerToken(Gates):
 
     flat: Index  # of all tokens, one row after the other
     shape: tuple[int, int]  # rows, tokens
+    windows: dict[Any, Index] = field(default_factory=dict, kw_only=True)  # of passes that have some of the tokens
 
     @classmethod
     def of(cls, index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> "PerToken":
@@ -34,14 +34,8 @@ class PerToken(Gates):
                 f"mixed: generate makes {copies} sequences of each row, and index {[rows, tokens]} is one of tokens: "
                 "give one integer a row"
             )
-        if stepwise:
-            check_steps(
-                inputs,
-                "mixed: {} makes steps of several tokens, and whose they are is not known: leave it out, "
-                "or give one integer a row",
-            )
         flat = Index.of(index.flatten(), count)
-        return cls(count, flat, (rows, tokens), inputs=storages(given), stepwise=stepwise)
+        return cls(count, flat, (rows, tokens), inputs=storages(given), by_token=True)
 
     @property
     def size(self) -> int:
@@ -65,23 +59,23 @@ class PerToken(Gates):
     def of_positions(self, owner: Tensor, tokens: int | None) -> Index:
         return self.flat.of_positions(owner)
 
-    @cached_property
-    def _last(self) -> Index:
-        n, m = self.shape
-        return self.flat.of_positions(torch.arange(n) * m + m - 1)
-
     def flattened(self, x: Tensor) -> Index | None:
-        """The index of x [rows, tokens, …], its first two dimensions seen as one; None if it has others. In later steps
-        of `generate` each row has one token, which uses what its last one of the index does."""
-        if x.dim() < 2:
+        """The index of x [rows, tokens, …], its first two dimensions seen as one; None if it has others. In a pass of
+        `generate` that has some of the tokens, it is theirs; tokens after those of the index use what the last does."""
+        n, m = self.shape
+        if x.dim() < 2 or x.shape[0] != n:
             return None
-        if x.shape[:2] == self.shape:
-            return self.flat
-        return self._last if self.stepwise and x.shape[:2] == (self.shape[0], 1) else None
+        at = None if self.steps is None else self.steps.positions(x.shape[1], m)
+        if at is None:
+            return self.flat if x.shape[1] == m else None
+        key = x.shape[1], at.tolist()[0]
+        if key not in self.windows:
+            self.windows[key] = self.flat.of_positions((torch.arange(n)[:, None] * m + at).flatten())
+        return self.windows[key]
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> "PerToken":
         flat = self.flat.mapped(f)
-        return self if flat is self.flat else replace(self, flat=flat)
+        return self if flat is self.flat else replace(self, flat=flat, windows={})
 
 
 def of(index: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> Gates:

@@ -66,7 +66,7 @@ class Sites(Gates):
                 )
         made = {pattern: of(g, count, inputs, copies, stepwise) for pattern, g in gates.items()}
         own = next(iter(made.values())).inputs
-        return cls(count, made, inputs=own, copies=copies, stepwise=stepwise)
+        return cls(count, made, inputs=own, copies=copies)
 
     def bound(self, common: Sequence[str] | None, sites: Iterable[str]) -> Self:
         names = list(sites)
@@ -95,7 +95,7 @@ class Sites(Gates):
         return all(g.sealed for g in self.patterns.values())
 
     def site(self, name: str) -> Gates:
-        return replace(self.at_site[name], fixed=self.fixed, common=self.common, call=self.call).site(name)
+        return self.passed_to(self.at_site[name]).site(name)
 
 
 @dataclass(frozen=True, eq=False)

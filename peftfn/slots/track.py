@@ -92,11 +92,14 @@ class Followed:
             if gates.at(x.shape[0]) is None:
                 return None
             return torch.arange(x.shape[0], device=x.device) // (x.shape[0] // n)
-        if x.dim() > 1 and x.shape[:2] == (n, tokens):
-            return torch.arange(n * tokens, device=x.device).view(n, tokens)
-        if x.dim() > 1 and x.shape[:2] == (n, 1) and gates.stepwise:
-            return torch.arange(n, device=x.device)[:, None] * tokens + tokens - 1
-        return None
+        if x.dim() < 2 or x.shape[0] != n:
+            return None
+        at = None if gates.steps is None else gates.steps.positions(x.shape[1], tokens, x.device)
+        if at is None and x.shape[1] != tokens:
+            return None
+        return torch.arange(n, device=x.device)[:, None] * tokens + (
+            torch.arange(tokens, device=x.device) if at is None else at
+        )
 
 
 def current() -> "Tracking | None":

@@ -7,6 +7,7 @@ from peftfn.core.functions import bank_of, current
 from peftfn.core.method import Method, Weight
 from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Entry, Plan
+from peftfn.slots.acting import Acting
 from peftfn.slots.call import alone, mixed
 from peftfn.slots.companions import accompany
 from peftfn.slots.gates import Gates
@@ -57,8 +58,8 @@ def values(
     but, only: sites without a value for now, and the only ones with one: a layer may get its weights when it is called.
     """
     made = (
-        _single(given[0], slot, training, but, only)
-        if gates is None
+        _single(given[0], gates, slot, training, but, only)
+        if gates is None or (isinstance(gates, Acting) and gates.inner is None)
         else _mixed(given, gates, slot, training, but, only)
     )
     wanted: dict[str, dict[Companion, None]] = {}  # once each, also where several plans want the same
@@ -78,8 +79,14 @@ def _here(plan: Plan, training: bool, but: Collection[str], only: Collection[str
 
 
 def _single(
-    given: Given, slot: Callable[[str], Any], training: bool, but: Collection[str], only: Collection[str] | None
+    given: Given,
+    gates: Gates | None,
+    slot: Callable[[str], Any],
+    training: bool,
+    but: Collection[str],
+    only: Collection[str] | None,
 ) -> dict[str, Any]:
+    """gates: of the sites whose methods act on some tokens alone."""
     plan, adapter = given.plan, given.adapter
     now, families = moment(), FAMILIES
     held: dict[str, Any] = {}
@@ -89,17 +96,25 @@ def _single(
             current(entry, w)  # raises
         m = w if entry.to_matrix is None else entry.to_matrix(w)
         method, p = entry.tensors(adapter[name], adapter[entry.bank] if entry.bank else EMPTY, m)
+        if entry.gated and gates is not None:
+            held[name] = MixedWeight([Part.alone(entry, method, p, w)], w, gates.site(name))
+            continue
         held[name] = families[entry.family].single(entry, method, p, w, now)
     # norms, biases and other vectors stand there as plain tensors, so that fused norms work
-    out: dict[str, Any] = {n: w.dense() if w.entry.site.kind == "other" else w for n, w in held.items()}
+    out: dict[str, Any] = {
+        n: w.dense() if w.entry.site.kind == "other" and not isinstance(w, MixedWeight) else w for n, w in held.items()
+    }
     for bias, name in plan.owners.items():
         if name not in held:
             continue
-        weight = held[name]
-        new = weight.entry.new_bias(weight.method, weight.p, out[bias] if bias in out else slot(bias), weight.dtype)
+        weight, own = held[name], out[bias] if bias in out else slot(bias)
+        if isinstance(weight, MixedWeight):
+            new, last = weight.bias(own), False
+        else:
+            new, last = weight.entry.new_bias(weight.method, weight.p, own, weight.dtype), weight.method.only_bias()
         if new is not None:
             out[bias] = new
-        if weight.method.only_bias():
+        if last:
             del out[name]
     return out
 

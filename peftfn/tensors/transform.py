@@ -21,6 +21,16 @@ def under_transform() -> bool:
     )
 
 
+def level() -> int | None:
+    """Which torch.func transform is the innermost; None for none, and while compiling, where there is no number."""
+    return None if torch.compiler.is_compiling() else torch._C._functorch.maybe_current_level()  # type: ignore[no-any-return]
+
+
+def inference() -> bool:
+    """Whether tensors that are made now can be in no graph later. (What is compiled is made anew in each call.)"""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 def eager(x: Tensor) -> bool:
     """Whether plain autograd is all there is around x, no autocast either: a hand-written Function may stand in."""
     if torch.compiler.is_compiling():  # first: the compiler cannot trace what follows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import peftfn as pf
 from peftfn.core.method import Weight
 from peftfn.tensors.tree import leaves as leaves
-from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model
+from peftfn.testing.models import ALIKE, AROUND, INPUTS, MODELS, SEVERAL, Model, of_ids
 
 SITE, PLACE = "layer.weight", "layer"
 
@@ -27,7 +27,13 @@ class Case:
 
     @property
     def kind(self) -> Model:
-        return (MODELS | AROUND | INPUTS | SEVERAL | ALIKE)[self.model_name]
+        kind = (MODELS | AROUND | INPUTS | SEVERAL | ALIKE)[self.model_name]
+        return of_ids(kind) if self.gated else kind
+
+    @property
+    def gated(self) -> bool:
+        """Whether the method acts on some tokens alone."""
+        return isinstance(self.method, Weight) and self.method.overrides("acts_on")
 
     @property
     def site(self) -> str:

@@ -560,10 +560,11 @@ def every_field(c: Case) -> None:
         for at in places(case):
             if isinstance(method, Weight):
                 method.low_rank(at.prepared())
+                method.acts_on(torch.arange(3)[None])
             for _, function in at.uses():
                 function(at.prepared())
     assert not own - read, (
         f"{cls.__name__} has the field {', '.join(sorted(own - read))}, which none of init, frozen, shared, bank, "
-        "prepare and the family's own functions (delta, linear, product, bias, low_rank; before, after, leave) reads: "
-        "it changes nothing. Use it, or take it out"
+        "prepare and the family's own functions (delta, linear, product, bias, low_rank, acts_on; before, after, "
+        "leave) reads: it changes nothing. Use it, or take it out"
     )

@@ -149,6 +149,19 @@ class _Wrap(nn.Module):
         return out
 
 
+class _OfIds(_Wrap):
+    """A model of token ids: a table, which is no parameter, has the layers' input for each."""
+
+    table: Tensor
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.register_buffer("table", torch.randn(IN, IN))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(self.table[input_ids])
+
+
 class _Backbone(_Wrap):
     """A backbone of one layer: it embeds tokens, and has a module before the layer, `stem`."""
 
@@ -189,6 +202,19 @@ def _features(rows: int, dtype: torch.dtype) -> Tensor:
 
 def _ids(rows: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(0, IN, (rows, 3))
+
+
+def _sentences(rows: int, dtype: torch.dtype) -> Tensor:
+    """In which the tokens 3 4, and the token 5, come early, late, twice, and never."""
+    some = torch.tensor([[3, 4, 5], [5, 3, 4], [1, 2, 0], [2, 5, 1], [3, 4, 3], [5, 0, 5]])
+    return some[torch.arange(rows) % len(some)]
+
+
+def of_ids(model: "Model") -> "Model":
+    """The same kind of site in a model of token ids, for methods that act on some tokens alone."""
+    if model.inputs is _ids:
+        return replace(model, inputs=_sentences)
+    return replace(model, inputs=_sentences, root=_OfIds) if model.inputs is _features else model
 
 
 def _image(rows: int, dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,11 @@ INDEX = [2, -1, 0, 2, 1]
 # What an adapter means.
 
 
-def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
-    """The plain model with weights w + delta and the biases that `bias` makes of its own, in eval mode."""
+def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor, everywhere: bool = False) -> Tensor:
+    """The plain model with weights w + delta and the biases that `bias` makes of its own, in eval mode.
+
+    everywhere: a method that acts on some tokens alone acts on all, since somebody else weighs it token by token.
+    """
     weights = dict(net.model.named_parameters(remove_duplicate=False))
     model, new = net.model, dict[str, Any]()
     entry: Any
@@ -39,11 +42,15 @@ def meaning(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
         if method.mergeable:
             new[name] = entry.site.original(entry.site.canonical(w) + _delta(method, entry, p, entry.site.canonical(w)))
         else:
-            model = copy.deepcopy(model)
-            model.set_submodule(entry.site.module, _ByInput(method, p[0], entry.site.canonical(w), b))
+            model, own = copy.deepcopy(model), method.bias(p[0], None if b is None else b.detach())
+            model.set_submodule(entry.site.module, _ByInput(method, p[0], entry.site.canonical(w), own))
+            continue
         if entry.site.bias and (entry.adds_bias or (entry.changes_bias and b is not None)):
             new[entry.site.bias] = method.bias(p[0], None if b is None else b.detach())
     out: Tensor = functional_call(model, new, (x,), tie_weights=False)
+    if net.plan.gated and not everywhere:  # the models have one gated layer, or several side by side
+        g = net.plan[net.plan.gated[0]].method.acts_on(x)[..., None]
+        out = g * out + (1 - g) * net.model(x)
     return out
 
 
@@ -410,7 +417,10 @@ def meaning_of(party: Party, base: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda gates: around(party, gates)
     mean = meaning if isinstance(first, Weight) else with_inputs
     changes = torch.stack([mean(net, a, party.x) for net, a in party.all], -1) - base[..., None]
-    return lambda gates: _wanted(base, changes, gates)
+    if not first.overrides("acts_on"):
+        return lambda gates: _wanted(base, changes, gates)
+    every = torch.stack([meaning(net, a, party.x, everywhere=True) for net, a in party.all], -1) - base[..., None]
+    return lambda gates: _wanted(base, every if gates.dim() == 3 else changes, gates)
 
 
 def _wanted(base: Tensor, changes: Tensor, gates: Tensor) -> Tensor:

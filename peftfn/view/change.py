@@ -26,6 +26,7 @@ from peftfn.view.view import (
     leaf_at,
     leaves_of,
     share_constants,
+    tell_,
     weight_at,
     without_constants,
 )
@@ -88,6 +89,8 @@ def attach_(
         held: Held = held_at(view, entry.site)
         leaf = Leaf(entry, a[at], view, names, banks.get(entry.bank or "", []), trainable)
         held.add_module(name, leaf.train(held.training))
+    if plan.gated:
+        tell_(view)
     state.plans[name], state.banks[name], state.constants = kept, banks, state.constants | set(names.values())
     state.choice.several = len(state.plans) > 1
 

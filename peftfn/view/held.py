@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from peftfn.core.combine import total
 from peftfn.core.plan import Entry
+from peftfn.slots.mixed import MixedWeight
+from peftfn.slots.part import Part
 from peftfn.slots.values import FAMILIES
 from peftfn.tensors.transform import backward_task, exactly, moment
 
@@ -60,7 +62,7 @@ def bank_tensors(root: nn.Module, paths: Paths) -> dict[str, Any]:
     return {name: params[name] if name in params else buffers[name] for _, name in paths}
 
 
-TAKEN = frozenset({"asked", "choice", "ends", "leaf", "place", "read", "run", "seen", "site", "value"})
+TAKEN = frozenset({"asked", "choice", "ends", "leaf", "made", "place", "read", "run", "seen", "site", "value"})
 """Names that the modules which hold leaves use themselves."""
 
 
@@ -70,6 +72,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.pinned = False
+        self.told: Any = None  # what the sites are told of the call that runs (`told.py`)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Here, ()
@@ -142,6 +145,10 @@ class Leaf(nn.Module):
     def _changes_bias(self) -> bool:
         return self._entry.changes_bias
 
+    @property
+    def _gated(self) -> bool:
+        return self._entry.gated
+
     def _tensors(self, w: Any) -> tuple[Entry, Any, dict[str, Any]]:
         """(entry in the present mode, method, prepared tensors) at w."""
         common: dict[str, Any] = {}
@@ -157,6 +164,10 @@ class Leaf(nn.Module):
         entry, method, p = self._tensors(w)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
+    def each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
+        """(entry, method, prepared tensors) of each adapter that is active here."""
+        return [self._tensors(w)]
+
 
 class Several:
     """The leaves of several active adapters at one site: their sum, whose parts have their own constants."""
@@ -166,6 +177,13 @@ class Several:
 
     def _changes_bias(self) -> bool:
         return any(leaf._changes_bias() for leaf in self.leaves)
+
+    @property
+    def _gated(self) -> bool:
+        return any(leaf._gated for leaf in self.leaves)
+
+    def each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
+        return [leaf._tensors(w) for leaf in self.leaves]
 
     def adapted(self, w: Any) -> Any:
         (entry, *first), *rest = [leaf._tensors(w) for leaf in self.leaves]
@@ -212,12 +230,29 @@ class Held(nn.ModuleDict):
                 )
         return Several(leaves) if len(leaves) > 1 else (leaves[0] if leaves else None)
 
+    def made(self, leaf: Any, w: Any) -> Any:
+        """What stands in the slot in place of w, with the leaf of the active adapter or the sum of several."""
+        return self._acting(leaf.each(w), w) if leaf._gated else leaf.adapted(w)
+
+    def _acting(self, active: list[tuple[Entry, Any, dict[str, Any]]], w: Any) -> MixedWeight:
+        """The same where a method acts on some tokens alone. active: (entry, method, prepared tensors)."""
+        told = self.choice.here.told
+        kinds = [(entry.method if entry.gated else None, 1) for entry, _, _ in active]
+        if told is None:
+            method = next(method for method, _ in kinds if method is not None)
+            raise ValueError(
+                f"{self.site}: {method} acts on some tokens alone, which the token ids say that the whole module is "
+                "called with, and here a part of it was called by itself: call what as_module returned, or its generate"
+            )
+        parts = [Part.alone(entry, method, p, w, k) for k, (entry, method, p) in enumerate(active)]
+        return MixedWeight(parts, w, told.gates(self.site, kinds))
+
     def forward(self, w: Tensor) -> Any:
         leaf, w = self.leaf(), self.read(w)
         if leaf is None:
             return w
-        value = leaf.adapted(w)
-        return value.dense() if leaf._entry.site.kind == "other" else value
+        value = self.made(leaf, w)
+        return value.dense() if leaf._entry.site.kind == "other" and not leaf._gated else value
 
 
 def itself(w: Any) -> Any:

@@ -20,11 +20,13 @@ from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
 from peftfn.net.recompute import CHECKPOINT
+from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.slot import plus
 from peftfn.tensors.lent import REPLACED
 from peftfn.tensors.quantised import Bare, quantised
 from peftfn.view.called import CALL, calling, place_calls, places_of
 from peftfn.view.held import Choice, Factors, Held, Leaf, Paths, hold, itself
+from peftfn.view.told import listening, telling
 
 
 class _Bias(nn.Module):
@@ -34,13 +36,16 @@ class _Bias(nn.Module):
         super().__init__()
         self.weight, self.missing = (weight,), missing  # in a tuple: no submodule of this one
 
-    def forward(self, b: Tensor | None) -> Tensor | None:
+    def forward(self, b: Tensor | None) -> Any:
         b = None if self.missing else b
         weight: Any = self.weight[0]
         leaf = weight[0].leaf()
         if leaf is None or not leaf._changes_bias():
             return b
-        w = leaf.adapted(weight[0].read(weight.original))
+        w = weight[0].made(leaf, weight[0].read(weight.original))
+        if isinstance(w, MixedWeight):
+            mixed = w.bias(b)
+            return b if mixed is None else mixed
         new = w.entry.new_bias(w.method, w.p, b, w.dtype)
         return b if new is None else new
 
@@ -101,7 +106,19 @@ class View:
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is active now."""
-        return nullcontext(), self.use(self._peftfn.choice.active)
+        return nullcontext(), _as_now(self)
+
+
+def _as_now(view: View) -> AbstractContextManager[None]:
+    """In whose block the adapter that is active now is so again, and the sites know what they know now of the call."""
+    choice = view._peftfn.choice
+    return _again(view, choice.active, choice.here.told)
+
+
+@contextmanager
+def _again(view: View, active: tuple[str, ...], told: Any) -> Iterator[None]:
+    with view.use(active), telling(view._peftfn.choice, told):
+        yield
 
 
 def _checked(view: View, names: Any, what: str) -> tuple[str, ...]:
@@ -140,15 +157,16 @@ def _check_sum(state: _State, active: Sequence[str], what: str) -> None:
 
 def _have_sum(e: Entry, f: Entry) -> bool:
     """Whether leaves of these entries of one site can be active together."""
-    one, both = e.method == f.method, (e.method, f.method)
+    one = e.method == f.method
     if e.site.kind in (MODULE, TOKENS):
         return one and e.method.combines
     if one and e.method.overrides("summed"):  # it has a closed form
         return True
-    # W + Σ delta; methods name for themselves which tensors the experts of a stack share
-    if one and not e.method.mergeable:  # the sum of what the layer gives beyond the base
+    # W + Σ delta, or Σ of what each gives; methods name for themselves which tensors the experts of a stack share
+    if one and not e.method.mergeable:
         return e.method.combines
-    return all(m.combines and m.mergeable for m in both) and (one or not e.site.stacked)
+    each = ((e, e.method), (f, f.method))
+    return all(m.combines and (m.mergeable or at.gated) for at, m in each) and (one or not e.site.stacked)
 
 
 def _unshare(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -254,10 +272,10 @@ def _wrap_checkpoints(view: Any) -> None:
 
 
 def _checkpoint(view: View, original: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    active = view._peftfn.choice.active
+    active, told = view._peftfn.choice.active, view._peftfn.choice.here.told
 
     def under(*args: Any, **kwargs: Any) -> Any:
-        with view.use(active):
+        with _again(view, active, told):
             return run(*args, **kwargs)
 
     return original(under, *args, **kwargs)
@@ -301,17 +319,17 @@ def _refusal(word: str, cure: str) -> Callable[..., Any]:
 
 
 @cache
-def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False) -> Any:
+def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False, told: bool = False) -> Any:
     """A subclass of `cls` whose attributes `names` are parametrized; the root of a view has the methods of one.
 
-    called: its forward looks into its call slot first.
+    called: its forward looks into its call slot first. told: it tells the sites what it is called with.
     """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         _, _, state, *items = super(made, self).__reduce_ex__(protocol)
         if "_flat_weights" in state:  # an RNN keeps what its slots gave in the last call, graph and all; it looks anew
             state = state | {"_flat_weights": [torch.empty(0) for _ in state["_flat_weights"]]}
-        return _empty, (cls, names, view, called), state, *items
+        return _empty, (cls, names, view, called, told), state, *items
 
     def register_parameter(self: nn.Module, name: str, param: Any) -> None:
         if name in names and name not in self._parameters:
@@ -323,8 +341,11 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False)
     body |= {name: _slot(name) for name in names}
     if names:
         body["register_parameter"] = register_parameter  # what assigning a parameter does
+    body["_derived"] = (cls, names, view, called)
     if called:
         body |= calling(cls)
+    if told:
+        body |= listening(cls, body.get("forward", cls.forward))
     if view:
         body["__qualname__"] = cls.__qualname__
         body |= {k: v for k, v in vars(View).items() if isinstance(v, types.FunctionType)}  # before the model's own
@@ -342,8 +363,8 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False)
     return made
 
 
-def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool) -> Any:
-    made = _derived(cls, names, view, called)
+def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool, told: bool = False) -> Any:
+    made = _derived(cls, names, view, called, told)
     return made.__new__(made)
 
 
@@ -410,6 +431,8 @@ def build(
     called = place_calls(model, places, calls, plans, choice, classes)
     for layer in {**slots, **dict.fromkeys(called)}:
         layer.__class__ = _derived(classes[layer], tuple(slots.get(layer, ())), layer is model, layer in called)
+    if any(plan.gated for plan in plans):
+        tell_(model)
     bare = {id(plan): without_constants(plan) for plan in plans}  # adapters of one net have one plan
     model._peftfn = _State(
         plans={name: bare[id(plan)] for name, (plan, _) in given.items()},
@@ -430,6 +453,11 @@ def build(
             module.register_load_state_dict_pre_hook(_unshare)
     _wrap_checkpoints(model)
     return model
+
+
+def tell_(view: Any) -> None:
+    """Let a view tell its sites what it is called with."""
+    view.__class__ = _derived(*type(view)._derived, True)
 
 
 def hold_bank(view: nn.Module, name: str, bank: str, tree: Mapping[str, Any], trainable: bool) -> Paths:

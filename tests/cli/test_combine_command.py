@@ -101,7 +101,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ((a, b), "'another/base' and .*a for 'one/base'.*--model"),
         ((a, c), "modules_to_save.*--model"),
         ((a, tmp_path / "native"), "--model"),
-        ((a, tmp_path / "alora"), "activated LoRA"),
+        ((a, tmp_path / "alora"), r"ALoRA\(.*depends on the input"),
         ((a, a, "--keep", 2), "--keep is not an option of --method linear"),
         ((a, a, "--weights", 1), r"weights have shape \[1\]"),
         ((a, a, "--method", "ties"), "full rank"),

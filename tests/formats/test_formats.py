@@ -971,19 +971,17 @@ TOKENS = [5, 9]
 ACTIVATED = {"alora_invocation_tokens": TOKENS, "task_type": "CAUSAL_LM"}
 
 
-def test_an_activated_lora_is_loaded_for_its_gates_alone(tmp_path: Path) -> None:
-    """net.apply would act on all tokens; and what is saved again is activated, too."""
+def test_an_activated_lora_is_loaded_and_acts_as_in_peft(tmp_path: Path) -> None:
+    """And what is saved again is activated, too."""
     x = torch.tensor([[5, 9, 3, 4, 6, 7], [3, 4, 6, 8, 5, 9], [3, 4, 6, 7, 8, 5]])
     model = theirs(tmp_path, llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **ACTIVATED, **LORA))
     want = model(input_ids=x).logits
-    with pytest.raises(ValueError, match=r"alora_invocation_tokens is \[5, 9\].*gated=True.*alora_gates"):
-        pf.load(tmp_path, llama())
-    base = llama()
-    net, adapter = loaded = pf.load(tmp_path, base, gated=True)
+    net, adapter = loaded = pf.load(tmp_path, llama())
     assert loaded.extra == ACTIVATED
     gates = pf.alora_gates(x, [loaded.extra["alora_invocation_tokens"]])
     compare(net.gated(pf.stack([adapter]), gates, x).logits, want)
-    assert (net.apply(adapter, x).logits - want).abs().max() > 1e-3
+    compare(net.apply(adapter, x).logits, want)
+    compare(pf.as_module(net, adapter)(x).logits, want)
     assert {e.method for e in net.plan.values()} == {pf.ALoRA(rank=2, alpha=3, invocation=(5, 9))}
     pf.save(tmp_path / "again", net, adapter, format="peft", extra=loaded.extra)
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
@@ -996,7 +994,7 @@ def test_an_activated_lora_is_loaded_for_its_gates_alone(tmp_path: Path) -> None
 def test_an_activated_lora_is_merged_by_no_way(tmp_path: Path) -> None:
     """Nor after it was saved in the native format, which knows what it is."""
     theirs(tmp_path / "a", llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **ACTIVATED, **LORA))
-    net, a = pf.load(tmp_path / "a", llama(), gated=True)
+    net, a = pf.load(tmp_path / "a", llama())
     pf.save(tmp_path / "native", net, a)
     again, b = pf.load(tmp_path / "native", net.model)
     assert again.plan["model.layers.0.self_attn.q_proj.weight"].method.invocation == (5, 9)
@@ -1023,7 +1021,7 @@ def test_what_peft_does_not_gate_is_not_loaded_for_gates(options: dict[str, Any]
     """It acts on all tokens there, and net.gated would act on some."""
     theirs(tmp_path, llama(), peft.LoraConfig(**{"target_modules": ["q_proj"], **ACTIVATED, **LORA, **options}))
     with pytest.raises(ValueError, match=r"(lm_head|embed_tokens).*which PEFT does not gate"):
-        pf.load(tmp_path, llama(), gated=True)
+        pf.load(tmp_path, llama())
     net = pf.adapt(llama(), {"q_proj": pf.LoRA(2), "norm": pf.Full()})
     with pytest.raises(ValueError, match=r"norm.*which PEFT does not gate"):
         pf.save(tmp_path / "no", net, net.init(), format="peft", extra=ACTIVATED)
@@ -1078,7 +1076,7 @@ def test_repeated_layers_are_repeated(name: str, spans: list[list[int]], tmp_pat
 def test_bad_words_beside_the_method(changes: dict[str, Any], message: str, folder: Path) -> None:
     edit(folder, **changes)
     with pytest.raises(ValueError, match=message) as e:
-        pf.load(folder, llama(), gated=True)
+        pf.load(folder, llama())
     assert "adapter_" in str(e.value)
 
 

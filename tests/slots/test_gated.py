@@ -1,16 +1,13 @@
 """Gates: a weighted sum of adapters at every site."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from models import by_name, tokens
-from peft import LoraConfig, get_peft_model
 from support import close, random, trees_close
 from torch import Tensor
 from torch.func import grad, vmap
-from transformers import GenerationConfig
 
 import peftfn as pf
 from peftfn import OFT, DoRA, Full, LoRA
@@ -102,16 +99,6 @@ def test_bad_gates(gates: Tensor, match: str) -> None:
         net.gated(pf.stack(many), gates, x)
 
 
-@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "prefill_chunk_size"])
-def test_gates_of_tokens_in_a_generate_whose_steps_are_of_several_tokens(how: str) -> None:
-    """A step of as many tokens as the prompt has would get the prompt's gates."""
-    _, net, many, x = setting(2, q_proj=LoRA(2))
-    given = {"max_new_tokens": 4, "pad_token_id": 0}
-    for options in ({how: 2, **given}, {"generation_config": GenerationConfig(**{how: 2}, **given)}):
-        with pytest.raises(ValueError, match=f"gated: {how} makes steps of several tokens"):
-            net.gated(pf.stack(many), torch.rand(4, x.shape[1], 2), x, method="generate", **options)
-
-
 def test_gates_of_tokens_need_a_site_with_tokens() -> None:
     case = by_name["vit"]
     net = pf.adapt(case.build(), {"classifier": LoRA(2)})
@@ -120,56 +107,3 @@ def test_gates_of_tokens_need_a_site_with_tokens() -> None:
     close(net.gated(s, torch.ones(2, 1), x).logits, net.apply(random(net, 1), x).logits)
     with pytest.raises(ValueError, match=r"classifier\.weight.*3 tokens.*\[rows, adapters\]"):
         net.gated(s, torch.full((2, 3, 1), 0.5), x)
-
-
-# aLoRA.
-
-INVOCATION = [5, 9]
-
-
-def test_the_last_occurrence_counts_from_its_first_token() -> None:
-    ids = torch.tensor([[5, 9, 1, 5, 9, 2], [1, 2, 5, 9, 5, 3], [9, 5, 1, 1, 1, 5], [5, 9, 5, 9, 5, 9]])
-    want = [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
-    assert pf.alora_gates(ids, [INVOCATION])[..., 0].tolist() == want
-    two = pf.alora_gates(ids, [INVOCATION, None], [0, 1, -1, 0])
-    assert two[..., 0].tolist() == [want[0], [0] * 6, [0] * 6, want[3]]
-    assert two[..., 1].tolist() == [[0] * 6, [1] * 6, [0] * 6, [0] * 6]
-    assert pf.alora_gates(ids, [[1] * 7]).sum() == 0
-    for bad, match in (
-        (lambda: pf.alora_gates(ids[0], [[1]]), "input_ids"),
-        (lambda: pf.alora_gates(ids, [[]]), "empty"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            bad()
-    with pytest.raises(ValueError, match="index"):
-        pf.alora_gates(ids, [[1]], [0])
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_activated_lora_is_pefts() -> None:
-    """Logits and generated tokens of a batch in which the invocation comes early, late, twice and never."""
-    case = by_name["llama"]
-    base = case.build()
-    config = LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["q_proj", "v_proj"],
-        alora_invocation_tokens=INVOCATION,
-        task_type="CAUSAL_LM",
-    )
-    theirs = get_peft_model(copy.deepcopy(base), config).eval()
-    net = pf.adapt(base, {"q_proj|v_proj": LoRA(4, alpha=6)})
-    a = random(net, 1, scale=0.4)
-    for name, p in theirs.named_parameters():
-        if "lora_" in name:
-            site, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            p.data.copy_(a[f"{site}.weight"][rest[0].lower()])
-    x = torch.tensor([[5, 9, 3, 4, 6, 7], [3, 4, 6, 8, 5, 9], [5, 9, 3, 5, 9, 4], [3, 4, 6, 7, 8, 5]])
-    g = pf.alora_gates(x, [INVOCATION])
-    close(net.gated(pf.stack([a]), g, x).logits, theirs(input_ids=x).logits)
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    want = theirs.generate(input_ids=x, **options)
-    for cache in (True, False):
-        got = net.gated(pf.stack([a]), g, x, method="generate", use_cache=cache, **options)
-        assert torch.equal(got, want)
-    assert not torch.equal(want[:3], base.generate(x, **options)[:3])

@@ -108,8 +108,8 @@ def test_rows_packed_into_one_sequence_are_followed_or_refused(how: str, common:
     way = INDEX if how == "mixed" else torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
     want = one_by_one(net, many, noise(3, 2, 4))
     close(getattr(net, how)(pf.stack(many), way, noise(3, 2, 4), common=common), want)
+    fixed = pf.adapt(net.model, {"f": LoRA(2)}, routed=[])
     with pytest.raises(ValueError, match=r"f\.weight: its input has shape \[1, 6, 4\].*3 rows"):
-        fixed = pf.adapt(net.model, {"f": LoRA(2)}, routed=[])
         getattr(fixed, how)(pf.stack(many), way, noise(3, 2, 4), common=common)
 
 

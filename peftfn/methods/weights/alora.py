@@ -9,15 +9,16 @@ from torch import Tensor
 from peftfn.core.method import LINEAR, Cases, Leaf
 from peftfn.methods.parts.lowrank import LORA
 from peftfn.methods.weights.lora import LoRA
+from peftfn.tensors.sequence import from_last
 
 
 @dataclass(frozen=True)
 class ALoRA(LoRA):
     """W x + s·B A x for each token from the `invocation` on, W x for those before it; s as for `LoRA`.
 
-    Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv:2504.12397. When it acts depends on
-    the input, so there is no merge. Call it with `net.gated(pf.stack([a]), pf.alora_gates(ids, [method.invocation]),
-    ids)`; `net.apply` acts on all tokens.
+    Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics", 2025, arXiv:2504.12397. Each call looks for the
+    last occurrence of the invocation in each row of its token ids; on a row without it, the base acts. So there is no
+    merge.
 
     Trainable parameters per site: rank·(in + out). Use it to change the task in the middle of a text, and keep the
     keys and values that the base has cached for what came before.
@@ -32,8 +33,7 @@ class ALoRA(LoRA):
     Example:
         method = pf.ALoRA(rank=2, invocation=(3, 4))
         net = pf.adapt(torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 6)), {"1.weight": method})
-        ids = torch.tensor([[5, 3, 4, 6]])
-        y = net.gated(pf.stack([net.init()]), pf.alora_gates(ids, [method.invocation]), ids)
+        y = net.apply(net.init(), torch.tensor([[5, 3, 4, 6]]))  # it acts on the last three tokens
     """
 
     cases: ClassVar[Cases] = (
@@ -42,7 +42,6 @@ class ALoRA(LoRA):
     )
     kinds = LINEAR - {"stack", "stack_t"}
     mergeable = False
-    outside = frozenset({"invocation"})
 
     peft = replace(
         LORA,
@@ -60,7 +59,8 @@ class ALoRA(LoRA):
             raise ValueError(f"ALoRA.invocation is {self.invocation!r}; give a tuple of one or more token ids >= 0")
         object.__setattr__(self, "invocation", some)
 
+    def acts_on(self, ids: Tensor) -> Tensor:
+        return from_last(ids, self.invocation)
+
     def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        raise ValueError(
-            f"ALoRA acts from the tokens {list(self.invocation)} on, so it is no change of the weight: use net.gated"
-        )
+        raise ValueError(f"ALoRA acts from the tokens {list(self.invocation)} on, so it is no change of the weight")
