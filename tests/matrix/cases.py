@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer  # noqa: F401  (before the stand-ins below: it asks which packages there are)
 
 NOT_NEEDED = ("diffusers", "datasets", "parameterized")  # what PEFT's tests import, and their tables do not use
-IDS, MASK = torch.tensor([[1, 5, 3], [1, 2, 1]]), torch.tensor([[1, 1, 1], [1, 1, 1]])
+IDS, MASK = torch.tensor([[4, 5, 3], [6, 2, 7]]), torch.tensor([[1, 1, 1], [1, 1, 1]])  # no token that pads
 SMALL: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
 BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": 64}
