@@ -1,9 +1,8 @@
 """The server: OpenAI's routes and a few of its own, in front of an engine."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,21 +11,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from peftfn.serving.asked import Asked, Limits, Refused, asked, parsed
-from peftfn.serving.engine import Engine, Full, Piece, Stopped, Ticket
+from peftfn.serving.answer import Answer, Failed, Gone
+from peftfn.serving.asked import Limits, asked, parsed
+from peftfn.serving.engine import Engine
+from peftfn.serving.fields import Refused
 from peftfn.serving.metrics import Metrics
-from peftfn.serving.told import Told, error
+from peftfn.serving.told import error
 
 _GONE = 499
 """The status of an answer that nobody waits for. Nobody sees it."""
-
-
-class Failed(Exception):
-    """The engine could not answer."""
-
-
-class Gone(Exception):
-    """Whoever asked went away."""
 
 
 def app(engine: Engine, name: str, limits: Limits) -> FastAPI:
@@ -136,7 +129,7 @@ class Server:
         wanted = await run_in_threadpool(
             asked, fields, chat, self.name, engine.tokenizer, self._vocabulary, limits, engine.defaults
         )
-        answer = Answer(self, wanted, began)
+        answer = Answer(engine, self.metrics, wanted, began)
         await answer.submitted()
         watch = asyncio.create_task(answer.watch(request.receive))
         if wanted.stream:
@@ -150,90 +143,6 @@ class Server:
         finally:
             watch.cancel()
             answer.close()
-
-
-class Answer:
-    """One request on its way: the pieces come from the engine's thread into a queue of the event loop."""
-
-    def __init__(self, server: Server, wanted: Asked, began: float):
-        self._server, self._wanted, self._began = server, wanted, began
-        self._told, self._pieces = Told(wanted), asyncio.Queue[Piece | None]()
-        self._ticket: Ticket | None = None
-        self._ended = False
-
-    async def submitted(self) -> None:
-        """Put the request into the engine's queue. Refused where it takes none."""
-        loop = asyncio.get_running_loop()
-
-        def sink(piece: Piece) -> None:
-            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-        try:
-            self._ticket = await run_in_threadpool(self._server.engine.submit, self._wanted.ask, sink)
-        except Full as e:
-            raise Refused(429, str(e), code="queue_full", retry=e.seconds) from e
-        except Stopped as e:
-            raise Refused(503, str(e)) from e
-        except KeyError as e:
-            raise Refused(404, f"{e.args[0]}; GET /v1/models lists them", "model", "model_not_found") from e
-        except ValueError as e:
-            raise Refused(400, str(e), "model") from e
-        self._server.metrics.prompt.inc(len(self._wanted.ask.prompt))
-
-    async def watch(self, receive: Callable[[], Awaitable[Any]]) -> None:
-        """End the answer when whoever asked goes away."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._pieces.put_nowait(None)
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces, counted. Failed where the engine fails, Gone where nobody waits any more."""
-        metrics = self._server.metrics
-        while not self._ended:
-            piece = await self._pieces.get()
-            if piece is None:
-                raise Gone
-            if piece.error is not None:
-                self._end("failed")
-                raise Failed(piece.error)
-            if not self._told.count:
-                metrics.first.observe(time.monotonic() - self._began)
-            self._told.count += len(piece.tokens)
-            metrics.generated.inc(len(piece.tokens))
-            if piece.finish is not None:
-                metrics.whole.observe(time.monotonic() - self._began)
-                self._end("answered")
-            yield piece
-
-    async def whole(self) -> dict[str, Any]:
-        pieces = [piece async for piece in self.pieces()]
-        text, ids = "".join(p.text for p in pieces), [t for p in pieces for t in p.tokens]
-        return self._told.whole(text, ids, pieces[-1].finish or "length")
-
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
-        try:
-            for chunk in self._told.first():
-                yield _event(chunk)
-            async for piece in self.pieces():
-                for chunk in self._told.piece(piece.text, piece.tokens, piece.finish):
-                    yield _event(chunk)
-            for chunk in self._told.last():
-                yield _event(chunk)
-        except Failed as e:
-            yield _event(error(500, str(e)))
-        yield "data: [DONE]\n\n"
-
-    def close(self) -> None:
-        """Free the row, if the answer is not complete."""
-        if not self._ended:
-            self._end("cancelled")
-            if self._ticket is not None:
-                self._ticket.cancel()
-
-    def _end(self, outcome: str) -> None:
-        self._ended = True
-        self._server.metrics.requests.labels(outcome).inc()
 
 
 class _Events(StreamingResponse):
@@ -251,10 +160,6 @@ class _Events(StreamingResponse):
         finally:
             self._watch.cancel()
             self._answer.close()
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
 
 
 async def _body(request: Request, limit: int, optional: bool = False) -> bytes:

@@ -1,22 +1,13 @@
 """What a request's JSON asks for: every field is used or refused, and nothing is larger than the limits."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from peftfn.serving.engine import Ask
+from peftfn.serving.fields import CHAT, COMMON, COMPLETION, NEUTRAL, Refused, brief
 from peftfn.serving.sampling import Defaults, Sampling
-
-
-class Refused(Exception):
-    """A request that is not answered: its status, the field that is wrong, and in how many seconds to try again."""
-
-    def __init__(
-        self, status: int, what: str, field: str | None = None, code: str | None = None, retry: int | None = None
-    ):
-        super().__init__(what)
-        self.status, self.field, self.code, self.retry = status, field, code, retry
+from peftfn.serving.ticket import Ask
 
 
 @dataclass(frozen=True)
@@ -71,21 +62,23 @@ def asked(
         own: what holds where a request says nothing.
     """
     given = {k: v for k, v in fields.items() if v is not None}  # null is what is not there
-    mine = _COMMON | (_CHAT if chat else _COMPLETION)
+    mine = COMMON | (CHAT if chat else COMPLETION)
     for name, value in given.items():
         if name in mine:
             mine[name](name, value)
-        elif name not in _NEUTRAL:
+        elif name not in NEUTRAL:
             raise Refused(400, f"unknown field {name[:80]!r}; supported are {', '.join(sorted(mine))}", name[:80])
-        elif value != _NEUTRAL[name] or isinstance(value, bool) != isinstance(_NEUTRAL[name], bool):
-            only = json.dumps(_NEUTRAL[name])
-            raise Refused(400, f"{name} is {_brief(value)}; this server supports {only} alone", name)
+        elif value != NEUTRAL[name] or isinstance(value, bool) != isinstance(NEUTRAL[name], bool):
+            only = json.dumps(NEUTRAL[name])
+            raise Refused(400, f"{name} is {brief(value)}; this server supports {only} alone", name)
     for name in ("model", "messages" if chat else "prompt"):
         if name not in given:
             raise Refused(400, f"the field {name} is missing", name)
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise Refused(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-    stops = _stops(given.get("stop", []))
+    if "stream_options" in given and not given.get("stream"):
+        raise Refused(400, "stream_options is for a stream: give stream=true too", "stream_options")
+    stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", [])
     if stops and tokenizer is None:
         raise Refused(400, "stop is text, and the model has no tokenizer", "stop")
     prompt = _dialogue(given["messages"], tokenizer) if chat else _prompt(given["prompt"], tokenizer)
@@ -181,94 +174,5 @@ def _tokens(text: str, tokenizer: Any, field: str, **how: bool) -> list[int]:
     return ids
 
 
-# What a field may be. Each raises where its value is not that.
-
-
-def _wrong(name: str, value: Any, want: str) -> NoReturn:
-    raise Refused(400, f"{name} is {_brief(value)}; it must be {want}", name)
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
-
-
-def _text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        _wrong(name, value, "a text")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        _wrong(name, value, "true or false")
-
-
-def _whole(low: int, high: int, words: str) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if type(value) is not int or not low <= value <= high:
-            _wrong(name, value, words)
-
-    return check
-
-
-def _number(low: float, high: float, words: str) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if type(value) not in (int, float) or not low <= value <= high:
-            _wrong(name, value, words)
-
-    return check
-
-
-def _listed(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not value:
-        _wrong(name, value, "a list with at least one message")
-
-
-def _stream_options(name: str, value: Any) -> None:
-    if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
-        _wrong(name, value, 'an object with "include_usage" alone')
-    _flag(f"{name}.include_usage", value.get("include_usage", False))
-
-
-def _stop(name: str, value: Any) -> None:
-    texts = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(texts, list)
-        or len(texts) > 4
-        or not all(isinstance(t, str) and 0 < len(t) <= 256 for t in texts)
-    ):
-        _wrong(name, value, "a text, or a list of at most 4, each of 1 to 256 characters")
-
-
-def _stops(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-Check = Callable[[str, Any], None]
-_COMMON: dict[str, Check] = {
-    "model": _text,
-    "max_tokens": _whole(1, 2**31, "a whole number of at least 1"),
-    "temperature": _number(0, 2, "a number from 0 to 2"),
-    "top_p": _number(1e-9, 1, "a number above 0, up to 1"),
-    "seed": _whole(-(2**63), 2**63 - 1, "a whole number of 64 bits"),
-    "stop": _stop,
-    "stream": _flag,
-    "stream_options": _stream_options,
-    "return_token_ids": _flag,
-    "user": _text,
-}
-_COMPLETION: dict[str, Check] = {"prompt": lambda name, value: None}  # `_prompt` says what is wrong
-_CHAT: dict[str, Check] = {
-    "messages": _listed,
-    "max_completion_tokens": _whole(1, 2**31, "a whole number of at least 1"),
-}
-_NEUTRAL: dict[str, Any] = {
-    **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "suffix": "", "logit_bias": {}},
-    **{"presence_penalty": 0, "frequency_penalty": 0, "tools": [], "tool_choice": "none", "store": False},
-    **{"response_format": {"type": "text"}, "metadata": {}, "service_tier": "auto"},
-}
-"""OpenAI's fields that the server has nothing for, with the value that asks for nothing."""

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import peftfn as pf
 from peftfn.serving.adapters import Adapters
-from peftfn.serving.engine import Ask, Engine, Piece
+from peftfn.serving.engine import Engine
+from peftfn.serving.ticket import Ask, Piece
 
 SIZE = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -13,7 +13,8 @@ from served import Held, alone, engine, folders, model, prompts, tokenizer
 
 from peftfn.serving.app import app
 from peftfn.serving.asked import Limits
-from peftfn.serving.engine import Ask, Engine
+from peftfn.serving.engine import Engine
+from peftfn.serving.ticket import Ask
 
 BASE = "tiny"
 Client = httpx.AsyncClient
@@ -163,6 +164,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a"] * 5}, "at most 4"),
     ({"stream": 1}, "true or false"),
     ({"stream_options": {"x": 1}}, "include_usage"),
+    ({"stream_options": {"include_usage": True}}, "give stream=true too"),
     ({"prompt": ""}, "has no tokens"),
     ({"prompt": []}, "has no tokens"),
     ({"prompt": ["a", "b"]}, "give one a request"),

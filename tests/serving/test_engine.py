@@ -14,8 +14,8 @@ from support import random
 
 import peftfn as pf
 from peftfn.serving.batch import Batch, Stepper
-from peftfn.serving.engine import Ask, Full, Stopped
 from peftfn.serving.sampling import Defaults, Sampling, choose, generator
+from peftfn.serving.ticket import Ask, Full, Stopped
 
 
 @pytest.fixture
