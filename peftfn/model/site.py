@@ -150,7 +150,10 @@ def sites_in(
     owner: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
     for prefix, module in modules.items():
         weight = stand_ins.get(f"{prefix}.weight" if prefix else "weight")
-        for attr, p in {**module._parameters, **({} if weight is None else {"weight": weight})}.items():
+        held: dict[str, Any] = module._parameters
+        if weight is not None:  # what else such a layer has (AQLM's codes and codebooks) is how its weight is stored
+            held = {k: p for k, p in held.items() if k == "bias"} | {"weight": weight}
+        for attr, p in held.items():
             if p is None:
                 continue
             if isinstance(p, UninitializedParameter):

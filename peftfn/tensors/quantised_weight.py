@@ -13,6 +13,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.tensors.lent import beneath
 from peftfn.tensors.operand import Operand
 
 
@@ -91,7 +92,7 @@ class QuantisedWeight(Operand):
     def dense(self) -> Tensor:
         """W dequantised, in `dtype`."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), beneath():  # W depends on no transform, and a library's function may know none
                 return self.matrix().to(self.dtype)
         except Exception as e:
             raise ValueError(

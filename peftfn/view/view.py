@@ -388,13 +388,18 @@ def build(
             parametrize.register_parametrization(layer, attr, parametrization, unsafe=True)
             return
         slots[layer].append(attr)
+        if attr not in layer._parameters:  # what a quantised layer's forward has kept there (INC's do)
+            vars(layer).pop(attr, None)
         original = layer._parameters.get(attr, nn.Parameter(torch.empty(0), requires_grad=False))
         layer._parameters[attr] = nn.Parameter(torch.empty(0), requires_grad=False)  # what is registered is written to
         parametrize.register_parametrization(layer, attr, parametrization, unsafe=True)
         layer.parametrizations[attr]._parameters["original"] = original
 
     calls: dict[str, dict[str, nn.Module]] = {}
-    for at in dict.fromkeys(at for plan in plans for at in plan):
+    sites = {at: e.site for plan in plans for at, e in plan.items()}
+    # Asked while the layers are as they were; of a quantised layer, a bias is a site like any other.
+    opaque = {at: quantised(owner(model, at)[0], at) if site.quantised else None for at, site in sites.items()}
+    for at in sites:
         leaves: dict[str, nn.Module] = {}
         for name, (plan, a) in given.items():
             if at in plan:
@@ -404,10 +409,10 @@ def build(
             calls[at] = leaves
             continue
         layer, _ = owner(model, at)
-        opaque = quantised(layer, at)
-        if opaque is not None and opaque.own_forward:
+        weight = opaque[at]
+        if weight is not None and weight.own_forward:
             vars(layer)["forward"] = partial(_linear, layer)
-        read = itself if opaque is None else Bare(layer, classes[layer], at)
+        read = itself if weight is None else Bare(layer, classes[layer], at)
         place(at, Held(at, choice, leaves, read))
     biases: dict[Site, bool] = {}  # layers whose bias a method changes: whether it also gives one to a layer without
     for entry in (e for plan in plans for e in plan.values()):

@@ -615,7 +615,50 @@ class PackedWithFunction(PackedForNoTransform):
         return self.qweight * self.scales
 
 
-@pytest.mark.parametrize("make", [PackedForNoTransform, PackedWithFunction])
+class Coded(Packed):
+    """Integers and scales in parameters, as AQLM has them, and a weight that the first forward keeps, as INC does."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        for name in ("bias", "scales", "qweight"):
+            b = self._buffers.pop(name)
+            self.register_parameter(name, None if b is None else nn.Parameter(b, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "weight"):
+            self.weight = self.qweight * self.scales
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("method", [pf.LoRA(4), pf.DoRA(4), pf.Full()], ids=lambda m: type(m).__name__)
+def test_a_layer_that_stores_its_weight_in_other_parameters(called, method):
+    """They are no sites; its bias is."""
+    torch.manual_seed(0)
+    model = replaced(TwoLayers(), Coded)
+    if called:
+        model(X)
+    rules = {"up.weight|down": method, "up": pf.Full()}
+    assert list(pf.adapt(model, rules).plan) == ["up.bias", "up.weight", "down.weight"]
+    agree(model, rules, X)
+
+
+class OldFunction(torch.autograd.Function):
+    """No transform takes it."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.qweight * t.scales
+
+
+class PackedForNone(PackedForNoTransform):
+    """quanto's tensors are made dense by such a function."""
+
+    def dequantize(self) -> Tensor:
+        return OldFunction.apply(self)
+
+
+@pytest.mark.parametrize("make", [PackedForNoTransform, PackedWithFunction, PackedForNone])
 @pytest.mark.parametrize("method", [pf.LoRA(4), pf.DoRA(4), pf.Full(), pf.OFT(4)], ids=lambda m: type(m).__name__)
 def test_a_kernel_without_a_batching_rule(make, method):
     torch.manual_seed(0)
