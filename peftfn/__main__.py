@@ -12,7 +12,7 @@ from peftfn import __version__
 
 ADAPTER = "an adapter's folder or file, or the hub's owner/name"
 MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
-FORMATS = ("native", "peft", "kohya", "swift")
+FORMATS = ("native", "peft", "kohya", "swift", "gguf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "Reads an adapter of any format and writes it in another; its meaning stays, or it is an error.",
     )
     new.add_argument("path", metavar="PATH", help=ADAPTER)
-    new.add_argument("out", type=Path, metavar="OUT", help="a new folder (kohya: or a .safetensors file)")
+    new.add_argument("out", type=Path, metavar="OUT", help="a new folder (kohya: or a .safetensors file; gguf: a file)")
     new.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     new.add_argument(
         "--model",

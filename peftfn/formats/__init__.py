@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftfn.core.method import Method
-from peftfn.formats import bare, hub, kohya, mlx, native, peft, swift
+from peftfn.formats import bare, gguf, hub, kohya, mlx, native, peft, swift
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
@@ -31,7 +31,7 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
 from peftfn.tensors.tree import mapped
 
-FORMATS: dict[str, Any] = {"native": native, "swift": swift, "mlx": mlx, "peft": peft, "kohya": kohya}
+FORMATS: dict[str, Any] = {"native": native, "swift": swift, "mlx": mlx, "peft": peft, "gguf": gguf, "kohya": kohya}
 """name → module, in the order in which `load` asks whose a path is."""
 
 PEFTS = (peft.CONFIG, peft.TENSORS, peft.PICKLE)
@@ -53,13 +53,13 @@ def save(
     has one adapter: `save` replaces the files of a former one, also of another format.
 
     Args:
-        path: a folder; for "kohya", a file.
+        path: a folder; for "kohya" and "gguf", a file.
         net: the adapter's net.
         adapter: an adapter of it.
         format: "native" (any method, bit-exact: adapter.safetensors and peftfn.json), "peft" (what Hugging Face PEFT
             has a configuration for: adapter_model.safetensors and adapter_config.json), "swift" (ms-swift's LoRA, or
-            whole modules), "mlx" (MLX-LM's LoRA and DoRA), or "kohya" (one safetensors file: LoRA, DoRA, LoHa, LoKr;
-            with layout="diffusers" as diffusers has it).
+            whole modules), "mlx" (MLX-LM's LoRA and DoRA), "gguf" (llama.cpp's LoRA: one .gguf file), or "kohya" (one
+            safetensors file: LoRA, DoRA, LoHa, LoKr; with layout="diffusers" as diffusers has it).
         fresh: whether the file has what the net's model holds and the base it is named after does not, as far as the
             base's files are on this machine: a head that `from_pretrained` drew, rows of a grown vocabulary. Formats
             that have no place for them are an error then.
@@ -126,7 +126,7 @@ def load(
     Args:
         path: a folder or file; if it does not exist, a Hub repository "owner/name" (needs huggingface_hub).
         model: the base, without adapters of other libraries.
-        format: "native", "peft", "swift", "mlx" or "kohya"; None detects it.
+        format: "native", "peft", "swift", "mlx", "gguf" or "kohya"; None detects it.
         subfolder: folder or file inside `path`.
         revision: branch, tag or commit on the Hub.
         strict: whether missing tensors, tensors that have no place in the model, and tensors of another shape are
@@ -207,6 +207,7 @@ OWN = {
     "swift": PEFTS,
     "mlx": (mlx.CONFIG, mlx.TENSORS),
     "kohya": (kohya.FILE,),
+    "gguf": (),
 }
 """Format → the files of an adapter of it in a folder; the one that makes it an adapter first."""
 

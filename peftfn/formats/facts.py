@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peftfn.formats import FORMATS, hub, kohya, mlx, native, peft, peft_keys, swift
+from peftfn.formats import FORMATS, gguf_file, hub, kohya, mlx, native, peft, peft_keys, swift
 from peftfn.formats import peft_config as configs
 from peftfn.formats.files import Tensors, opened, read_json
 from peftfn.formats.kohya_keys import ENDS
@@ -114,6 +114,9 @@ def _held(path: Path) -> dict[str, Any]:
         case "mlx":
             with opened(path / mlx.TENSORS) as file:
                 return {"format": "mlx", **_mlx(read_json(path / mlx.CONFIG), file), **_size(file)}
+        case "gguf":
+            with gguf_file.opened(path) as (values, file):
+                return {"format": "gguf", **_gguf(values, file), **_size(file)}
         case "kohya":
             with opened(path / kohya.FILE if path.is_dir() else path) as file:
                 return {"format": "kohya", **_kohya(file), **_size(file)}
@@ -175,6 +178,18 @@ def _mlx(config: Any, file: Tensors) -> dict[str, Any]:
     ranks = Counter(file.meta[f"{name}.lora_a"].shape[-1:].numel() for name in layers)
     whole = [k for k in file.meta if k.rpartition(".")[2] not in ("lora_a", "lora_b", "m")]
     return {"methods": {kind: len(layers)}, "ranks": dict(sorted(ranks.items())), "layers": layers, "whole": whole}
+
+
+def _gguf(values: Mapping[str, Any], file: Tensors) -> dict[str, Any]:
+    ranks = {k.removesuffix(".lora_b"): t.shape[-1:].numel() for k, t in file.meta.items() if k.endswith(".lora_b")}
+    whole = [k for k in file.meta if not k.endswith((".lora_a", ".lora_b"))]
+    count = dict(sorted(Counter(ranks.values()).items()))
+    return {
+        "methods": {str(values.get("adapter.type")): len(ranks)},
+        "ranks": count,
+        "layers": [*ranks],
+        "whole": whole,
+    }
 
 
 def _kohya(file: Tensors) -> dict[str, Any]:
