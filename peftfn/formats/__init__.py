@@ -115,6 +115,7 @@ def load(
     buffers: bool = False,
     ignore: Iterable[str] = (),
     method: Method | None = None,
+    base: Literal["any", "same"] = "any",
     dtype: torch.dtype | Literal["file"] | None = None,
     hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
@@ -140,6 +141,8 @@ def load(
             `buffers`; if False, they are an error.
         ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
         method: what PEFT's tensors mean where no configuration is beside them. Ranks are those of the tensors.
+        base: "same" compares the model's weights with the marks that a native file has of those it was made on, a few
+            values of each site, and other values are an error; "any" does not.
         dtype: of the leaves; "file" is what the file's tensors have. None keeps a native file's own, and makes others
             at least fp32.
         hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
@@ -170,11 +173,13 @@ def load(
     where = hub.find(path, subfolder=subfolder, revision=revision, pickled=pickled, options=hub_options)
     if where.name in FILES:  # of a folder, which is meant
         where = where.parent
-    options = Options(strict, key_mapping, pickled, experts, buffers, _names(ignore), dtype == "file")
+    options = Options(strict, key_mapping, pickled, experts, buffers, _names(ignore), dtype == "file", base)
     if format is None and method is None:
         format = next((name for name, module in FORMATS.items() if module.is_mine(where)), None)
     if format is None and method is None:
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
+    if base == "same" and (format != "native" or method is not None):
+        raise ValueError(f"load: base='same' needs the marks of a native file, and {where} has another format")
     if method is not None and format not in (None, "peft"):
         raise ValueError(f"load: method= is for PEFT's tensors without a configuration, and format is {format!r}")
     loaded: Loaded

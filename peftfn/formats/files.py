@@ -90,10 +90,13 @@ class Options:
     buffers: bool = False
     ignore: tuple[str, ...] = ()
     stored: bool = False
+    base: Literal["any", "same"] = "any"
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):
             raise ValueError(f"load: experts is {self.experts!r}; give 'peft' or 'unsloth'")
+        if self.base not in ("any", "same"):
+            raise ValueError(f"load: base is {self.base!r}; give 'any' or 'same'")
 
     def refuse(self, where: Path, *names: str) -> None:
         """ValueError for options that would have no effect on what is read at `where`."""

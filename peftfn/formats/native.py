@@ -15,6 +15,8 @@ from peftfn.core.make import make
 from peftfn.core.method import Method, registry
 from peftfn.core.plan import Entry, Plan
 from peftfn.core.rules import offered
+from peftfn.formats import bases
+from peftfn.formats.bases import check_base, marks
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.buffers import compared, compared_rows, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
@@ -68,6 +70,8 @@ def save(
         "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
+    if base := marks(net.plan, net.weights, (*beyond.fresh, *beyond.grown)):
+        config["base"] = base
     config |= {"extra": more, **repetition(net.model), **({"grown": dict(beyond.grown)} if beyond.grown else {})}
     # the two files are renamed one after the other: this says whether they are of one save
     config["id"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
@@ -105,6 +109,9 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         file, buffers = compared(file, model.buffers, known, options.buffers, BUFFER)
         buffers |= rows
         loaded = _filled(model, plan, config["constants"], file, options.strict)
+        if options.base == "same":
+            names = config.get("extra", {}).get("base_model_name_or_path"), getattr(model.root, "name_or_path", None)
+            check_base(config.get("base", {}), model.weights, names, where)
         return replace(loaded, buffers=buffers, extra=config.get("extra", {}))
 
 
@@ -236,6 +243,7 @@ def _read(where: Path) -> dict[str, Any]:
     if len({p for p, _ in config["rules"]}) != len(config["rules"]):
         raise ValueError(f"{where}: rules: a pattern occurs twice")
     checked(config.get("extra", {}), where)
+    bases.checked(config.get("base", {}), config["sites"], where)
     return config
 
 

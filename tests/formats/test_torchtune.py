@@ -53,11 +53,11 @@ def test_its_peft_files_load(more: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_its_dora_has_no_word_of_it_in_the_configuration(tmp_path: Path) -> None:
-    """The magnitudes are there: an error names them, and with the word the file loads."""
-    tensors = written(tmp_path, target_modules=["q_proj"])
-    tensors = {k: t for k, t in tensors.items() if "q_proj" in k}
+    """The magnitudes are there, and an error names them. (Those of q and k stand in torchtune's own order of rows.)"""
+    tensors = written(tmp_path, target_modules=["v_proj"])
+    tensors = {k: t for k, t in tensors.items() if "v_proj" in k}
     for i in range(2):
-        tensors[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_magnitude_vector"] = torch.rand(16) + 1
+        tensors[f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_magnitude_vector"] = torch.rand(8) + 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"2 tensors have no place .*lora_magnitude_vector"):
         pf.load(tmp_path, BASE)
