@@ -8,10 +8,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from peftfn.core.plan import Plan
 from peftfn.many.bank import BASE, Bank
 from peftfn.many.nets import Nets
 from peftfn.model.names import near
 from peftfn.net.net import Adapted
+from peftfn.tensors.tree import stack_size
 
 _OURS = ("allow_block_sharing", "use_cuda_graph", "use_async_batching")
 """Settings of transformers' that must be off."""
@@ -43,9 +45,13 @@ class Continuous:
     def __init__(self, of: Adapted | Nets | Bank, stacked: Any = None):
         self.of, self.stacked = of, stacked
         nets = of.nets.nets if isinstance(of, Bank) else of.nets if isinstance(of, Nets) else (of,)
+        for net in nets:
+            _check_acting(net.plan)
+        self.plans = [net.plan for net in nets]
         self.model = nets[0].model
         self._lock = Lock()
         self._adapters: dict[str, Any] = {}  # request → its adapter
+        self._prompts: dict[str, list[int]] = {}  # request → its tokens, where adapters act on some alone
         self._states: dict[str, Any] = {}  # request → transformers' own record of it, once it has run
         self._manager: Any = None
         self._count = 0
@@ -157,12 +163,14 @@ class Continuous:
                 self.of.check([*self._adapters.values(), chosen])
             self._adapters[name] = chosen
         ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else list(input_ids)
+        if any(plan.gated for plan in self.plans):
+            self._prompts[name] = ids
         taken = None
         try:
             taken = self._manager.add_request(input_ids=ids, request_id=name, **more)
         finally:
             if taken is None:
-                self._adapters.pop(name, None)
+                self._drop(name)
         if taken is None:
             raise ValueError("continuous: the manager takes no requests: it has been stopped, or has failed")
         return name
@@ -181,39 +189,81 @@ class Continuous:
     def _forget(self) -> None:
         """Requests that are done need their adapters no more."""
         for name in [n for n, s in self._states.items() if s.status.name in _DONE]:
-            self._adapters.pop(name, None)
+            self._drop(name)
             del self._states[name]
+
+    def _drop(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        self._prompts.pop(name, None)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Any:
         """One step of the manager: packed tokens [1, n] of several requests, one after the other."""
-        own = self._owners(input_ids.shape[1])
+        packed = self._packed()
         if not isinstance(self.of, Bank):
-            index = torch.tensor([own], device=input_ids.device)
+            stacks = [self.stacked] if isinstance(self.stacked, Mapping) else self.stacked
+            index = self._index(input_ids, inputs, packed, stacks, {k: k for _, k, _ in packed})
             return self.of.mixed(self.stacked, index, input_ids=input_ids, **inputs)
-        names = list(dict.fromkeys(own))
+        names = list(dict.fromkeys([BASE, *(name for _, name, _ in packed)]))
         with self.of.holding(names, timeout=None) as (stacks, numbers):
             number = dict(zip(names, numbers.tolist(), strict=True))
-            index = torch.tensor([[number[name] for name in own]], device=input_ids.device)
+            index = self._index(input_ids, inputs, packed, stacks, number)
             return self.of.nets.mixed(stacks, index, input_ids=input_ids, **inputs)
 
-    def _owners(self, tokens: int) -> list[Any]:
-        """The adapter of each token, in the order in which the requests stand in the batch; padding: the base."""
-        base = BASE if isinstance(self.of, Bank) else -1
-        out: list[Any] = []
+    def _packed(self) -> list[tuple[str, Any, int]]:
+        """(request, its adapter, how many tokens of it) in the order in which they stand in the batch."""
+        out: list[tuple[str, Any, int]] = []
         for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch:
             state = request.state
             name = state.request_id.partition("__child#")[0]  # several sequences of one prompt
             if name not in self._adapters:
                 self._unknown(name)
             self._states[name] = state
-            out += [self._adapters[name]] * request.query_length
-        return out + [base] * (tokens - len(out))
+            out.append((name, self._adapters[name], request.query_length))
+        return out
+
+    def _index(
+        self,
+        input_ids: Tensor,
+        inputs: Mapping[str, Any],
+        packed: Sequence[tuple[str, Any, int]],
+        stacks: Sequence[Any],
+        number: Mapping[Any, int],
+    ) -> Tensor:
+        """The adapter of each token [1, n]: padding has the base, and tokens on which the adapter does not act."""
+        own: list[int] = []
+        plans = [plan for plan, stack in zip(self.plans, stacks, strict=True) for _ in range(stack_size(stack))]
+        for name, adapter, many in packed:
+            k = number[adapter]
+            if k < 0 or not plans[k].gated:
+                own += [k] * many
+                continue
+            acts = _acts(plans[k], self._prompts[name])
+            at = inputs["position_ids"].flatten()[len(own) : len(own) + many].tolist()
+            own += [k if acts[min(i, len(acts) - 1)] else -1 for i in at]
+        return torch.tensor([own + [-1] * (input_ids.shape[1] - len(own))], device=input_ids.device)
 
     def _unknown(self, name: str) -> NoReturn:
         raise ValueError(
             f"continuous: request {name!r} was added without an adapter: add requests by add_request(ids, adapter) of "
             "what pf.continuous returns, not of its manager"
         )
+
+
+def _check_acting(plan: Plan) -> None:
+    """ValueError for a plan whose methods act on some tokens alone at some sites: a token has one adapter, or none."""
+    if plan.gated and (len(plan.gated) < len(plan) or len({plan[n].method for n in plan.gated}) > 1):
+        first = plan.gated[0]
+        other = next(n for n in plan if n not in plan.gated or plan[n].method != plan[first].method)
+        raise ValueError(
+            f"continuous: {plan[first].method} at {first} acts on some tokens alone, and {plan[other].method} at "
+            f"{other} on others: in a packed batch each token has one adapter or the base. Use one method at all sites"
+        )
+
+
+def _acts(plan: Plan, ids: Sequence[int]) -> list[bool]:
+    """On which tokens of a prompt the adapters of a plan act."""
+    gates: Tensor = plan.meant[plan.gated[0]].method.acts_on(torch.tensor([list(ids)]))
+    return [bool(g) for g in gates[0].tolist()]
 
 
 def _count(stacked: Any) -> int:
@@ -233,7 +283,8 @@ def continuous(of: Adapted | Nets | Bank, stacked: Any = None) -> Continuous:
         requests to it. Each request has the tokens that `generate` gives it with its adapter.
 
     Raises:
-        ValueError: a net without a stack, or a bank with one.
+        ValueError: a net without a stack, or a bank with one; or a net whose methods act on some tokens alone at some
+            of its sites.
         TypeError: neither a net nor a bank.
 
     Example:

@@ -93,6 +93,23 @@ def test_a_net_with_experts_is_driven_too(attention: str, whole: bool) -> None:
     assert net.model.config._attn_implementation == attention
 
 
+def test_activated_loras_act_from_their_invocation_on_beside_others() -> None:
+    """Each request is what generate gives: those with the invocation early, late and never."""
+    base = model()
+    nets = {"one": {"q_proj|v_proj": pf.ALoRA(2, invocation=(7, 9))}, "plain": ALL}
+    held = {n: (net := pf.adapt(base, rules), random(net, i, scale=0.4)) for i, (n, rules) in enumerate(nets.items())}
+    asked = [[7, 9, *p] if i % 3 == 0 else [*p, 7, 9, 5] if i % 3 == 1 else p for i, p in enumerate(prompts(9))]
+    names = ["one", "one", "one", "plain", None, "one", "one", "one", "plain"]
+    want = [alone(*(held[n] if n else (held["one"][0], None)), p) for n, p in zip(names, asked, strict=True)]
+    assert serve(pf.continuous(pf.bank(held)), list(zip(asked, names, strict=True))) == want
+    net, a = held["one"]
+    got = serve(pf.continuous(net, pf.stack([a])), [(p, 0) for p, n in zip(asked, names, strict=True) if n == "one"])
+    assert got == [w for w, n in zip(want, names, strict=True) if n == "one"]
+    some = pf.adapt(base, {"q_proj": pf.ALoRA(2), "mlp": pf.LoRA(2)})
+    with pytest.raises(ValueError, match=r"ALoRA.*q_proj.*some tokens alone.*LoRA.*mlp.*on others"):
+        pf.continuous(some, pf.stack([some.init()]))
+
+
 def test_what_a_request_asks_for_is_checked_before_it_is_added() -> None:
     net = pf.adapt(model(), ALL)
     adapters = {f"user {i}": random(net, i) for i in range(3)}
