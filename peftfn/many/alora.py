@@ -14,7 +14,9 @@ def alora_gates(
     """Return the gates of activated LoRA: an adapter acts from the last occurrence of its invocation tokens on.
 
     Greenewald et al., "Activated LoRA", 2025, arXiv:2504.12397. The base alone computes the tokens before the
-    invocation, so their cached keys and values are those of the base. A row without the invocation uses the base.
+    invocation, so their cached keys and values are those of the base. A row without the invocation uses the base: its
+    gates are 0, also that of the last token. Calls with `pf.ALoRA` have these gates of their own `input_ids`; pass them
+    to `net.gated` where a call has none.
 
     Args:
         input_ids: [rows, tokens].

@@ -147,6 +147,7 @@ class Adapted:
 
         Raises:
             KeyError, ValueError, TypeError: the adapter does not fit the plan; it names the site.
+            ValueError: a method acts on some tokens alone (`ALoRA`), and the call's token ids do not say on which.
 
         Example:
             net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -220,9 +221,10 @@ class Adapted:
             stacked: `stack` of K adapters of this net; each tensor is [K, …].
             gates: [K] for all rows, [rows, K], or [rows, tokens, K]. 1 is the adapter, 0 the base. A batch whose rows
                 each have one gate of 1 and otherwise 0 costs as much as `mixed`. In `generate`, tokens after the given
-                ones use the gates of the last one. Or {pattern: gates}, each site having those of the first pattern
-                that matches its name; or a function (site, the site's input) ↦ gates; or a `PerForward`, whose function
-                makes gates anew for each forward pass.
+                ones use the gates of the last one. Gates of tokens say where a method acts that acts on some alone
+                (`ALoRA`); other gates weigh it where it acts. Or {pattern: gates}, each site having those of the first
+                pattern that matches its name; or a function (site, the site's input) ↦ gates; or a `PerForward`, whose
+                function makes gates anew for each forward pass.
             args, kwargs: as for the model.
             params, method, common, owners: as for `mixed`.
 

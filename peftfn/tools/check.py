@@ -221,6 +221,10 @@ def _identity(net: Adapted, adapter: Mapping[str, Any]) -> Iterator[Finding]:
                 )
 
 
+def _acting(net: Adapted) -> str:
+    return str(net.plan[net.plan.gated[0]].method)
+
+
 def _gradient(net: Adapted, adapter: Mapping[str, Any], loss: Callable[[Any], Tensor]) -> Iterator[Finding]:
     g = grad(loss)(adapter)
     zero = [n for n, leaf in g.items() if leaves(leaf) and not any(bool(t.any()) for t in leaves(leaf))]
@@ -237,7 +241,8 @@ def _gradient(net: Adapted, adapter: Mapping[str, Any], loss: Callable[[Any], Te
             "untrained",
             "",
             "the gradient is zero at every site",
-            "See that the loss depends on net.apply(adapter, …), and not on the model without it or under no_grad",
+            "See that the loss depends on net.apply(adapter, …), and not on the model without it or under no_grad"
+            + (f"; and that rows of the batch have the tokens on which {_acting(net)} acts" if net.plan.gated else ""),
         )
         return
     for name in zero:

@@ -42,6 +42,9 @@ def as_module(
     settings and modes, so adapter dropout follows its train() and eval(). The base does not change and stays usable.
     The factor of `scale(adapter, s)` is a buffer, and a parameter if s is a tensor that requires a gradient.
 
+    Methods that act on some tokens alone (`ALoRA`) find them in the `input_ids` of each call, of the module itself or
+    of its `generate`.
+
     Two names of one tied tensor are two sites, as in `adapt`: adapting an embedding does not change the head it is
     tied to, unless a rule takes both.
 
