@@ -247,7 +247,8 @@ class Chain(Weight):
 
     Raises:
         TypeError: an argument is not a method.
-        ValueError: a method shares tensors among its sites, or depends on the input and is not the last.
+        ValueError: a method shares tensors among its sites, acts on some tokens alone, or depends on the input and is
+            not the last.
 
     Example:
         method = pf.Chain((pf.LoRA(rank=2), pf.IA3()))
@@ -265,6 +266,10 @@ class Chain(Weight):
             if m.overrides("shared") or m.overrides("bank"):
                 raise ValueError(
                     f"chain: {m} shares tensors among its sites, which a chain cannot; give it a separate rule"
+                )
+            if m.overrides("acts_on"):
+                raise ValueError(
+                    f"chain: {m} acts on some tokens alone, which a chain cannot; use a net of its own, and pf.Nets"
                 )
         for m in self.methods[:-1]:
             if not m.mergeable:
@@ -358,7 +363,8 @@ def chain(*methods: Some) -> Some:
 
     Raises:
         TypeError: an argument is not a method.
-        ValueError: a method shares tensors among its sites, or depends on the input and is not the last.
+        ValueError: a method shares tensors among its sites, acts on some tokens alone, or depends on the input and is
+            not the last.
 
     Example:
         method = pf.chain(pf.LoRA(rank=2), pf.IA3())

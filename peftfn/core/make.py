@@ -269,6 +269,11 @@ class _WeightProbe(_Probe):
     def used(self, p: Leaf) -> dict[str, Any]:
         """Whether the method adds a bias where there is none, and whether it changes the one there is."""
         method, w, cls, source = self.method, self.w, type(self.method).__name__, self.source
+        if method.mergeable and method.overrides("acts_on"):
+            raise ValueError(
+                f"{cls} acts on some tokens alone (it defines acts_on), so no change of the weight is what it means: "
+                "set mergeable = False in its class"
+            )
         ready = self.ready(p)
         change = called(method, "delta", method.delta, ready, wide(w), p=source) if method.mergeable else w
         if change.shape != w.shape:

@@ -314,12 +314,24 @@ def test_what_does_not_say_where_it_acts_is_an_error_at_once() -> None:
 
 def test_a_method_that_says_it_wrongly() -> None:
     class Halves(pf.LoRA):
+        mergeable = False
+
         def acts_on(self, ids: Tensor) -> Tensor:
             return ids[:, :1] > 0
 
     net = pf.adapt(by_name["llama"].build(), {"q_proj": Halves(2)})
     with pytest.raises(ValueError, match=r"q_proj\.weight: Halves\.acts_on returns a torch\.bool tensor \[4, 1\] for"):
         net.apply(net.init(), IDS)
+
+    class Merged(pf.LoRA):
+        def acts_on(self, ids: Tensor) -> Tensor:
+            return torch.ones(ids.shape)
+
+    with pytest.raises(ValueError, match=r"q_proj\.weight.*Merged acts on some tokens alone.*mergeable = False"):
+        pf.adapt(net.model, {"q_proj": Merged(2)})
+    for order in ((pf.LoRA(2), Halves(2)), (Halves(2), pf.LoRA(2))):
+        with pytest.raises(ValueError, match="chain: Halves.*acts on some tokens alone"):
+            pf.chain(*order)
 
 
 # The gates by themselves.
