@@ -20,6 +20,7 @@ from peftfn.slots.experts import MixedStack, same
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Cut, Part, take
 from peftfn.slots.pertoken import PerToken
+from peftfn.slots.recurrent import RECURRENT, recur
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.tags import Lost, RowsLost, constant
 from peftfn.slots.unrowed import Unrowed, known, on_each, owned, plain
@@ -123,11 +124,13 @@ class _Mixed(Slot):
             return MixedStack(first).multiply(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             return attend(first, args, kwargs)
+        if func in RECURRENT:
+            return recur(first, func, args, kwargs)
         if isinstance(rows, PerToken) or first.tracking() is not None:
             return first.by_position(func, args, kwargs)
         sizes = {v.shape[0] for v in tensors((args, kwargs)) if not owned(v, rows) and rows.at(v.shape[0])}
         bags = func is F.embedding_bag and args[0].dim() == 1  # all rows' indices in one line, cut up by offsets
-        if ((not sizes or bags) and rows.size is not None) or func in _ROWS_ELSEWHERE:
+        if (not sizes or bags) and rows.size is not None:
             raise found[0].lost(f"{getattr(func, '__name__', func)} does not have them there")
         if any(isinstance(v, Unrowed) and v.each is not None for v in tensors((args, kwargs))):
             raise found[0].lost(f"{getattr(func, '__name__', func)} has an input that is another table for each row")
@@ -152,7 +155,9 @@ class _Mixed(Slot):
         rows: Any = self.rows
         has = (lambda v: rows.flattened(v) is not None) if t is None else (lambda v: t.get(v) is not None)
         given = [v for v in tensors((args, kwargs)) if has(v)]
-        if len(given) != 1 or func is F.embedding_bag or func in _ROWS_ELSEWHERE:
+        if t is not None and (not given or (name in _PRODUCTS and given[0] is not args[0])):
+            return _of_tables(func, args, kwargs)
+        if len(given) != 1 or func is F.embedding_bag:
             raise self.lost(f"{name} has {len(given)} inputs whose rows are known")
         x = given[0]
         of_images = name.startswith(("conv", "batch_norm", "group_norm", "instance_norm"))
@@ -178,10 +183,49 @@ class _Mixed(Slot):
         return y if t is None else t.put(y, tag if tag is None else _fitted(tag, lead, y.dim()))
 
     def attribute(self, name: str) -> Any:
-        raise self.lost(f"the model uses weight.{name}")
+        if not hasattr(self.w, name):
+            raise AttributeError(f"{self.name} has no {name}")
+        if name in ("mul_", "div_"):
+            return self._times
+        if self.tracking() is None or name.endswith("_") or name == "data":
+            raise self.lost(f"the model uses weight.{name}")
+        return getattr(self.as_table(), name)
 
     def item_at(self, index: Any) -> Any:
-        raise self.lost("the model indexes the weight")
+        if self.tracking() is None:
+            raise self.lost("the model indexes the weight")
+        return self.as_table()[index]
+
+    def _times(self, factor: Any) -> "_Mixed":
+        """The model scales its weight in place: by 1 it stays what it is."""
+        if isinstance(factor, Tensor) or factor != 1:
+            raise self.lost(f"the model scales the weight in place, by {factor}")
+        return self
+
+    def as_table(self) -> Tensor:
+        """What stands here, for functions of the weight alone: another tensor for each row."""
+        rows, n = self.rows, self.rows.size
+        if n is None or rows.tokens is not None:
+            raise self.lost("the model computes with the weight itself")
+
+        def run(k: int, cut: Cut) -> Tensor:
+            w = self.value(k)
+            return cut(w.expand(n, *w.shape))
+
+        each = batch.each(rows, run)
+        return Unrowed.of(each[0], rows, each, self.name)
+
+
+def _of_tables(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function of weights and of what has no rows, or none of positions: each row's weight is a table of its own."""
+    made: dict[int, Tensor] = {}
+
+    def swap(v: Any) -> Any:
+        if isinstance(v, _Mixed) and id(v) not in made:
+            made[id(v)] = v.as_table()
+        return made.get(id(v), v)
+
+    return func(*mapped(args, swap), **mapped(kwargs, swap))
 
 
 def _training(
@@ -192,7 +236,6 @@ def _training(
 
 
 _COMMON = "If all rows have this input in common, name the site in common=[…]; if it holds the rows one after another: "
-_ROWS_ELSEWHERE = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
 _PRODUCTS = frozenset(["linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm"])
 _OF_STACKS = frozenset(["bmm", "matmul", "__matmul__", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "transpose"])
 
@@ -233,7 +276,13 @@ class MixedWeight(_Mixed):
 
     def product(self, x: Tensor, dot: Product) -> Tensor:
         table = not x.is_floating_point() and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] == x.shape[1]))
-        if table and self._must_tell(x) and not owned(x, self.rows) and not storages([x]) <= self.rows.inputs:
+        if (
+            table
+            and self.tracking() is None
+            and self._must_tell(x)
+            and not owned(x, self.rows)
+            and not storages([x]) <= self.rows.inputs
+        ):
             raise self.doubtful(f"its indices {list(x.shape)} are none of the call's inputs: positions, it seems")
         kind = "embedding" if self.entry.site.kind == "embedding" else "product"
         dtype = x.dtype if x.is_floating_point() else self.w.dtype
@@ -261,6 +310,9 @@ class MixedWeight(_Mixed):
         return MixedExpert([part.expert(e) for part in self.parts], self.w[e], self.rows)
 
     def attribute(self, name: str) -> Any:
+        if name in ("T", "t", "mT", "transpose") and not self.stack and self.entry.site.kind == "linear":
+            turned = Turned(self)
+            return (lambda *dims: turned) if name in ("t", "transpose") else turned
         if self.stack and name in ("transpose", "mT", "to", "type", "contiguous", "float"):
             return MixedStack(self).attribute(name)
         return same(self, name) if name in ("to", "type", "float") else super().attribute(name)
@@ -327,6 +379,8 @@ class MixedWeight(_Mixed):
         """Whether all rows have the input x in common: it is said so, or x is made of the model's own tensors alone."""
         if self.rows.common is not None:
             return self.name in self.rows.common or (isinstance(x, Unrowed) and x.each is not None)
+        if (t := self.tracking()) is not None and t.get(x) is None:
+            return self.rows.tokens is None  # what has rows is known: this is the same for all
         return known(x) or self.rows.owned(x)
 
     def added_to(self, y: Tensor, x: Tensor | None = None) -> Tensor:
@@ -371,6 +425,31 @@ class MixedExpert(MixedWeight):
     canonical = Expert.canonical
 
 
+class Turned(_Mixed):
+    """weight.T of a linear layer: x @ weight.T is the layer's own product."""
+
+    __slots__ = ("of",)
+    multiplies = False
+
+    def __init__(self, of: MixedWeight):
+        self.of, self.entry, self.w, self.rows = of, of.entry, of.w.mT, of.rows
+        self.task, self.inside = of.task, of.inside
+
+    def value(self, k: int) -> Tensor:
+        return self.of.value(k).mT
+
+    @classmethod
+    def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(func, "__name__", "") in ("matmul", "__matmul__", "mm") and isinstance(args[1], Turned):
+            return args[1].of.linear(args[0])
+        return super().call(func, args, kwargs)
+
+    def attribute(self, name: str) -> Any:
+        if name in ("T", "t", "mT", "transpose"):
+            return (lambda *dims: self.of) if name in ("t", "transpose") else self.of
+        return super().attribute(name)
+
+
 class MixedBias(_Mixed):
     """The bias slot of a mixed batch: `values` [k, out], and the base's own `w` [out]."""
 
@@ -394,7 +473,7 @@ class MixedBias(_Mixed):
     def added_to(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """y + the bias of each row. x: the layer's input, which tells the rows where y does not say itself."""
         t = self.tracking()
-        if t is not None and self.rows.size is not None:
+        if t is not None and self.rows.size is not None and not isinstance(y, Unrowed):
             known = y if x is None or t.get(y) is not None else x
             gates, tag = self.placed(t, known, self.tag(t, known), y.dim() - 1)
             with t.aside():

@@ -85,6 +85,8 @@ class Followed:
     def _by_size(self, x: Tensor) -> Tensor | None:
         gates = self.gates
         counted = not x.is_floating_point() and not storages([x]) <= gates.inputs
+        if getattr(x, "each", None) is not None:
+            return None  # a table of each row's own (unrowed.py)
         if gates.owned(x) or not gates.size or (counted and (x.dim() < 2 or x.shape[0] == x.shape[1])):
             return None  # the model's own, or positions, it may be
         n, tokens = gates.size, gates.tokens
@@ -186,6 +188,11 @@ class Tracking(TorchFunctionMode):
             return out  # a site has set it
         self._spread(args[0] if seen.name == "__setitem__" else out, self._tag_of(seen, out))
         return out
+
+    def of_output(self, f: Any, args: Any, kwargs: Any, out: Any) -> Tags:
+        """The tag of what a function of some tensors gave."""
+        known = [(v, tag) for v in _tensors_in(args, kwargs) if (tag := self.get(v)) is not None]
+        return self._tag_of(Seen(self, f, args, kwargs, {id(v): tag for v, tag in known}), out)
 
     def _tag_of(self, seen: Seen, out: Any) -> Tags:
         lost = next((t for t in seen.tags.values() if isinstance(t, Lost)), None)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
-from peftfn.slots.tags import RowsLost, constant
-from peftfn.slots.track import current
-from peftfn.tensors.arguments import mapped, tensors, visit
+from peftfn.slots.tags import Lost, RowsLost, constant
+from peftfn.slots.track import Tracking, current, writes
+from peftfn.tensors.arguments import batched, mapped, memory, tensors, visit
 from peftfn.tensors.lent import Lent
 
 _MEET = frozenset(
@@ -31,6 +31,25 @@ _MEET = frozenset(
 """Functions that broadcast from the last dimension on, in which a table may meet rows."""
 _BATCHED = _MEET | {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 """Functions whose inputs, where they have as many dimensions, have the same first one."""
+_OF_IT = frozenset(getattr(Tensor, k).__get__ for k in ("_base", "grad"))
+"""What gives another tensor that belongs to it, and is no value made of it."""
+_READS = frozenset(
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "__array__",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "equal",
+        "allclose",
+        "is_nonzero",
+        "__contains__",
+    ]
+)
+"""What makes numbers of it, which are one for all rows."""
 _NEW = frozenset(["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"])
 """Functions that take nothing but dtype and device from their tensor."""
 
@@ -129,8 +148,8 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     visit((args, kwargs), sort)
     if not tables:
         return func(*args, **kwargs)
-    rows = tables[0].rows
-    rowed = [v for v in others if not rows.owned(v)]
+    rows, t = tables[0].rows, _following(tables[0].rows)
+    rowed = [v for v in others if not rows.owned(v) and (t is None or t.get(v) is not None)]
     name = getattr(func, "__name__", "")
     if all(t.each is None for t in tables):
         out = func(*args, **kwargs)
@@ -144,12 +163,18 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     if rowed:
         return _met(func, args, kwargs, rows, rowed, site)
     own = next(t for t in tables if t.each is not None)
-    if own.version is None and own is args[0] and (_writes(name) or kwargs.get("inplace")):
-        raise _written(own, name)  # inference_mode does not count writes
+    if _writes(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
+        if not args or own is not args[0] or kwargs.get("out") is not None:
+            raise _untold(site, f"the model writes it into another tensor ({name})")
+        return _in_place(own, func, args, kwargs)
     out = func(*args, **kwargs)
     if not all(known(t) for t in tables):
         raise _written(own, name)
-    if not tensors(out):
+    if name in _READS and any(bool((t.each != t.each[:1]).any()) for t in tables if t.each is not None):
+        raise _untold(site, f"the model reads its values ({name})")
+    found: list[Tensor] = []
+    visit(out, lambda v: found.append(v) if isinstance(v, Tensor) else None)
+    if not found or func in _OF_IT:
         return out
     if name == "repeat" and (made := _repeated(tables[0], args[1:], rows)) is not None:
         return made
@@ -164,6 +189,23 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*mapped(args, swap), **mapped(kwargs, swap))
 
     return _wrapped(out, rows, vmap(one, randomness="different")(*each), site)
+
+
+def _in_place(own: Unrowed, func: Any, args: Any, kwargs: Any) -> Any:
+    """A function that writes to a table: it writes to every row's own. What else looks at that memory is out of date,
+    which its version tells."""
+    each = own.each
+    assert each is not None
+    if own.version is None or any(isinstance(v, Unrowed) and v.each is not None for v in tensors((args[1:], kwargs))):
+        raise _written(own, getattr(func, "__name__", ""))  # inference_mode does not count writes
+    shared = memory(own) == memory(each)
+    try:
+        vmap(lambda e: func(e, *args[1:], **kwargs), randomness="different")(each)
+        out = own if shared else func(*args, **kwargs)
+    except RuntimeError as e:
+        raise _written(own, getattr(func, "__name__", "")) from e
+    own.version = own._version
+    return own if out is own or func is Tensor.__setitem__ else out
 
 
 def _written(table: Unrowed, name: str) -> ValueError:
@@ -198,10 +240,16 @@ def _repeated(table: Unrowed, sizes: Any, rows: Gates) -> Tensor | None:
     return each.repeat(1, 1, *sizes[1:]).flatten(0, 1)
 
 
+def _following(rows: Gates) -> Tracking | None:
+    """What follows the rows of this call now. It knows all that has rows: a tensor without a tag has none."""
+    t = current()
+    return t if t is not None and t.call is rows.call and rows.call is not None else None
+
+
 def _owners(rows: Gates, rowed: list[Tensor], dims: int, count: int) -> Tensor | None:
     """The row of each entry of the first dimension, where a table meets `count` of them; None if it is not known."""
-    t = current()
-    if t is None or t.call is not rows.call:
+    t = _following(rows)
+    if t is None:
         known = bool(rows.size) and rows.at(count) is not None
         return torch.arange(count) // (count // (rows.size or 1)) if known else None
     tags = [t.get(v) for v in rowed if v.dim() == dims and v.shape[0] == count]
@@ -212,27 +260,74 @@ def _owners(rows: Gates, rowed: list[Tensor], dims: int, count: int) -> Tensor |
     return one.flatten().expand(count)
 
 
+def _untold(site: str, what: str) -> RowsLost:
+    return RowsLost(
+        f"{site}: all rows have its input in common, so its output is another for each row, and {what}, where peftfn "
+        "cannot tell the rows. Call net.apply for one adapter at a time, or leave this site out of the rules."
+    )
+
+
+def _apart(t: Tracking, func: Any, args: Any, kwargs: Any, rows: Gates, site: str) -> Any:
+    """A function in which tables meet rows that are followed: it runs with the tables of every row, and each position
+    of the output is that of its own row, which its tag tells."""
+    name = getattr(func, "__name__", str(func))
+    if writes(name) or "out" in kwargs or t.call.gates.tokens is not None:
+        raise _untold(site, f"{name} writes to what has rows")
+    tables: list[Unrowed] = []
+    visit((args, kwargs), lambda v: tables.append(v) if isinstance(v, Unrowed) and v.each is not None else None)
+    tag = t.of_output(func, args, kwargs, out := func(*args, **kwargs))
+    if not isinstance(out, Tensor) or isinstance(tag, list):
+        raise _untold(site, f"{name} uses it, and gives several tensors")
+    if isinstance(tag, Lost):
+        raise _untold(site, tag.why)
+
+    def of_row(i: int) -> Tensor:
+        own = {id(v): v.each[i] for v in tables if v.each is not None}
+        y: Tensor = func(*mapped(args, lambda v: own.get(id(v), v)), **mapped(kwargs, lambda v: own.get(id(v), v)))
+        return y
+
+    if tag is None:
+        return Unrowed.of(plain(out), rows, torch.stack([of_row(i) for i in range(rows.size or 0)]), site)
+    if batched(tag) or bool((tag < 0).any()):
+        raise _untold(site, f"{name} uses it with positions of no row")
+    if not tag.numel():
+        return t.put(plain(out), tag)
+    first, *others = tag.unique().tolist()
+    y = of_row(first)
+    for i in others:
+        y = torch.where(tag == i, of_row(i), y)
+    return t.put(y, tag)
+
+
 def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], site: str) -> Any:
     """A function in which tables meet rows: each row meets its own."""
     dims = max(v.dim() for v in rowed)
     count = max((v.shape[0] for v in rowed if v.dim() == dims), default=0)
-    owner = _owners(rows, rowed, dims, count)
+    owner, t = _owners(rows, rowed, dims, count), _following(rows)
 
-    def swap(v: Any) -> Any:
-        if not isinstance(v, Unrowed) or v.each is None or not known(v):
-            return v
-        each, shape = v.each, list(v.shape)
-        if func in _BATCHED and owner is not None and v.dim() == dims and shape[0] == count > 1:
+    def own(v: Tensor, each: Tensor) -> Tensor | None:
+        """v, each row with its own; None where that cannot be told of shapes alone."""
+        shape = list(v.shape)
+        if owner is None or not rows.size:
+            return None
+        if func in _BATCHED and v.dim() == dims and shape[0] == count > 1:
             return each[owner.to(each.device), torch.arange(count, device=each.device)]  # the model has expanded it
         if v.dim() == dims and shape[0] == 1:
             shape = shape[1:]
-        if func not in _MEET or not rows.size or owner is None or len(shape) >= dims:
-            raise RowsLost(
-                f"{site}: all rows have its input in common, so its output {list(v.shape)} is another for each row, "
-                f"and {getattr(func, '__name__', func)} uses it with {[list(r.shape) for r in rowed]}, where "
-                "peftfn cannot tell the rows. Call net.apply for one adapter at a time, or leave this site out of the "
-                "rules."
-            )
+        if func not in _MEET or len(shape) >= dims:
+            return None
         return each[owner.to(each.device)].reshape(count, *[1] * (dims - 1 - len(shape)), *shape)
 
-    return func(*mapped(args, swap), **mapped(kwargs, swap))
+    given: list[Unrowed] = []
+    visit((args, kwargs), lambda v: given.append(v) if isinstance(v, Unrowed) and v.each is not None else None)
+    owns = {id(v): own(v, v.each) for v in given if v.each is not None and known(v)}
+    name = getattr(func, "__name__", str(func))
+    if any(o is None for o in owns.values()):
+        if t is None:
+            raise _untold(site, f"{name} uses it with {[list(r.shape) for r in rowed]}")
+        return _apart(t, func, args, kwargs, rows, site)
+    if id(args[0]) in owns and writes(name):  # what is returned has rows; who looks at the table again is told
+        if args[0].version is None:
+            raise _written(args[0], name)
+        torch.autograd.graph.increment_version(args[0])
+    return func(*mapped(args, lambda v: owns.get(id(v), v)), **mapped(kwargs, lambda v: owns.get(id(v), v)))

@@ -144,16 +144,27 @@ class AdaptedWeight(Slot):
         return super().call(func, args, kwargs)
 
     def attribute(self, name: str) -> Any:
+        if name in ("mul_", "div_"):
+            return self._times
         self._refuse_write(name)
         value = self.dense()
         return getattr(Computed.of(value, self.name) if name in ("data", "detach") else value, name)
 
+    def _times(self, factor: Any) -> "AdaptedWeight":
+        """The model scales its weight in place: by 1 it stays what it is."""
+        if isinstance(factor, Tensor) or factor != 1:
+            raise self._unwritten(f"scaling it in place by {factor}")
+        return self
+
     def _refuse_write(self, function: str) -> None:
         if function.endswith("_") and not function.endswith("__"):
-            raise RuntimeError(
-                f"{self.name}: {function} would write to the adapted weight, which is computed anew each time, so the "
-                "write would be lost. Write to the base's parameter, or to the adapter's tensors"
-            )
+            raise self._unwritten(function)
+
+    def _unwritten(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name}: {what} would write to the adapted weight, which is computed anew each time, so the write "
+            "would be lost. Write to the base's parameter, or to the adapter's tensors"
+        )
 
     def item_at(self, index: Any) -> Any:
         if self.entry.site.stacked and picks_one(index):

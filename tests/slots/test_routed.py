@@ -447,9 +447,32 @@ def besides_another_rows_token(x: Tensor) -> Any:
     return z, lambda y: y[:, 1:].flatten(0, 1)
 
 
+def with_other_strides(x: Tensor) -> Any:
+    """Each position but the ends twice, as Longformer's chunks overlap."""
+    z = x.clone().as_strided((4, 2, 5, 8), (48, 8, 8, 1))  # of six tokens, the first and the last five
+    return z.reshape(-1, 8), lambda y: torch.cat([y.view(4, 2, 5, 8)[:, 0], y.view(4, 2, 5, 8)[:, 1, 4:]], 1)
+
+
+def over_the_end(x: Tensor) -> Any:
+    z = torch.cat([x, torch.zeros(4, 8)])[: len(x)]
+    return z.as_strided(x.shape, x.stride(), 16), lambda y: y
+
+
+def as_columns(x: Tensor) -> Any:
+    z = F.unfold(x.view(4, 2, 4, 6), (2, 3), stride=(2, 3))  # [4, 12, 4]
+    return z.mT.reshape(24, 8), lambda y: y
+
+
+def from_a_table_of_places(x: Tensor) -> Any:
+    grid = (x.view(4, 6, 1, 8)[..., :2]).tanh()
+    z = F.grid_sample(noise(4, 8, 3, 3), grid, align_corners=False)  # [4, 8, 6, 1]
+    return z.squeeze(-1).mT.reshape(24, 8), lambda y: y
+
+
 RIGHT = [by_argsort, back_by_writing, by_writing, into_places, by_index_add, rolled, by_mask, interleaved, copied]
+RIGHT += [with_other_strides, as_columns, from_a_table_of_places]
 LOST = [
-    *(by_one_hot, sums_of_two, through_numpy, into_numpy, without_a_rule, views_of_a_fresh_buffer, given_out),
+    *(by_one_hot, sums_of_two, into_numpy, without_a_rule, given_out, over_the_end),
     *(views_of_a_known_one, through_a_kept_view, through_data, through_the_data_of_a_view, sorted_features),
     *(turned_in_place, besides_another_rows_token),
 ]
@@ -469,6 +492,196 @@ def test_positions_that_are_moved_in_strange_ways(move: Any, mode: Any) -> None:
             return
         each = [net.model(x), *(net.apply(a, x) for a in adapters)]
         close(net.mixed(pf.stack(adapters), index, x), torch.stack([each[k + 1][i] for i, k in enumerate(index)]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("move", [through_numpy, views_of_a_fresh_buffer], ids=lambda f: f.__name__)
+def test_positions_that_are_nobodys_are_computed_for_each_row(move: Any, mode: Any) -> None:
+    """Where they meet a row again, it is told which of them it gets; as an output, it is not."""
+    torch.manual_seed(0)
+    with mode():
+        for again in (False, True):
+
+            def moved(x: Tensor, again: bool = again) -> Any:
+                z, back = move(x)
+                return z, lambda y: 0.5 * x + back(y) if again else back(y)
+
+            net = pf.adapt(Strange(moved), {"f": LoRA(2)}, routed=[""])
+            adapters, x, index = [random(net, s) for s in range(2)], noise(4, 6, 8), [1, -1, 0, 1]
+            if not again:
+                with pytest.raises(ValueError, match=r"f\.weight: the model returns what this site gives"):
+                    net.mixed(pf.stack(adapters), index, x)
+                continue
+            each = [net.model(x), *(net.apply(a, x) for a in adapters)]
+            close(net.mixed(pf.stack(adapters), index, x), torch.stack([each[k + 1][i] for i, k in enumerate(index)]))
+
+
+class Pictures(nn.Module):
+    """The patches of all rows' pictures are one line, which nothing says whose they are, until they are put among
+    tokens. generate's way: `get_image_features` comes before any forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.norm, self.f = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def get_image_features(self, patches: Tensor) -> Tensor:
+        return self.tower(self.norm(patches) if patches.dim() == 2 else self.norm(patches.flatten(0, 1))).relu_()
+
+    def forward(self, x: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+        return self.f(x.masked_scatter(places[..., None], self.get_image_features(patches))).tanh()
+
+    def ahead(self, x: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+        return self.get_image_features(patches).view(len(x), -1, 8).sum(1) + self(x, patches, places).sum(1)
+
+
+@pytest.mark.parametrize("rules", [{"tower|f": LoRA(2)}, {"tower|f": DoRA(2), "norm|bias": Full()}], ids=str)
+def test_patches_in_one_line_need_no_owners(rules: dict[str, pf.Method]) -> None:
+    """Right without them, forward and backward; owners say the same, and compute each patch once."""
+    torch.manual_seed(0)
+    net = pf.adapt(Pictures(), rules)
+    adapters, index = [random(net, s) for s in range(2)], [1, -1, 0]
+    x, patches = noise(3, 4, 8), noise(6, 8, seed=1)
+    places = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    many = _leaf(pf.stack(adapters))
+    got = net.mixed(many, index, x, patches, places)
+    rows = [(x[i : i + 1], patches[2 * i : 2 * i + 2], places[i : i + 1]) for i in range(3)]
+    a = [_leaf(b) for b in adapters]
+    want = torch.cat([net.apply(a[k], *row) if k >= 0 else net.model(*row) for k, row in zip(index, rows, strict=True)])
+    close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    trees_close(
+        {n: {k: _grad(t) for k, t in leaf.items()} for n, leaf in many.items()},
+        {n: {k: torch.stack([_grad(b[n][k]) for b in a]) for k in leaf} for n, leaf in many.items()},
+    )
+    with torch.no_grad():
+        owners = {"tower": torch.arange(3).repeat_interleave(2)}
+        if "norm|bias" not in rules:
+            close(net.mixed(many, index, x, patches, places, owners=owners), want)
+        many_patches = patches.view(3, 2, 8)
+        got = net.mixed(many, index, x, many_patches, places, method="ahead")
+        each = [
+            net.apply(a[k], *row, method="ahead") if k >= 0 else net.model.ahead(*row)
+            for k, row in zip(index, ((p, q, r) for p, q, r in rows), strict=True)
+        ]
+        close(got, torch.cat(each))
+
+
+TABLES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "in place": (lambda y, x: x + y.relu_(), ""),
+    "an item": (lambda y, x: x * y.sum().item(), "reads its values"),
+    "a condition that all meet": (lambda y, x: x * y.sum() if y.square().sum() > 0 else x, ""),
+    "into a buffer": (lambda y, x: x + torch.zeros(3, 8).index_copy_(0, torch.arange(3), y), "into another tensor"),
+    "by a number": (lambda y, x: x * y.sum(), ""),
+    "seen before": (lambda y, x: (y.view(-1), y.add_(x), x * y)[2], "writes to it in place"),
+    "at the ends": (lambda y, x: torch.cat([x, y.expand(4, 3, 8)], 1), ""),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_what_a_site_makes_of_an_input_of_all_rows_is_each_rows_own(case: str) -> None:
+    """Right, or an error: never the first row's for all."""
+    use, why = TABLES[case]
+
+    class Common(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return use(self.f(noise(3, 8, seed=2)), x)
+
+    torch.manual_seed(0)
+    net = pf.adapt(Common(), {"f": LoRA(2)}, routed=[""])
+    adapters, x, index = [random(net, s) for s in range(2)], noise(4, 3, 8), [1, -1, 0, 1]
+    if why:
+        with pytest.raises(ValueError, match=rf"f\.weight: all rows have its input in common.*{why}"):
+            net.mixed(pf.stack(adapters), index, x)
+        return
+    each = [net.model(x), *(net.apply(a, x) for a in adapters)]
+    close(net.mixed(pf.stack(adapters), index, x), torch.stack([each[k + 1][i] for i, k in enumerate(index)]))
+
+
+WEIGHTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "transposed": lambda m, x: x @ m.f.weight.T + x @ m.f.weight.t().mT.transpose(0, 1),
+    "normalised": lambda m, x: x @ F.normalize(m.f.weight).T + m.f.weight.square().sum(),
+    "in groups": lambda m, x: (
+        torch.bmm(x.reshape(-1, 2, 4).transpose(0, 1), m.f.weight.view(2, 8, 4).transpose(1, 2))
+        .transpose(0, 1)
+        .reshape(*x.shape[:2], 16)
+    ),
+    "indexed": lambda m, x: m.f.weight[x[..., 0].gt(0).long()] + m.f.weight.T[x[..., :1].lt(0).long(), :8].squeeze(2),
+    "on the left": lambda m, x: (m.f.weight @ x.mT).mT,
+    "scaled by one": lambda m, x: m.f.weight.div_(1) is None or m.f(x),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_functions_of_the_weight_itself(case: str) -> None:
+    """Each row has those of its own weight."""
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return WEIGHTS[case](self, x)
+
+    torch.manual_seed(0)
+    net = pf.adapt(Uses(), {"f.weight": LoRA(2)})
+    adapters, x, index = [random(net, s) for s in range(2)], noise(3, 5, 8), [1, -1, 0]
+    zero = pf.scale(adapters[0], 0.0)
+    want = torch.cat([net.apply(adapters[k] if k >= 0 else zero, x[i : i + 1]) for i, k in enumerate(index)])
+    close(net.mixed(pf.stack(adapters), index, x), want)
+
+
+def test_a_weight_that_the_model_scales_is_refused() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not hasattr(self.f.weight, "SCB")
+            self.f.weight.div_(2)
+            return self.f(x)
+
+    net = pf.adapt(Scales(), {"f.weight": LoRA(2)})
+    with pytest.raises(ValueError, match=r"f\.weight: the model scales the weight in place, by 2"):
+        net.mixed(pf.stack([random(net, s) for s in range(2)]), [0, 1, -1], noise(3, 8))
+    with pytest.raises(RuntimeError, match=r"f\.weight: scaling it in place by 2 would write"):
+        net.apply(random(net), noise(3, 8))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], first: bool):
+        super().__init__()
+        self.rnn, self.first = kind(8, 6, 2, bidirectional=True, batch_first=first), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.rnn(x if self.first else x.transpose(0, 1))
+        y, h = y if self.first else y.transpose(0, 1), state[0] if isinstance(state, tuple) else state
+        return torch.cat([y.flatten(1), h.transpose(0, 1).flatten(1)], 1)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["rows first", "sequence first"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind: type[nn.RNNBase], first: bool) -> None:
+    torch.manual_seed(0)
+    net = pf.adapt(Recurrent(kind, first), {r"weight_.h_l\d": LoRA(2)})
+    adapters, x, index = [random(net, s) for s in range(2)], noise(4, 5, 8), [1, -1, 0, 1]
+    many = _leaf(pf.stack(adapters))
+    got = net.mixed(many, index, x)
+    a = [_leaf(b) for b in adapters]
+    rows = [x[i : i + 1] for i in range(4)]
+    want = torch.cat([net.apply(a[k], row) if k >= 0 else net.model(row) for k, row in zip(index, rows, strict=True)])
+    close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for n, leaf in many.items():
+        for k, t in leaf.items():
+            close(_grad(t), torch.stack([_grad(b[n][k]) for b in a]))
 
 
 def test_the_error_says_which_function_lost_the_rows_and_what_to_do() -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from peftfn.slots.following.table import rule
-from peftfn.slots.tags import Unfollowed, alone
+from peftfn.slots.following.table import RULES, rule
+from peftfn.slots.tags import Unfollowed, alone, joined
 from peftfn.slots.track import Seen, Tags
 
 
@@ -22,3 +24,20 @@ def _images(seen: Seen, out: Any) -> Tags:
     if not isinstance(out, Tensor) or out.shape[0] != x.shape[0]:
         raise Unfollowed("its output has another first dimension")
     return tag.reshape(-1, *[1] * (out.dim() - 1))
+
+
+RULES[F.unfold] = RULES[torch._C._nn.im2col] = _images  # Tensor.unfold is another function of that name
+
+
+@rule("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+def _sampled(seen: Seen, out: Any) -> Tags:
+    """[n, channels, …] at the places of a grid [n, …, 2]: a place is of the row of its image, and of who asks."""
+    x, grid = seen.arg(0, "input"), seen.arg(1, "grid")
+    of_image, of_place = seen.rows(x), seen.rows(grid)
+    tag = None if of_image is None else alone(of_image, range(1, x.dim()))
+    if of_place is not None:
+        places = alone(of_place, [grid.dim() - 1]).movedim(-1, 1)
+        tag = places if tag is None else joined(tag, places)
+        if tag is None:
+            raise Unfollowed("its images and its places belong to different rows")
+    return tag

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.slots.following.table import rule, without_input
-from peftfn.slots.tags import Unfollowed, alike, constant, full, joined, small
+from peftfn.slots.tags import Unfollowed, alike, constant, full, joined, lifted, small
 from peftfn.slots.track import Seen, Tags
 
 
@@ -57,12 +57,27 @@ def looked_at(x: Tensor, index: Any) -> int:
     return sum(0 if i is None else i.dim() if isinstance(i, Tensor) and i.dtype in masks else 1 for i in index)
 
 
+def _asked(seen: Seen, index: Any, out: Tensor) -> Tags:
+    """What has no rows, at indices that have: who asks owns what it gets, where that is in the order of the indices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(i, Tensor) and i.dtype in (torch.long, torch.int) for i in parts):
+        return None
+    dims, tag = max(i.dim() for i in parts), None
+    for i in parts:
+        found = seen.rows(i)
+        found = None if found is None else lifted(found, dims)
+        tag = found if tag is None else tag if found is None else joined(tag, found)
+        if tag is None and found is not None:
+            raise Unfollowed("its indices belong to different rows")
+    return None if tag is None else tag.view(*tag.shape, *[1] * (out.dim() - dims))
+
+
 @rule("getitem")
 def _getitem(seen: Seen, out: Any) -> Tags:
     x, index = seen.args
     tag, made = seen.rows(x), seen.tracking.made
     if tag is None:
-        return None  # only its index has rows
+        return _asked(seen, index, out)
     one = isinstance(index, Tensor) and not index.is_inference()
     key = ("item", id(tag), id(index), x.shape, index._version) if one else None
     if key is None or key not in made:
@@ -106,8 +121,9 @@ def _cat(seen: Seen, out: Any) -> Tags:
 def _pad(seen: Seen, out: Any) -> Tags:
     x, widths = seen.arg(0, "input"), seen.arg(1, "pad")
     tag, n = small(seen.must(x)), len(widths) // 2
-    if all(tag.shape[x.dim() - 1 - i] == 1 for i in range(n) if widths[2 * i] or widths[2 * i + 1]):
-        return tag
+    padded = [x.dim() - 1 - i for i in range(n) if widths[2 * i] or widths[2 * i + 1]]
+    if (one := constant(tag, padded)) is not None:
+        return one
     if seen.arg(2, "mode", "constant") != "constant":
         raise Unfollowed("it pads with positions of several rows")
     first = x.dim() - n

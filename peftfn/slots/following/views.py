@@ -2,17 +2,21 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftfn.slots.following.table import rule, without_input
-from peftfn.slots.tags import Unfollowed, lifted, reshaped
+from peftfn.slots.tags import Unfollowed, constant, lifted, reshaped
 from peftfn.slots.track import Seen, Tags
+from peftfn.tensors.arguments import batched
 
 
 @rule("view reshape flatten unflatten view_as reshape_as")
 def _reshape(seen: Seen, out: Any) -> Tags:
     x = seen.arg(0, "input")
-    tag = seen.must(x)
+    tag = seen.rows(x)
+    if tag is None:
+        return None  # only what it is to look like has rows
     if out.numel() != x.numel():
         raise Unfollowed("it changes the dtype")
     key, made = (id(tag), x.shape, out.shape), seen.tracking.made
@@ -44,7 +48,8 @@ def _squeeze(seen: Seen, out: Any) -> Tags:
 
 @rule("expand expand_as broadcast_to")
 def _expand(seen: Seen, out: Any) -> Tags:
-    return lifted(seen.must(seen.arg(0, "input")), out.dim())
+    tag = seen.rows(seen.arg(0, "input"))
+    return None if tag is None else lifted(tag, out.dim())
 
 
 @rule("repeat tile")
@@ -54,3 +59,26 @@ def _repeat(seen: Seen, out: Any) -> Tags:
     shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
     times = [n // s if s else 1 for n, s in zip(out.shape, shape, strict=True)]
     return tag.repeat([n if tag.shape[d] > 1 else 1 for d, n in enumerate(times)])
+
+
+@rule("as_strided")
+def _strided(seen: Seen, out: Any) -> Tags:
+    """The same memory with other strides: so is the tag, laid out in memory as its tensor is."""
+    x = seen.arg(0, "input")
+    tag, at = seen.must(x), (x.storage_offset(), out.storage_offset())
+    if batched(x) or batched(tag):
+        raise Unfollowed("a vmap is over what it sees with other strides")
+    ends = [1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (x, out)]
+    first = min(at)
+    laid = torch.full([max(a + n for a, n in zip(at, ends, strict=True)) - first], _UNSEEN, device=tag.device)
+    laid.as_strided(x.shape, x.stride(), at[0] - first).copy_(tag.expand(x.shape))
+    new = laid.as_strided(out.shape, out.stride(), at[1] - first)
+    if out.numel() and bool((new == _UNSEEN).any()):
+        raise Unfollowed("it sees memory that its input does not")
+    for d in range(new.dim()):
+        one = constant(new, [d])
+        new = new if one is None else one
+    return new
+
+
+_UNSEEN = -2
