@@ -35,18 +35,8 @@ _OF_IT = frozenset(getattr(Tensor, k).__get__ for k in ("_base", "grad"))
 """What gives another tensor that belongs to it, and is no value made of it."""
 _READS = frozenset(
     [
-        "item",
-        "tolist",
-        "numpy",
-        "__array__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "equal",
-        "allclose",
-        "is_nonzero",
-        "__contains__",
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal"),
+        *("allclose", "is_nonzero", "__contains__"),
     ]
 )
 """What makes numbers of it, which are one for all rows."""
