@@ -15,14 +15,14 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method and where it stands."""
+    """A method and where it stands: a name of `PLACES`, or a regular expression behind a task's layers."""
 
     method: pf.Method
     places: str = "matrices"
 
     def rules(self, layers: str) -> dict[str, pf.Method]:
         """Rules for `adapt`; `layers` as a `Ready` has it."""
-        return {layers + PLACES[self.places]: self.method}
+        return {layers + PLACES.get(self.places, self.places): self.method}
 
 
 METHODS = {

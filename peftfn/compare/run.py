@@ -101,49 +101,52 @@ def read(folder: Path) -> list[Json]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def one(ready: Ready, name: str, recipe: Recipe, how: Settings, folder: Path | None = None) -> Json:
-    """The record of a method on a task. The trials are kept in the folder until it is there."""
-    net = pf.adapt(ready.model, recipe.rules(ready.layers))
+@dataclass(frozen=True)
+class Training:
+    """How a net is trained on a task: functions for `sweep`, whose configurations have a rate "lr" and a "seed"."""
 
-    def batch(index: Tensor) -> tuple[Tensor, ...]:
-        return (ready.label[index], *(x[index] for x in ready.inputs))
+    ready: Ready
+    how: Settings
 
-    def data(config: Mapping[str, Any], step: int) -> tuple[Tensor, ...]:
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """(label, *inputs) of some examples."""
+        return (self.ready.label[index], *(x[index] for x in self.ready.inputs))
+
+    def data(self, config: Mapping[str, Any], step: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(10_000 * config["seed"] + step)
-        return batch(ready.train[torch.randint(len(ready.train), (how.batch,), generator=g)])
+        train = self.ready.train
+        return self.batch(train[torch.randint(len(train), (self.how.batch,), generator=g)])
 
-    def loss(net: pf.Adapted, adapter: Mapping[str, Any], batch: tuple[Tensor, ...]) -> Tensor:
-        return ready.loss(partial(net.apply, adapter, method=ready.method), *batch)
+    def loss(self, net: pf.Adapted, adapter: Mapping[str, Any], batch: tuple[Tensor, ...]) -> Tensor:
+        return self.ready.loss(partial(net.apply, adapter, method=self.ready.method), *batch)
 
-    def optimizer(config: Mapping[str, Any]) -> pf.steps.Step:
-        schedule = pf.steps.cosine(how.steps, warmup=max(1, how.steps // 20))
+    def optimizer(self, config: Mapping[str, Any]) -> pf.steps.Step:
+        schedule = pf.steps.cosine(self.how.steps, warmup=max(1, self.how.steps // 20))
         return pf.steps.chain(pf.steps.clip(1.0), pf.steps.adamw(config["lr"]), pf.steps.scheduled(schedule))
 
-    def evaluate(net: pf.Adapted, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+    def evaluate(self, net: pf.Adapted, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
+        ready = self.ready
         call = partial(net.apply, adapter, method=ready.method)
         own = ready.own.loss(partial(net.apply, adapter, method=ready.own.method))
         return {"validation": ready.right(call, ready.validation), "test": ready.right(call, ready.test), "own": own}
 
-    configs = pf.grid(lr=how.rates, seed=range(how.seeds))
-    done = pf.sweep(
-        configs,
-        net,
-        loss,
-        data,
-        optimizer,
-        steps=how.steps,
-        every=how.steps,
-        slots=how.slots,
-        evaluate=evaluate,
-        folder=folder,
-    )
-    seconds, memory = _alone(partial(loss, net), net.init(), data(configs[0], 0))
-    start = partial(loss, net, batch=batch(ready.train[: 2 * how.batch]))
+    def sweep(self, net: pf.Adapted, folder: Path | None = None) -> pf.Swept:
+        """All rates and seeds."""
+        configs, how = pf.grid(lr=self.how.rates, seed=range(self.how.seeds)), self.how
+        given = (net, self.loss, self.data, self.optimizer)
+        return pf.sweep(
+            configs, *given, steps=how.steps, every=how.steps, slots=how.slots, evaluate=self.evaluate, folder=folder
+        )
+
+
+def one(ready: Ready, name: str, recipe: Recipe, how: Settings, folder: Path | None = None) -> Json:
+    """The record of a method on a task. The trials are kept in the folder until it is there."""
+    net, training = pf.adapt(ready.model, recipe.rules(ready.layers)), Training(ready, how)
+    done = training.sweep(net, folder)
+    loss = partial(training.loss, net)
+    seconds, memory = _alone(loss, net.init(), training.data({"seed": 0}, 0))
+    start = partial(loss, batch=training.batch(ready.train[: 2 * how.batch]))
     right, own = ready.base()
-    trials = [
-        {**t.config, "status": t.status, "step": t.step, "seconds": t.seconds, **(t.history[-1] if t.history else {})}
-        for t in done.trials
-    ]
     return {
         "task": ready.name,
         "title": ready.title,
@@ -158,16 +161,29 @@ def one(ready: Ready, name: str, recipe: Recipe, how: Settings, folder: Path | N
         "bytes": _size(net),
         "seconds_a_step_alone": seconds,
         "peak_bytes_alone": memory,
-        "trials": trials,
-        "environment": {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("peftfn", "torch")},
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "load_average": round(os.getloadavg()[0], 1),
-        },
+        "trials": trials(done),
+        "environment": environment(),
+    }
+
+
+def trials(done: pf.Swept) -> list[Json]:
+    """A flat dict of each trial, with the last row of its history."""
+    return [
+        {**t.config, "status": t.status, "step": t.step, "seconds": t.seconds, **(t.history[-1] if t.history else {})}
+        for t in done.trials
+    ]
+
+
+def environment() -> Json:
+    """What figures depend on. No names of hosts, no paths."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("peftfn", "torch")},
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
