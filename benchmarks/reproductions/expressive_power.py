@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from benchmarks.reproductions.claim import NO, YES, Claim, Json, table
+from benchmarks.reproductions.claim import NO, PARTLY, YES, Claim, Json, table
 
 SIZE, DEPTHS = 8, (1, 2, 4)
 EXACT = 1e-6
@@ -64,9 +64,13 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         bound = f"{max(figures['bound'][name]):.1e}"
         rows.append([depth, rank, need, f"{max(errors):.1e}", f"{min(errors):.1e}", bound])
         (at if rank >= need else below).append(errors)
+    draws = [e for errors in at for e in errors]
+    met = sum(e < EXACT for e in draws)
     verdicts = {
-        f"at the threshold, training meets every target (error below {EXACT:g})": YES
-        if all(max(e) < EXACT for e in at)
+        f"at the threshold, training meets the target ({met} of {len(draws)} draws; error below {EXACT:g})": YES
+        if met == len(draws)
+        else PARTLY
+        if met
         else NO,
         "below it, none": YES if all(min(e) > EXACT for e in below) else NO,
     }

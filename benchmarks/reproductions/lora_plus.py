@@ -1,5 +1,6 @@
 """Two learning rates, one for A and one for B, and which of the two starts at zero."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -125,13 +126,15 @@ def draw(figures: Json, path: Path) -> None:
     from matplotlib.figure import Figure
 
     exponents, loss = figures["exponents"], figures["loss"]
-    figure = Figure(figsize=(3.4 * len(loss), 3.6), layout="constrained")
-    image = None
+    figure = Figure(figsize=(3.4 * len(loss), 3.2), layout="constrained")
+    image, least_of_all = None, min(least(v, exponents)[0] / figures["still"][n.split(",")[0]] for n, v in loss.items())
     for axis, (name, cells) in zip(figure.subplots(1, len(loss), squeeze=False)[0], loss.items(), strict=True):
         still = figures["still"][name.split(",")[0]]
         values = torch.tensor([[float("nan") if x is None else x / still for x in row] for row in cells]).log10()
         lo, hi = exponents[0] - 0.5, exponents[-1] + 0.5
-        image = axis.imshow(values, origin="lower", extent=(lo, hi, lo, hi), cmap="viridis", vmin=-2.5, vmax=0)
+        image = axis.imshow(
+            values, origin="lower", extent=(lo, hi, lo, hi), cmap="viridis", vmin=math.log10(least_of_all), vmax=0
+        )
         _, i, j = least(cells, exponents)
         axis.plot([j], [i], "r*", markersize=10)
         axis.plot([lo, hi], [lo, hi], color="white", linewidth=0.8, linestyle=":")

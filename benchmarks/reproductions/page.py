@@ -22,9 +22,9 @@ def page(claims: Mapping[str, Claim], records: Mapping[str, Json]) -> str:
     there = {name: claim for name, claim in claims.items() if name in records}
     verdicts = {name: claim.found(records[name]["figures"])[0] for name, claim in there.items()}
     rows = [
-        [f"[{claim.title}](#{anchor(claim.title)})", what, verdict]
+        ["" if i else f"[{claim.title}](#{anchor(claim.title)})", what, verdict]
         for name, claim in there.items()
-        for what, verdict in verdicts[name].items()
+        for i, (what, verdict) in enumerate(verdicts[name].items())
     ]
     sections = [section(name, claim, records[name]) for name, claim in there.items()]
     return "\n".join([HEAD, table(["", "claim", "here"], rows), *sections])
