@@ -6,7 +6,7 @@ from peftfn import routing
 from peftfn.core.combine import Chain, chain, scale
 from peftfn.core.method import Method, Weight, registry
 from peftfn.core.modulechain import ModuleChain
-from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Adapter
 from peftfn.core.rng import Rng
 from peftfn.formats import load, save
@@ -60,6 +60,7 @@ View.saver = partial(save_pretrained, write=save_view)  # two rooms that do not 
 __all__ = [
     "Adapted",
     "Adapter",
+    "Along",
     "Bank",
     "BankBusy",
     "Chain",

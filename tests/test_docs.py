@@ -86,7 +86,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(compile(EXAMPLES[name], f"the example of {name}", "exec"), {"torch": torch, "pf": pf})
 
 
-HOOKS = {"Method", "Weight", "ModuleMethod", "Tokens", "Prefix", "Place", "Rng", *registry}
+HOOKS = {"Method", "Weight", "ModuleMethod", "Along", "Tokens", "Prefix", "Place", "Rng", *registry}
 """Classes whose members are explained together, in docs/adding_a_method.md, rather than one by one."""
 
 

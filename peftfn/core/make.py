@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 from peftfn.core import functions
 from peftfn.core.made import called, check_own, check_tensors, held_at
 from peftfn.core.method import Leaf, Method, Weight
-from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, Companion, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Entry, Plan, WeightEntry
 from peftfn.core.rng import Rng
 from peftfn.core.rules import checked, match, offered
@@ -322,6 +322,7 @@ PROBES: dict[type[Method], type[_Probe]] = {
     ModuleMethod: _ModuleProbe,
     Tokens: _Probe,
     Prefix: _Probe,
+    Along: _Probe,
 }
 """Family → what finds out what its methods need at a site."""
 

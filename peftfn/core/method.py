@@ -60,7 +60,8 @@ registry: dict[str, type["Method"]] = {}
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What every method has, whatever it adapts. Derive from a family: `Weight` for methods that change a weight,
-    `ModuleMethod` for those around a module's forward, `Tokens` or `Prefix` for those on a backbone's inputs.
+    `ModuleMethod` for those around a module's forward, `Tokens` or `Prefix` for those on a backbone's inputs,
+    `Along` for a state that goes along its blocks.
 
     A family (`class Weight(Method, family=True)`) says what its methods define; a method is a frozen dataclass whose
     fields are its hyper-parameters and whose functions are pure. w stands for what the method sees at a site: for

@@ -1,7 +1,8 @@
 """The families of methods that act on modules: `ModuleMethod` around a forward, `Tokens` and `Prefix` on a backbone's
-inputs."""
+inputs, `Along` with a state that goes along its blocks."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from peftfn.model.place import MODULE, TOKENS, Place, is_causal, is_encoder_of_t
 MASK = "mask"
 OUTPUT = "output"
 CROSSED = "crossed"
+ALONG = "along"
 
 
 class Companion(NamedTuple):
@@ -44,6 +46,10 @@ class OfModule(Method, family=True):
     def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
         """Return what the method needs at other modules. Raise ValueError if the model lacks one."""
         return ()
+
+    def settle(self, m: Place) -> None:
+        """Make what is to stand at the place besides tensors (`Place.network`): before the first call of each copy of
+        the model, where no transform and no compiler sees it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,3 +207,49 @@ class Prefix(OfModule, family=True):
     @classmethod
     def overrides(cls, name: str) -> bool:
         return super().overrides(name) or (name == "prepare" and super().overrides("prefix"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Along(OfModule, family=True):
+    """Base of every method with a state of its own that goes along the blocks of a causal backbone, beside the hidden
+    states: `start` makes it, and at each block `into` changes what goes in, and `onward` the state after it.
+
+    The site is a backbone, as for `Tokens`. A method defines `init`, `blocks`, `size` and these three functions. The
+    state is [rows, tokens, size]; in a mixed batch each row has that of its adapter. `start` is called with a cache of
+    its own where the backbone has one, so that a step of `generate` sees new tokens alone.
+
+    Example:
+        class Halved(pf.Shadow):
+            into = lambda self, p, i, x, state: x + (super().into(p, i, x, state) - x) / 2
+        assert Halved().adapts == "backbone"
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({TOKENS})
+    adapts: ClassVar[str] = "backbone"
+    combines = False  # type: ignore[assignment]  # the state is not linear in anything that could be scaled
+    per_row = False
+
+    def blocks(self, m: Place) -> tuple[str, ...]:
+        """Return the names of the blocks inside of the backbone, in the order of the forward."""
+        raise NotImplementedError(f"{type(self).__name__} must define blocks(m)")
+
+    def size(self, m: Place) -> int:
+        """Return the features of the state."""
+        return m.width
+
+    def start(self, p: Leaf, m: Place, given: dict[str, Tensor], cache: Callable[[Any], Any]) -> Tensor:
+        """Return the first state. given: the backbone's inputs_embeds [rows, tokens, d], and those of its input_ids,
+        attention_mask and position_ids that the call has. cache(config): what a network of the method with this
+        configuration goes on with; None without a cache."""
+        raise NotImplementedError(f"{type(self).__name__} must define start(p, m, given, cache)")
+
+    def into(self, p: Leaf, i: int, x: Tensor, state: Tensor) -> Tensor:
+        """Return what goes into block i of `blocks` in place of x [rows, tokens, d]."""
+        return x
+
+    def onward(self, p: Leaf, i: int, y: Tensor, state: Tensor) -> Tensor:
+        """Return the state after block i, which returned y."""
+        return state
+
+    def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
+        return tuple(Companion(f"{m.name}.{n}" if m.name else n, ALONG) for n in self.blocks(m))

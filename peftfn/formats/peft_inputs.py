@@ -1,4 +1,4 @@
-"""PEFT's files of methods that change no weight, both ways: prompts, prefixes and LLaMA-Adapter.
+"""PEFT's files of methods that change no weight, both ways: prompts, prefixes, LLaMA-Adapter and ShadowPEFT.
 
 A prompt's file has what it comes to, the tokens or the keys and values, and not what they were made of (P-tuning's
 encoder): `load` returns a prepared adapter then, which runs, trains and saves as it is. A file of multitask prompts
@@ -6,6 +6,7 @@ has several tasks: `load` returns a stack with an adapter for each, for `net.mix
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.modules import OfModule, Prefix, Tokens
 from peftfn.core.plan import Entry
+from peftfn.formats import peft_shadow
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
@@ -27,6 +29,7 @@ from peftfn.methods.inputs.prefix import PrefixTuning, together
 from peftfn.methods.inputs.prompt import PromptTuning
 from peftfn.methods.inputs.ptuning import PTuning
 from peftfn.methods.modules.llama_adapter import LlamaAdapter
+from peftfn.methods.modules.shadow import Shadow
 from peftfn.methods.weights.full import Full
 from peftfn.model.model import Model
 from peftfn.model.place import is_causal
@@ -105,13 +108,19 @@ KINDS: dict[str, Kind] = {
     ),
 }
 ADAPTION = "ADAPTION_PROMPT"
-TYPES = frozenset({*KINDS, ADAPTION})
+TYPES = frozenset({*KINDS, ADAPTION, peft_shadow.TYPE})
 
 
 def load(config: dict[str, Any], file: File, model: Model, where: Path, options: Options) -> Loaded:
     """The adapter of one of `TYPES`. ValueError for what would not mean here what it means to PEFT."""
     if config["peft_type"] == ADAPTION:
         return _load_adaption(config, file, model, where, options.strict)
+    if config["peft_type"] == peft_shadow.TYPE:
+        loaded, odd = peft_shadow.load(config, file, model, where)
+        if odd and options.strict:
+            raise mismatch(file.where, (), odd)
+        weight = {k: config[k] for k in ("auxiliary_loss_weight",) if k in config}
+        return replace(loaded, unexpected=tuple(sorted(odd)), extra=_extra(config) | weight)
     kind = KINDS[config["peft_type"]]
     n = config.get("num_virtual_tokens")
     if not isinstance(n, int) or n < 1:
@@ -296,6 +305,9 @@ def document(
         raise ValueError("save: tasks=True is for multitask prompts alone; save the adapters of a stack one by one")
     if len(methods) == 1 and isinstance(method, LlamaAdapter):
         config, tensors = _adaption(net, mine, adapter)
+    elif len(mine) == 1 and isinstance(method, Shadow):
+        ((site, entry),) = mine.items()
+        config, tensors = peft_shadow.document(site, entry, adapter[site], model)
     elif len(mine) == 1 and any(isinstance(method, k.cls) for k in KINDS.values()):
         ((site, entry),) = mine.items()
         config, tensors = _prompt(net, site, entry, adapter, model)
@@ -312,7 +324,8 @@ def document(
         for name in {**rest, **more}:
             w = model.weights[name]
             diff = adapter[name]["diff"].float() if name in rest else 0
-            tensors[f"{HEAD}{name}"] = (w.float() + diff).to(w.dtype)
+            head = peft_shadow.HEAD if isinstance(method, Shadow) else HEAD
+            tensors[f"{head}{name}"] = (w.float() + diff).to(w.dtype)
     shared = {"inference_mode": True, "peft_version": VERSION, "task_type": task}
     return {**shared, **config}, {k: t.detach().contiguous() for k, t in tensors.items()}
 

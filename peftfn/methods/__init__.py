@@ -26,6 +26,7 @@ from peftfn.methods.modules.neftune import NEFTune as NEFTune
 from peftfn.methods.modules.noreft import NoReFT as NoReFT
 from peftfn.methods.modules.restuning import ResTuning as ResTuning
 from peftfn.methods.modules.scetuning import SCETuning as SCETuning
+from peftfn.methods.modules.shadow import Shadow as Shadow
 from peftfn.methods.modules.side import Side as Side
 from peftfn.methods.weights.adalora import AdaLoRA as AdaLoRA
 from peftfn.methods.weights.adamss import AdaMSS as AdaMSS

@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 
 from peftfn.model.site import Site, is_conv1d
 from peftfn.tensors.loaded import source_of
+from peftfn.tensors.transform import building
 
 MODULE, TOKENS = "module", "tokens"
 """Kinds of site that are no parameters: any module, and a backbone, which embeds tokens."""
@@ -30,6 +31,7 @@ class Place:
         name: the module's dotted name; "" is the model itself.
         module: the module.
         arguments: the names of the arguments of its forward.
+        made_of: the module's class, in the model.
         config: the configuration of the module, or of the nearest module around it that has one; None if none has.
 
     Example:
@@ -44,6 +46,7 @@ class Place:
         self.name, self.module, self.config, self._widths = name, module, config, widths
         self.shape, self._like, self.arguments = Size((widths[1],)), like, arguments_of(module)
         self._forward: Any = module.forward
+        self.made_of, self._networks = type(module), dict[Any, nn.Module]()
 
     @classmethod
     def of(cls, model: nn.Module, name: str, tokens: bool = False) -> "Place":
@@ -60,7 +63,7 @@ class Place:
         """The same place of a copy of the model. forward: the module's own, or the class that has it. like: where to
         look for dtype and device."""
         out = copy.copy(self)
-        out.module, out._forward, out._like = module, forward, like or self._like
+        out.module, out._forward, out._like, out._networks = module, forward, like or self._like, {}
         return out
 
     @property
@@ -126,6 +129,14 @@ class Place:
         with swapped(self.module, params):
             return self.forward(*args, **kwargs)
 
+    def network(self, key: Any, make: Callable[[], nn.Module]) -> nn.Module:
+        """A module without values that a method runs here with tensors of its leaf: made once for each copy of the
+        model, since calls at the same time have different ones."""
+        if key not in self._networks:
+            with building():
+                self._networks[key] = make()
+        return self._networks[key]
+
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What stands in a call slot has this method; without an adapter the module's own forward is all there is."""
         return forward(*args, **kwargs)
@@ -165,13 +176,13 @@ def first_floats(module: nn.Module, but: type | tuple[type, ...] = ()) -> Where 
 
 @contextmanager
 def swapped(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """While it lasts, parameters of a private module are these."""
+    """While it lasts, parameters and buffers of a private module are these."""
     held: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, t in params.items():
             path, _, k = name.rpartition(".")
             layer = module.get_submodule(path)
-            slots: Any = layer._parameters if k in layer._parameters else None
+            slots: Any = next((d for d in (layer._parameters, layer._buffers) if k in d), None)
             if slots is None:
                 raise ValueError(f"{type(module).__name__} has no parameter {name} that could be another for a call")
             for where, key in ((vars(layer), "forward"), (slots, k)):  # the forward may be that of its adapted weight

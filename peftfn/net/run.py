@@ -54,7 +54,9 @@ class Runner:
         self._wider: dict[tuple[str, ...], Runner] = {}  # more routed modules → what runs with them
         self._whole: tuple[str, ...] = ()  # all modules, once a site has lost its rows
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
-        self.backbones = {s.name for plan in plans for s in plan.places if s.kind == TOKENS}
+        at = [(s, plan[s.name].method) for plan in plans for s in plan.places]
+        self.backbones = {s.name for s, _ in at if s.kind == TOKENS}
+        self.settle = {s.name: [m for o, m in at if o.name == s.name] for s, _ in at}
         self.arguments = arguments_of(model)
         check_copy(model)
         self._idle: list[Skeleton] = []
@@ -264,7 +266,7 @@ class Runner:
     _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _skeleton(self) -> Skeleton:
-        return Skeleton(self.model, self.slots, self.backbones, self.again, self.routed)
+        return Skeleton(self.model, self.slots, self.backbones, self.again, self.routed, self.settle)
 
 
 def copies_of(model: nn.Module, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

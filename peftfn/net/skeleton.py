@@ -8,6 +8,7 @@ it writes there. One skeleton serves one call at a time, so threads cannot colli
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from functools import partial
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Skeleton:
     """One copy of `base`, with the slots named in `sites` to be filled by the caller: of parameters, and of modules.
 
     backbones: those of the modules that stand for backbones. again: modules that keep nothing for the backward pass but
-    what goes in. routed: modules through which the rows of a mixed batch are followed.
+    what goes in. routed: modules through which the rows of a mixed batch are followed. settle: module → its methods.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Skeleton:
         backbones: Collection[str] = (),
         again: Sequence[str] = (),
         routed: Sequence[str] = (),
+        settle: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     ):
         self.base, self.sites, self.backbones, self.again, self.lock = base, sites, backbones, again, RLock()
-        self.routed = routed
+        self.routed, self.settle = routed, settle
         self._build()
 
     def _build(self) -> None:
@@ -100,6 +102,8 @@ class Skeleton:
         for name in self.called:
             module = self.root.get_submodule(name)
             place = Place.of(self.base, name, name in self.backbones).within(module, module.forward)
+            for method in self.settle.get(name, ()):
+                method.settle(place)
             slots: dict[str, Any] = {"call": Gone(name)}
             vars(module)["forward"] = hooked(slots, place.forward)
             self.slots[name] = (slots, "call")

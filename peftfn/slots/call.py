@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Method
-from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Entry
 from peftfn.model.place import Place
-from peftfn.slots import modules, prefix, tokens
+from peftfn.slots import along, modules, prefix, tokens
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Stack
 from peftfn.slots.slot import OUTLIVED
@@ -30,6 +30,7 @@ one `Alone`."""
 RUNS: dict[type[Method], tuple[int, Run]] = {
     Tokens: (5, tokens.run),
     Prefix: (10, prefix.run),  # inside of tokens, which look whether the cache is empty
+    Along: (15, along.run),
     ModuleMethod: (20, modules.run),
 }
 """Family → (its place in the order of what happens, the lowest outermost; what it does around a forward)."""

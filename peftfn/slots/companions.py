@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.modules import CROSSED, MASK, OUTPUT, Companion
+from peftfn.core.modules import ALONG, CROSSED, MASK, OUTPUT, Companion
 from peftfn.model.place import Place
+from peftfn.slots.along import block
 from peftfn.slots.call import Call, Step
 from peftfn.slots.gates import Gates
 from peftfn.slots.tokens import crossed
@@ -43,6 +44,7 @@ def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: An
 COMPANIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     OUTPUT: (0, _output),
     CROSSED: (3, crossed),
+    ALONG: (4, block),
     MASK: (7, _mask),  # inside of virtual tokens, which are tokens; outside of a prefix, which is none of them
 }
 """Kind of companion → (its place in the order of what happens around a forward, the lowest outermost; what it does:

@@ -62,7 +62,7 @@ def _point(
     if gates is None:
         (part,) = parts
         return _use(part, m, hook, base.dtype)(part.p, *xs, *_seen(part, m))
-    t, found, tag = _located(m, base, gates)
+    t, found, tag = located(m, base, gates)
     xs = tuple(plain(x) for x in xs)
 
     def uses(stack: Stack) -> batch.Uses:
@@ -82,7 +82,7 @@ def _point(
     return y if t is None else t.put(y, tag)  # type: ignore[no-any-return]
 
 
-def _located(m: Place, x: Tensor, gates: Gates) -> tuple[Tracking | None, Gates, Tensor | None]:
+def located(m: Place, x: Tensor, gates: Gates) -> tuple[Tracking | None, Gates, Tensor | None]:
     """(what follows rows here, the gates of x's first dimension, x's tag). ValueError where that has no rows."""
     t = current()
     if t is None or t.call is not gates.call or gates.size is None:
@@ -155,7 +155,7 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
         return part.method.leave(part.p, m, args, kwargs, out)
     y, put = _out(m, out)
     y = plain(y)
-    t, found, tag = _located(m, y, gates)
+    t, found, tag = located(m, y, gates)
     found = found.here(plain(_in(m, args, kwargs)[0]), m.label)
 
     def one(k: int, cut: Cut) -> Tensor:

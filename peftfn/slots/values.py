@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from peftfn.core.functions import bank_of, current
 from peftfn.core.method import Method, Weight
-from peftfn.core.modules import Companion, ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, Companion, ModuleMethod, Prefix, Tokens
 from peftfn.core.plan import Entry, Plan
 from peftfn.slots.acting import Acting
 from peftfn.slots.call import alone, mixed
@@ -42,6 +42,7 @@ FAMILIES: dict[type[Method], Family] = {
     ModuleMethod: _AT_MODULES,
     Tokens: _AT_MODULES,
     Prefix: _AT_MODULES,
+    Along: _AT_MODULES,
 }
 
 

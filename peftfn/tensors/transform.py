@@ -83,6 +83,19 @@ def outside() -> AbstractContextManager[Any]:
     return torch._C._DisableFuncTorch() if torch._C._functorch.maybe_current_level() is not None else nullcontext()
 
 
+@contextmanager
+def building() -> Iterator[None]:
+    """Modules that are made inside are those of no transform, and outlive the call: their makers may do what a
+    transform forbids."""
+    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        with lasting(), outside():
+            yield
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
+
+
 def moment() -> tuple[int, bool]:
     """(`backward_task`, `in_function`); nothing special while compiling."""
     return (-1, False) if torch.compiler.is_compiling() else (backward_task(), in_function())

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from peftfn.core import fields as fields_
 from peftfn.core.made import memory
 from peftfn.core.method import Leaf, Method, Weight
-from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, ModuleMethod, Prefix, Tokens
 from peftfn.core.rng import Rng
 from peftfn.model.model import weights_of
 from peftfn.model.place import Place
@@ -137,10 +137,23 @@ class AtInputs(At):
         return {f"m.module.{k}": t for k, t in self.w.module.named_parameters()}
 
     def uses(self, method: Any = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Function]]:
-        if isinstance(method or self.method, Tokens):
+        m = method or self.method
+        if isinstance(m, Along):
+            yield from self._along(m)
+        elif isinstance(m, Tokens):
             yield "tokens", lambda p: p["tokens"]
         else:
             yield "prefix", lambda p: torch.stack([p["keys"], p["values"]])
+
+    def _along(self, m: Along) -> Iterator[tuple[str, Function]]:
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]])
+        given = {"input_ids": ids, "inputs_embeds": self.w.embedding()(ids)}
+        yield "start", lambda p: m.start(p, self.w, dict(given), lambda config: None)
+        size, g = m.size(self.w), torch.Generator().manual_seed(0)
+        x, state = (torch.randn(2, 3, size, generator=g).to(self.w.dtype) for _ in range(2))
+        for i in range(len(m.blocks(self.w))):
+            yield "into", lambda p, i=i: m.into(cast(p, x.dtype), i, x, state)  # type: ignore[misc]
+            yield "onward", lambda p, i=i: m.onward(cast(p, x.dtype), i, x, state)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -463,7 +476,7 @@ def low_rank_is_linear(c: Case) -> None:
 def minds_rows_and_tokens(c: Case) -> None:
     """What a method around a module makes of a row depends on that row alone, and of a token on no later one; and the
     place stays as it is."""
-    for at in places(c) if isinstance(c.method, Tokens | Prefix) else ():
+    for at in places(c) if isinstance(c.method, Along | Tokens | Prefix) else ():
         count, trained = at.prepared(), replace_method(at, at.method.eval()).prepared()
         assert {k: t.shape for k, t in count.items()} == {k: t.shape for k, t in trained.items()}, (
             f"{said(at.method, 'prepare')} gives other numbers of virtual tokens in eval mode: a cache and a batch "

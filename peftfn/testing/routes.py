@@ -6,7 +6,7 @@ They are `delta` and `bias` of a method that changes a weight; `before`, `after`
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -155,6 +155,8 @@ def with_inputs(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
     place, method = pf.Place.of(net.model, name, tokens=True), entry.method.eval()
     p = method.prepare(entry.raw(adapter[name], adapter[entry.bank] if entry.bank else {}, place), place)
     given: dict[str, Any] = {"input_ids": x}
+    if isinstance(method, pf.Along):
+        return _along(method, p, place, x)
     if "tokens" in p:
         tokens = p["tokens"].expand(len(x), *p["tokens"].shape)
         given = {"inputs_embeds": torch.cat([tokens, place.embedding()(x)], 1)}
@@ -165,6 +167,27 @@ def with_inputs(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
         for layer, (k, v) in enumerate(zip(p["keys"], p["values"], strict=True)):
             given["past_key_values"].update(k.expand(len(x), *k.shape), v.expand(len(x), *v.shape), layer)
     out: Tensor = place.module(**given).last_hidden_state[:, -x.shape[1] :]
+    return out
+
+
+def _along(method: pf.Along, p: Any, place: pf.Place, x: Tensor) -> Tensor:
+    """The plain backbone with hooks of torch at its blocks."""
+    given = {"input_ids": x, "inputs_embeds": place.embedding()(x)}
+    states = [method.start(p, place, given, lambda config: None)]
+    handles = []
+    for i, name in enumerate(method.blocks(place)):
+        block = place.get(name)
+
+        def before(_: Any, args: Any, i: int = i) -> Any:
+            return (method.into(p, i, args[0], states[-1]), *args[1:])
+
+        def after(_: Any, args: Any, y: Any, i: int = i) -> None:
+            states.append(method.onward(p, i, y, states[-1]))
+
+        handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    out: Tensor = place.module(input_ids=x).last_hidden_state
+    for handle in handles:
+        handle.remove()
     return out
 
 
@@ -238,6 +261,8 @@ def _companions(c: Case) -> list[Any]:
     another; around a module, one of its output."""
     if isinstance(c.method, pf.Tokens | pf.Prefix):
         return [pf.PromptTuning(n=2)]
+    if isinstance(c.method, pf.Along):
+        return [replace(c.method, alpha=0.7)]  # type: ignore[call-arg]
     if not isinstance(c.method, Weight):
         return [pf.Bottleneck(rank=2, activation="tanh", init_weights="random")]
     plain: Weight = pf.Full() if c.kind.kind == "other" else pf.LoRA(rank=2, init_weights="random")

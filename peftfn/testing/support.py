@@ -17,7 +17,7 @@ from torch import nn
 
 import peftfn as pf
 from peftfn.core.method import Method, Weight, registry
-from peftfn.core.modules import ModuleMethod, Prefix, Tokens
+from peftfn.core.modules import Along, ModuleMethod, Prefix, Tokens
 from peftfn.testing.case import Case
 from peftfn.testing.fields import field_table, rate_table
 from peftfn.testing.laws import routes
@@ -89,7 +89,7 @@ def around() -> list[type[ModuleMethod]]:
 def on_inputs() -> list[type[Method]]:
     """The library's methods on inputs, by name."""
     ours = (c for _, c in sorted(registry.items()) if c.__module__.startswith("peftfn.m"))
-    return [c for c in ours if issubclass(c, Tokens | Prefix)]
+    return [c for c in ours if issubclass(c, Along | Tokens | Prefix)]
 
 
 def meaning(cls: type[Method]) -> tuple[str, str]:

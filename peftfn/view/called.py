@@ -88,6 +88,9 @@ def place_calls(
         like = first_floats(layer, Leaf) or first_floats(model, Leaf)
         slots[at] = Called(at, choice, leaves.get(at, {}), place.within(layer, own, like))
     for plan in plans:
+        for s in plan.places:
+            method: Any = plan[s.name].method
+            method.settle(slots[s.name].place[0])
         for site, companions in plan.accompanied.items():
             for c in companions:
                 slots[c.at].asked = tuple(dict.fromkeys([*slots[c.at].asked, (slots[site], c.kind)]))
