@@ -24,8 +24,10 @@ class Before:
         visit((tuple(args), dict(kwargs)), self.given.append)
         self.versions = self._versions()
         self.numbers = [(torch.random.set_rng_state, torch.random.get_rng_state())]
-        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-            self.numbers.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+        for kind in {t.device.type for t in tensors(self.given)} - {"cpu", "meta"}:
+            there = torch.get_device_module(kind)
+            if not getattr(there, "is_current_stream_capturing", bool)():  # a captured graph draws its own numbers
+                self.numbers.append((there.set_rng_state, there.get_rng_state()))
 
     def _versions(self) -> list[int | None]:
         return [None if t.is_inference() else t._version for t in tensors(self.given)]

@@ -330,7 +330,7 @@ def test_a_method_that_says_it_wrongly() -> None:
     with pytest.raises(ValueError, match=r"q_proj\.weight.*Merged acts on some tokens alone.*mergeable = False"):
         pf.adapt(net.model, {"q_proj": Merged(2)})
     for order in ((pf.LoRA(2), Halves(2)), (Halves(2), pf.LoRA(2))):
-        with pytest.raises(ValueError, match="chain: Halves.*acts on some tokens alone"):
+        with pytest.raises(ValueError, match=r"chain: Halves.*acts on some tokens alone"):
             pf.chain(*order)
 
 
