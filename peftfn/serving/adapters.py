@@ -1,17 +1,21 @@
 """The adapters of a server: names to folders of one directory, and a bank in which those that are used are resident."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfn.formats import load
 from peftfn.many.bank import BASE, Bank, fits, size
+from peftfn.many.stack import stack
 from peftfn.net.net import Adapted
+from peftfn.serving.batch import Stepper
 
 _LONGEST = 128
+_INSTEAD = "answer it with net.apply(…, method='generate')"
 
 
 class Adapters:
@@ -25,13 +29,14 @@ class Adapters:
             wider one of at most twice the size takes the plan's place.
 
     Raises:
+        TypeError, ValueError: as for `Stepper`.
         NotADirectoryError: the root is none.
         PermissionError: it cannot be read.
     """
 
     def __init__(self, model: nn.Module, root: Path | None, *, slots: int = 64, plans: int = 4):
         self.model, self.root = model, None if root is None else directory(root)
-        self.slots, self.plans = slots, plans
+        self.slots, self.plans, self.stepper = slots, plans, Stepper(model)
         self.bank: Bank | None = None
         self._lock, self._loading = Lock(), Lock()  # of the tables; of what is slow: one adapter at a time
         self._keys: dict[str, str] = {}  # name → its name in the bank, another one after each registration
@@ -186,11 +191,31 @@ class Adapters:
                 return self.bank.put(key, folder)
             except ValueError:  # a broken file, which loading says again, or one that fits no plan
                 pass
-        net, _ = load(folder, self.model)
-        _stepwise(net)
+        net, adapter = load(folder, self.model)
+        self._stepwise(net, adapter)
         self.bank = self._grown(net)
         self.bank.put(key, folder)
         return None
+
+    def _stepwise(self, net: Adapted, adapter: Mapping[str, Any]) -> None:
+        """ValueError where an adapter needs more than its rows' keys and values from one step to the next."""
+        for name, entry in net.plan.items():
+            method = entry.method
+            if method.adapts == "backbone" or getattr(method, "sees_mask", False):
+                raise ValueError(
+                    f"{name or 'the model'}: {type(method).__name__} counts the tokens of a whole call, which a row "
+                    f"that goes on step by step has not: {_INSTEAD}"
+                )
+
+        def run(input_ids: Tensor, **inputs: Any) -> Any:
+            return net.mixed(stack([adapter]), [0] * len(input_ids), input_ids=input_ids, **inputs)
+
+        try:
+            agrees = self.stepper.agrees(run)
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"it cannot go on step by step in a batch ({e}): {_INSTEAD}") from e
+        if not agrees:
+            raise ValueError(f"step by step in a batch it gets other logits than in one pass: {_INSTEAD}")
 
     def _grown(self, net: Adapted) -> Bank:
         """A bank with room for adapters of one more net, and for all that requests use now."""
@@ -229,14 +254,3 @@ def _odd(name: object) -> str | None:
     if any(c in "/\\:#" or not c.isprintable() for c in name):
         return "it must have no path separator, colon, number sign, or character that cannot be printed"
     return None
-
-
-def _stepwise(net: Adapted) -> None:
-    """ValueError where an adapter needs more than its rows' keys and values from one step to the next."""
-    for name, entry in net.plan.items():
-        method = entry.method
-        if method.adapts == "backbone" or getattr(method, "sees_mask", False):
-            raise ValueError(
-                f"{name or 'the model'}: {type(method).__name__} counts the tokens of a whole call, which a row that "
-                "goes on step by step has not: answer it with net.apply(…, method='generate')"
-            )

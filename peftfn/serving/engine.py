@@ -13,7 +13,7 @@ from torch import nn
 
 from peftfn.many.bank import BASE
 from peftfn.serving.adapters import Adapters
-from peftfn.serving.batch import Batch, Stepper
+from peftfn.serving.batch import Batch
 from peftfn.serving.sampling import Defaults, choose
 from peftfn.serving.text import Text
 from peftfn.serving.ticket import Ask, Full, Piece, Stopped, Ticket
@@ -54,7 +54,7 @@ class Engine:
             )
         if model.training:
             raise ValueError("serve: the model is in training mode: call model.eval() first")
-        self.defaults, self.stepper = Defaults.of(model), Stepper(model)
+        self.defaults, self.stepper = Defaults.of(model), adapters.stepper
         if tokenizer is not None:
             tokenizer.encode("a")  # a first use may change its settings, which must not happen in two threads at once
         self.model, self.adapters, self.tokenizer = model, adapters, tokenizer

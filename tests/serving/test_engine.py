@@ -1,7 +1,10 @@
 """The engine: what a request gets is what `generate` gives alone, whoever stands beside it, comes and goes."""
 
+import re
 import shutil
 import time
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,6 +16,7 @@ from served import Answer, Held, alone, engine, folders, model, prompts
 from support import random
 
 import peftfn as pf
+from peftfn.method import registry
 from peftfn.serving.batch import Batch, Stepper
 from peftfn.serving.sampling import Defaults, Sampling, choose, generator
 from peftfn.serving.ticket import Ask, Full, Stopped
@@ -268,3 +272,34 @@ def test_a_cache_that_cannot_be_joined_is_made_again(running: Any, monkeypatch: 
     held.go()
     assert first + held.tokens() == alone(net, None, [9], 6)
     assert other.tokens() == alone(net, None, [5, 6], 5)
+
+
+def module_nets(base: Any) -> dict[str, pf.Adapted]:
+    """Every method at modules and on inputs that this model has a place for, at the first of these that takes it."""
+    made = {}
+    for name, method in registry.items():
+        for case, pattern in product(method.cases[:1], ("mlp", "self_attn", r"layers\.\d", "model")):
+            if method.adapts == "parameter" or name in made:
+                continue
+            with suppress(ValueError):
+                made[name] = pf.adapt(base, {pattern: method(**case)})
+    return made
+
+
+def test_every_method_at_modules_and_inputs_is_right_or_refused(tmp_path: Path, running: Any) -> None:
+    base = model(end=None)
+    e, asked, right = running(base, tmp_path, slots=4, plans=100), prompts(3), []
+    refused: list[str] = []
+    for name, net in module_nets(base).items():
+        pf.save(tmp_path / name, net, a := random(net, 1, scale=0.3))
+        try:
+            answers = [Answer(e, Ask(p, n, 5)) for p in asked for n in (name, None)]
+        except ValueError as why:
+            assert re.search("step by step|no stack of adapters", str(why)), why
+            refused.append(name)
+            continue
+        assert [x.tokens() for x in answers[::2]] == [alone(net, a, p, 5) for p in asked], name
+        assert [x.tokens() for x in answers[1::2]] == [alone(net, None, p, 5) for p in asked], name
+        right.append(name)
+    assert {"Bottleneck", "Compacter", "LlamaAdapter", "Side", "LoReFT"} <= set(right), right
+    assert {"LlamaPro", "PromptTuning", "PrefixTuning", "DeepPrompt"} <= set(refused), refused
