@@ -81,7 +81,9 @@ def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
         )
     else:
         file = path / KOHYA
-        if file.exists():
+        if path.suffix == ".gguf":
+            want = small_readers.gguf(path, MODEL)
+        elif file.exists():
             want = small_readers.kohya(file, MODEL)
         elif (path / "adapters.safetensors").exists():
             want = small_readers.mlx(path, MODEL)

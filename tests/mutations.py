@@ -24,6 +24,7 @@ Q, K, V, GATE = (rf"{n}_proj\.weight" for n in ["q", "k", "v", "gate"])
 OTHERS: dict[str, list[dict[str, pf.Method]]] = {
     "mlx": [{Q: pf.LoRA(2, 3.0), V: pf.LoRA(2, 3.0)}, {Q: pf.DoRA(2, alpha=3)}],
     "swift": [{Q: pf.LoRA(2), V: pf.LoRA(2)}, {Q: pf.DoRA(2, alpha=3)}, {"norm": pf.Full()}],
+    "gguf": [{Q: pf.LoRA(2, 3.0), V: pf.LoRA(3, 3.0), "embed_tokens": pf.LoRA(2, 3.0)}],
     "kohya": [
         {Q: pf.LoRA(2, alpha=3), K: pf.LoHa(2), V: pf.DoRA(2)},
         {Q: pf.InputDoRA(pf.LoRA(2)), K: pf.LoKr(2), V: pf.GLoRALycoris(2, alpha=3), GATE: pf.DiagOFT(4)},
@@ -60,6 +61,7 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
         "shira": peft.ShiraConfig(target_modules=["v_proj"], r=1, random_seed=3),
         "unilora": peft.UniLoraConfig(target_modules=["q_proj"], r=2, theta_d_length=9, save_indices=True),
         "tokens": peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7]),
+        "poly": peft.PolyConfig(target_modules=["q_proj"], r=2, n_tasks=2, n_skills=2, init_weights=False),
         "norms": peft.LNTuningConfig(target_modules=["norm"]),
     }
     with warnings.catch_warnings():
@@ -83,7 +85,8 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
     for format, rules in OTHERS.items():
         for i, methods in enumerate(rules):
             other = pf.adapt(MODEL, methods)
-            pf.save(root / f"{format} {i}", other, shaken(other.init(3), 3), format=format)
+            end = ".gguf" if format == "gguf" else ""
+            pf.save(root / f"{format} {i}{end}", other, shaken(other.init(3), 3), format=format)
     out = {}
     for path in sorted(root.iterdir()):
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".safetensors")]
@@ -142,7 +145,7 @@ def mutated(name: str, content: bytes, rng: random.Random) -> bytes:
         return text.encode("utf-8", "surrogatepass")
     if kind == "cut":
         return content[:where] if rng.random() < 0.5 else content + content[where:]
-    if kind == "flip" or name.endswith(".json"):
+    if kind == "flip" or not name.endswith(".safetensors"):
         out = bytearray(content)
         for _ in range(rng.randint(1, 4)):
             out[rng.randrange(rng.choice([len(content), min(len(content), 400)]))] = rng.randrange(256)

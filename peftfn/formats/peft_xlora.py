@@ -91,7 +91,7 @@ def _experts(config: Mapping[str, Any], where: Path, folder: Path) -> list[str]:
     """The experts' folders in the order of the classifier's outputs. PEFT gives the i-th of `adapters` the name i, and
     its outputs the order of the names in `adapters`."""
     named = config.get("adapters")
-    if not isinstance(named, dict) or not named or not all(isinstance(p, str) and p for p in named.values()):
+    if not isinstance(named, dict) or not named or not all(map(_is_path, named.values())):
         raise ValueError(f"{where}: adapters is {str(named)[:80]}; it must have the path of each expert")
     if sorted(named) != sorted(map(str, range(len(named)))):
         raise ValueError(
@@ -106,6 +106,12 @@ def _experts(config: Mapping[str, Any], where: Path, folder: Path) -> list[str]:
         beside = folder / Path(path).name  # where `save` puts them, which a moved folder has with it
         found.append(str(beside) if (beside / CONFIG).is_file() else path)
     return found
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a value may be a path: a system refuses others in ways of its own."""
+    parts = value.split("/") if isinstance(value, str) else ()
+    return bool(value) and "\0" not in value and len(value) < 4096 and all(len(p.encode()) < 256 for p in parts)
 
 
 def check_expert(plan: Plan, where: object) -> None:

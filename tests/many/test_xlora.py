@@ -157,6 +157,8 @@ def edited(folder: Path, **changes: Any) -> None:
         ({"adapters": {"math": "x"}}, r"adapters are called 'math', .* experts=\[…\]"),
         ({"adapters": {}}, "adapters is {}; it must have the path of each expert"),
         ({"adapters": {"0": 3}}, "it must have the path"),
+        ({"adapters": {"0": "ä" * 300}}, "it must have the path"),
+        ({"adapters": {"0": "a\0b"}}, "it must have the path"),
         ({"adapters": {"0": "../../none"}}, "does not exist"),
         ({"scaling_pass_value": 0.5}, "scaling_pass_value is 0.5: PEFT's classifier sees"),
         ({"scaling_pass_value": None}, "scaling_pass_value is None"),

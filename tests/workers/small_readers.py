@@ -60,6 +60,35 @@ def changed(w: Tensor, given: dict[str, Tensor]) -> Tensor:
     return m.reshape((-1, 1) if rows else (1, -1)) * (w + d) / (w + d).norm(dim=1 if rows else 0, keepdim=True)
 
 
+def gguf(path: Path, model: Any) -> Weights | None:
+    """As `kohya`, of a file for llama.cpp, by the gguf package; None where that cannot read it."""
+    from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+
+    try:
+        read = GGUFReader(path)
+        alpha = float(read.fields["adapter.lora.alpha"].contents()) if "adapter.lora.alpha" in read.fields else 0.0
+        tensors = {t.name: torch.from_numpy(t.data.copy()).float() for t in read.tensors}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
+        return None
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    out = {}
+    for name, w in model.named_parameters():
+        key = names.get_name(name, try_suffixes=(".weight",))
+        if f"{key}.lora_b" not in tensors:
+            continue
+        a, b = tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"]
+        scale = alpha / b.shape[1] if alpha else 1.0
+        if key == "token_embd.weight":
+            out[name] = w.detach() + scale * a @ b.T
+            continue
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(key.split(".")[2])
+        if heads:  # neighbours in each head, of its two halves
+            n = getattr(model.config, heads)
+            b = torch.cat([half for head in b.chunk(n) for half in (head[0::2], head[1::2])])
+        out[name] = w.detach() + scale * b @ a
+    return out
+
+
 def mlx(folder: Path, model: nn.Module) -> Weights:
     """As `kohya`, of a folder of MLX-LM: W + s (a b)ᵀ, with a magnitude m of each row where there is one."""
     s, found = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"], dict[str, Any]()
