@@ -110,7 +110,9 @@ def _experts(config: Mapping[str, Any], where: Path, folder: Path) -> list[str]:
 
 def _is_path(value: Any) -> bool:
     """Whether a value may be a path: a system refuses others in ways of its own."""
-    parts = value.split("/") if isinstance(value, str) else ()
+    if not isinstance(value, str):
+        return False
+    parts = value.split("/")
     return bool(value) and "\0" not in value and len(value) < 4096 and all(len(p.encode()) < 256 for p in parts)
 
 
