@@ -42,6 +42,9 @@ class Steps:
     def begin(self, given: Mapping[str, Any]) -> None:
         """A forward pass begins. given: its arguments by name."""
         self.made.clear()
+        if torch.compiler.is_compiling():  # a number of a cache would be a constant of the code
+            self.now = None
+            return
         tokens = next((t for k in ("input_ids", "inputs_embeds") if isinstance(t := given.get(k), Tensor)), None)
         start = None if given.get("past_key_values") is None else held_by(given["past_key_values"])
         known = tokens is not None and tokens.dim() > 1 and start is not None

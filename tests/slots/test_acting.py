@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,25 @@ def test_calls_and_modules_are_pefts(side: str) -> None:
         assert not torch.equal(base.generate(ids, attention_mask=mask, **OPTIONS), want)
         beams = net.apply(a, ids, method="generate", attention_mask=mask, num_beams=2, **OPTIONS)
         assert torch.equal(m.generate(input_ids=ids, attention_mask=mask, num_beams=2, **OPTIONS), beams)
+
+
+def test_trainer_trains_a_module_as_it_does_pefts(tmp_path: Path) -> None:
+    base, (net,), (a,) = setting(INVOCATION)
+    tf.logging.set_verbosity_error()
+    model, m = theirs(base, default=(config(), a)), pf.as_module(net, a)
+    how: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0, "use_cpu": True}
+    how |= {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    for trained in (model, m):
+        args = tf.TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **how)
+        tf.Trainer(trained, args, train_dataset=[{"input_ids": row, "labels": row} for row in IDS] * 4).train()
+    got, moved = pf.adapter_of(m), 0.0
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            site, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+            mine = got[f"{site}.weight"][rest[0].lower()]
+            close(mine, p)
+            moved = max(moved, float((mine - a[f"{site}.weight"][rest[0].lower()]).abs().max()))
+    assert moved > 1e-2
 
 
 def test_a_module_with_several_adapters_is_pefts() -> None:
