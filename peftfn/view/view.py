@@ -319,7 +319,7 @@ def _refusal(word: str, cure: str) -> Callable[..., Any]:
 
 
 @cache
-def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False, told: bool = False) -> Any:
+def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool, told: bool) -> Any:
     """A subclass of `cls` whose attributes `names` are parametrized; the root of a view has the methods of one.
 
     called: its forward looks into its call slot first. told: it tells the sites what it is called with.
@@ -363,7 +363,7 @@ def _derived(cls: Any, names: tuple[str, ...], view: bool, called: bool = False,
     return made
 
 
-def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool, told: bool = False) -> Any:
+def _empty(cls: type, names: tuple[str, ...], view: bool, called: bool, told: bool) -> Any:
     made = _derived(cls, names, view, called, told)
     return made.__new__(made)
 
@@ -435,9 +435,8 @@ def build(
         place(str(site.bias), _Bias(weight, missing))
     called = place_calls(model, places, calls, plans, choice, classes)
     for layer in {**slots, **dict.fromkeys(called)}:
-        layer.__class__ = _derived(classes[layer], tuple(slots.get(layer, ())), layer is model, layer in called)
-    if any(plan.gated for plan in plans):
-        tell_(model)
+        told = layer is model and any(plan.gated for plan in plans)
+        layer.__class__ = _derived(classes[layer], tuple(slots.get(layer, ())), layer is model, layer in called, told)
     bare = {id(plan): without_constants(plan) for plan in plans}  # adapters of one net have one plan
     model._peftfn = _State(
         plans={name: bare[id(plan)] for name, (plan, _) in given.items()},
