@@ -52,7 +52,7 @@ class Runner:
         self.routed = list(dict.fromkeys(name for names in found for name in names))
         self._told = any(names is not None for _, names in pairs)
         self._wider: dict[tuple[str, ...], Runner] = {}  # more routed modules → what runs with them
-        self._whole: tuple[str, ...] = ()  # all modules, once a site has lost its rows
+        self._whole: dict[Any, Sequence[str]] = {}  # calls in which a site has lost its rows ↦ all modules
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         at = [(s, plan[s.name].method) for plan in plans for s in plan.places]
         self.backbones = {s.name for s, _ in at if s.kind == TOKENS}
@@ -219,23 +219,24 @@ class Runner:
         owners: Mapping[str, Tensor] | None,
     ) -> Any:
         """`run`. If a site loses its rows and nobody said which modules move them, the call runs once more with rows
-        followed through the whole model, and so do later ones."""
-        if self._whole:
-            return self._with(self._whole).run(given, gates, args, kwargs, params, method, owners)
+        followed through the whole model, and so do later ones of that method."""
+        call = method, gates.common is None
+        if call in self._whole:
+            return self._with(self._whole[call]).run(given, gates, args, kwargs, params, method, owners)
         if self._told or torch.compiler.is_compiling():
             return self.run(given, gates, args, kwargs, params, method, owners)
         before = Before(args, kwargs)
         try:
             return self.run(given, gates, args, kwargs, params, method, owners)
         except RowsLost as e:
-            whole = tuple(routed_of(self.model, [""]))
+            whole = routed_of(self.model, [""])
             if (wider := self._with(whole)) is self or not before.again():
                 raise
             try:
                 out = wider.run(given, gates, args, kwargs, params, method, owners)
             except RowsLost as more:
                 raise RowsLost(f"{e.text} Followed through the whole model, they are lost too: {more}") from more
-        self._whole = whole
+        self._whole[call] = whole
         return out
 
     def _with(self, modules: Sequence[str]) -> "Runner":
