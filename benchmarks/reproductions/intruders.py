@@ -81,7 +81,9 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         if max(loras) > at_best["full"]
         else NO,
         "full fine-tuning makes none": YES if at_best["full"] == 0 else NO,
-        f"shrinking the intruders to {SHRUNK:g} forgets less (by {100 * saved:.0f} % of the rise)": YES if saved > 0 else NO,
+        f"shrinking the intruders to {SHRUNK:g} forgets less (by {100 * saved:.0f} % of the rise)": YES
+        if saved > 0
+        else NO,
         f"and costs little accuracy (less than a point; here {100 * lost:.1f})": YES if lost < 0.01 else NO,
     }
     less = [
