@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftfn.core.method import Method
-from peftfn.formats import bare, gguf, hub, kohya, mlx, native, peft, swift
+from peftfn.formats import adapterhub, bare, gguf, hub, kohya, mlx, native, peft, pyreft, swift
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
@@ -31,7 +31,16 @@ from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
 from peftfn.tensors.tree import mapped
 
-FORMATS: dict[str, Any] = {"native": native, "swift": swift, "mlx": mlx, "peft": peft, "gguf": gguf, "kohya": kohya}
+FORMATS: dict[str, Any] = {
+    "native": native,
+    "swift": swift,
+    "mlx": mlx,
+    "adapterhub": adapterhub,
+    "pyreft": pyreft,
+    "peft": peft,
+    "gguf": gguf,
+    "kohya": kohya,
+}
 """name → module, in the order in which `load` asks whose a path is."""
 
 PEFTS = (peft.CONFIG, peft.TENSORS, peft.PICKLE)
@@ -127,20 +136,22 @@ def load(
     Args:
         path: a folder or file; if it does not exist, a Hub repository "owner/name" (needs huggingface_hub).
         model: the base, without adapters of other libraries.
-        format: "native", "peft", "swift", "mlx", "gguf" or "kohya"; None detects it.
+        format: "native", "peft", "swift", "mlx", "adapterhub", "pyreft", "gguf" or "kohya"; None detects it.
         subfolder: folder or file inside `path`.
         revision: branch, tag or commit on the Hub.
         strict: whether missing tensors, tensors that have no place in the model, and tensors of another shape are
             errors. If False, the result lists them in `missing`, `unexpected` and `mismatched`.
         key_mapping: regular expression → replacement, tried in order on each module's name in the file; the first match
             counts. For a model whose modules have other names now.
-        pickled: whether to read adapter_model.bin (only tensors, `weights_only=True`) if there is no safetensors file.
+        pickled: whether to read pickles (adapter_model.bin, pytorch_adapter.bin; only tensors, `weights_only=True`) if
+            there is no safetensors file.
         experts: the order of lora_B in a PEFT file, for experts that are one stacked parameter: "peft", rank by rank,
             or "unsloth", expert by expert. A file does not say which of the two it has.
         buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
             `buffers`; if False, they are an error.
         ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
-        method: what PEFT's tensors mean where no configuration is beside them. Ranks are those of the tensors.
+        method: what PEFT's tensors mean where no configuration is beside them, and where pyreft's interventions act.
+            Ranks are those of the tensors.
         base: "same" compares the model's weights with the marks that a native file has of those it was made on, a few
             values of each site, and other values are an error; "any" does not.
         dtype: of the leaves; "file" is what the file's tensors have. None keeps a native file's own, and makes others
@@ -180,10 +191,14 @@ def load(
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
     if base == "same" and (format != "native" or method is not None):
         raise ValueError(f"load: base='same' needs the marks of a native file, and {where} has another format")
-    if method is not None and format not in (None, "peft"):
-        raise ValueError(f"load: method= is for PEFT's tensors without a configuration, and format is {format!r}")
+    if format is None and pyreft.is_mine(where):
+        format = "pyreft"
+    if method is not None and format not in (None, "peft", "pyreft"):
+        raise ValueError(f"load: method= is for tensors without a configuration, and format is {format!r}")
     loaded: Loaded
-    if method is not None:
+    if format == "pyreft":
+        loaded = pyreft.load(where, known, options, method)
+    elif method is not None:
         loaded = bare.load(where, known, method, options)
     else:
         loaded = _format(str(format)).load(where, known, options)

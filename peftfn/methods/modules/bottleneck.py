@@ -1,4 +1,4 @@
-"""Bottleneck adapters: y + s·U act(D h + c) + b, h being what comes out of a module, or what goes in."""
+"""Bottleneck adapters: y + s·U act(D h + c) + b, h being what comes out of a module, or what goes in, or its norm."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,17 @@ from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
+from peftfn.tensors.states import states_out
 
-Activation = Literal["relu", "gelu", "silu", "tanh", "none"]
+Activation = Literal["relu", "gelu", "silu", "tanh", "none", "gelu_tanh", "leaky_relu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
     "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
 }
 
 
@@ -30,7 +33,9 @@ class Bottleneck(ModuleMethod):
 
     Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019, arXiv:1902.00751 (after the attention and
     after the feed-forward block); Pfeiffer et al., 2020, arXiv:2005.00247 (after the feed-forward block alone);
-    He et al., "Towards a Unified View", 2021, arXiv:2110.04366 (parallel: of="input").
+    He et al., "Towards a Unified View", 2021, arXiv:2110.04366 (parallel: of="input"). With of="normed" the module is a
+    norm, and N(x + s·U act(D N(x) + c) + b) comes out: Pfeiffer's in models that normalise after the residual
+    connection (BERT), as AdapterHub trains it.
 
     Trainable parameters per site: rank·(in + out) + rank + out. Use it as the classic adapter: where AdapterHub's
     checkpoints come from, and where a non-linear change is wanted.
@@ -38,7 +43,7 @@ class Bottleneck(ModuleMethod):
     Args:
         rank: features between D and U.
         activation: act; "none" leaves it out.
-        of: h: "output" is serial (Houlsby, Pfeiffer), "input" is parallel.
+        of: h: "output" is serial (Houlsby), "input" is parallel, "normed" is what a norm makes of its input (Pfeiffer).
         scale: s.
         dropout: probability of dropping a feature of h in train mode.
         dim: features of the hidden states, where the module's weights do not tell; 0: they do.
@@ -54,23 +59,43 @@ class Bottleneck(ModuleMethod):
         {"rank": 2, "scale": 0.5},
         {"rank": 3, "activation": "tanh", "of": "input", "dropout": 0.5},
         {"rank": 2, "activation": "none", "init_weights": "random"},
+        {"rank": 2, "of": "normed"},
     )
 
     rank: PositiveInt = 8
     activation: Activation = "gelu"
-    of: Literal["output", "input"] = "output"
+    of: Literal["output", "input", "normed"] = "output"
     scale: float = 1.0
     dropout: Probability = 0.0
     dim: int = 0
     init_weights: Literal["default", "random"] = "default"
 
+    @property
+    def hooks(self) -> frozenset[str]:
+        return frozenset({"before" if self.of == "normed" else "after"})
+
+    @property
+    def per_row(self) -> bool:  # type: ignore[override]
+        return self.of != "normed"  # it runs the module, whose weights are those of one adapter then
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.of != "normed"  # a norm is, and another module need not be
+
     def init(self, rng: Rng, m: Place) -> Leaf:
-        out, r = self.dim or m.width, self.rank
-        size = out if self.of == "output" else self.dim or m.width_in
+        d, r = self.dim, self.rank
+        out = d or (m.width_in if self.of == "normed" else m.width)
+        size = d or (m.width_in if self.of == "input" else m.width)
         up = rng.kaiming(out, r) if self.init_weights == "random" else rng.zeros(out, r)
         return {"down": rng.kaiming(r, size), "c": rng.zeros(r), "up": up, "b": rng.zeros(out)}
 
+    def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
+        return x if self.of != "normed" else self.changed(p, x, states_out(m.forward(x))[0])
+
     def after(self, p: Leaf, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
-        h = self.dropped(y if self.of == "output" else x)
-        inner = ACTIVATIONS[self.activation](F.linear(h, p["down"], p["c"]))
+        return y if self.of == "normed" else self.changed(p, y, y if self.of == "output" else x)
+
+    def changed(self, p: Leaf, y: Tensor, h: Tensor) -> Tensor:
+        """y with what the network makes of h."""
+        inner = ACTIVATIONS[self.activation](F.linear(self.dropped(h), p["down"], p["c"]))
         return y + self.scale * F.linear(inner, p["up"]) + p["b"]
