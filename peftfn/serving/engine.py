@@ -76,8 +76,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Rows of the batch."""
-        return len(self._tickets)
+        """Rows of the batch whose answers are not complete."""
+        return sum(not t.done for t in tuple(self._tickets))
 
     @property
     def alive(self) -> bool:
