@@ -66,7 +66,7 @@ NOT_SAME = {
 def methods() -> dict[str, Method]:
     """The library's methods that change weights by name, as they are timed."""
     every = ((n, c) for n, c in sorted(registry.items()) if c.__module__.startswith("peftfn.methods"))
-    own = {n: c for n, c in every if issubclass(c, Weight)}
+    own = {n: c for n, c in every if issubclass(c, Weight) and c is not pf.ALoRA}  # whose files need gates in each call
     return {n: c(**OPTIONS.get(n, {})) for n, c in own.items()}
 
 

@@ -65,6 +65,8 @@ operations:
   but for a dozen small ones (of 240 to 1500). What is left is the fixed cost of a call, which all methods have: about
   0.1 ms to see what the base's owner changed and to fill the slots, and 5 µs a site to reach its method, together 2 %
   of this small model's forward pass.
+* LoHa, RandLoRA and WaveFT have made large matrices again in the backward pass since their times were taken: their
+  memory is newer than their times.
 """
 """Why some methods are slower than PEFT's: what the figures of `MEASURED` cannot say."""
 SIZE = 1024

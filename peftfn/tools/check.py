@@ -142,16 +142,23 @@ def _statistics(net: Adapted) -> Iterator[Finding]:
 
 
 def _ties(net: Adapted) -> Iterator[Finding]:
+    seen: set[str] = set()
     for name, entry in net.plan.items():
-        alone = [t for t in entry.site.tied if t not in net.plan]
-        if alone and not isinstance(entry.method, TiedTokens):
+        seen.add(name)
+        for other in entry.site.tied:
+            there = net.plan.get(other)
+            as_one = there is not None and isinstance(entry.method, TiedTokens) and there.bank == entry.bank
+            if as_one or other in seen:
+                continue
+            how = "which no rule adapts" if there is None else "and each has a leaf of its own"
             yield Finding(
                 "tied",
                 name,
-                f"it shares its tensor with {alone[0]}, which no rule adapts: the two differ once this one is adapted, "
-                "and merging raises",
-                "Leave it out, adapt both (peftfn.TiedTokens has one leaf for both), or merge with untied=True",
+                f"it shares its tensor with {other}, {how}: the two differ once an adapter changes them, and merging "
+                "raises",
+                "Leave it out, adapt both as one (peftfn.TiedTokens), or merge with untied=True",
             )
+            break
 
 
 def _mode(net: Adapted) -> Iterator[Finding]:

@@ -92,6 +92,10 @@ def test_statistics_ties_and_modes() -> None:
     assert kinds(pf.check(pf.adapt(model, {r"0\.weight": pf.LoRA(1, dropout=0.1)}))) == [("mode", "0.weight")]
     tied: Any = transformers.LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     assert kinds(pf.check(pf.adapt(tied, {"embed_tokens": pf.LoRA(1)}))) == [("tied", "model.embed_tokens.weight")]
+    assert kinds(pf.check(pf.adapt(tied, {"embed_tokens|lm_head": pf.LoRA(1)}))) == [
+        ("tied", "model.embed_tokens.weight")
+    ]
+    assert kinds(pf.check(pf.adapt(tied, {"lm_head": pf.TiedTokens(tokens=(1, 2))}))) == [("tied", "lm_head.weight")]
     assert kinds(pf.check(pf.adapt(tied, {"embed_tokens|lm_head": pf.TiedTokens(tokens=(1, 2))}))) == []
 
 

@@ -18,8 +18,8 @@ class SHiRA(Weight):
 
     Bhardwaj et al., "Sparse High Rank Adapters", 2024, arXiv:2406.13175. Weights of one shape share their places.
 
-    Trainable parameters per site: rank·(in + out). Use it to switch adapters in place, since few entries of the weight
-    differ.
+    Trainable parameters per site: rank·(in + out). Use it where few entries of a weight may differ from the
+    base's, in a merged model too.
 
     Args:
         rank: of the LoRA whose size the change has; rank·(in + out) is at most in·out.
