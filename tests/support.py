@@ -1,5 +1,6 @@
 """What tests in several folders need."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_map
 import peftfn as pf
 import peftfn.methods  # registers them
 from peftfn.core.method import Method, registry
+from peftfn.core.plan import Plan
+from peftfn.net.net import replanned
 
 ROOT = Path(__file__).parents[1]
 OURS = [cls(**case) for cls in registry.values() if cls.__module__.startswith("peftfn.methods") for case in cls.cases]
@@ -27,6 +30,16 @@ CHAINS: list[Method] = [
 ]
 FIRST = list({type(m): m for m in reversed(METHODS + CHAINS)}.values())
 """One of each: for what is around a method, and for what is slow."""
+
+
+def everywhere(net: pf.Adapted) -> pf.Adapted:
+    """The net whose activated LoRAs act on all tokens, for tests of models that are called without token ids."""
+    fields = [f.name for f in dataclasses.fields(pf.LoRA)]
+    entries = {
+        n: dataclasses.replace(e, method=pf.LoRA(**{k: getattr(e.method, k) for k in fields})) if e.gated else e
+        for n, e in net.plan.entries.items()
+    }
+    return replanned(net, Plan(entries, net.plan.rules, net.plan.banks))
 
 
 def random(net: pf.Adapted, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> pf.Adapter:

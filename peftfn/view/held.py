@@ -164,7 +164,7 @@ class Leaf(nn.Module):
         entry, method, p = self._tensors(w)
         return FAMILIES[entry.family].single(entry, method, p, w, moment())
 
-    def each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
+    def _each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
         """(entry, method, prepared tensors) of each adapter that is active here."""
         return [self._tensors(w)]
 
@@ -182,7 +182,7 @@ class Several:
     def _gated(self) -> bool:
         return any(leaf._gated for leaf in self.leaves)
 
-    def each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
+    def _each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
         return [leaf._tensors(w) for leaf in self.leaves]
 
     def adapted(self, w: Any) -> Any:
@@ -232,7 +232,7 @@ class Held(nn.ModuleDict):
 
     def made(self, leaf: Any, w: Any) -> Any:
         """What stands in the slot in place of w, with the leaf of the active adapter or the sum of several."""
-        return self._acting(leaf.each(w), w) if leaf._gated else leaf.adapted(w)
+        return self._acting(leaf._each(w), w) if leaf._gated else leaf.adapted(w)
 
     def _acting(self, active: list[tuple[Entry, Any, dict[str, Any]]], w: Any) -> MixedWeight:
         """The same where a method acts on some tokens alone. active: (entry, method, prepared tensors)."""

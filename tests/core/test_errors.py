@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Made, by_name, noise, tokens
-from support import close, random, same_state, state
+from support import close, everywhere, random, same_state, state
 from torch import Tensor, nn
 
 import peftfn as pf
@@ -403,7 +403,7 @@ def fits_or_says(method: pf.Method, field: str = "", layer: tuple[int, int] = (5
             assert not made.seen, f"{made.seen} before the error: {e}"
             return
     adapter = net.init()
-    y = net.apply(adapter, noise(2, in_))
+    y = everywhere(net).apply(adapter, noise(2, in_))
     assert y.shape == (2, out)
     assert y.isfinite().all()
     assert all(t.isfinite().all() for leaf in adapter.values() for t in leaf.values())
@@ -460,7 +460,7 @@ def test_ranks_above_the_matrix(name: str) -> None:
         with pytest.raises(ValueError, match=rf"0\.weight.*{name}\.{TOO_MUCH[name]}"):
             pf.adapt(model, {"weight": method})
         return
-    net, x = pf.adapt(model, {"weight": method}), noise(3, 5)
+    net, x = everywhere(pf.adapt(model, {"weight": method})), noise(3, 5)
     adapter = random(net)
     y = net.apply(adapter, x)
     assert y.isfinite().all()

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from support import everywhere
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -73,7 +74,7 @@ def test_a_step_keeps_no_more_than_pefts(name: str) -> None:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.type]
     theirs = peft.get_peft_model(base(), cls(target_modules=["0", "2"], **written))
     model = base()
-    net = pf.adapt(model, {r"(0|2)\.weight": method})
+    net = everywhere(pf.adapt(model, {r"(0|2)\.weight": method}))
     a, x = net.init(), torch.randn(ROWS, SIZE)
     for t in pf.leaves(a):
         t.requires_grad_()

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from support import everywhere
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -159,7 +160,7 @@ X = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
 def test_an_adapter_means_what_it_means_on_the_dequantised_weights(method):
     for kind in KINDS:
         base = model_of(kind)
-        net, plain = (pf.adapt(m, {r"up\.weight": method}) for m in (base, dequantised(base)))
+        net, plain = (everywhere(pf.adapt(m, {r"up\.weight": method})) for m in (base, dequantised(base)))
         fresh = net.init(3)
         close(fresh, plain.init(3), 1e-3)
         a = shaken(fresh, 5, 0.05)
