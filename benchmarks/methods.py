@@ -58,6 +58,7 @@ WHERE: dict[str, list[str]] = {
 """Modules other than all projections: FRoD wants inputs of one size, PEFT's Lily shares among layers of one name, and
 `Full` is PEFT's LN-tuning."""
 NOT_SAME = {
+    "ALoRA": "PEFT's acts by the token ids that a PeftModel is called with, and this is a model with injected layers.",
     "QALoRA": "PEFT pools at GPTQ layers alone; elsewhere its QA-LoRA is a plain LoRA.",
 }
 """Methods that PEFT has under the same name, and not for these layers."""
