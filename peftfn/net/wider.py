@@ -1,6 +1,7 @@
 """A call that runs once more: what it has to find as it was."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class Before:
         visit((tuple(args), dict(kwargs)), self.given.append)
         self.versions = self._versions()
         self.numbers = [(torch.random.set_rng_state, torch.random.get_rng_state())]
-        for kind in {t.device.type for t in tensors(self.given)} - {"cpu", "meta"}:
-            there = torch.get_device_module(kind)
-            if not getattr(there, "is_current_stream_capturing", bool)():  # a captured graph draws its own numbers
-                self.numbers.append((there.set_rng_state, there.get_rng_state()))
+        for d in dict.fromkeys(t.device for t in tensors(self.given) if t.device.type not in ("cpu", "meta")):
+            module = torch.get_device_module(d)
+            capturing = getattr(module, "is_current_stream_capturing", None)
+            if capturing is None or not capturing():
+                self.numbers.append((partial(module.set_rng_state, device=d), module.get_rng_state(d)))
 
     def _versions(self) -> list[int | None]:
         return [None if t.is_inference() else t._version for t in tensors(self.given)]

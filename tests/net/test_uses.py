@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -236,7 +237,7 @@ def test_a_mixed_batch_through_something_that_is_not_a_row(rows: int) -> None:
         net.apply(many[k], **{n: v[i : i + 1] if v is not False else v for n, v in ids.items()})
         for i, k in enumerate(index)
     ]
-    with pytest.raises(ValueError, match=r"relative_attention_bias.*rows") if rows != 5 else wrong_or_raises():
+    with nullcontext() if rows != 5 else wrong_or_raises():
         close(net.mixed(pf.stack(many), index, **ids).logits, torch.cat([w.logits for w in want]))
     many = [random(other, s) for s in (1, 2)]
     with wrong_or_raises():
