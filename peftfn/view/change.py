@@ -15,10 +15,10 @@ from peftfn.core.plan import Adapter, Entry, Plan
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
 from peftfn.tensors.tree import leaves, mapped
+from peftfn.view.active import View
 from peftfn.view.held import Held, Leaf, Paths
 from peftfn.view.module import _view, adapter_of, check_name
 from peftfn.view.view import (
-    View,
     changes_bias_at,
     constants_of,
     held_at,

@@ -20,8 +20,9 @@ from peftfn.model.structure import lasting_buffers, lasting_copy
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded, laid_out, reshard_
 from peftfn.tensors.tree import leaves, mapped
+from peftfn.view.active import View
 from peftfn.view.held import TAKEN, Leaf, bank_tensors, grown
-from peftfn.view.view import View, build, is_own, leaf_at, owner, weight_at
+from peftfn.view.view import build, is_own, leaf_at, owner, weight_at
 
 DEFAULT = "default"
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted
 from peftfn.view.held import bank_tensors, grown
+from peftfn.view.loading import refuse_empty
 from peftfn.view.module import buffers_of
-from peftfn.view.view import constants_of, leaf_at, leaves_of, refuse_empty
+from peftfn.view.view import constants_of, leaf_at, leaves_of
 
 STATE, CONFIG = "model.safetensors", "config.json"
 """Trainer resumes from the first; transformers takes a folder with the second for a model."""

@@ -18,7 +18,7 @@ from peftfn import IA3, OFT, DoRA, Full, LoHa, LoRA, VeRA
 from peftfn.core.made import RESERVED
 from peftfn.core.method import registry
 from peftfn.methods.parts.allocation import Allocation
-from peftfn.view.view import Leaf
+from peftfn.view.held import Leaf
 
 
 class Small(nn.Module):
