@@ -3,6 +3,7 @@
 Its LoRA is PEFT's, so reading is a renaming (`q_proj.lora_A.default.weight` → `q_proj.lora_A.weight`) in front of
 PEFT's reader, and writing one behind PEFT's writer. Of its tuners, those that change weights are read: LORA, longlora
 (a LoRA, embeddings and norms in full) and part (whole modules); and `extra_states`, parameters that are trained too.
+Those around modules are read in `swift_modules.py`.
 """
 
 import json
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftfn.formats import peft
+from peftfn.formats import peft, swift_modules
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
 from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
@@ -76,6 +77,12 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], *, name: str = 
 def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, or the only one below it (`subfolder=` names one of several)."""
     where = only(folder)
+    described = read_json(where / CONFIG)
+    if described["swift_type"] in swift_modules.KINDS:
+        if (where.parent / EXTRA / CONFIG).is_file():
+            raise ValueError(f"{where.parent / EXTRA}: this release reads {EXTRA} beside LORA, longlora and part")
+        with opened(where / TENSORS) as file:
+            return swift_modules.load(described, file, model, where / CONFIG, options)
     with as_peft(where) as (config, file):
         return peft.build(model, configs.checked(config, where / CONFIG), file, where / CONFIG, options)
 
@@ -165,7 +172,10 @@ def as_peft(folder: Path) -> Iterator[tuple[dict[str, Any], Tensors]]:
         elif kind == "part":
             config = {"peft_type": "LN_TUNING"}
         else:
-            raise ValueError(f"{where}: swift_type is {str(kind)[:80]!r}; this release reads LORA, longlora and part")
+            raise ValueError(
+                f"{where}: swift_type is {str(kind)[:80]!r}; this release reads LORA, longlora, part, ADAPTER, SIDE "
+                "and SCETuning"
+            )
         if kind == "longlora":
             saved = [*configs.listed(config.get("modules_to_save")), *(k.rpartition(".")[0] for k in plain)]
             config["modules_to_save"] = list(dict.fromkeys(saved))
