@@ -10,7 +10,7 @@ Nothing here keeps an adapter alive: what is held of its tensors are views, whic
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,34 +79,62 @@ class Kept(AdaptedWeight):
         return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
+class Made(NamedTuple):
+    """What an adapter made, and what it was made of."""
+
+    values: dict[str, Kept]
+    plan: Any
+    training: bool
+    names: list[str]
+    ids: list[int]
+    geometry: list[Any]
+    watched: list[Any]  # weak references, whose callbacks are called while somebody holds them
+
+
+class Recalled(NamedTuple):
+    """An adapter by its first leaf, in train or eval mode."""
+
+    first: Any  # a weak reference
+    names: list[str]
+    training: bool
+
+    def __call__(self, first: Tensor, leaf: Mapping[str, Any], training: bool) -> bool:
+        return self.first() is first and self.names == list(leaf) and self.training is training
+
+
 class Keeper:
     """What the last adapter made in one skeleton. (A skeleton serves one call at a time, and so does this.)"""
 
     def __init__(self) -> None:
         self._forget()
 
+    @property
+    def values(self) -> Mapping[str, Kept]:
+        """What is kept, by site."""
+        return {} if self._made is None else self._made.values
+
     def _forget(self, _: Any = None) -> None:
-        """Hold nothing; also what a weak reference calls when a tensor of the adapter dies."""
-        self.values: dict[str, Kept] = {}
-        self.last: Any = None  # of the last call's adapter one tensor, weakly
-        self.seen: Any = None
+        """Hold nothing; also what a weak reference calls, at any moment, when a tensor of the adapter dies."""
+        self._made: Made | None = None
+        self._last: Any = None  # of the last call's adapter one tensor, weakly
+        self._vain: Recalled | None = None  # of which nothing can be kept
 
     def find(self, given: Given, training: bool, weights: Weights) -> Mapping[str, Kept]:
         """What `given` made in its last call and would make again, by site; nothing if it is another adapter, or one of
         its tensors or of the base's weights was replaced. Such an adapter fits its plan, as it did before."""
-        if not self.values or not _quiet():
+        made = self._made
+        if made is None or not _quiet():
             return {}
-        plan, before, names, ids, geometry, _ = self.seen
         now, tensors = _contents(given.adapter)
-        if given.plan is not plan or training is not before or now != names:
+        if given.plan is not made.plan or training is not made.training or now != made.names:
             return {}
-        tensors += weights(self.values)
-        if list(map(id, tensors)) != ids or _geometry(tensors) != geometry:
+        tensors += weights(made.values)
+        if list(map(id, tensors)) != made.ids or _geometry(tensors) != made.geometry:
             return {}
         task = backward_task()
-        for v in self.values.values():
+        for v in made.values.values():
             v.task, v.inside = task, False
-        return self.values
+        return made.values
 
     def keep(
         self, given: Given, training: bool, made: Mapping[str, Any], lanes: Collection[str], weights: Weights
@@ -115,21 +143,22 @@ class Keeper:
 
         lanes: the sites whose layers are called on their values directly.
         """
-        if not _quiet():
+        leaf: Mapping[str, Any] = next(iter(given.adapter.values()), {})
+        first = next(iter(leaf.values()), None)
+        if not isinstance(first, Tensor) or not _quiet():
+            return
+        last, self._last = self._last, weakref.ref(first)
+        if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
             return
         names, tensors = _contents(given.adapter)
-        if not tensors or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
-            return
-        again, self.last = self.last is not None and self.last() is tensors[0], weakref.ref(tensors[0])
-        if not again:
-            return
         values = {n: Kept(v, low) for n, v in made.items() if n in lanes and (low := _alike(v, given)) is not None}
+        if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+            self._vain = Recalled(self._last, list(leaf), training)
+            return
         watched = [weakref.ref(t, self._forget) for t in tensors]
         tensors += weights(values)
-        self.values, self.seen = (
-            values,
-            (given.plan, training, names, list(map(id, tensors)), _geometry(tensors), watched),
-        )
+        ids, geometry = list(map(id, tensors)), _geometry(tensors)
+        self._made = Made(values, given.plan, training, names, ids, geometry, watched)
 
 
 def _quiet() -> bool:

@@ -188,6 +188,18 @@ def test_dropout_of_a_net_in_train_mode_is_not_kept() -> None:
     assert not torch.allclose(quietly(net, a), y)
 
 
+def test_what_cannot_be_kept_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, net, a = model({r"f\.weight": pf.DoRA(rank=2)})
+    quietly(net, a, times=2)
+    tried: list[Any] = []
+    monkeypatch.setattr("peftfn.slots.kept._alike", lambda v, given: tried.append(v))
+    quietly(net, a, times=2)
+    assert not tried
+    ready = net.prepare(a)
+    close(quietly(net, ready, times=3), quietly(net, a))
+    assert tried
+
+
 def test_threads_have_their_own() -> None:
     base, net, _ = model()
     adapters = [random(net, seed=k) for k in range(8)]
