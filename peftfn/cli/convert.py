@@ -8,6 +8,7 @@ from peftfn.core.combine import Chain
 from peftfn.core.plan import Entry
 from peftfn.formats import hub, load, save, swift
 from peftfn.formats.files import Loaded, read_json
+from peftfn.formats.peft_extra import KEYS
 from peftfn.methods.weights.full import Full
 from peftfn.tools.convert import to_lora
 
@@ -37,8 +38,9 @@ def convert(
         raise ValueError(f"{path}: only the base model says which layers its names mean: give --model")
     base = load_base(where)
     net, adapter = loaded = bound(path, base)
-    if to == "peft":
-        options = {**options, "extra": loaded.extra}
+    if to in ("native", "peft"):  # the adapter's own name of its base first
+        folder = {"base_model_name_or_path": str(where.parent if where.is_file() else where)}
+        options = {**options, "extra": {**folder, **{k: v for k, v in loaded.extra.items() if k in KEYS and v}}}
     if base.hollow:
         for name, entry in net.plan.items():
             if rank is not None or of_values(entry):

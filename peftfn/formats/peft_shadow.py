@@ -62,6 +62,8 @@ def load(config: Mapping[str, Any], file: File, model: Model, where: Path) -> tu
     ends = tuple(f".{end}" for end in _OF_BLOCK.values())
     paths = {k.removeprefix(HEAD).removesuffix(e) for k in file.meta for e in ends if k.endswith(e)}
     site, blocks = _backbone(paths, model, where)
+    if any(t.is_meta for t in model.modules[site].buffers()):
+        raise ValueError(f"{where}: its mirror takes the buffers of {site}, without values here: load its weights")
     values = {f: config.get(k, DEFAULTS.get(k)) for k, f in FIELDS.items()}
     try:
         method = Shadow(**{f: v for f, v in values.items() if v is not None}, blocks_at=blocks)  # type: ignore[arg-type]

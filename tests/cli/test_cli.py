@@ -345,6 +345,28 @@ def test_convert_from_each_format_to_each(source: str, to: str, tmp_path: Path, 
             torch.testing.assert_close(load_file(one), load_file(two), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("to", ["native", "peft"])
+def test_convert_names_the_base_and_not_its_configuration(to: str, tmp_path: Path) -> None:
+    model = llama()
+    folder = base(tmp_path / "base", model)
+    adapter(tmp_path / "a", model, {KV: pf.LoRA(rank=2)})
+    for out, given in (("b", folder), ("c", folder / "config.json")):
+        assert run("convert", tmp_path / "a", tmp_path / out, "--to", to, "--model", given) == 0
+        assert pf.inspect(tmp_path / out)[""]["base_model"] == str(folder)
+    assert type(pf.load_model(tmp_path / "b").net.model) is type(model)
+    pf.save(tmp_path / "d", *pf.load(tmp_path / "a", model), format="peft", extra={"base_model_name_or_path": "own/er"})
+    assert run("convert", tmp_path / "d", tmp_path / "e", "--to", to, "--model", folder) == 0
+    assert pf.inspect(tmp_path / "e")[""]["base_model"] == "own/er"
+
+
+def test_a_shadow_needs_a_model_that_was_loaded(tmp_path: Path, capsys: Any) -> None:
+    model = llama()
+    folder = base(tmp_path / "base", model)
+    adapter(tmp_path / "a", model, {"model": pf.Shadow(rank=2)}, format="peft")
+    line = fails(capsys, "convert", tmp_path / "a", tmp_path / "b", "--to", "native", "--model", folder)
+    assert "without values here: load its weights" in line
+
+
 def test_convert_options_reach_the_format(tmp_path: Path, capsys: Any) -> None:
     model = llama()
     folder = base(tmp_path / "base", model)
