@@ -49,5 +49,6 @@ for name, images in {"turned digits": turned(x_test), "noise": torch.rand(500, 6
     print(f"{name}: sure by {sure:.2f} with one adapter, by {sure_of_many:.2f} with 32")
     assert sure_of_many < sure
 right = accuracy(logits(samples, turned(x_test)).softmax(-1).mean(0), t_test)
-print(f"{right:.1%} right, {accuracy(model(turned(x_test)), t_test):.1%} with the base")
-assert right > 0.6
+base = accuracy(model(turned(x_test)), t_test)
+print(f"{right:.1%} right, {base:.1%} with the base")
+assert right > base + 0.3
