@@ -72,7 +72,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, with the head beside it if the model has such a head. ValueError for what its
     architecture would mean and the model's, or this release's, cannot."""
     where = folder / CONFIG
-    options.refuse(where, "key_mapping", "gated", "experts", "buffers", "ignore", "stored")
+    options.refuse(where, "key_mapping", "experts", "buffers", "ignore", "stored")
     whole = read_json(where)
     config = dict(whole.get("config") or {}) if isinstance(whole, dict) else {}
     if not config:

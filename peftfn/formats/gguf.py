@@ -77,7 +77,7 @@ def save(path: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, model: Model, options: Options) -> Loaded:
-    options.refuse(path, "key_mapping", "experts", "ignore", "gated")
+    options.refuse(path, "key_mapping", "experts", "ignore")
     names = Names(model, path)
     with gguf_file.opened(path) as (values, file):
         _check(values, names.architecture, path)
@@ -139,7 +139,7 @@ def _check(values: Mapping[str, Any], architecture: str, path: Path) -> None:
     if values.get("adapter.alora.invocation_tokens"):
         raise ValueError(
             f"{path}: adapter.alora.invocation_tokens makes it an activated LoRA, which acts from certain tokens on: "
-            "load it from PEFT's folder, with gated=True"
+            "load it from PEFT's folder"
         )
 
 
