@@ -31,6 +31,8 @@ def wrong_indices(plan: Plan) -> Iterator[tuple[str, str, str]]:
                 continue
             seen.add(mark)  # a constant that several sites share is looked at once
             if isinstance(want, Tensor):
+                if e.site.stacked and k not in e.common:  # each expert has it
+                    want = want.expand(e.site.shape[0], *want.shape)
                 same = t.shape == want.shape and torch.equal(t.cpu(), want.cpu().to(t.dtype))
                 why = "" if same else f"is not the one that {e.method} has"
             else:

@@ -192,6 +192,8 @@ def _alike(v: Any, given: Given) -> LowRank | None:
     if type(v) is not AdaptedWeight or v.low is None or v.low.dropout or type(v.low.scale) not in (int, float):
         return None
     low, entry = v.low, v.entry
+    if entry.adds_bias or entry.changes_bias:  # which is computed, and the layer's own as it is now
+        return None
     bank = given.adapter[entry.bank] if entry.bank else {}
     own = {id(t) for held in (given.adapter[entry.site.name], entry.frozen, bank) for t in held.values()}
     read = [t for t in (low.down, low.up, low.gain) if t is not None]

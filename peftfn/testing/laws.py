@@ -477,6 +477,8 @@ def algebra(c: Case) -> None:
         close(both, c.net.delta(a)[c.site] + c.net.delta(b)[c.site], f"delta(a + b){closed}")
     if c.method.overrides("shared") or c.method.overrides("bank"):
         return
+    if isinstance(c.method, Weight) and c.method.overrides("acts_on"):  # which is in no chain
+        return
     if isinstance(c.method, Weight) and not c.merges:  # which only the last of a chain may be
         inside, chained = "1.", pf.chain(pf.Full(), c.method)
     else:
