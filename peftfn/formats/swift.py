@@ -78,7 +78,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, or the only one below it (`subfolder=` names one of several)."""
     where = only(folder)
     described = read_json(where / CONFIG)
-    if described["swift_type"] in swift_modules.KINDS:
+    if described["swift_type"] in list(swift_modules.KINDS):  # a file may have a list or a dict there
         if (where.parent / EXTRA / CONFIG).is_file():
             raise ValueError(f"{where.parent / EXTRA}: this release reads {EXTRA} beside LORA, longlora and part")
         with opened(where / TENSORS) as file:
