@@ -100,7 +100,7 @@ def goal(row: Json) -> list[str]:
         return ["", "", ""]
     stretch = f" (stretch {target['stretch']:g})" if target["stretch"] is not None else ""
     floor = f"{row['floor']['median']:.2f}" if "floor" in row else ""
-    return [f"≤ {target['at_most']:g} of {target['against']}{stretch}", floor, f"**{target['met']}**"]
+    return [f"≤ {target['at_most']:.3g} of {target['against']}{stretch}", floor, f"**{target['met']}**"]
 
 
 def table(rows: list[Json]) -> list[str]:

@@ -80,7 +80,7 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         else PARTLY
         if max(loras) > at_best["full"]
         else NO,
-        "full fine-tuning makes none": YES if at_best["full"] == 0 else NO,
+        "full fine-tuning makes none at its best rate": YES if at_best["full"] == 0 else NO,
         f"shrinking the intruders to {SHRUNK:g} forgets less (by {100 * saved:.0f} % of the rise)": YES
         if saved > 0
         else NO,
@@ -90,7 +90,8 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         [f"{r['keep']:g}", f"{100 * r['test']:.1f}", f"{r['own'] - figures['own']:+.3f}"] for r in figures["reduced"]
     ]
     text = table(["", "rate (**best**)", "test accuracy, %", "forgotten", "intruders"], rows)
-    return verdicts, text + "\n" + table([f"{REDUCED}: kept of each intruder", "test accuracy, %", "forgotten"], less)
+    kept = f"{REDUCED}, its best run alone: kept of each intruder"
+    return verdicts, text + "\n" + table([kept, "test accuracy, %", "forgotten"], less)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -21,8 +21,7 @@ best. Differences within the spreads say nothing. A rate at an end of the grid (
 **Forgotten** is how much the loss rises on something that the base can do and no adapter sees: its own task. **λ_max**
 is the largest eigenvalue of the Hessian of the training loss where the adapter starts, found by products with the
 Hessian (forward-mode derivatives of gradients, through `net.apply`); for gradient descent, 2/λ_max would be the largest
-stable rate. [Reproductions](reproductions.md#learning-rates-matter) compares it with the best
-rates.
+stable rate. [Reproductions](reproductions.md#learning-rates-matter) compares it with the best rates.
 """
 PICTURE = "comparison.png"
 
