@@ -26,7 +26,7 @@ from peftfn.tensors.arguments import storages
 from peftfn.tensors.precision import operand_dtype, wide
 from peftfn.tensors.transform import moment
 
-_COMMON = "If all rows have this input in common, name the site in common=[…]; if it holds the rows one after another: "
+_COMMON = "If all rows have this input in common, name the site in common=[…]. "
 _OF_STACKS = frozenset(["bmm", "matmul", "__matmul__", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "transpose"])
 
 

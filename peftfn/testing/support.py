@@ -31,8 +31,8 @@ Made by running `python -m peftfn.testing.support`; do not edit. A test compares
 **Which one?** `LoRA` is the default, and what other tools read. `DoRA` adds a magnitude for each row: often better at
 small ranks, for the price of a norm a step. `IA3` and `RoAd` train a vector or two a layer: thousands of adapters fit
 in memory. `VeRA`, `VBLoRA`, `UniLoRA` and `TinyLoRA` share most of what they use between layers: the smallest files.
-`OFT`, `BOFT` and `HRA` rotate, which keeps the weight's spectrum. `Full` trains norms, biases and heads whole. `chain`
-puts several methods at one site.
+`OFT` and `HRA` rotate, which keeps the weight's spectrum; `BOFT` rotates and scales rows. `Full` trains norms, biases
+and heads whole. `chain` puts several methods at one site.
 """
 MODULES = """\
 ## Methods around a module
