@@ -22,7 +22,7 @@ from peftfn.formats.buffers import compared, compared_rows, statistics
 from peftfn.formats.files import MOST, Loaded, Options, Tensors, mismatch, opened, read_json, write
 from peftfn.formats.indices import check_indices
 from peftfn.formats.peft_extra import REPLICATION, about, checked, given, repetition, replicated
-from peftfn.model.model import Model
+from peftfn.model.model import Model, weights_of
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import on_mesh
 
@@ -70,7 +70,7 @@ def save(
         "constants": {n: {k: stored[id(t)] for k, t in e.frozen.items()} for n, e in net.plan.items() if e.frozen},
         "sites": {n: {"shape": list(e.site.shape), "rule": e.rule} for n, e in net.plan.items()},
     }
-    if base := marks(net.plan, net.weights, (*beyond.fresh, *beyond.grown)):
+    if base := marks(net.plan, weights_of(net.model), (*beyond.fresh, *beyond.grown)):
         config["base"] = base
     config |= {"extra": more, **repetition(net.model), **({"grown": dict(beyond.grown)} if beyond.grown else {})}
     # the two files are renamed one after the other: this says whether they are of one save

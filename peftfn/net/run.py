@@ -95,6 +95,7 @@ class Runner:
                 given[0].plan.check(given[0].adapter)
             return self._call(skeleton, {}, given, gates, args, kwargs, params, method, owners)
         self._running.calls.append(skeleton)
+        skeleton.lock.acquire()  # a recomputation of an earlier call may be running on it, in another thread
         try:
             skeleton.refresh()
             single = gates is None and not params
@@ -103,6 +104,7 @@ class Runner:
                 given[0].plan.check(given[0].adapter)
             return self._call(skeleton, kept, given, gates, args, kwargs, params, method, owners)
         finally:
+            skeleton.lock.release()
             self._running.calls.pop()
             self._idle.append(skeleton)
 

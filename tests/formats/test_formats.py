@@ -631,7 +631,7 @@ def test_vblora_with_the_topk_weights_alone(tmp_path: Path) -> None:
         compare(net.apply(adapter, tokens(2)).logits, model(tokens(2)).logits)
     index = next(k for k in load_file(tmp_path / "adapter_model.safetensors") if k.endswith("_topk_indices"))
     retensor(tmp_path, lambda t: t.update({index: t[index] + 250}))
-    with pytest.raises(ValueError, match="out of range for 6 vectors"):
+    with pytest.raises(ValueError, match="it must be from 0 to 5: the bank has 6 vectors"):
         pf.load(tmp_path, llama())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import FIRST, random
+from support import FIRST, everywhere, random
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +24,7 @@ def test_what_a_method_adds_is_rounded_once(method: Any) -> None:
     """|y − y in fp32| is at most what rounding the base's product, its bias and the sum costs, in every call."""
     half = nn.Sequential(nn.Linear(64, 48)).bfloat16().eval()
     wide = copy.deepcopy(half).float()
-    net, exact = (pf.adapt(m, {"0.weight": method}) for m in (half, wide))
+    net, exact = (everywhere(pf.adapt(m, {"0.weight": method})) for m in (half, wide))
     a, x = random(net, 1, scale=0.3), torch.randn(3, 5, 64).bfloat16()
     full, want, base = net.in_fp32(), exact.apply(a, x.float()), wide(x.float())
     room = (want.abs() + base.abs() + 0.1 * want.abs().max()) * (4 if type(method) in TURNS else 1) * 2**-7

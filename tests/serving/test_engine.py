@@ -13,10 +13,9 @@ import pytest
 import torch
 import transformers as tf
 from served import Answer, Held, alone, engine, folders, model, prompts
-from support import random
+from support import OURS, random
 
 import peftfn as pf
-from peftfn.method import registry
 from peftfn.serving.batch import Batch, Stepper
 from peftfn.serving.sampling import Defaults, Sampling, choose, generator
 from peftfn.serving.ticket import Ask, Full, Stopped
@@ -277,12 +276,12 @@ def test_a_cache_that_cannot_be_joined_is_made_again(running: Any, monkeypatch: 
 def module_nets(base: Any) -> dict[str, pf.Adapted]:
     """Every method at modules and on inputs that this model has a place for, at the first of these that takes it."""
     made = {}
-    for name, method in registry.items():
-        for case, pattern in product(method.cases[:1], ("mlp", "self_attn", r"layers\.\d", "model")):
-            if method.adapts == "parameter" or name in made:
-                continue
-            with suppress(ValueError):
-                made[name] = pf.adapt(base, {pattern: method(**case)})
+    for method, pattern in product(OURS, ("mlp", "self_attn", r"layers\.\d", "model")):
+        name = type(method).__name__
+        if method.adapts == "parameter" or name in made:
+            continue
+        with suppress(ValueError):
+            made[name] = pf.adapt(base, {pattern: method})
     return made
 
 
