@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
 from benchmarks.memory import peak
+from peftfn.net.skeleton import Skeleton
 
 RULES = {
     r"[qv]_proj": pf.LoRA(rank=2, dropout=0.2),
@@ -205,3 +206,12 @@ def test_a_pattern_without_a_module_is_an_error() -> None:
     _, net, _ = small()
     with pytest.raises(ValueError, match="'blocks' matches no module that has parts, of 9"):
         net.checkpointed("blocks")
+
+
+def test_a_call_looks_at_its_skeleton_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recomputation, in another thread, fills the slots of a skeleton that a call may have taken in the meantime."""
+    real, owned = Skeleton.refresh, list[bool]()
+    monkeypatch.setattr(Skeleton, "refresh", lambda self: (owned.append(self.lock._is_owned()), real(self))[1])
+    _, net, a = small()
+    net.apply(a, torch.ones(2, 16))
+    assert owned == [True]
