@@ -16,7 +16,7 @@ import torch
 from .cases import cases
 from .checks import outcomes
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "peft_tables.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "peft_tables.json"
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import peftfn as pf
 
 from .cases import Case
 
-TOLERANCE = 1e-4
+TOLERANCE, ROUGHLY = 1e-4, 0.1
 REFUSALS = (ValueError, TypeError, KeyError, NotImplementedError)
 
 
@@ -181,7 +181,8 @@ def mixed(row: Row) -> None:
 
 
 def half(row: Row) -> None:
-    """On a base in bfloat16, what PEFT computes there; or what it computes in fp32, where it is far off itself."""
+    """On a base in bfloat16, what PEFT computes there; or what it computes in fp32. Where PEFT itself is far from that
+    in bfloat16 (FRoD of a weight of low rank), nobody can say what is right."""
     exact = row.want
     with theirs(), torch.no_grad():
         peft = PeftModel.from_pretrained(in_half(row.case), str(row.folder / "peft")).eval()
@@ -189,13 +190,19 @@ def half(row: Row) -> None:
     net, a = read(row.folder / "peft", in_half(row.case))
     with torch.no_grad():
         got = output(net.apply(a, **row.case.inputs))
+    if near(got, want) or near(got, exact):
+        return
+    if not near(want, exact):
+        raise PeftFails("in bfloat16 it is far from what it computes in fp32")
+    same(got, want, ROUGHLY)
+
+
+def near(got: Tensor, want: Tensor) -> bool:
     try:
-        same(got, want, 0.1)
-    except AssertionError as e:
-        try:
-            same(got, exact, 0.1)
-        except AssertionError:
-            raise e from None
+        same(got, want, ROUGHLY)
+    except AssertionError:
+        return False
+    return True
 
 
 def generate(row: Row) -> None:
@@ -227,15 +234,15 @@ def _outcome(check: Callable[[Row], None], row: Row) -> Outcome:
     try:
         check(row)
     except PeftFails as e:
-        return Outcome("peft", _short(e))
+        return Outcome("peft", _short(e, row))
     except AssertionError as e:
-        return Outcome("wrong", _short(e))
+        return Outcome("wrong", _short(e, row))
     except REFUSALS as e:
-        return Outcome("refused", f"{type(e).__name__}: {_short(e)}")
+        return Outcome("refused", f"{type(e).__name__}: {_short(e, row)}")
     except Exception as e:
-        return Outcome("crash", f"{type(e).__name__}: {_short(e)}")
+        return Outcome("crash", f"{type(e).__name__}: {_short(e, row)}")
     return Outcome("holds")
 
 
-def _short(e: Exception) -> str:
-    return " ".join(str(e).split())[:300]
+def _short(e: Exception, row: Row) -> str:
+    return " ".join(str(e).replace(str(row.folder), "folder").split())[:300]
