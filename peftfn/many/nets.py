@@ -39,7 +39,7 @@ class Nets:
                 )
         self.nets = tuple(nets)
         again = dict.fromkeys(name for net in nets for name in net.again)
-        self._runner = Runner(nets[0].model, [net.plan for net in nets], list(again), [net.routed for net in nets])
+        self._runner = Runner.of(nets[0].model, [net.plan for net in nets], list(again), [net.routed for net in nets])
 
     def mixed(
         self,

@@ -14,7 +14,7 @@ from peftfn.core.method import Method, Weight
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
 from peftfn.net.again import layers_of
-from peftfn.net.run import Runner
+from peftfn.net.run import Asked, Runner
 from peftfn.slots import pertoken, routes
 from peftfn.slots.routed import routed_of
 from peftfn.slots.routes import Gating
@@ -74,7 +74,7 @@ class Adapted:
         None: as in `adapt`."""
         self.model, self.plan, self.again = model, plan, tuple(again)
         self.routed = None if routed is None else tuple(routed)
-        self._runner = Runner(model, [plan], self.again, [self.routed])
+        self._runner = Runner.of(model, [plan], self.again, [self.routed])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapted, (self.model, self.plan, self.again, self.routed)
@@ -160,7 +160,7 @@ class Adapted:
                 f"apply: the first argument is the adapter, a dict of site name → dict of tensors, not "
                 f"{type(adapter).__name__}: write net.apply(adapter, *args), with an adapter such as net.init()"
             )
-        return self._runner.run([Given(self.plan, adapter)], None, args, kwargs, params, method, known=False)
+        return self._runner.run(Asked([Given(self.plan, adapter)], None, args, kwargs, params, method), known=False)
 
     def mixed(
         self,

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,10 @@ from peftfn.model.place import TOKENS, arguments_of
 from peftfn.model.structure import check_copy
 from peftfn.net.misplaced import misplaced
 from peftfn.net.skeleton import Skeleton
-from peftfn.net.wider import Before
+from peftfn.net.wider import Wider
 from peftfn.slots import acting
 from peftfn.slots.gates import Gates
-from peftfn.slots.routed import checked, named, routed_by_default, routed_of
-from peftfn.slots.tags import RowsLost
+from peftfn.slots.routed import checked, named, routed_by_default
 from peftfn.slots.track import Followed
 from peftfn.slots.unrowed import check_output, mark
 from peftfn.slots.values import Given, values
@@ -34,25 +34,30 @@ from peftfn.tensors.sequence import Steps
 from peftfn.tensors.tree import stack_size, unstacked
 
 
-class Runner:
-    """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own."""
+class Asked(NamedTuple):
+    """A call of the model: what it is called with, and the adapters and gates in it.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plans: Sequence[Plan],
-        again: Sequence[str] = (),
-        routed: Sequence[Sequence[str] | None] = (),
-    ):
-        """again: modules that are rematerialised. routed: for each plan the modules through which rows are followed;
-        None: those around experts, and if that is not enough, the whole model."""
-        self.model, self.plans, self.again = model, plans, again
-        pairs = list(zip(plans, routed or [None] * len(plans), strict=True))
-        found = [routed_by_default(model, plan) if names is None else names for plan, names in pairs]
-        self.routed = list(dict.fromkeys(name for names in found for name in names))
-        self._told = any(names is not None for _, names in pairs)
-        self._wider: dict[tuple[str, ...], Runner] = {}  # more routed modules → what runs with them
-        self._whole: dict[Any, Sequence[str]] = {}  # calls in which a site has lost its rows ↦ all modules
+    gates: which adapters act on which rows; None for one adapter. params: the caller's own parameters, by name. method:
+    another method of the model to call. owners: routed module → the row of each position of its input.
+    """
+
+    given: Sequence[Given]
+    gates: Gates | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    params: Mapping[str, Any] | None = None
+    method: str | None = None
+    owners: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Runner:
+    """Runs a model with adapters of some plans. Thread-safe: each call has a skeleton of its own.
+
+    plans: of the nets. again: modules that are rematerialised. routed: modules through which rows are followed.
+    """
+
+    def __init__(self, model: nn.Module, plans: Sequence[Plan], again: Sequence[str], routed: Sequence[str]):
+        self.model, self.plans, self.again, self.routed = model, plans, again, routed
         self.slots = list(dict.fromkeys(slot for plan in plans for slot in plan.slots))
         at = [(s, plan[s.name].method) for plan in plans for s in plan.places]
         self.backbones = {s.name for s, _ in at if s.kind == TOKENS}
@@ -62,93 +67,81 @@ class Runner:
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
         self._running = _Running()
+        self.wider = Wider(self)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, plans: Sequence[Plan], again: Sequence[str], routed: Sequence[Sequence[str] | None]
+    ) -> "Runner":
+        """The runner of some nets. routed: for each plan the modules through which rows are followed; None: those
+        around experts, and if that is not enough, the whole model."""
+        pairs = list(zip(plans, routed, strict=True))
+        found = [routed_by_default(model, plan) if names is None else names for plan, names in pairs]
+        runner = cls(model, plans, again, list(dict.fromkeys(name for names in found for name in names)))
+        runner.wider.told = any(names is not None for _, names in pairs)
+        return runner
+
+    def routing(self, more: Sequence[str]) -> "Runner":
+        """The same with more routed modules."""
+        runner = Runner(self.model, self.plans, self.again, [*self.routed, *more])
+        runner._running = self._running
+        return runner
 
     @property
     def innermost(self) -> Skeleton | None:
         """The skeleton of the call that runs in this thread."""
         return self._running.calls[-1] if self._running.calls else None
 
-    def run(
-        self,
-        given: Sequence[Given],
-        gates: Gates | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        params: Mapping[str, Any] | None,
-        method: str | None,
-        owners: Mapping[str, Tensor] | None = None,
-        known: bool = True,
-    ) -> Any:
-        """model(*args, **kwargs) with the adapters in it. gates: which of them act on which rows; None for one adapter.
-
-        params: the caller's own parameters, by name. method: another method of the model to call. owners: routed module
-        → the row of each position of its input. known: whether the adapters are known to fit their plans.
-        """
-        if gates is None and given[0].plan.gated:
-            ids = acting.Ids(self.model, self.arguments, args, kwargs, method)
-            gates = acting.alone(given[0].plan, ids, copies_of(self.model, method, args, kwargs))
-        if gates is not None and self.routed and torch.compiler.is_compiling():
-            return _uncompiled(self.run, given, gates, args, kwargs, params, method, owners)
-        skeleton = self._acquire()
+    def run(self, call: Asked, known: bool = True) -> Any:
+        """The model's output. known: whether the adapters are known to fit their plans."""
+        plan = call.given[0].plan
+        if call.gates is None and plan.gated:
+            ids = acting.Ids(self.model, self.arguments, call.args, call.kwargs, call.method)
+            copies = copies_of(self.model, call.method, call.args, call.kwargs)
+            call = call._replace(gates=acting.alone(plan, ids, copies))
         if torch.compiler.is_compiling():
+            if call.gates is not None and self.routed:
+                return _uncompiled(self.run, call, known)
             if not known:
-                given[0].plan.check(given[0].adapter)
-            return self._call(skeleton, {}, given, gates, args, kwargs, params, method, owners)
+                plan.check(call.given[0].adapter)
+            skeleton = self._acquire()
+            skeleton.refresh()
+            return self._call(skeleton, {}, call)
+        skeleton = self._acquire()
         self._running.calls.append(skeleton)
         skeleton.lock.acquire()  # a recomputation of an earlier call may be running on it, in another thread
         try:
             skeleton.refresh()
-            single = gates is None and not params
-            kept = skeleton.kept(given[0], self.model.training) if single else {}
+            single = call.gates is None and not call.params
+            kept = skeleton.kept(call.given[0], self.model.training) if single else {}
             if not (known or kept):
-                given[0].plan.check(given[0].adapter)
-            return self._call(skeleton, kept, given, gates, args, kwargs, params, method, owners)
+                plan.check(call.given[0].adapter)
+            return self._call(skeleton, kept, call)
         finally:
             skeleton.lock.release()
             self._running.calls.pop()
             self._idle.append(skeleton)
 
-    def _call(
-        self,
-        skeleton: Skeleton,
-        kept: Mapping[str, Any],
-        given: Sequence[Given],
-        gates: Gates | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        params: Mapping[str, Any] | None,
-        method: str | None,
-        owners: Mapping[str, Tensor] | None,
-    ) -> Any:
+    def _call(self, skeleton: Skeleton, kept: Mapping[str, Any], call: Asked) -> Any:
         """`run` on a skeleton. kept: what stands in some of its slots already, from the call before."""
-        traced = torch.compiler.is_compiling()
-        if traced:
-            skeleton.refresh()
+        traced, gates = torch.compiler.is_compiling(), call.gates
         try:
             before = skeleton.open()
             versions = [] if traced else skeleton.versions()
             try:
-                if params:
-                    skeleton.put(params)
+                if call.params:
+                    skeleton.put(call.params)
                 if gates is not None:
-                    steps = None if method is None else Steps()
-                    gates = replace(gates, fixed=skeleton.identities(), steps=steps)
-                    if self.routed:
-                        gates = replace(gates, call=Followed(gates, owners or {}))
-                    if gates.size is not None and not traced:
-                        mark(skeleton.tables, gates)
-                made = self._values(skeleton, kept, given, gates)
+                    gates = self._bound(skeleton, gates, call)
+                made = self._values(skeleton, kept, call.given, gates)
                 skeleton.fill(made)
-                call = skeleton.root if method is None else getattr(skeleton.root, method)
-                with (
-                    nullcontext() if gates is None else gates.during(skeleton.root),
-                    nullcontext() if gates is None or gates.steps is None else gates.steps.during(skeleton.root),
-                ):
-                    out = call(*args, **kwargs)
+                function = skeleton.root if call.method is None else getattr(skeleton.root, call.method)
+                with nullcontext() if gates is None else gates.during(skeleton.root):
+                    out = function(*call.args, **call.kwargs)
                 if not traced:
                     skeleton.check_in_place(made)
-                    if gates is None and not params and not kept:
-                        skeleton.keep(given[0], self.model.training, made)
+                    if gates is None and not call.params and not kept:
+                        skeleton.keep(call.given[0], self.model.training, made)
                 if gates is not None:
                     check_output(out)
             finally:
@@ -161,10 +154,19 @@ class Runner:
                 )
             return dense(out)
         except Exception as e:
-            for plan, adapter, *_ in given:
+            for plan, adapter, *_ in call.given:
                 if problem := misplaced(plan, weights_of(self.model, plan.places), adapter, e):
                     raise ValueError(problem) from e
             raise
+
+    def _bound(self, skeleton: Skeleton, gates: Gates, call: Asked) -> Gates:
+        """The gates of a call, with what they know of its skeleton."""
+        gates = replace(gates, fixed=skeleton.identities(), steps=None if call.method is None else Steps())
+        if self.routed:
+            gates = replace(gates, call=Followed(gates, call.owners))
+        if gates.size is not None and not torch.compiler.is_compiling():
+            mark(skeleton.tables, gates)
+        return gates
 
     def _values(
         self, skeleton: Skeleton, kept: Mapping[str, Any], given: Sequence[Given], gates: Gates | None
@@ -196,8 +198,8 @@ class Runner:
             count += given[-1].size
         inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
         made = gates_of(gates, count, inputs, copies_of(self.model, method, args, kwargs), method is not None)
-        runner = self if self._told or not owners else self._with(named(self.model, owners))
-        held = checked(owners, made, runner.routed) if owners else None
+        runner = self if self.wider.told or not owners else self.wider.routing(named(self.model, owners))
+        held = checked(owners, made, runner.routed) if owners else {}
         made = made.bound(common, dict.fromkeys(name for plan in self.plans for name in plan))
         k = made.only
         part = None if k is None else next(part for part in given if k < part.start + part.size)
@@ -205,52 +207,10 @@ class Runner:
             if any(plan.gated for plan in self.plans):
                 ids = acting.Ids(self.model, self.arguments, args, kwargs, method)
                 made = acting.joined(made, [(part.plan, part.start, part.size) for part in given], ids)
-            return runner._followed(given, made, args, kwargs, params, method, held)
+            return runner.wider.run(Asked(given, made, args, kwargs, params, method, held))
         plan, stacked, start, _ = part
         alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
-        return self.run([alone], None, args, kwargs, params, method)
-
-    def _followed(
-        self,
-        given: Sequence[Given],
-        gates: Gates,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        params: Mapping[str, Any] | None,
-        method: str | None,
-        owners: Mapping[str, Tensor] | None,
-    ) -> Any:
-        """`run`. If a site loses its rows and nobody said which modules move them, the call runs once more with rows
-        followed through the whole model, and so do later ones of that method."""
-        call = method, gates.common is None
-        if call in self._whole:
-            return self._with(self._whole[call]).run(given, gates, args, kwargs, params, method, owners)
-        if self._told or torch.compiler.is_compiling():
-            return self.run(given, gates, args, kwargs, params, method, owners)
-        before = Before(args, kwargs)
-        try:
-            return self.run(given, gates, args, kwargs, params, method, owners)
-        except RowsLost as e:
-            whole = routed_of(self.model, [""])
-            if (wider := self._with(whole)) is self or not before.again():
-                raise
-            try:
-                out = wider.run(given, gates, args, kwargs, params, method, owners)
-            except RowsLost as more:
-                raise RowsLost(f"{e.text} Followed through the whole model, they are lost too: {more}") from more
-        self._whole[call] = whole
-        return out
-
-    def _with(self, modules: Sequence[str]) -> "Runner":
-        """What runs with these modules routed too."""
-        key = tuple(name for name in dict.fromkeys(modules) if name not in self.routed)
-        if not key:
-            return self
-        if key not in self._wider:
-            wider = Runner(self.model, self.plans, self.again, [[*self.routed, *key]] * len(self.plans))
-            wider._told, wider._running = False, self._running
-            self._wider.setdefault(key, wider)
-        return self._wider[key]
+        return self.run(Asked([alone], None, args, kwargs, params, method))
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

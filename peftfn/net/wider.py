@@ -1,4 +1,4 @@
-"""A call that runs once more: what it has to find as it was."""
+"""A call whose sites lose the rows of a mixed batch runs once more, with rows followed through the whole model."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.slots.routed import routed_of
+from peftfn.slots.tags import RowsLost
 from peftfn.tensors.arguments import tensors, visit
 
 _VALUES = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -42,3 +44,46 @@ class Before:
         for put, state in self.numbers:
             put(state)
         return True
+
+
+class Wider:
+    """What runs a runner's calls if its routed modules are not enough.
+
+    told: somebody said which modules are routed, so no others are.
+    """
+
+    def __init__(self, runner: Any):
+        self.runner, self.told = runner, False
+        self._made: dict[tuple[str, ...], Any] = {}  # more routed modules → what runs with them
+        self._whole: dict[Any, Sequence[str]] = {}  # calls in which a site has lost its rows ↦ all modules
+
+    def run(self, call: Any) -> Any:
+        """The runner's `run`, of a call with gates. If a site loses its rows, the call runs once more with the whole
+        model routed, and so do later ones of that method."""
+        key = call.method, call.gates.common is None
+        if key in self._whole:
+            return self.routing(self._whole[key]).run(call)
+        if self.told or torch.compiler.is_compiling():
+            return self.runner.run(call)
+        before = Before(call.args, call.kwargs)
+        try:
+            return self.runner.run(call)
+        except RowsLost as e:
+            whole = routed_of(self.runner.model, [""])
+            if (wider := self.routing(whole)) is self.runner or not before.again():
+                raise
+            try:
+                out = wider.run(call)
+            except RowsLost as more:
+                raise RowsLost(f"{e.text} Followed through the whole model, they are lost too: {more}") from more
+        self._whole[key] = whole
+        return out
+
+    def routing(self, modules: Sequence[str]) -> Any:
+        """The runner with these modules routed too."""
+        more = tuple(name for name in dict.fromkeys(modules) if name not in self.runner.routed)
+        if not more:
+            return self.runner
+        if more not in self._made:
+            self._made.setdefault(more, self.runner.routing(more))
+        return self._made[more]

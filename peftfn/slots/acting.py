@@ -4,14 +4,14 @@ Their gates join those of the caller, site by site. What the caller says for eac
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftfn.core.plan import Plan
-from peftfn.slots.gates import Gates, Index, Weights
+from peftfn.slots.gates import Gates, Index, Shaped, Weights
 from peftfn.slots.routes import Sites
 from peftfn.tensors.arguments import hidden, storages, tensors
 from peftfn.tensors.sequence import Steps, held_by
@@ -19,20 +19,11 @@ from peftfn.tensors.transform import inference, under_transform
 
 
 @dataclass(frozen=True, eq=False)
-class Acting(Gates):
+class Acting(Shaped):
     """The gates of a call in which some methods act on some tokens alone: each of their sites has gates of its own."""
 
     inner: Gates | None  # those of the other sites; None: one adapter acts there on all rows
     at_site: Mapping[str, Gates]
-    shape: tuple[int, int] = field(kw_only=True)  # rows, tokens
-
-    @property
-    def size(self) -> int:
-        return self.shape[0]
-
-    @property
-    def tokens(self) -> int:  # type: ignore[override]
-        return self.shape[1]
 
     @property
     def sealed(self) -> bool:

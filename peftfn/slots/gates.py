@@ -103,7 +103,7 @@ class Gates:
 
     def during(self, root: nn.Module) -> AbstractContextManager[None]:
         """What surrounds the call of a model's skeleton."""
-        return nullcontext()
+        return nullcontext() if self.steps is None else self.steps.during(root)
 
     def uses(self, start: int, size: int) -> bool:
         """Whether any row may use one of these adapters."""
@@ -112,6 +112,21 @@ class Gates:
     def mapped(self, f: Callable[[Tensor], Tensor]) -> "Gates":
         """The same with f of its tensor."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Shaped(Gates):
+    """Gates that know how many tokens the rows have."""
+
+    shape: tuple[int, int] = field(kw_only=True)  # rows, tokens
+
+    @property
+    def size(self) -> int:
+        return self.shape[0]
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]  # a plain None in gates of rows
+        return self.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.slots.gates import Gates, Index
+from peftfn.slots.gates import Gates, Index, Shaped
 from peftfn.tensors.arguments import storages, tensors
 
 
 @dataclass(frozen=True, eq=False)
-class PerToken(Gates):
+class PerToken(Shaped):
     """Token j of row i uses adapter index[i, j]; −1 is the base."""
 
     flat: Index  # of all tokens, one row after the other
-    shape: tuple[int, int]  # rows, tokens
     windows: dict[Any, Index] = field(default_factory=dict, kw_only=True)  # of passes that have some of the tokens
 
     @classmethod
@@ -35,15 +34,7 @@ class PerToken(Gates):
                 "give one integer a row"
             )
         flat = Index.of(index.flatten(), count)
-        return cls(count, flat, (rows, tokens), inputs=storages(given), by_token=True)
-
-    @property
-    def size(self) -> int:
-        return self.shape[0]
-
-    @property
-    def tokens(self) -> int:  # type: ignore[override]
-        return self.shape[1]
+        return cls(count, flat, shape=(rows, tokens), inputs=storages(given), by_token=True)
 
     @property
     def only(self) -> int | None:

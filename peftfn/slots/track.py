@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from peftfn.slots.gates import Gates
 from peftfn.slots.tags import Lost, Unfollowed
 from peftfn.tensors.arguments import memory, storages, tensors
+from peftfn.tensors.lent import writes
 
 _KEY = "_peftfn_rows"
 _active = threading.local()
@@ -230,13 +231,6 @@ class Tracking(TorchFunctionMode):
                 return run(*args, **kwargs)
 
         return call
-
-
-def writes(name: str) -> bool:
-    """Whether a function of this name writes to its first argument."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
-    return name.endswith("_")
 
 
 def _tensors_in(args: Any, kwargs: Any) -> list[Tensor]:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from peftfn.slots.gates import Gates
 from peftfn.slots.slot import Slot
 from peftfn.slots.tags import Lost, RowsLost, constant
-from peftfn.slots.track import Tracking, current, writes
+from peftfn.slots.track import Tracking, current
 from peftfn.tensors.arguments import batched, mapped, memory, tensors, visit
-from peftfn.tensors.lent import Lent
+from peftfn.tensors.lent import Lent, writes
 
 _MEET = frozenset(
     [
@@ -143,7 +143,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", "")
     if all(t.each is None for t in tables):
         out = func(*args, **kwargs)
-        if rowed and tables[0].version is None and tables[0] is args[0] and _writes(name):
+        if rowed and tables[0].version is None and tables[0] is args[0] and writes(name):
             raise ValueError(
                 f"the model's forward writes rows of the batch into a table of its own ({name}), and inference_mode "
                 "does not count writes: use torch.no_grad for this model"
@@ -153,7 +153,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     if rowed:
         return _met(func, args, kwargs, rows, rowed, site)
     own = next(t for t in tables if t.each is not None)
-    if _writes(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
+    if writes(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
         if not args or own is not args[0] or kwargs.get("out") is not None:
             raise _untold(site, f"the model writes it into another tensor ({name})")
         return _in_place(own, func, args, kwargs)
@@ -204,10 +204,6 @@ def _written(table: Unrowed, name: str) -> ValueError:
         f"and the model writes to it in place ({name}), which would change that of one row alone. Call net.apply for "
         "one adapter at a time, or leave this site out of the rules."
     )
-
-
-def _writes(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
 
 
 def _wrapped(out: Any, rows: Gates, each: Any, site: str) -> Any:

@@ -118,7 +118,11 @@ def _writes(func: Any) -> bool:
     """Whether it writes to its first argument."""
     if torch.compiler.is_compiling():
         return func in _WRITERS
-    name = getattr(func, "__name__", "")
+    return writes(getattr(func, "__name__", ""))
+
+
+def writes(name: str) -> bool:
+    """Whether a function of torch of this name writes to its first argument."""
     operator = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     return name in ("__setitem__", "__set__") or operator or (name.endswith("_") and not name.endswith("__"))
 

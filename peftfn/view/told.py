@@ -1,12 +1,10 @@
 """What the sites of a view are told of the call that runs: the token ids, where methods act on some tokens alone."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
-
-from torch import nn
 
 from peftfn.net.run import copies_of
 from peftfn.slots.acting import Ids, named, weights
@@ -19,18 +17,9 @@ from peftfn.view.held import Choice
 class Told:
     """One call of a view, or all forward passes of one `generate`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        names: Sequence[str],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        method: str | None = None,
-    ):
-        """As for `Ids`."""
-        self.ids = Ids(model, names, args, kwargs, method)
-        self.copies = copies_of(model, method, args, kwargs)
-        self.steps = None if method is None else Steps()
+    def __init__(self, ids: Ids, copies: int, steps: Steps | None):
+        """copies: how often each row is repeated. steps: of a `generate`."""
+        self.ids, self.copies, self.steps = ids, copies, steps
         self.made: dict[Any, Gates] = {}
 
     def gates(self, site: str, kinds: Sequence[tuple[Any, int]]) -> Gates:
@@ -63,7 +52,8 @@ def listening(cls: Any, forward: Callable[..., Any]) -> dict[str, Any]:
         plans = [state.plans[name] for name in state.choice.active if state.plans[name].gated]
         if not plans:
             return None
-        told = Told(self, names, args, kwargs, method)
+        ids, copies = Ids(self, names, args, kwargs, method), copies_of(self, method, args, kwargs)
+        told = Told(ids, copies, None if method is None else Steps())
         for plan in plans:
             for site in plan.gated:  # before anything runs
                 told.ids.acted_on(site, (plan.entries if self.training else plan.meant)[site].method)
