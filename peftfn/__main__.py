@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from peftfn import __version__
 
 ADAPTER = "an adapter's folder or file, or the hub's owner/name"
+ANY_BASE = "the base may have other values than the one that the adapter was made on"
 MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
 FORMATS = ("native", "peft", "kohya", "swift", "gguf")
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--layout", choices=("kohya", "diffusers"), help="kohya: whose names (kohya)")
     new.add_argument("--prefix", metavar="NAME", help="kohya: the names' prefix, lora_te for one")
     new.add_argument("--name", metavar="NAME", help="swift: the adapter's name (default)")
+    new.add_argument("--any-base", action="store_true", help=ANY_BASE)
 
     new = command(
         "merge",
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("base", type=Path, metavar="BASE", help="a folder of safetensors")
     new.add_argument("adapter", metavar="ADAPTER", help=ADAPTER)
     new.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    new.add_argument("--any-base", action="store_true", help=ANY_BASE)
 
     new = command(
         "extract",
@@ -153,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--inputs", type=Path, metavar="FILE", help="a .safetensors of the model's arguments by name")
     new.add_argument("--tolerance", type=float, default=0.05, metavar="T", help="share of the effect (%(default)s)")
+    new.add_argument("--any-base", action="store_true", help=ANY_BASE)
     new.add_argument("--no-effects", action="store_true", help="do not run the model once for each site")
     new.add_argument("--json", action="store_true", help="print JSON")
 
@@ -263,14 +267,15 @@ def _convert(options: argparse.Namespace) -> int:
     for k in given:
         if k not in own.get(options.to, ()):
             raise ValueError(f"--{k} is not an option of {options.to}")
-    print(convert(options.path, options.out, options.to, options.model, options.rank, **given))
+    o = options
+    print(convert(o.path, o.out, o.to, o.model, o.rank, any_base=o.any_base, **given))
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
     from peftfn.cli.merge import merge
 
-    done = merge(options.base, options.adapter, options.out)
+    done = merge(options.base, options.adapter, options.out, any_base=options.any_base)
     untied = f"; no longer tied: {', '.join(done['untied'])}" if done["untied"] else ""
     print(f"wrote {options.out}: {len(done['adapted'])} tensors changed, {len(done['files'])} files{untied}")
     return 0
@@ -288,7 +293,8 @@ def _verify(options: argparse.Namespace) -> int:
     from peftfn.cli.verify import verify
 
     o = options
-    found = verify(o.adapter, o.model, o.against, o.inputs, tolerance=o.tolerance, effects=not o.no_effects)
+    given = {"tolerance": o.tolerance, "effects": not o.no_effects, "any_base": o.any_base}
+    found = verify(o.adapter, o.model, o.against, o.inputs, **given)
     print(json.dumps(found.json(), indent=2, ensure_ascii=False) if o.json else found)
     return int(not found.ok)
 

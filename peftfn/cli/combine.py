@@ -55,7 +55,7 @@ def combine(
     found = [hub.find(p) for p in paths]
     where = model or named(found[0])
     base = _outline(found) if where is None else load_base(where)
-    loaded = [bound(path, base) for path in found]
+    loaded = [bound(path, base, any_base=model is not None) for path in found]
     if model is None:
         _one_base(found, loaded)
     if base.hollow:

@@ -14,7 +14,14 @@ from peftfn.tools.convert import to_lora
 
 
 def convert(
-    path: str | Path, out: Path, to: str, model: Path | None = None, rank: int | None = None, **options: Any
+    path: str | Path,
+    out: Path,
+    to: str,
+    model: Path | None = None,
+    rank: int | None = None,
+    *,
+    any_base: bool = False,
+    **options: Any,
 ) -> str:
     """Write the adapter at `path` to `out` in the format `to`; what it says is a line about it.
 
@@ -22,6 +29,7 @@ def convert(
         model: the base: a folder, or a config.json where no tensor of the adapter depends on the base's values. Without
             it, the local folder that the adapter's configuration names. From ms-swift's LoRA to PEFT none is needed.
         rank: write the best LoRA of this rank in place of each method (`to_lora`), which needs the base's values.
+        any_base: whether the model may have other values than the one that the adapter was made on.
         options: of the format.
 
     Raises:
@@ -37,7 +45,7 @@ def convert(
     if where is None:
         raise ValueError(f"{path}: only the base model says which layers its names mean: give --model")
     base = load_base(where)
-    net, adapter = loaded = bound(path, base)
+    net, adapter = loaded = bound(path, base, any_base)
     if to in ("native", "peft"):  # the adapter's own name of its base first
         folder = {"base_model_name_or_path": str(where.parent if where.is_file() else where)}
         options = {**options, "extra": {**folder, **{k: v for k, v in loaded.extra.items() if k in KEYS and v}}}
@@ -61,10 +69,10 @@ def free(out: Path) -> None:
         raise FileExistsError(f"{out} exists; name a new one")
 
 
-def bound(path: Path, base: Base) -> Loaded:
-    """The adapter, on the model of the base. ValueError where it does not fit."""
+def bound(path: Path, base: Base, any_base: bool = False) -> Loaded:
+    """The adapter, on the model of the base. ValueError if it does not fit, or, unless any_base, was made on another."""
     guard(base, path)
-    return load(path, base.model)
+    return load(path, base.model, base="any" if any_base else None)
 
 
 def named(path: Path) -> Path | None:

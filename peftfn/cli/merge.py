@@ -25,13 +25,16 @@ from peftfn.net.net import Adapted
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"})
 
 
-def merge(base: Path, adapter: str | Path, out: Path) -> dict[str, list[str]]:
+def merge(base: Path, adapter: str | Path, out: Path, *, any_base: bool = False) -> dict[str, list[str]]:
     """Write to the folder `out` the model of the folder `base` with the adapter folded in.
 
     An adapted tensor is computed in fp32 or wider and rounded once to its dtype; all others are copied bit for bit, as
     are the index and the other files at the top of the folder (other formats' weights are not). Besides the adapter,
     one tensor is in memory at a time. `out` appears when all of it is written. Tied weights that the adapter makes
     different become two tensors, and config.json says `tie_word_embeddings: false`.
+
+    Args:
+        any_base: whether the base may have other values than the one that the adapter was made on.
 
     Returns:
         {"adapted": names of the changed tensors, "untied": names of the new ones, "files": files written}
@@ -51,7 +54,7 @@ def merge(base: Path, adapter: str | Path, out: Path) -> dict[str, list[str]]:
     if model.hollow:
         raise FileNotFoundError(f"{base} holds no *.safetensors to merge into")
     guard(model, adapter)
-    net, values = load(adapter, model.model)
+    net, values = load(adapter, model.model, base="any" if any_base else None)
     if net.model is not model.model:
         raise ValueError(
             f"{adapter}: it is for a model with repeated layers, and the base's files have each layer once"

@@ -28,6 +28,7 @@ def verify(
     *,
     tolerance: float = 0.05,
     effects: bool = True,
+    any_base: bool = False,
 ) -> Verification:
     """`pf.verify` of an adapter's files on the model of a folder.
 
@@ -36,6 +37,7 @@ def verify(
             adapter is in its format.
         inputs: a safetensors file of the model's arguments by name; None: random token ids.
         tolerance, effects: as for `pf.verify`.
+        any_base: whether the model may have other values than the one that the adapter was made on.
 
     Raises:
         FileNotFoundError: no adapter, no model or no inputs there.
@@ -49,7 +51,7 @@ def verify(
     if against == "peft" and not (ours and find_spec("peft")):
         why = "PEFT is not installed" if ours else f"{path} is not in PEFT's format; peftfn convert writes it"
         raise ValueError(f"--against peft: {why}")
-    net, values = load(path, base)
+    net, values = load(path, base, base="any" if any_base else None)
     others = {}
     if against != "merged" and ours and find_spec("peft"):
         others["PEFT"] = _by_peft(model, path, batch)

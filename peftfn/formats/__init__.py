@@ -124,7 +124,7 @@ def load(
     buffers: bool = False,
     ignore: Iterable[str] = (),
     method: Method | None = None,
-    base: Literal["any", "same"] = "any",
+    base: Literal["any", "same"] | None = None,
     dtype: torch.dtype | Literal["file"] | None = None,
     hub_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
@@ -152,8 +152,8 @@ def load(
         ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
         method: what PEFT's tensors mean where no configuration is beside them, and where pyreft's interventions act.
             Ranks are those of the tensors.
-        base: "same" compares the model's weights with the marks that a native file has of those it was made on, a few
-            values of each site, and other values are an error; "any" does not.
+        base: None compares the model's weights with the marks that a native file has of those it was made on, a few
+            values of each site; other values are an error. "any" does not compare; "same" wants a file with marks.
         dtype: of the leaves; "file" is what the file's tensors have. None keeps a native file's own, and makes others
             at least fp32.
         hub_options: further arguments of huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …

@@ -21,8 +21,11 @@ fp16 the smallest are lost, so it has marks of its own."""
 
 
 def mark(w: Any) -> str:
-    """The mark of a weight; "" of one whose values are not here as they are: quantised, sharded, offloaded, on meta."""
+    """The mark of a weight; "" of one whose values are not here as they are: quantised, sharded, offloaded, on meta,
+    or a model's of which only the shapes are known."""
     if not isinstance(w, Tensor) or w.is_meta or is_sharded(w) or w.dtype not in _GROUPS or not w.numel():
+        return ""
+    if w.numel() > 1 and not any(w.stride()):  # one number for all: a model of which only shapes are known
         return ""
     raw = _middle(w.detach()).to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     return f"{_GROUPS[w.dtype]} {hashlib.blake2b(raw, digest_size=6).hexdigest()}"
@@ -54,7 +57,7 @@ def check_base(given: Mapping[str, str], weights: Mapping[str, Any], names: tupl
         raise ValueError(
             f"{where}: made on another base: {wrong[0]} has the mark {mine!r} here and {theirs!r} in the file, and so "
             f"have others {len(wrong)} of {len(known)} sites; the file's base is {names[0] or 'not named'}, and the "
-            f"model {names[1] or 'not named'}. If that is meant, load it with base='any'"
+            f"model {names[1] or 'not named'}. If that is meant, load it with base='any' (--any-base in a shell)"
         )
 
 

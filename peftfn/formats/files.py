@@ -90,12 +90,12 @@ class Options:
     buffers: bool = False
     ignore: tuple[str, ...] = ()
     stored: bool = False
-    base: Literal["any", "same"] = "any"
+    base: Literal["any", "same"] | None = None
 
     def __post_init__(self) -> None:
         if self.experts not in ("peft", "unsloth"):
             raise ValueError(f"load: experts is {self.experts!r}; give 'peft' or 'unsloth'")
-        if self.base not in ("any", "same"):
+        if self.base not in ("any", "same", None):
             raise ValueError(f"load: base is {self.base!r}; give 'any' or 'same'")
 
     def refuse(self, where: Path, *names: str) -> None:

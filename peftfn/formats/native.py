@@ -109,7 +109,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         file, buffers = compared(file, model.buffers, known, options.buffers, BUFFER)
         buffers |= rows
         loaded = _filled(model, plan, config["constants"], file, options.strict)
-        if options.base == "same":
+        if options.base != "any":
             names = config.get("extra", {}).get("base_model_name_or_path"), getattr(model.root, "name_or_path", None)
             check_base(config.get("base", {}), model.weights, names, where)
         return replace(loaded, buffers=buffers, extra=config.get("extra", {}))

@@ -632,3 +632,23 @@ def test_an_adapter_of_the_hub(tmp_path: Path, capsys: Any, monkeypatch: pytest.
     ):
         assert "does not exist" in fails(capsys, *command)
     assert len(asked) == 3
+
+
+def test_another_base_is_refused_unless_it_is_meant(tmp_path: Path, capsys: Any) -> None:
+    model = llama()
+    adapter(tmp_path / "a", model, {KV: pf.LoRA(rank=2)})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    other = base(tmp_path / "other", model)
+    calls = {
+        "merge": (other, tmp_path / "a", tmp_path / "merged"),
+        "convert": (tmp_path / "a", tmp_path / "b", "--to", "peft", "--model", other),
+        "verify": (tmp_path / "a", "--model", other),
+    }
+    for command, given in calls.items():
+        text = fails(capsys, command, *given)
+        assert "made on another base" in text and "--any-base" in text
+        assert run(command, *given, "--any-base") == 0
+    assert run("inspect", tmp_path / "a", "--model", other) == 1
+    assert "made on another base" in capsys.readouterr().out

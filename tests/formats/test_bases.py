@@ -43,7 +43,9 @@ def test_another_base_is_an_error_that_names_the_site_and_both(saved: Path) -> N
     with pytest.raises(ValueError, match=r"made on another base: model\.layers\.1\.self_attn\.q_proj\.weight has") as e:
         pf.load(saved, model, base="same")
     assert "owner/tuned" in str(e.value) and str(saved) in str(e.value) and "base='any'" in str(e.value)
-    pf.load(saved, model)  # on purpose
+    with pytest.raises(ValueError, match="made on another base"):
+        pf.load(saved, model)
+    pf.load(saved, model, base="any")  # on purpose
 
 
 def test_what_has_no_values_here_is_not_compared(saved: Path) -> None:
@@ -76,4 +78,5 @@ def test_a_mark_is_of_values_alone() -> None:
     w = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     assert mark(w) == mark(nn.Parameter(w.clone())) == mark(w.mT.contiguous().mT) == mark(w.bfloat16()) != mark(w + 1)
     assert mark(torch.zeros(())) and mark(torch.zeros(3)) and mark(torch.zeros(0)) == mark(torch.zeros(3).int()) == ""
+    assert mark(torch.zeros(1).expand(4, 5)) == ""
     assert mark(object()) == mark(torch.zeros(3, device="meta")) == ""
