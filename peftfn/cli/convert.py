@@ -70,7 +70,7 @@ def free(out: Path) -> None:
 
 
 def bound(path: Path, base: Base, any_base: bool = False) -> Loaded:
-    """The adapter, on the model of the base. ValueError if it does not fit, or, unless any_base, was made on another."""
+    """The adapter, on the model of the base. ValueError if it does not fit. any_base: as of `convert`."""
     guard(base, path)
     return load(path, base.model, base="any" if any_base else None)
 

@@ -62,7 +62,7 @@ def check_base(given: Mapping[str, str], weights: Mapping[str, Any], names: tupl
 
 
 def checked(given: Any, sites: Mapping[str, Any], where: Path) -> dict[str, str]:
-    """The marks of a file. ValueError for what is none."""
+    """Return the marks that a file gives. ValueError unless they are marks of its sites."""
     if not isinstance(given, dict) or not all(isinstance(m, str) and n in sites for n, m in given.items()):
         raise ValueError(f"{where}: base is {str(given)[:80]}; it must have the marks of sites")
     return given
