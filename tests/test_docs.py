@@ -191,3 +191,10 @@ def test_the_readme_says_what_the_zoo_found() -> None:
     zoo = json.loads((ROOT / "benchmarks" / "zoo.json").read_text())
     line = " ".join((ROOT / "README.md").read_text().split())
     assert f"{zoo['hold']} of the {zoo['built']} that build here from a configuration pass every check" in line
+
+
+def test_pefts_tables_are_as_the_page_says() -> None:
+    record = json.loads((ROOT / "benchmarks" / "peft_tables.json").read_text())
+    assert "no value is wrong" in " ".join((ROOT / "docs" / "from_peft.md").read_text().split())
+    assert not {status for counts in record["counts"].values() for status in counts} - {"holds", "refused", "peft"}
+    assert all(sum(counts.values()) for counts in record["counts"].values())
