@@ -85,7 +85,7 @@ class Made(NamedTuple):
     values: dict[str, Kept]
     plan: Any
     training: bool
-    names: list[str]
+    shape: list[Any]  # of the adapter's tree
     ids: list[int]
     geometry: list[Any]
     watched: list[Any]  # weak references, whose callbacks are called while somebody holds them
@@ -126,7 +126,7 @@ class Keeper:
         if made is None or not _quiet():
             return {}
         now, tensors = _contents(given.adapter)
-        if given.plan is not made.plan or training is not made.training or now != made.names:
+        if given.plan is not made.plan or training is not made.training or now != made.shape:
             return {}
         tensors += weights(made.values)
         if list(map(id, tensors)) != made.ids or _geometry(tensors) != made.geometry:
@@ -150,7 +150,7 @@ class Keeper:
         last, self._last = self._last, weakref.ref(first)
         if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
             return
-        names, tensors = _contents(given.adapter)
+        shape, tensors = _contents(given.adapter)
         values = {n: Kept(v, low) for n, v in made.items() if n in lanes and (low := _alike(v, given)) is not None}
         if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
             self._vain = Recalled(self._last, list(leaf), training)
@@ -158,7 +158,7 @@ class Keeper:
         watched = [weakref.ref(t, self._forget) for t in tensors]
         tensors += weights(values)
         ids, geometry = list(map(id, tensors)), _geometry(tensors)
-        self._made = Made(values, given.plan, training, names, ids, geometry, watched)
+        self._made = Made(values, given.plan, training, shape, ids, geometry, watched)
 
 
 def _quiet() -> bool:
@@ -172,14 +172,15 @@ def _quiet() -> bool:
     )
 
 
-def _contents(adapter: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-    """All names of an adapter, and what they name; both empty if a leaf is another mapping than a dict."""
+def _contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The shape of an adapter's tree (its sites, how many tensors each has, their names), and the tensors; both empty
+    if a leaf is another mapping than a dict."""
+    leaves = list(adapter.values())
     try:
-        return [*adapter, *chain.from_iterable(adapter.values())], [
-            *chain.from_iterable(map(dict.values, adapter.values()))
-        ]
+        tensors = [*chain.from_iterable(map(dict.values, leaves))]
     except TypeError:
         return [], []
+    return [*adapter, *map(len, leaves), *chain.from_iterable(leaves)], tensors
 
 
 def _geometry(tensors: Sequence[Tensor]) -> list[Any]:

@@ -103,6 +103,14 @@ def test_a_missing_leaf_is_an_error() -> None:
         quietly(net, a)
 
 
+def test_a_tensor_that_moves_to_another_leaf_is_an_error() -> None:
+    _, net, a = model({r"f\.weight": pf.LoRA(rank=2), r"h\.weight": pf.Full()})
+    quietly(net, a, times=3)
+    a["h.weight"] = {"b": a["f.weight"].pop("b"), **a["h.weight"]}  # the same tensors under the same names in line
+    with pytest.raises(KeyError, match=r"f\.weight"):
+        quietly(net, a)
+
+
 def test_adapters_that_take_turns() -> None:
     base, net, a = model()
     b = pf.scale(a, 1.0) | {"f.weight": {k: 2 * t for k, t in a["f.weight"].items()}}
