@@ -8,7 +8,6 @@ from peftfn.core.combine import Chain
 from peftfn.core.plan import Entry
 from peftfn.formats import hub, load, save, swift
 from peftfn.formats.files import Loaded, read_json
-from peftfn.formats.peft_extra import KEYS
 from peftfn.methods.weights.full import Full
 from peftfn.tools.convert import to_lora
 
@@ -48,7 +47,7 @@ def convert(
     net, adapter = loaded = bound(path, base, any_base)
     if to in ("native", "peft"):  # the adapter's own name of its base first
         folder = {"base_model_name_or_path": str(where.parent if where.is_file() else where)}
-        options = {**options, "extra": {**folder, **{k: v for k, v in loaded.extra.items() if k in KEYS and v}}}
+        options = {**options, "extra": {**folder, **{k: v for k, v in loaded.extra.items() if v}}}
     if base.hollow:
         for name, entry in net.plan.items():
             if rank is not None or of_values(entry):

@@ -72,7 +72,7 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, with the head beside it if the model has such a head. ValueError for what its
     architecture would mean and the model's, or this release's, cannot."""
     where = folder / CONFIG
-    options.refuse(where, "key_mapping", "experts", "buffers", "ignore", "stored")
+    options.only(where)
     whole = read_json(where)
     config = dict(whole.get("config") or {}) if isinstance(whole, dict) else {}
     if not config:
@@ -111,7 +111,8 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
         for name, key in heads.items():
             assert head is not None
             adapter[name] = {"diff": head.tensor(key) - model.weights[name].float()}
-    extra = {k: whole[k] for k in ("name", "model_name") if whole.get(k)}
+    base = whole.get("model_name")
+    extra = {"base_model_name_or_path": base} if isinstance(base, str) and base else {}
     return Loaded(net, {n: adapter[n] for n in net.plan}, unexpected=tuple(stray), extra=extra)
 
 

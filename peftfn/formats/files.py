@@ -6,7 +6,7 @@ import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Options:
-    """How a file is read: what `load` says of each of these. A format refuses what has no meaning for it."""
+    """How a file is read: what `load` says of each of these. A format refuses all but what has a meaning for it."""
 
     strict: bool = True
     key_mapping: Mapping[str, str] | None = None
@@ -98,11 +98,15 @@ class Options:
         if self.base not in ("any", "same", None):
             raise ValueError(f"load: base is {self.base!r}; give 'any' or 'same'")
 
-    def refuse(self, where: Path, *names: str) -> None:
-        """ValueError for options that would have no effect on what is read at `where`."""
-        for name in names:
-            if getattr(self, name) != getattr(Options, name):
-                raise ValueError(f"load: {name} is for PEFT's files, and {where} has another format: leave it out")
+    def only(
+        self, where: Path, *taken: Literal["key_mapping", "experts", "buffers", "ignore", "stored", "base"]
+    ) -> None:
+        """ValueError for an option that would have no effect on what is read at `where`: any but those that its reader
+        takes, and `strict` and `pickled`, which allow something."""
+        for option in fields(self):
+            if option.name not in ("strict", "pickled", *taken) and getattr(self, option.name) != option.default:
+                name = {"stored": "dtype='file'"}.get(option.name, option.name)
+                raise ValueError(f"load: {name} has no effect on what is read at {where}: leave it out")
 
 
 def read_json(path: Path) -> Any:

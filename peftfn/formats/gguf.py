@@ -77,7 +77,7 @@ def save(path: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, model: Model, options: Options) -> Loaded:
-    options.refuse(path, "key_mapping", "experts", "ignore")
+    options.only(path, "stored")
     names = Names(model, path)
     with gguf_file.opened(path) as (values, file):
         _check(values, names.architecture, path)

@@ -82,7 +82,7 @@ def save(
 
 
 def load(path: Path, model: Model, options: Options) -> Loaded:
-    options.refuse(path, "experts", "ignore")
+    options.only(path, "key_mapping", "stored")
     if path.suffix in _PICKLES and path.is_file():
         if not options.pickled:
             raise ValueError(f"{path} is a pickle: load(…, pickled=True) reads only its tensors")

@@ -16,7 +16,7 @@ from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_config import checked
-from peftfn.formats.peft_extra import about, given
+from peftfn.formats.peft_extra import about, check_type, given
 from peftfn.formats.peft_write import documents
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
@@ -52,6 +52,7 @@ def state_dict(
     refuse_sharded(net.plan, adapter)
     more = {**about(net.model), **given(extra, net)}
     config, tensors = documents(net, adapter, task=more.get("task_type"), beyond=Beyond.of(net.model))[""]
+    check_type(more, config["peft_type"])
     return tensors, config | more
 
 

@@ -80,7 +80,7 @@ def save(
 
 
 def load(folder: Path, model: Model, options: Options) -> Loaded:
-    options.refuse(folder, "key_mapping", "experts", "ignore")
+    options.only(folder, "buffers", "stored", "base")
     where = folder / CONFIG
     config = _read(where)
     rules, taken = _rules(config, where)

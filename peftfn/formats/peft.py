@@ -73,6 +73,7 @@ def save(
                 "tells none: give extra={'task_type': 'CAUSAL_LM'}, or another"
             )
         config, tensors = peft_inputs.document(net, adapter, more["task_type"], tasks, beyond)
+        peft_extra.check_type(more, config["peft_type"])
         write(folder / TENSORS, tensors)
         write(folder / CONFIG, json.dumps(config | more, indent=2, sort_keys=True, ensure_ascii=False))
         write_card(folder, config | more, tensors, net.plan)
@@ -84,6 +85,7 @@ def save(
     for name, (config, tensors) in documents(
         net, adapter, split=split, task=more.get("task_type"), buffers=buffers, beyond=beyond
     ).items():
+        peft_extra.check_type(more, config["peft_type"])
         if config["peft_type"] == "POLY" and logits:
             config, tensors = config | {peft_poly.COUNT: len(next(iter(logits.values())))}, tensors | logits
         if compact:

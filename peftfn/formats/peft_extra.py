@@ -15,12 +15,30 @@ from peftfn.model.structure import lasting_copy
 from peftfn.net.net import Adapted
 
 INVOCATION, REPLICATION = "alora_invocation_tokens", "layer_replication"
-KEYS = frozenset({INVOCATION, REPLICATION, "task_type", "base_model_name_or_path", "revision", "auto_mapping"})
+EVERY = frozenset({"task_type", "base_model_name_or_path", "revision", "auto_mapping"})
+"""Keys that all of PEFT's types have."""
+OF_TYPES = {
+    "tokenizer_name_or_path": frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}),
+    "auxiliary_loss_weight": frozenset({"SHADOW"}),
+}
+"""Key → the types that have it."""
+KEYS = EVERY | OF_TYPES.keys() | {INVOCATION, REPLICATION}
+_KINDS: dict[str, tuple[type, ...]] = {"auto_mapping": (dict,), "auxiliary_loss_weight": (float, int)}
+"""Key → what its value may be; a str where nothing is said."""
+
+
+def told(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What a configuration says that is not about the method, under the keys that its type has."""
+    kind = config["peft_type"]
+    found = {k: config[k] for k in sorted(KEYS & config.keys()) if kind in OF_TYPES.get(k, (kind,))}
+    found = {k: v for k, v in found.items() if v or type(v) in (int, float)}  # a weight of 0 says something
+    _check_kinds({k: v for k, v in found.items() if k not in (INVOCATION, REPLICATION)}, where)
+    return found
 
 
 def taken(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Remove and return the keys that are not about the method. ValueError for what would change outputs silently."""
-    extra = {k: config[k] for k in sorted(KEYS) if config.get(k)}
+    extra = told(config, where)
     config.pop(REPLICATION, None)
     if config.get("arrow_config"):
         raise ValueError(
@@ -126,6 +144,12 @@ def given(extra: Mapping[str, Any] | None, net: Adapted) -> dict[str, Any]:
     return extra
 
 
+def check_type(extra: Mapping[str, Any], kind: str) -> None:
+    """ValueError for a key that PEFT's type does not have: PEFT would leave it out."""
+    if odd := next((k for k in extra if kind not in OF_TYPES.get(k, (kind,))), None):
+        raise ValueError(f"save: extra has {odd!r}, which is of {', '.join(sorted(OF_TYPES[odd]))}, and this is {kind}")
+
+
 def about(model: nn.Module) -> dict[str, Any]:
     """What a configuration says of the model by itself: its name, and its class and library, by which PEFT's
     AutoPeftModel finds it."""
@@ -166,11 +190,15 @@ def checked(extra: Any, where: Path) -> dict[str, Any]:
     if not isinstance(extra, dict) or (odd := extra.keys() - KEYS):
         what = str(extra if not isinstance(extra, dict) else sorted(odd))[:80]
         raise ValueError(f"{where}: extra has {what}; it may have {', '.join(sorted(KEYS))}")
-    for key, value in extra.items():
-        kind = {INVOCATION: list, "auto_mapping": dict}.get(key, str)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{where}: extra: {key} is {str(value)[:80]}; it must be a {kind.__name__}")
+    _check_kinds(extra, where)
     return extra
+
+
+def _check_kinds(extra: Mapping[str, Any], where: Path) -> None:
+    for key, value in extra.items():
+        kinds = (list,) if key == INVOCATION else _KINDS.get(key, (str,))
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{where}: {key} is {str(value)[:80]}; it must be a {kinds[0].__name__}")
 
 
 def repetition(model: nn.Module) -> dict[str, Any]:

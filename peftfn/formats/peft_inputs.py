@@ -17,7 +17,7 @@ from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.modules import OfModule, Prefix, Tokens
 from peftfn.core.plan import Entry
-from peftfn.formats import peft_shadow
+from peftfn.formats import peft_extra, peft_shadow
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
@@ -113,14 +113,14 @@ TYPES = frozenset({*KINDS, ADAPTION, peft_shadow.TYPE})
 
 def load(config: dict[str, Any], file: File, model: Model, where: Path, options: Options) -> Loaded:
     """The adapter of one of `TYPES`. ValueError for what would not mean here what it means to PEFT."""
+    options.only(where, "ignore", "stored")
     if config["peft_type"] == ADAPTION:
         return _load_adaption(config, file, model, where, options.strict)
     if config["peft_type"] == peft_shadow.TYPE:
         loaded, odd = peft_shadow.load(config, file, model, where)
         if odd and options.strict:
             raise mismatch(file.where, (), odd)
-        weight = {k: config[k] for k in ("auxiliary_loss_weight",) if k in config}
-        return replace(loaded, unexpected=tuple(sorted(odd)), extra=_extra(config) | weight)
+        return replace(loaded, unexpected=tuple(sorted(odd)), extra=peft_extra.told(config, where))
     kind = KINDS[config["peft_type"]]
     n = config.get("num_virtual_tokens")
     if not isinstance(n, int) or n < 1:
@@ -150,7 +150,7 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, options:
     if kind.cls is MultitaskPrompt and heads:
         tasks = len(leaf["cols"])
         adapter |= {h: {"diff": t["diff"].expand(tasks, *t["diff"].shape)} for h, t in adapter.items() if h != site}
-    return Loaded(net, adapter, unexpected=tuple(stray), extra=_extra(config))
+    return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
 
 
 def _site(cls: type[Method], model: Model, where: Path) -> tuple[str, bool]:
@@ -236,11 +236,6 @@ def _used(config: Mapping[str, Any], known: set[str], where: Path) -> None:
             )
 
 
-def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "tokenizer_name_or_path")
-    return {k: config[k] for k in names if config.get(k)}
-
-
 # LLaMA-Adapter.
 
 
@@ -271,7 +266,7 @@ def _load_adaption(config: dict[str, Any], file: File, model: Model, where: Path
         file.check(prompt, (1, *entry.spec["prompt"]))
         file.check(gate, (1,))
         adapter[name] = {"prompt": file.tensor(prompt)[0].clone(), "gate": file.tensor(gate)}
-    return Loaded(net, adapter, unexpected=tuple(stray), extra=_extra(config))
+    return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
 
 
 def _pattern(name: str) -> str:

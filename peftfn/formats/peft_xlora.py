@@ -34,7 +34,14 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "dropout": ("xlora_dropout_p", 0.2),
 }
 """Our word → (PEFT's, its default)."""
-_IDLE = peft_extra.KEYS | {"adapters", "use_trainable_adapters", "inference_mode", "peft_type", "peft_version"}
+_IDLE = peft_extra.EVERY | {
+    peft_extra.REPLICATION,
+    "adapters",
+    "use_trainable_adapters",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+}
 KINDS = frozenset({"linear", "linear_t", "embedding", "conv"})
 """Sites whose LoRA PEFT weighs; another kind of layer it would leave as it is."""
 
@@ -124,6 +131,12 @@ def check_expert(plan: Plan, where: object) -> None:
                 f"{where}: {name}: X-LoRA's experts are LoRAs without a bias, at linear layers, embeddings and "
                 f"nn.Conv2d, and this is {e.method} at a {e.site.kind} {list(e.site.shape)}"
             )
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """ValueError for keys that X-LoRA, or a LoRA as its expert, does not have."""
+    if odd := sorted(extra.keys() - peft_extra.EVERY - {peft_extra.REPLICATION}):
+        raise ValueError(f"save: extra has {odd[0]!r}, which X-LoRA does not have")
 
 
 def save(

@@ -52,7 +52,7 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], **options: Any)
 def load(folder: Path, model: Model, options: Options, method: Any = None) -> Loaded:
     """The interventions in the folder. method: where they act, and their activation; its rank is that of the files."""
     where = folder / CONFIG
-    options.refuse(where, "key_mapping", "experts", "buffers", "ignore", "stored")
+    options.only(where)
     name, cls = _type(read_json(where), where)
     if not isinstance(method, cls):
         raise ValueError(

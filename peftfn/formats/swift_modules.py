@@ -89,7 +89,7 @@ KINDS = {
 
 def load(config: Mapping[str, Any], file: Tensors, model: Model, where: Path, options: Options) -> Loaded:
     """The adapter of one of `KINDS`. ValueError for what the model, or this release, has no form for."""
-    options.refuse(where, "key_mapping", "experts", "buffers", "ignore", "stored")
+    options.only(where)
     kind = KINDS[config["swift_type"]]
     for option, values in kind.fixed.items():
         if option in config and config[option] not in values:

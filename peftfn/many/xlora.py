@@ -206,6 +206,7 @@ class XLoRA(Routed):
         self.gates(adapter["router"])
         folder = Path(path)
         peft_xlora.check_expert(self.net.plan, "save")
+        peft_xlora.check_extra(extra or {})
         paths = [folder / f"expert_{j}" for j in range(self.experts)]
         for one, expert in zip(paths, unstack(adapter["experts"]), strict=True):
             save(one, self.net, expert, format="peft", extra=extra)

@@ -311,7 +311,7 @@ def test_unsloths_columns_when_asked(tmp_path: Path) -> None:
         compare(logits(got), model(tokens(2)).logits)
     net = pf.adapt(llama(), {"q_proj": pf.LoRA(2)})
     pf.save(tmp_path / "native", net, net.init())
-    with pytest.raises(ValueError, match="experts is for PEFT's files"):
+    with pytest.raises(ValueError, match="experts has no effect on what is read"):
         pf.load(tmp_path / "native", llama(), experts="unsloth")
 
 
