@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.modules import OfModule, Prefix, Tokens
 from peftfn.core.plan import Entry
 from peftfn.formats import peft_extra, peft_shadow
 from peftfn.formats.beyond import Beyond
+from peftfn.formats.binding import exactly, planned, whole
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
 from peftfn.formats.peft_table import CLASSIFIERS, VERSION
@@ -34,6 +34,7 @@ from peftfn.methods.weights.full import Full
 from peftfn.model.model import Model
 from peftfn.model.place import is_causal
 from peftfn.net.net import Adapted
+from peftfn.tensors.precision import wide
 
 PROMPT, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 HEAD = "base_model."
@@ -140,13 +141,10 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, options:
     missing = [k for k in ((PROMPT, COLS, ROWS) if kind.cls is MultitaskPrompt else (PROMPT,)) if k not in file.meta]
     if missing or (options.strict and stray):
         raise mismatch(file.where, missing, stray)
-    rules: dict[str, Method] = {f"^{site}$": method, **{_exactly(name): Full() for name in heads}}
-    try:
-        net = Adapted(model.root, make(model, rules, 0))
-    except ValueError as e:
-        raise ValueError(f"{where}: its method does not fit the model: {e}") from e
+    rules: dict[str, Method] = {exactly(site): method, **{exactly(name): Full() for name in heads}}
+    net = Adapted(model.root, planned(model, rules, where))
     leaf = _leaf(kind, config, file, net.plan[site], n)
-    adapter: dict[str, Any] = {site: leaf} | _whole(file, model, heads)
+    adapter: dict[str, Any] = {site: leaf} | whole(file, heads, model)
     if kind.cls is MultitaskPrompt and heads:
         tasks = len(leaf["cols"])
         adapter |= {h: {"diff": t["diff"].expand(tasks, *t["diff"].shape)} for h, t in adapter.items() if h != site}
@@ -213,19 +211,6 @@ def _heads(file: File, model: Model, own: set[str]) -> tuple[dict[str, str], lis
     return heads, sorted(stray)
 
 
-def _whole(file: File, model: Model, heads: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    out = {}
-    for name, key in heads.items():
-        w = model.weights[name]
-        file.check(key, w.shape)
-        out[name] = {"diff": file.tensor(key, w.device).float() - w.float()}
-    return out
-
-
-def _exactly(name: str) -> str:
-    return "^" + name.replace(".", r"\.") + "$"
-
-
 def _used(config: Mapping[str, Any], known: set[str], where: Path) -> None:
     """ValueError for a key of the configuration that nothing here reads."""
     for key, value in config.items():
@@ -255,11 +240,7 @@ def _load_adaption(config: dict[str, Any], file: File, model: Model, where: Path
     missing = [f"{HEAD}model.{p}.adaption_{k}" for p, ks in found.items() for k in ("prompt", "gate") if k not in ks]
     if not found or missing or (stray and strict):
         raise mismatch(file.where, missing or ["…adaption_prompt"], stray)
-    rules: dict[str, Method] = {f"^({'|'.join(map(_pattern, found))})$": LlamaAdapter(n=n)}
-    try:
-        net = Adapted(model.root, make(model, rules, 0))
-    except ValueError as e:
-        raise ValueError(f"{where}: its method does not fit the model: {e}") from e
+    net = Adapted(model.root, planned(model, {exactly(*found): LlamaAdapter(n=n)}, where))
     adapter: dict[str, Any] = {}
     for name, entry in net.plan.items():
         prompt, gate = found[name]["prompt"], found[name]["gate"]
@@ -267,10 +248,6 @@ def _load_adaption(config: dict[str, Any], file: File, model: Model, where: Path
         file.check(gate, (1,))
         adapter[name] = {"prompt": file.tensor(prompt)[0].clone(), "gate": file.tensor(gate)}
     return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
-
-
-def _pattern(name: str) -> str:
-    return name.replace(".", r"\.")
 
 
 # Writing.
@@ -318,9 +295,10 @@ def document(
         config["modules_to_save"] = _roots({**rest, **more}, model)
         for name in {**rest, **more}:
             w = model.weights[name]
-            diff = adapter[name]["diff"].float() if name in rest else 0
+            if name in rest:
+                w = wide(w) + wide(rest[name].site.original(adapter[name]["diff"]))
             head = peft_shadow.HEAD if isinstance(method, Shadow) else HEAD
-            tensors[f"{head}{name}"] = (w.float() + diff).to(w.dtype)
+            tensors[f"{head}{name}"] = w
     shared = {"inference_mode": True, "peft_version": VERSION, "task_type": task}
     return {**shared, **config}, {k: t.detach().contiguous() for k, t in tensors.items()}
 
@@ -409,7 +387,7 @@ def _adaption(
             "save it in the native format"
         )
     method: Any = next(iter(mine.values())).method
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site in mine:
         tensors[f"{HEAD}model.{site}.adaption_prompt"] = adapter[site]["prompt"][None]
         tensors[f"{HEAD}model.{site}.adaption_gate"] = adapter[site]["gate"]

@@ -3,7 +3,6 @@
 A file has one module for each block, and the leaf one tensor for all of them.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.make import make
 from peftfn.core.plan import Entry
+from peftfn.formats.binding import exactly, planned, whole
 from peftfn.formats.files import Loaded, mismatch
 from peftfn.formats.files import Tensors as File
 from peftfn.methods.modules.shadow import DOT, LISTS, MIRROR, Shadow
@@ -66,11 +65,11 @@ def load(config: Mapping[str, Any], file: File, model: Model, where: Path) -> tu
         raise ValueError(f"{where}: its mirror takes the buffers of {site}, without values here: load its weights")
     values = {f: config.get(k, DEFAULTS.get(k)) for k, f in FIELDS.items()}
     try:
-        method = Shadow(**{f: v for f, v in values.items() if v is not None}, blocks_at=blocks)  # type: ignore[arg-type]
-        heads = {model.named[n].name: k for k in file.meta if (n := k.removeprefix(HEAD)) != k and n in model.named}
-        plan = make(model, {f"^{site}$": method, **{f"^{re.escape(n)}$": Full() for n in heads}}, 0)
+        method = Shadow(**{f: v for f, v in values.items() if v is not None}, blocks_at=blocks)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{where}: its method does not fit the model: {e}") from e
+        raise ValueError(f"{where}: Shadow does not accept the values in the file: {e}") from e
+    heads = {model.named[n].name: k for k in file.meta if (n := k.removeprefix(HEAD)) != k and n in model.named}
+    plan = planned(model, {exactly(site): method, **{exactly(n): Full() for n in heads}}, where)
     keys = {k: _keys(k, site, plan[site]) for k in plan[site].spec}
     unused = _unread(model, site, plan[site])
     missing = [key for some in keys.values() for key in some if key not in file.meta]
@@ -83,12 +82,8 @@ def load(config: Mapping[str, Any], file: File, model: Model, where: Path) -> tu
             file.check(key, shape[1:] if k in _OF_BLOCK else shape)
         read = [file.tensor(key) for key in some]
         leaf[k] = torch.stack(read) if k in _OF_BLOCK else read[0]
-    whole = {}
-    for name, key in heads.items():
-        file.check(key, model.weights[name].shape)
-        whole[name] = {"diff": file.tensor(key).float() - model.weights[name].float()}
     stray = file.meta.keys() - {key for some in keys.values() for key in some} - unused - {*heads.values()}
-    return Loaded(Adapted(model.root, plan), {site: leaf, **whole}), set(stray)
+    return Loaded(Adapted(model.root, plan), {site: leaf, **whole(file, heads, model)}), set(stray)
 
 
 def _backbone(paths: set[str], model: Model, where: Path) -> tuple[str, tuple[int, ...]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftfn.core.make import make
 from peftfn.core.method import Method
+from peftfn.formats.binding import exactly, planned
 from peftfn.formats.files import Loaded, Options, read_json, unpickled
 from peftfn.formats.files import Tensors as File
 from peftfn.formats.orthogonal import orthogonal
@@ -84,10 +84,7 @@ def load(folder: Path, model: Model, options: Options, method: Any = None) -> Lo
             {"add_bias": "c" in first} if cls is NoReFT else {"orthogonal": name == "Direft"} if cls is DiReFT else {}
         )
         methods[site] = dataclasses.replace(method, **more)
-    try:
-        plan = make(model, {f"^{re.escape(n)}$": m for n, m in methods.items()}, 0)
-    except ValueError as e:
-        raise ValueError(f"{where}: it does not fit the model: {e}") from e
+    plan = planned(model, {exactly(n): m for n, m in methods.items()}, where)
     for site, leaf in leaves.items():
         for k, shape in plan[site].spec.items():
             if k not in leaf or leaf[k].shape != shape:

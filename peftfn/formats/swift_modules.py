@@ -7,20 +7,18 @@ A key is the module's name, the tuner's with the adapter's name, and the tensor'
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Size
 
-from peftfn.core.make import make
 from peftfn.core.method import Method
+from peftfn.formats.binding import ACTIVATIONS, exactly, planned
 from peftfn.formats.files import Loaded, Options, Tensors, mismatch
 from peftfn.methods.modules.bottleneck import Bottleneck
 from peftfn.methods.modules.scetuning import SCETuning
 from peftfn.methods.modules.side import STEPS, Side
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
-
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh"}
 
 
 class Kind(NamedTuple):
@@ -49,19 +47,19 @@ def _side(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _adapter(config: Mapping[str, Any], shapes: Mapping[str, Size]) -> Method:
     act = config.get("act_layer", "gelu")
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"act_layer is {act!r}; this release reads {', '.join(_ACTIVATIONS)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act_layer is {act!r}; this release reads {', '.join(ACTIVATIONS)}")
     rank, dim = shapes["down"]
-    return Bottleneck(rank, _ACTIVATIONS[act], dim=dim)  # type: ignore[arg-type]
+    return Bottleneck(rank, ACTIVATIONS[act], dim=dim)
 
 
 def _scetuning(config: Mapping[str, Any], shapes: Mapping[str, Size]) -> Method:
     rank, dim = shapes["down"]
-    mode = "decoder" if config.get("tuner_mode", "decoder") == "decoder" else "encoder"
+    mode: Literal["decoder", "encoder"] = "decoder" if config.get("tuner_mode", "decoder") == "decoder" else "encoder"
     ratio = float(config.get("down_ratio", 1.0))
     if int(ratio * dim) != rank:
         raise ValueError(f"down_ratio is {ratio}, and of {dim} channels its tensors have {rank}")
-    return SCETuning(mode, ratio, dim)  # type: ignore[arg-type]
+    return SCETuning(mode, ratio, dim)
 
 
 KINDS = {
@@ -109,13 +107,12 @@ def load(config: Mapping[str, Any], file: Tensors, model: Model, where: Path, op
         raise ValueError(f"{file.where}: its tensors are of several adapters: {', '.join(sorted(adapters))}")
     if not found or missing or (stray and options.strict):
         raise mismatch(file.where, missing or ([] if found else [f"…{kind.key}_…"]), stray)
-    rules, shapes = {}, {at: {n: file.meta[k].shape for n, k in keys.items()} for at, keys in found.items()}
+    shapes = {at: {n: file.meta[k].shape for n, k in keys.items()} for at, keys in found.items()}
     try:
-        for at in found:
-            rules[f"^{re.escape(at)}$"] = kind.method(config, shapes[at])
-        plan = make(model, rules, 0)
+        rules = {exactly(at): kind.method(config, shapes[at]) for at in found}
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{where}: it does not fit the model: {e}") from e
+        raise ValueError(f"{where}: {e}") from e
+    plan = planned(model, rules, where)
     adapter: dict[str, Any] = {}
     for at, entry in plan.items():
         for n, key in found[at].items():

@@ -90,3 +90,18 @@ def test_every_field_of_pefts_configuration_is_known(kind: str, tmp_path: Path) 
     )
     net, _ = pf.load(tmp_path, model)
     assert isinstance(next(iter(net.plan.values())).method, KINDS[kind].cls)
+
+
+def test_a_conv1d_saved_whole_beside_a_prompt_keeps_its_orientation(tmp_path: Path) -> None:
+    """GPT-2's layers hold weights [in, out]; that of attn.c_proj is square, so that no shape tells."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    net = pf.adapt(model, {"^transformer$": pf.PromptTuning(n=2), r"c_proj": pf.Full()})
+    a = random(net, scale=0.5)
+    pf.save(tmp_path, net, a, format="peft")
+    want = net.apply(a, input_ids=IDS).logits
+    again, b = pf.load(tmp_path, model)
+    torch.testing.assert_close(again.apply(b, input_ids=IDS).logits, want)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    torch.testing.assert_close(theirs(input_ids=IDS).logits[:, 2:], want, rtol=1e-4, atol=1e-5)
