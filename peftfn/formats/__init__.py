@@ -21,7 +21,7 @@ from torch import nn
 from peftfn.core.method import Method
 from peftfn.formats import adapterhub, bare, gguf, hub, kohya, mlx, native, peft, pyreft, swift
 from peftfn.formats.beyond import Beyond
-from peftfn.formats.files import Loaded, Options, refuse_sharded
+from peftfn.formats.files import Loaded, Options, on_devices, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_extra import REPLICATION, repetition
 from peftfn.methods.weights.full import Full
@@ -42,6 +42,9 @@ FORMATS: dict[str, Any] = {
     "kohya": kohya,
 }
 """name → module, in the order in which `load` asks whose a path is."""
+
+BY_METHOD: dict[str, Any] = {"adapterhub": adapterhub, "pyreft": pyreft}
+"""Those whose files may need a method to say what they mean."""
 
 PEFTS = (peft.CONFIG, peft.TENSORS, peft.PICKLE)
 FILES = frozenset({native.TENSORS, native.CONFIG, peft.TENSORS, peft.CONFIG, peft.PICKLE, mlx.TENSORS})
@@ -150,8 +153,8 @@ def load(
         buffers: whether the file may have buffers other than the model's (running statistics). The result has them in
             `buffers`; if False, they are an error.
         ignore: keys of a PEFT configuration that this release does not know, and that make no difference.
-        method: what PEFT's tensors mean where no configuration is beside them, and where pyreft's interventions act.
-            Ranks are those of the tensors.
+        method: what PEFT's tensors mean where no configuration is beside them, where pyreft's interventions act, and
+            which ReFT AdapterHub's file has. Ranks are those of the tensors.
         base: None compares the model's weights with the marks that a native file has of those it was made on, a few
             values of each site; other values are an error. "any" does not compare; "same" wants a file with marks.
         dtype: of the leaves; "file" is what the file's tensors have. None keeps a native file's own, and makes others
@@ -191,17 +194,18 @@ def load(
         raise FileNotFoundError(f"{where} holds no adapter of a known format ({', '.join(FORMATS)}){_instead(where)}")
     if base == "same" and (format != "native" or method is not None):
         raise ValueError(f"load: base='same' needs the marks of a native file, and {where} has another format")
-    if format is None and pyreft.is_mine(where):
-        format = "pyreft"
-    if method is not None and format not in (None, "peft", "pyreft"):
+    if format is None:
+        format = next((name for name, module in BY_METHOD.items() if module.is_mine(where)), None)
+    if method is not None and format not in (None, "peft", *BY_METHOD):
         raise ValueError(f"load: method= is for tensors without a configuration, and format is {format!r}")
     loaded: Loaded
-    if format == "pyreft":
-        loaded = pyreft.load(where, known, options, method)
+    if format in BY_METHOD:
+        loaded = BY_METHOD[format].load(where, known, options, method)
     elif method is not None:
         loaded = bare.load(where, known, method, options)
     else:
         loaded = _format(str(format)).load(where, known, options)
+    loaded = on_devices(loaded)
     if isinstance(dtype, torch.dtype):
         loaded = replace(loaded, adapter=mapped(loaded.adapter, lambda t: t.to(dtype)))
     if any(map(is_sharded, known.parameters.values())):

@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftfn.core.make import make
 from peftfn.core.method import Method
+from peftfn.formats.binding import ACTIVATIONS, exactly, planned, whole
 from peftfn.formats.files import Loaded, Options, mismatch, opened, read_json, unpickled
 from peftfn.formats.files import Tensors as File
 from peftfn.formats.orthogonal import orthogonal
-from peftfn.methods.modules.bottleneck import Bottleneck
+from peftfn.methods.modules.bottleneck import Activation, Bottleneck
 from peftfn.methods.modules.direft import DiReFT
 from peftfn.methods.modules.loreft import LoReFT
 from peftfn.methods.modules.noreft import NoReFT
@@ -35,14 +35,10 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch
 HEAD, HEAD_PICKLE = "model_head.safetensors", "pytorch_model_head.bin"
 _LEGACY = re.compile(r"\b(?:attention|layer)_text_(?:task|lang)_adapters\b")
 _KEY = re.compile(r"(?P<at>.*?)\.?\b(?P<kind>adapters|loras|refts)\.(?P<name>[^.]+)\.(?P<rest>.+)")
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
+_ACTIVATIONS: dict[str, Activation] = {
+    **ACTIVATIONS,
     "gelu_orig": "gelu",
     "gelu_new": "gelu_tanh",
-    "swish": "silu",
-    "silu": "silu",
-    "tanh": "tanh",
     "leakyrelu": "leaky_relu",
 }
 _PLAIN = {
@@ -68,22 +64,25 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any], **options: Any)
     raise ValueError("save: AdapterHub's format is read, not written: use format='native'")
 
 
-def load(folder: Path, model: Model, options: Options) -> Loaded:
+def load(folder: Path, model: Model, options: Options, method: Method | None = None) -> Loaded:
     """The adapter in the folder, with the head beside it if the model has such a head. ValueError for what its
-    architecture would mean and the model's, or this release's, cannot."""
+    architecture would mean and the model's, or this release's, cannot.
+
+    method: which ReFT it is; its fields are the file's.
+    """
     where = folder / CONFIG
     options.only(where)
-    whole = read_json(where)
-    config = dict(whole.get("config") or {}) if isinstance(whole, dict) else {}
+    described = read_json(where)
+    config = dict(described.get("config") or {}) if isinstance(described, dict) else {}
     if not config:
         raise ValueError(f"{where}: it has no architecture under 'config'")
-    if "version" not in whole and config.get("non_linearity") == "gelu":
+    if "version" not in described and config.get("non_linearity") == "gelu":
         config["non_linearity"] = "gelu_new"  # as its first versions called it
     with ExitStack() as files:
         file = _file(files, folder, (TENSORS, PICKLE), options)
         if file is None:
             raise FileNotFoundError(f"{folder} has no {TENSORS}")
-        read = _Reader(where, whole, config, model)
+        read = _Reader(where, described, config, model, method)
         try:
             read.all(file)
         except (KeyError, TypeError) as e:
@@ -95,23 +94,20 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
             stray += sorted(head.meta.keys() - heads.values())
         if options.strict and stray:
             raise mismatch(file.where, (), stray)
-        rules: dict[str, Method] = {f"^{re.escape(n)}$": m for n, m in read.methods.items()}
-        rules |= {f"^{re.escape(n)}$": Full() for n in heads}
-        try:
-            net = Adapted(model.root, make(model, rules, 0))
-        except ValueError as e:
-            raise ValueError(f"{where}: it does not fit the model: {e}") from e
-        adapter: dict[str, Any] = {n: {k: f() for k, f in leaf.items()} for n, leaf in read.leaves.items()}
+        rules: dict[str, Method] = {exactly(n): m for n, m in read.methods.items()}
+        net = Adapted(model.root, planned(model, rules | {exactly(n): Full() for n in heads}, where))
+        devices = {n: w.device for n in read.leaves if (w := model.weights.get(n)) is not None}  # others': `on_devices`
+        adapter: dict[str, Any] = {
+            n: {k: f().to(devices.get(n, "cpu")) for k, f in leaf.items()} for n, leaf in read.leaves.items()
+        }
         for name, leaf in adapter.items():
             for k, t in leaf.items():
                 if t.shape != net.plan[name].spec[k]:
                     raise ValueError(
                         f"{file.where}: {k} at {name} has shape {list(t.shape)}, not {net.plan[name].spec[k]}"
                     )
-        for name, key in heads.items():
-            assert head is not None
-            adapter[name] = {"diff": head.tensor(key) - model.weights[name].float()}
-    base = whole.get("model_name")
+        adapter |= {} if head is None else whole(head, heads, model)
+    base = described.get("model_name")
     extra = {"base_model_name_or_path": base} if isinstance(base, str) and base else {}
     return Loaded(net, {n: adapter[n] for n in net.plan}, unexpected=tuple(stray), extra=extra)
 
@@ -136,8 +132,15 @@ def _heads(file: File, model: Model) -> dict[str, str]:
 class _Reader:
     """What the keys of a file mean at the places of a model."""
 
-    def __init__(self, where: Path, whole: Mapping[str, Any], config: Mapping[str, Any], model: Model):
-        self.where, self.whole, self.config, self.model = where, whole, config, model
+    def __init__(
+        self,
+        where: Path,
+        whole: Mapping[str, Any],
+        config: Mapping[str, Any],
+        model: Model,
+        method: Method | None,
+    ):
+        self.where, self.whole, self.config, self.model, self.method = where, whole, config, model, method
         self.methods: dict[str, Method] = {}
         self.leaves: dict[str, dict[str, Any]] = {}
         self.stray: list[str] = []
@@ -156,6 +159,8 @@ class _Reader:
             raise ValueError(f"{self.where}: its tensors are of {sorted(kinds) or 'no method'}; this release reads one")
         if any("invertible" in key for key in self.stray):
             raise ValueError(f"{self.where}: invertible adapters have no form here")
+        if self.method is not None and kinds != {"refts"}:
+            raise ValueError(f"load: method= says which ReFT a file has, and {self.where} has none: leave it out")
         read = {"adapters": self._bottleneck, "loras": self._lora, "refts": self._reft}[kinds.pop()]
         for (_, at), tensors in groups.items():
             read(at, {k: partial(file.tensor, key) for k, key in tensors.items()}, file, tensors)
@@ -172,7 +177,7 @@ class _Reader:
             raise ValueError(f"{self.where}: the model has {len(found)} modules at {path}")
         return found.pop()
 
-    def _activation(self) -> str:
+    def _activation(self) -> Activation:
         name = self.config.get("non_linearity")
         if name is None:
             return "none"
@@ -199,11 +204,11 @@ class _Reader:
             raise ValueError(f"{self.where}: scaling is {scale!r}; this release reads a number")
         rank, dim = file.meta[keys["adapter_down.0.weight"]].shape
         site, of = self._place(at)
-        method = Bottleneck(rank, self._activation(), of, float(scale), self.config.get("dropout", 0.0), dim)  # type: ignore[arg-type]
+        method = Bottleneck(rank, self._activation(), of, float(scale), self.config.get("dropout", 0.0), dim)
         leaf = {ours: tensors[theirs] for theirs, ours in names.items()}
         self._put(site, method, leaf | {"b": lambda: scale * tensors["adapter_up.bias"]()})  # they scale the bias too
 
-    def _place(self, at: str) -> tuple[str, str]:
+    def _place(self, at: str) -> tuple[str, Literal["output", "normed"]]:
         """(the module where a bottleneck acts, of what)."""
         normed = bool(self.config.get("original_ln_before", False))
         if normed:
@@ -251,8 +256,8 @@ class _Reader:
         if not first and not last:
             raise ValueError(f"{self.where}: it changes no position (prefix_positions and suffix_positions are 0)")
         tied = bool(self.config.get("tied_weights", False))
-        orthogonal, subtract = self.config.get("orthogonality", True), self.config.get("subtract_projection", True)
-        cls: Any = (LoReFT if orthogonal else NoReFT) if subtract else DiReFT
+        orthogonal = bool(self.config.get("orthogonality", True))
+        cls: Any = self._which(orthogonal)
         more = {} if cls is not DiReFT else {"orthogonal": orthogonal}
         both = bool(first and last)
         method = cls(
@@ -271,6 +276,17 @@ class _Reader:
             leaf |= {f"{name}{k}": f for k, f in _unit(part, cls is NoReFT).items()}
         self._put(self._module(at.removesuffix(".reft_layer")), method, leaf)
 
+    def _which(self, orthogonal: bool) -> type[Method]:
+        """The ReFT's class. The package's configurations leave out whether it subtracts the projection, so that what
+        it writes of NoReFT and of DiReFT is the same; of its classes, LoReFT alone has orthonormal rows."""
+        subtracts, usual = self.config.get("subtract_projection"), LoReFT if orthogonal else NoReFT
+        known = (usual, DiReFT) if subtracts is None else (usual,) if subtracts else (DiReFT,)
+        said = known[0] if self.method is None and (orthogonal or len(known) == 1) else type(self.method)
+        if (found := next((c for c in known if c is said), None)) is None:
+            cures = " or ".join(f"load(…, method=pf.{c.__name__}())" for c in known)
+            raise ValueError(f"{self.where}: it is of {' or '.join(c.__name__ for c in known)}. Say which: {cures}")
+        return found
+
     def model_width(self, file: File, keys: Mapping[str, str]) -> int:
         return int(next(file.meta[k].shape[1] for r, k in keys.items() if r.endswith("learned_source.weight")))
 
@@ -286,5 +302,5 @@ def _rows(saved: Mapping[str, Any]) -> Tensor:
     """A projection [rank, d], of what torch's orthogonal parametrization keeps of it."""
     state = {k: f() for k, f in saved.items()}
     if "weight" in state:
-        return state["weight"]  # type: ignore[no-any-return]
+        return state["weight"]
     return orthogonal(state)

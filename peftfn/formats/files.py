@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftfn.core.plan import Adapter, Plan
+from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import is_sharded
 from peftfn.tensors.tree import leaves, mapped
@@ -214,6 +215,14 @@ class Tensors:
             raise ValueError(f"{self.where}: {self.names[key]} contains {count} NaN")
         wide = torch.float32 if t.is_floating_point() and t.element_size() < 4 and not exact else t.dtype
         return t.to(device, wide, copy=True)
+
+
+def on_devices(loaded: Loaded) -> Loaded:
+    """The leaves of modules on the devices of their modules. Those of weights are read onto theirs."""
+    net, adapter = loaded.net, dict(loaded.adapter)
+    for name, place in Model.of(net.model).at(net.plan.places).items() if net.plan.places else ():
+        adapter[name] = mapped(adapter[name], partial(Tensor.to, device=place.device))
+    return replace(loaded, adapter=adapter)
 
 
 def as_stored(loaded: Loaded, file: Tensors) -> Loaded:

@@ -13,7 +13,7 @@ from peftfn.core.method import Method
 from peftfn.formats import peft
 from peftfn.formats.bare import configuration
 from peftfn.formats.beyond import Beyond
-from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, refuse_sharded
+from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, on_devices, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_config import checked
 from peftfn.formats.peft_extra import about, check_type, given
@@ -103,9 +103,9 @@ def from_state_dict(
     if (config is None) == (method is None):
         raise TypeError("from_state_dict: give the configuration of the tensors, or method=pf.LoRA(alpha=16) for one")
     if method is not None:
-        return peft.build(known, configuration(method, file), file, _WHERE, options)
+        return on_devices(peft.build(known, configuration(method, file), file, _WHERE, options))
     plain = json.loads(json.dumps(config if isinstance(config, dict) else _dict(config), default=_listed))
-    return peft.build(known, checked(plain, _WHERE), file, _WHERE, options)
+    return on_devices(peft.build(known, checked(plain, _WHERE), file, _WHERE, options))
 
 
 def _dict(config: Any) -> dict[str, Any]:

@@ -156,9 +156,9 @@ def rotation(seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("free", [False, True], ids=["loreft", "noreft"])
-def test_reft(free: bool, tmp_path: Path) -> None:
-    model, t, rows = base("gpt2"), {}, []
+@pytest.mark.parametrize("name", ["LoReFT", "NoReFT", "DiReFT"])
+def test_reft(name: str, tmp_path: Path) -> None:
+    model, t, rows, free = base("gpt2"), {}, [], name != "LoReFT"
     for unit in range(2):
         state = {"weight": draw(2, D, seed=unit)} if free else rotation(unit)
         layer = nn.Linear(D, 2, bias=False)
@@ -174,13 +174,26 @@ def test_reft(free: bool, tmp_path: Path) -> None:
         for unit, at in enumerate((slice(0, 2), slice(-1, None))):
             h, p = y[:, at], rows[unit]
             k = f"h.1.reft_layer.refts.task.units.{unit}.learned_source"
-            y[:, at] = h + (F.linear(h, t[f"{k}.weight"], t[f"{k}.bias"]) - F.linear(h, p)) @ p
+            source = F.linear(h, t[f"{k}.weight"], t[f"{k}.bias"])
+            y[:, at] = h + (source if name == "DiReFT" else source - F.linear(h, p)) @ p
         return y if isinstance(out, Tensor) else (y, *out[1:])
 
     want = hooked(model, {"h.1": hook})
     config = {"architecture": "reft", "prefix_positions": 2, "suffix_positions": 1, "r": 2, "orthogonality": not free}
-    net, a = pf.load(folder(tmp_path / "f", config, t), model, pickled=True)
+    path = folder(tmp_path / "f", config, t)
+    if free:  # the package writes the two alike
+        with pytest.raises(ValueError, match=r"method=pf.NoReFT\(\)\) or load\(…, method=pf.DiReFT\(\)\)"):
+            pf.load(path, model, pickled=True)
+        with pytest.raises(ValueError, match=r"it is of NoReFT or DiReFT\. Say which"):
+            pf.load(path, model, pickled=True, method=pf.LoReFT())
+    net, a = pf.load(path, model, pickled=True, method=getattr(pf, name)() if free else None)
     same(net.apply(a, IDS), want, model(IDS))
+
+
+def test_a_method_is_for_a_reft(tmp_path: Path) -> None:
+    path = folder(tmp_path / "f", SEQ, bottleneck(PLACES["bert"][0], 0))
+    with pytest.raises(ValueError, match=r"method= says which ReFT a file has, .*leave it out"):
+        pf.load(path, base("bert"), pickled=True, method=pf.DiReFT())
 
 
 @pytest.mark.parametrize(

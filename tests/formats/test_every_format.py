@@ -154,3 +154,10 @@ def test_peft_has_no_key_of_another_type(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="extra has 'auxiliary_loss_weight', which is of SHADOW, and this is LORA"):
         pf.save(tmp_path / "a", net, net.init(), format="peft", extra={"auxiliary_loss_weight": 0.1})
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"shadow"}))  # which needs the values of the base's buffers
+def test_each_leaf_is_on_the_device_of_its_site(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    _, a = pf.load(case.write(tmp_path), model().to("meta"), **case.more)
+    assert {t.device.type for leaf in a.values() for t in leaf.values()} == {"meta"}
