@@ -190,11 +190,11 @@ def checked(extra: Any, where: Path) -> dict[str, Any]:
     if not isinstance(extra, dict) or (odd := extra.keys() - KEYS):
         what = str(extra if not isinstance(extra, dict) else sorted(odd))[:80]
         raise ValueError(f"{where}: extra has {what}; it may have {', '.join(sorted(KEYS))}")
-    _check_kinds(extra, where)
+    _check_kinds(extra, f"{where}: extra")
     return extra
 
 
-def _check_kinds(extra: Mapping[str, Any], where: Path) -> None:
+def _check_kinds(extra: Mapping[str, Any], where: object) -> None:
     for key, value in extra.items():
         kinds = (list,) if key == INVOCATION else _KINDS.get(key, (str,))
         if value is not None and not isinstance(value, kinds):
