@@ -391,11 +391,7 @@ def repeats(c: Case) -> None:
         method = at.method.eval()
         p, q = replace_method(at, method).prepared(), replace_method(other, method).prepared()
         for name, function in at.uses(method):
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                first = function(p)
-                torch.manual_seed(2)
-                again = function(p)
+            first, again = _seeded(1, function, p), _seeded(2, function, p)
             assert torch.equal(first, again), (
                 f"{said(method, name)} gives another result for the same arguments in eval mode: it draws random "
                 "numbers. Only dropout may, in train mode; `in_eval` says which fields switch it off"
@@ -410,6 +406,14 @@ def repeats(c: Case) -> None:
                 )
 
 
+def _seeded(seed: int, function: Function, p: Leaf) -> Tensor:
+    """What a function gives where dropout draws from this seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        y: Tensor = function(p)
+    return y
+
+
 def replace_method(at: At, method: Any) -> Any:
     return replace(at, method=method)
 
@@ -422,14 +426,14 @@ def carries_gradients(c: Case) -> None:
         raw = {k: t.requires_grad_() if k in trained else t for k, t in at.raw.items()}
         used: set[str] = set()
         for name, function in at.uses():
-            y = function(at.prepared(raw))
+            y = _seeded(1, function, at.prepared(raw))
             got = (
                 torch.autograd.grad(y.sum() + (y * y).sum(), [raw[k] for k in trained], allow_unused=True)
                 if y.requires_grad and trained
                 else [None] * len(trained)
             )
             for k, g in zip(trained, got, strict=True):
-                moved = not torch.equal(y, function(at.prepared(raw | {k: raw[k].detach() + 0.5})))
+                moved = not torch.equal(y, _seeded(1, function, at.prepared(raw | {k: raw[k].detach() + 0.5})))
                 assert g is not None or not moved, (
                     f"{said(at.method, name)} (or prepare) depends on {k!r} and gives no gradient for it: it was "
                     "detached, or read by .data. Use it as it is"
