@@ -197,3 +197,11 @@ def test_checkpointing_of_the_model() -> None:
     got = torch.autograd.grad(net.apply(a, IDS, use_cache=False).logits.square().sum(), [*a["model"].values()])
     for x, y in zip(got, want, strict=True):
         close(x, y)
+
+
+def test_a_padding_token_of_the_mirror_begins_as_zero() -> None:
+    """As torch and transformers have it: its row of a table gets no gradient, so it would stay at random values."""
+    net = pf.adapt(base("llama"), {"model": pf.Shadow(rank=2, shares=False)})
+    table = net.init()["model"]["mirror__embed_tokens__weight"]
+    assert not table[0].any()
+    assert table[1:].any(1).all()

@@ -210,7 +210,7 @@ def _named(config: Any, field: str, names: tuple[str, ...]) -> str:
 
 def _fresh(net: Any, rng: Rng) -> dict[str, Tensor]:
     """The parameters of a model of transformers', as its configuration says: norms as its class begins them, other
-    vectors zero, and the rest normal."""
+    vectors zero, and the rest normal, but for a padding token's row of a table: it is zero, and gets no gradient."""
     std = getattr(net.config, "initializer_range", 0.02)
     out: dict[str, Tensor] = {}
     for path, part in net.named_modules():
@@ -222,6 +222,8 @@ def _fresh(net: Any, rng: Rng) -> dict[str, Tensor]:
             name = f"{path}.{k}" if path else k
             if t.dim() > 1:
                 out[name] = rng.normal(*t.shape, std=std)
+                if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+                    out[name][part.padding_idx] = 0
             elif begun is None or rng.meta:
                 out[name] = rng.zeros(*t.shape)
             else:
