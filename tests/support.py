@@ -21,7 +21,9 @@ OURS = [cls(**case) for cls in registry.values() if cls.__module__.startswith("p
 METHODS = [m for m in OURS if isinstance(m, pf.Weight)]
 AROUND = [m for m in OURS if isinstance(m, pf.ModuleMethod)]
 """Methods around a module."""
-INPUTS = list({type(m): m for m in reversed(OURS) if isinstance(m, pf.Along | pf.Tokens | pf.Prefix)}.values())
+ALONG = [m for m in OURS if isinstance(m, pf.Along)]
+"""Methods whose state goes along a backbone's blocks."""
+INPUTS = list({type(m): m for m in reversed(OURS) if isinstance(m, pf.Tokens | pf.Prefix)}.values())
 """One of each method on a backbone's inputs."""
 CHAINS: list[Method] = [
     pf.chain(pf.LoRA(rank=2), pf.IA3()),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import pytest
-from support import AROUND, CHAINS, FIRST, INPUTS, METHODS, OURS
+from support import ALONG, AROUND, CHAINS, FIRST, INPUTS, METHODS, OURS
 from torch import Tensor
 
 import peftfn as pf
@@ -17,13 +17,13 @@ AROUND_NOISE = pf.chain(pf.NEFTune(), pf.Bottleneck(2), pf.LoReFT(2, last=1))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in CORE | ONCE or law == "values"])
-@pytest.mark.parametrize("method", METHODS + CHAINS + AROUND + [AROUND_BOTH, AROUND_NOISE] + INPUTS, ids=str)
+@pytest.mark.parametrize("method", METHODS + CHAINS + AROUND + [AROUND_BOTH, AROUND_NOISE] + ALONG + INPUTS, ids=str)
 def test_law(method: Method, law: str) -> None:
     check_law(law, method, models=kinds(method))
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law in CORE | ONCE and law != "values"])
-@pytest.mark.parametrize("method", [*FIRST, *{type(m): m for m in AROUND}.values(), *INPUTS[-1:]], ids=str)
+@pytest.mark.parametrize("method", [*FIRST, *{type(m): m for m in AROUND}.values(), *ALONG[:1], *INPUTS[-1:]], ids=str)
 def test_law_of_the_core(method: Method, law: str) -> None:
     check_law(law, method, models=kinds(method))
 
