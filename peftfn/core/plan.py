@@ -34,7 +34,7 @@ class Entry:
     rule: str  # the pattern that took the site
     method: Any
     frozen: Leaf  # constants: the site's own and those its rule shares
-    # What a run of the method on the meta device showed (`make.py`).
+    # What a run of the method on the meta device showed (`probe.py`).
     spec: dict[str, Size]  # the shapes of a leaf
     prepared: dict[str, Size]  # the shapes of a prepared leaf
     common: frozenset[str]  # names of tensors without an expert axis at a stacked site
