@@ -27,7 +27,7 @@ from peftfn.model.place import Place
 from peftfn.tensors.precision import cast, wide
 from peftfn.tensors.states import states_in, states_out
 from peftfn.testing.case import Case, close
-from peftfn.testing.routes import Seen
+from peftfn.testing.meaning import Seen
 
 Function = Callable[..., Any]
 

@@ -23,8 +23,10 @@ from peftfn.formats.native import from_json, to_json
 from peftfn.tensors.precision import wide
 from peftfn.testing.case import Case, close, dot, leaves, shaken
 from peftfn.testing.contract import every_field, functions, keeps
+from peftfn.testing.meaning import meaning_of
 from peftfn.testing.models import twice
-from peftfn.testing.routes import ROUTES, Party, meaning_of
+from peftfn.testing.party import Party
+from peftfn.testing.routes import ROUTES
 
 
 def identity(c: Case) -> None:
