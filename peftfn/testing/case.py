@@ -1,5 +1,6 @@
 """One method on one tiny model: what each law is about, and how tensors are compared."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,3 +107,23 @@ def close(got: Any, want: Any, what: str, rtol: float = 1e-4) -> None:
         return
     error, size = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
     assert error <= rtol * max(size, 1.0), f"{what}: differs by {error:.3g} where values reach {size:.3g}"
+
+
+def refused(f: Callable[..., Any], *args: Any, naming: str) -> None:
+    """AssertionError unless f(*args) is a ValueError that names the site."""
+    try:
+        f(*args)
+    except ValueError as e:
+        assert f"{naming}: " in str(e), f"the error names no site: {e}"
+        return
+    raise AssertionError(f"no ValueError from {getattr(f, '__name__', f)}, which has no meaning here")
+
+
+def runs_in(c: Case, dtype: torch.dtype) -> bool:
+    """Whether this torch runs the base layer itself in this dtype."""
+    try:
+        c.model(c.x)
+    except RuntimeError as e:
+        assert "not implemented for" in str(e), e
+        return False
+    return True

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA
-from peftfn.testing.laws import held, unchanged
+from peftfn.testing.purity import held, unchanged
 
 ids = lambda n=3: tokens(n)  # noqa: E731
 
