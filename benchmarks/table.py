@@ -72,6 +72,12 @@ SECTIONS = {
         "and the bare base. PEFT mixes no adapters of experts. Then what following the rows costs a function of "
         "torch inside a routed module, against the same forward outside of one, where nothing is followed.",
     ),
+    "shared": (
+        "One product with A for layers that share an input",
+        "Three layers of one width with the same input, each with a product with its own A, as the library does, "
+        "against the three as one function by hand: the A side by side, one product, and in the backward pass dx at "
+        "once. It is the most that sharing could bring ([why it is left out](kernels.md#left-out)).",
+    ),
     "tenants": (
         "Tokens of each tenant, and number of tenants",
         "The gradient of every tenant in one pass (training: by `vmap` over a stack, or `net.mixed`), or the forward "
