@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peftfn.formats import hub, load, native, peft, swift
+from peftfn.formats import hub, load, native, native_tensors, peft, swift
 from peftfn.formats.facts import described
 from peftfn.formats.files import Loaded, opened, read_json
 
@@ -152,7 +152,7 @@ def _rows(base: Any, embedding: Any, where: Path) -> int:
     name = next(n for n, m in base.named_modules() if m is embedding)
     if (where / native.CONFIG).is_file():
         with opened(where / native.TENSORS) as file:
-            key, grown = f"{native.ROWS}{name}.weight", read_json(where / native.CONFIG).get("grown", {})
+            key, grown = f"{native_tensors.ROWS}{name}.weight", read_json(where / native.CONFIG).get("grown", {})
             known = (
                 key in file.meta and isinstance(grown, dict) and grown.get(f"{name}.weight") == len(embedding.weight)
             )

@@ -9,7 +9,9 @@ import torch
 
 from peftfn.core.plan import Adapter, Entry
 from peftfn.formats import load
-from peftfn.formats.native import TENSORS, check_saved, meaning, read_saved
+from peftfn.formats.native import TENSORS
+from peftfn.formats.native_config import meaning
+from peftfn.formats.native_saved import check_saved, read_saved
 from peftfn.net.net import Adapted
 
 

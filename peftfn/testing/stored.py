@@ -13,7 +13,7 @@ from torch import Tensor
 
 import peftfn as pf
 from peftfn.formats.indices import expected, wrong_indices
-from peftfn.formats.native import from_json, to_json
+from peftfn.formats.native_config import from_json, to_json
 from peftfn.testing.case import Case, close, refused
 
 
