@@ -18,10 +18,12 @@ from peftfn.formats.push import push
 from peftfn.formats.several import load_all, save_view
 from peftfn.formats.whole_model import load_model
 from peftfn.many.alora import alora_gates
-from peftfn.many.bank import Bank, BankBusy, bank
+from peftfn.many.bank import Bank
 from peftfn.many.conform import conform
 from peftfn.many.continuous import Continuous, continuous
+from peftfn.many.fitted import bank
 from peftfn.many.nets import Nets
+from peftfn.many.residents import BankBusy
 from peftfn.many.routing import Routed
 from peftfn.many.stack import stack, unstack
 from peftfn.many.sums import add

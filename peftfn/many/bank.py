@@ -1,14 +1,11 @@
 """Banks: adapters by name, of different methods, ranks and targets, in one batch and in bounded memory."""
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition
 from time import monotonic
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,46 +13,19 @@ from torch import Tensor
 from peftfn.core.plan import Adapter
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets, check_nets
-from peftfn.many.waiting import Waiting, located
-from peftfn.model.names import near
+from peftfn.many.register import Register
+from peftfn.many.residents import BASE, BankBusy, Slots
 from peftfn.net.net import Adapted
-from peftfn.tensors.tree import mapped
-
-BASE = "__base__"
-"""The name of a row without an adapter."""
-
-
-class BankBusy(ValueError):
-    """Raised when running calls read all slots that a batch needs. Wait for one to end with `timeout=`.
-
-    Example:
-        assert issubclass(pf.BankBusy, ValueError)
-        # with bank.holding(names, timeout=5.0): … waits five seconds before it raises
-    """
-
-
-@dataclass
-class _Slots:
-    """The resident adapters of one net: a fixed-size stack, and which adapter occupies which slot."""
-
-    net: Adapted
-    start: int  # number of its first slot among those of all nets
-    stack: Adapter  # [capacity, …]
-    capacity: int
-    free: list[int]
-    names: "OrderedDict[str, int]" = field(default_factory=OrderedDict)  # name → slot, least recently used first
-    pins: dict[int, int] = field(default_factory=dict)  # slot → calls that read it now
-    retired: set[int] = field(default_factory=set)  # slots to free when nobody reads them any more
 
 
 class Bank:
     """Adapters by name, of which a fixed number is resident.
 
     Each of `nets` has its own slots, allocated once. Their number and the ranks of the nets bound the memory, and no
-    shape ever changes, so nothing recompiles. You may register any number of adapters: they wait in CPU memory, or in
-    files, which are mapped. When a batch names one, it is written into a slot and replaces the least recently used one.
-    An adapter of smaller rank, other alpha or fewer targets goes to the smallest net that can hold it exactly
-    (`conform`).
+    shape changes (before you call `grow`), so nothing recompiles. You may register any number of adapters: they wait in
+    CPU memory, or in files, which are mapped. When a batch names one, it is written into a slot and replaces the least
+    recently used one. An adapter of smaller rank, other alpha or fewer targets goes to the smallest net that can hold
+    it exactly (`conform`).
 
     Many threads may call `apply` while others call `put` and `evict`. A call holds the slots it reads until it ends; an
     adapter put meanwhile goes to another slot. A bank does not train: the gradient of a call reaches its inputs only,
@@ -85,28 +55,20 @@ class Bank:
             raise ValueError(f"Bank: capacity is {capacity!r}; give the number of slots of each net, at least 1")
         self.nets, self.prepared = Nets(nets), prepared
         self._lock = Condition()
-        self._waiting: dict[str, Waiting] = {}
-        self._homes: WeakKeyDictionary[Adapted, tuple[int, bool]] = WeakKeyDictionary()
-        self._slots: list[_Slots] = []
-        start = 0
-        for net, n in zip(nets, sizes, strict=True):
-            leaf = net.prepare(net.init()) if prepared else net.init()
-            room = mapped(leaf, lambda t, n=n: t.detach().expand(n, *t.shape).clone())  # type: ignore[misc]
-            self._slots.append(_Slots(net, start, room, n, list(range(n))[::-1]))
-            start += n
+        self._register = Register([Slots(net, n, prepared) for net, n in zip(nets, sizes, strict=True)])
 
     def __len__(self) -> int:
         """How many adapters are registered."""
-        return len(self._waiting)
+        return len(self._register.waiting)
 
     def __contains__(self, name: object) -> bool:
         """Whether an adapter of this name is registered."""
-        return name in self._waiting
+        return name in self._register.waiting
 
     def __repr__(self) -> str:
-        slots, used = sum(s.capacity for s in self._slots), len(self.resident)
-        nets = f"{len(self._slots)} net{'s' * (len(self._slots) > 1)}"
-        model = type(self._slots[0].net.model).__name__
+        slots, used = sum(s.capacity for s in self._register.slots), len(self.resident)
+        nets = f"{len(self._register.slots)} net{'s' * (len(self._register.slots) > 1)}"
+        model = type(self._register.slots[0].net.model).__name__
         return f"Bank({len(self)} adapters, {used} of them in {slots} slots, {nets} of {model})"
 
     @property
@@ -119,7 +81,7 @@ class Bank:
             assert bank.names == ("a", "b")
         """
         with self._lock:
-            return tuple(self._waiting)
+            return tuple(self._register.waiting)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -131,7 +93,7 @@ class Bank:
             assert bank.resident == ()
         """
         with self._lock:
-            return tuple(name for slots in self._slots for name in slots.names)
+            return tuple(name for slots in self._register.slots for name in slots.names)
 
     def put(self, name: str, net: Adapted | str | Path, adapter: Mapping[str, Any] | str | Path | None = None) -> None:
         """Register an adapter, or replace the one of that name. Running calls finish with the old one.
@@ -157,32 +119,11 @@ class Bank:
             pf.save("b", net, net.init(seed=1), format="peft")
             bank.put("b", "b")
         """
-        if not isinstance(name, str) or name == BASE:
-            raise ValueError(
-                f"put: {name!r} cannot name an adapter: give a string other than {BASE!r}, which names the base"
-            )
-        alone = isinstance(net, str | Path) and adapter is None
-        if not alone and (not isinstance(net, Adapted) or adapter is None):
-            raise TypeError(
-                f"put: {name!r}: give put(name, net, adapter), with the net that the adapter belongs to, or "
-                f"put(name, path); net is a {type(net).__name__} and adapter a {type(adapter).__name__}"
-            )
-        kept: Any = None
-        saved, path = None, net if alone else adapter
-        if isinstance(path, str | Path):
-            known = list(dict.fromkeys([*(s.net for s in self._slots), *self._homes]))
-            net, kept, saved = located(name, path, net if isinstance(net, Adapted) else None, known)
-        assert isinstance(net, Adapted)
-        home, same = self._home(net)
-        mine = self._slots[home].net
-        if kept is None:
-            assert isinstance(adapter, Mapping)
-            net.plan.check(adapter)
-            kept = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
-            _same_structure(name, kept if net is mine else conform(kept, net, mine), self._slots[home].stack, mine)
         with self._lock:
-            self._drop(name)
-            self._waiting[name] = Waiting(mine if same else net, kept, home, saved)
+            nets = self._register.nets
+        found = self._register.made(name, net, adapter, nets)
+        with self._lock:
+            self._register.put_(name, found)
 
     def evict(self, name: str | None = None) -> str:
         """Remove an adapter from its slot; it stays registered.
@@ -205,11 +146,13 @@ class Bank:
         """
         with self._lock:
             if name is None:
-                name = next((victim for slots in self._slots if (victim := _idle(slots)) is not None), None)
+                name = next((victim for slots in self._register.slots if (victim := slots.idle()) is not None), None)
                 if name is None:
                     raise ValueError("evict: no resident adapter is idle; wait for a call to end")
-            if not self._drop(name):
-                raise KeyError(f"{name!r} is not resident; resident: {[n for s in self._slots for n in s.names][:8]}")
+            if not self._register.drop_(name):
+                raise KeyError(
+                    f"{name!r} is not resident; resident: {[n for s in self._register.slots for n in s.names][:8]}"
+                )
             return name
 
     def remove(self, name: str) -> None:
@@ -224,9 +167,9 @@ class Bank:
             bank.remove("a")
         """
         with self._lock:
-            self._known([name], "remove")
-            self._drop(name)
-            del self._waiting[name]
+            self._register.check_known([name], "remove")
+            self._register.drop_(name)
+            del self._register.waiting[name]
 
     def fetch(self, names: Iterable[str]) -> dict[str, Exception]:
         """Write adapters into slots before a batch names them, and return those that fail.
@@ -250,9 +193,9 @@ class Bank:
         for name in dict.fromkeys(n for n in names if n != BASE):
             try:
                 with self._lock:
-                    self._known([name], "fetch")
-                    held, _ = self._pinned([name])
-                    self._release(held)
+                    self._register.check_known([name], "fetch")
+                    held, _ = self._register.pin_([name])
+                    self._register.unpin_(held)
             except (KeyError, ValueError, OSError) as e:
                 failed[name] = e
         return failed
@@ -273,8 +216,8 @@ class Bank:
         """
         with self._lock:
             wanted = [n for n in dict.fromkeys(names) if n != BASE]
-            self._known(wanted, "check")
-            self._room_for(wanted)
+            self._register.check_known(wanted, "check")
+            self._register.check_room(wanted)
 
     @contextmanager
     def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
@@ -301,26 +244,8 @@ class Bank:
             with bank.holding(["a", "__base__"], timeout=1.0) as (stacks, index):
                 y = bank.nets.mixed(stacks, index, torch.randn(2, 8))
         """
-        end = None if timeout is None else monotonic() + timeout
-        with self._lock:
-            while True:
-                self._known(names, "row")
-                wanted = [n for n in dict.fromkeys(names) if n != BASE]
-                self._room_for(wanted)
-                try:
-                    held, place = self._pinned(wanted)
-                    break
-                except BankBusy:
-                    left = None if end is None else end - monotonic()
-                    if left is not None and left <= 0:
-                        raise
-                    self._lock.wait(left)  # holding nothing, so that no two calls wait for each other
-        try:
-            yield [slots.stack for slots in self._slots], torch.tensor([place[n] for n in names], dtype=torch.long)
-        finally:
-            with self._lock:
-                self._release(held)
-                self._lock.notify_all()
+        with self._held(names, timeout) as (_, stacks, index):
+            yield stacks, index
 
     def apply(
         self,
@@ -351,195 +276,72 @@ class Bank:
             bank = pf.bank({"a": (net, net.init(seed=0)), "b": (net, net.init(seed=1))})
             y = bank.apply(["b", "a", "__base__"], torch.randn(3, 8))
         """
-        with self.holding(names, timeout=timeout) as (stacks, index):
+        with self._held(names, timeout) as (nets, stacks, index):
             how: Any = {"params": params, "method": method, "common": common, "owners": owners}
-            return self.nets.mixed(stacks, index, *args, **how, **kwargs)
+            return nets.mixed(stacks, index, *args, **how, **kwargs)
 
-    # Under the lock.
+    def grow(self, net: Adapted, capacity: int, *, instead: Sequence[Adapted] = ()) -> None:
+        """Give the bank slots of one more net. All adapters stay registered, and those in slots stay there.
 
-    def _pinned(self, wanted: list[str]) -> tuple[list[tuple[_Slots, int]], dict[str, int]]:
-        """(slots that are held now, {name: number of its slot}), with every adapter resident."""
-        held: list[tuple[_Slots, int]] = []
-        place: dict[str, int] = {BASE: -1}
-        try:
-            for absent in (False, True):  # pin what is there first, so that it is not what has to go
-                for n in wanted:
-                    slots = self._slots[self._waiting[n].home]
-                    if n not in place and (absent or n in slots.names):
-                        slot = self._fetch(n, slots) if absent else slots.names[n]
-                        slots.names.move_to_end(n)
-                        slots.pins[slot] = slots.pins.get(slot, 0) + 1
-                        held.append((slots, slot))
-                        place[n] = slots.start + slot
-        except BaseException:
-            self._release(held)
-            raise
-        return held, place
+        Calls that run end with the nets that they began with. A function that was compiled before compiles anew.
 
-    def _known(self, names: Sequence[str], what: str) -> None:
-        if isinstance(names, str):
-            raise TypeError(f"names is the string {names!r}; give a list, one name for each row")
-        for row, name in enumerate(names):
-            if name not in self._waiting and (name != BASE or what != "row"):
-                where = f"row {row}: " if what == "row" else ""
-                known = list(self._waiting)
-                hint = near(name, known) if known else "; the bank is empty"
-                raise KeyError(f"{where}the bank has no adapter {name!r}{hint}. Register it with bank.put first.")
+        Args:
+            net: on the model of the others.
+            capacity: slots of it.
+            instead: nets of the bank that it takes the place of. Their adapters move to its slots: the last used ones,
+                as many as it has. (Those of a bank with `prepared=True` are fetched again when a batch names them.)
 
-    def _room_for(self, wanted: list[str]) -> None:
-        for home in {self._waiting[n].home for n in wanted}:
-            here = [n for n in wanted if self._waiting[n].home == home]
-            n = self._slots[home].capacity
-            if len(here) > n:
-                raise ValueError(
-                    f"{here[n]!r}: the batch names {len(here)} adapters of one net, and the bank has {n} slots for it: "
-                    "split the batch, or make a bank with a larger capacity"
-                )
+        Raises:
+            ValueError: a net on another model or a capacity below 1; what it takes the place of is none of the bank's
+                nets, or has adapters that it cannot hold exactly.
 
-    def _fetch(self, name: str, slots: _Slots) -> int:
-        if not slots.free:
-            victim = _idle(slots)
-            if victim is None:
-                raise BankBusy(
-                    f"{name!r}: running calls read all {slots.capacity} slots: wait for one to end, with "
-                    "timeout=seconds, or make a bank with a larger capacity"
-                )
-        else:
-            victim = None
-        try:
-            adapter = self._ready(self._waiting[name])
-        except FileNotFoundError as e:
-            raise FileNotFoundError(
-                f"{name!r}: {self._waiting[name].kept} no longer exists; restore it, or call bank.remove({name!r})"
-            ) from e
-        except ValueError as e:
-            raise ValueError(f"{name!r}: {e}") from e
-        _same_structure(name, adapter, slots.stack)
-        if victim is not None:
-            self._drop(victim)
-        slot = slots.free.pop()
-        with torch.no_grad():
-            for site, leaf in slots.stack.items():
-                for k, t in leaf.items():
-                    t[slot].copy_(adapter[site][k])
-        slots.names[name] = slot
-        return slot
+        Example:
+            model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            small, large = (pf.adapt(model, {"0.weight": pf.LoRA(rank=r)}) for r in (2, 4))
+            bank = pf.bank({"a": (small, small.init())})
+            bank.grow(large, capacity=2, instead=[small])
+            bank.put("b", large, large.init())
+        """
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"grow: capacity is {capacity!r}; give the number of slots of the net, at least 1")
+        check_nets("grow", [net, *instead])
+        Nets([self.nets.nets[0], net])  # or they have no model in common
+        for old in instead:
+            if not any(old is mine for mine in self.nets.nets):
+                raise ValueError("grow: a net of instead is none of bank.nets.nets: give those whose place it takes")
+            try:
+                conform(old.init(), old, net)
+            except ValueError as e:
+                raise ValueError(f"grow: the net cannot hold the adapters of a net of instead exactly. {e}") from e
+        new = Slots(net, capacity, self.prepared)
+        with self._lock:
+            gone = [s for s in self._register.slots if any(s.net is old for old in instead)]
+            self._register.replace_(gone, new)
+            self.nets = Nets([s.net for s in self._register.slots])
+            self._lock.notify_all()
 
-    def _ready(self, waiting: Waiting) -> Mapping[str, Any]:
-        """The adapter in the form that its slot holds."""
-        net, adapter = self._slots[waiting.home].net, waiting.load()
-        if waiting.net is not net:
-            adapter = conform(adapter, waiting.net, net)
-        return net.prepare(adapter) if self.prepared else adapter
-
-    def _drop(self, name: str) -> bool:
-        for slots in self._slots:
-            slot = slots.names.pop(name, None)
-            if slot is not None:
-                if slots.pins.get(slot):
-                    slots.retired.add(slot)
-                else:
-                    slots.free.append(slot)
-                return True
-        return False
-
-    def _release(self, held: list[tuple[_Slots, int]]) -> None:
-        for slots, slot in held:
-            slots.pins[slot] -= 1
-            if not slots.pins[slot]:
-                del slots.pins[slot]
-                if slot in slots.retired:
-                    slots.retired.remove(slot)
-                    slots.free.append(slot)
-
-    def _home(self, net: Adapted) -> tuple[int, bool]:
-        """(number of the smallest of the bank's nets that holds any adapter of `net`, whether it is the same plan)."""
-        if net not in self._homes:
-            why = []
-            for i in sorted(range(len(self._slots)), key=lambda i: size(self._slots[i].net)):
-                mine = self._slots[i].net
+    @contextmanager
+    def _held(self, names: Sequence[str], timeout: float | None) -> Iterator[tuple[Nets, list[Adapter], Tensor]]:
+        """`holding`, with the nets that the stacks are of."""
+        end = None if timeout is None else monotonic() + timeout
+        register = self._register
+        with self._lock:
+            while True:
+                register.check_known(names, "row")
+                wanted = [n for n in dict.fromkeys(names) if n != BASE]
+                register.check_room(wanted)
                 try:
-                    given = net.init()
-                    fitted = given if net is mine else conform(given, net, mine)
-                    same = fitted.keys() == given.keys() and all(fitted[n] is given[n] for n in given)
-                except ValueError as e:
-                    why.append(str(e))
-                else:
-                    self._homes[net] = i, same
+                    held, place = register.pin_(wanted)
                     break
-            else:
-                raise ValueError("put: no net of the bank can hold this adapter exactly. " + " ".join(why))
-        return self._homes[net]
-
-
-def bank(adapters: Mapping[str, tuple[Adapted, Mapping[str, Any]]], *, prepared: bool = False) -> Bank:
-    """Return a bank with a slot for each of these adapters.
-
-    Adapters share a stack where one net can hold them all and its padding at most doubles their size.
-
-    Args:
-        adapters: {"a": (net_a, a), "b": (net_b, b), …}, all nets on one model.
-        prepared: as for `Bank`.
-
-    Returns:
-        A `Bank` in which they are registered.
-
-    Raises:
-        ValueError: no adapters, or nets on different models.
-        TypeError: not a dict of (net, adapter).
-
-    Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
-        bank = pf.bank({"a": (net, net.init(seed=0)), "b": (net, net.init(seed=1))})
-        y = bank.apply(["b", "a", "__base__"], torch.randn(3, 8))
-    """
-    if not adapters:
-        raise ValueError("bank: give at least one adapter, as {name: (net, adapter)}")
-    if not isinstance(adapters, Mapping) or not all(
-        isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], Adapted) for v in adapters.values()
-    ):
-        raise TypeError("bank: give a dict of name → (net, adapter), with the net that the adapter belongs to")
-    nets: list[Adapted] = []
-    counts: list[int] = []
-    for net in sorted((net for net, _ in adapters.values()), key=size, reverse=True):
-        for i, other in enumerate(nets):
-            if net is other or (size(other) <= 2 * size(net) and fits(net, other)):
-                counts[i] += 1
-                break
-        else:
-            nets.append(net)
-            counts.append(1)
-    out = Bank(nets, counts, prepared=prepared)
-    for name, (net, adapter) in adapters.items():
-        out.put(name, net, adapter)
-    return out
-
-
-def size(net: Adapted) -> int:
-    """Parameters of an adapter of the net."""
-    specs = [e.spec for e in net.plan.values()] + list(net.plan.banks.values())
-    return sum(shape.numel() for spec in specs for shape in spec.values())
-
-
-def fits(net: Adapted, other: Adapted) -> bool:
-    """Whether a slot of `other` holds any adapter of `net` exactly."""
-    try:
-        conform(net.init(), net, other)
-    except ValueError:
-        return False
-    return True
-
-
-def _idle(slots: _Slots) -> str | None:
-    return next((name for name, slot in slots.names.items() if not slots.pins.get(slot)), None)
-
-
-def _same_structure(name: str, adapter: Mapping[str, Any], stack: Adapter, net: Adapted | None = None) -> None:
-    """ValueError unless the adapter has the stack's tensors, or may have them once `net` has prepared it."""
-    for site, leaf in stack.items():
-        plain = net.plan[site].spec.keys() if net is not None and site in net.plan else leaf.keys()
-        if adapter[site].keys() not in (leaf.keys(), plain):
-            raise ValueError(
-                f"{name}: {site} has {sorted(adapter[site])}, and its slot holds {sorted(leaf)}: a sum or scaling has "
-                "no fixed shape, and prepared adapters need a bank with prepared=True"
-            )
+                except BankBusy:
+                    left = None if end is None else end - monotonic()
+                    if left is not None and left <= 0:
+                        raise
+                    self._lock.wait(left)  # holding nothing, so that no two calls wait for each other
+            nets, stacks = self.nets, register.stacks
+        try:
+            yield nets, stacks, torch.tensor([place[n] for n in names], dtype=torch.long)
+        finally:
+            with self._lock:
+                register.unpin_(held)
+                self._lock.notify_all()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from peftfn.core.plan import Plan
-from peftfn.many.bank import BASE, Bank
+from peftfn.many.bank import Bank
 from peftfn.many.nets import Nets
+from peftfn.many.residents import BASE
 from peftfn.model.names import near
 from peftfn.net.net import Adapted
 from peftfn.tensors.tree import stack_size

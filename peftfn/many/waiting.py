@@ -1,6 +1,6 @@
 """What a bank keeps of an adapter that is in no slot: its tensors in memory, or the place of its file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from peftfn.formats import load
 from peftfn.formats.native import TENSORS
 from peftfn.formats.native_config import meaning
 from peftfn.formats.native_saved import check_saved, read_saved
+from peftfn.many.conform import conform
+from peftfn.many.residents import BASE, Slots, check_structure
 from peftfn.net.net import Adapted
+from peftfn.tensors.tree import mapped
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,17 @@ class Waiting:
 
     net: Adapted
     kept: Adapter | Path
-    home: int  # number of the slots it fits
+    home: Slots  # those that it fits
     saved: str | None = None  # the id of the plan that a native file was saved with; None for other formats
 
-    def load(self) -> Mapping[str, Any]:
+    def ready(self) -> Mapping[str, Any]:
+        """The adapter in the form that its slot holds."""
+        net, adapter = self.home.net, self._loaded()
+        if self.net is not net:
+            adapter = conform(adapter, self.net, net)
+        return net.prepare(adapter) if self.home.prepared else adapter
+
+    def _loaded(self) -> Mapping[str, Any]:
         if not isinstance(self.kept, Path):
             return self.kept
         if self.saved is not None:
@@ -32,6 +42,45 @@ class Waiting:
         net, adapter = load(self.kept, self.net.model)
         same_plan(self.kept, net, self.net)
         return adapter
+
+
+def waiting(
+    name: str,
+    net: Adapted | str | Path,
+    adapter: Mapping[str, Any] | str | Path | None,
+    known: Sequence[Adapted],
+    home: Callable[[Adapted], tuple[Slots, bool]],
+) -> Waiting:
+    """What a bank keeps of an adapter that it is given: see `Bank.put`.
+
+    Args:
+        name, net, adapter: as for `Bank.put`.
+        known: nets that the adapter of a path may be of.
+        home: the slots that hold any adapter of a net, and whether the two have the same plan.
+    """
+    if not isinstance(name, str) or name == BASE:
+        raise ValueError(
+            f"put: {name!r} cannot name an adapter: give a string other than {BASE!r}, which names the base"
+        )
+    alone = isinstance(net, str | Path) and adapter is None
+    if not alone and (not isinstance(net, Adapted) or adapter is None):
+        raise TypeError(
+            f"put: {name!r}: give put(name, net, adapter), with the net that the adapter belongs to, or "
+            f"put(name, path); net is a {type(net).__name__} and adapter a {type(adapter).__name__}"
+        )
+    kept: Adapter | Path | None = None
+    saved, path = None, net if alone else adapter
+    if isinstance(path, str | Path):
+        net, kept, saved = located(name, path, net if isinstance(net, Adapted) else None, known)
+    assert isinstance(net, Adapted)
+    slots, same = home(net)
+    if kept is None:
+        assert isinstance(adapter, Mapping)
+        net.plan.check(adapter)
+        copy: Adapter = mapped(adapter, lambda t: t.detach().to("cpu", copy=True))
+        check_structure(name, copy if net is slots.net else conform(copy, net, slots.net), slots.stack, slots.net)
+        kept = copy
+    return Waiting(slots.net if same else net, kept, slots, saved)
 
 
 def located(

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfn.formats import load
-from peftfn.many.bank import BASE, Bank, fits, size
+from peftfn.many.bank import Bank
+from peftfn.many.homes import fits, size
+from peftfn.many.residents import BASE
 from peftfn.many.stack import stack
 from peftfn.net.net import Adapted
 from peftfn.serving.batch import Stepper

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfn.many.bank import BASE
+from peftfn.many.residents import BASE
 from peftfn.serving.adapters import Adapters
 from peftfn.serving.batch import Batch
 from peftfn.serving.sampling import Defaults, choose

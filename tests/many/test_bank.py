@@ -376,8 +376,74 @@ def test_ten_thousand_adapters_in_the_memory_of_thirty_two(tmp_path: Path) -> No
     assert len(bank.resident) == 32
     gc.collect()
     assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= tensors + 8, "fetched adapters were kept"
-    rooms = [t for slots in bank._slots for leaf in slots.stack.values() for t in leaf.values()]
+    rooms = [t for slots in bank._register.slots for leaf in slots.stack.values() for t in leaf.values()]
     assert sum(t.untyped_storage().nbytes() for t in rooms) == 32 * size
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_bank_that_grows_keeps_what_is_registered_and_resident(prepared: bool, tmp_path: Path) -> None:
+    """Also under a running call, and without a second look at the files of what is resident."""
+    model, wide, _ = tiny()
+    small = pf.adapt(model, {r"one\.weight": LoRA(2, alpha=5.0)})
+    other = pf.adapt(model, {"weight": OFT(block_size=4)})
+    bank = pf.Bank([small, other], [2, 1], prepared=prepared)
+    nets: dict[str, pf.Adapted] = {"a": small, "b": small, "c": small, "o": other, "w": wide}
+    given = {n: (net, random(net, i)) for i, (n, net) in enumerate(nets.items())}
+    for n in "abco":
+        pf.save(tmp_path / n, *given[n])
+        bank.put(n, tmp_path / n)
+
+    def check(names: list[str]) -> None:
+        close(
+            bank.apply(names, X),
+            torch.stack([given[n][0].apply(given[n][1], x) for n, x in zip(names, X, strict=True)]),
+        )
+
+    check(["c", "b", "o", "b"])
+    before = bank.nets
+    with bank.holding(["o", "b", "__base__", "b"]) as (stacks, index):
+        bank.grow(wide, 3, instead=[small])
+        assert bank.nets.nets == (other, wide)
+        y = before.mixed(stacks, index, X)
+    close(y[:2], torch.stack([given[n][0].apply(given[n][1], x) for n, x in zip("ob", X, strict=False)]))
+    assert bank.resident == (("o",) if prepared else ("o", "c", "b"))
+    if not prepared:
+        for n in "cb":
+            (tmp_path / n / "adapter.safetensors").rename(tmp_path / n / "away")
+        check(["c", "b", "o", "c"])
+        for n in "cb":
+            (tmp_path / n / "away").rename(tmp_path / n / "adapter.safetensors")
+    bank.put("w", *given["w"])
+    assert bank.names == ("a", "b", "c", "o", "w")
+    check(["a", "b", "w", "o"])
+    check(["c", "w", "o", "c"])
+    assert not any(s.pins or s.retired for s in bank._register.slots)
+
+
+BAD_GROWTH: dict[str, tuple[Any, str]] = {
+    "capacity": (lambda b, net: b.grow(net, 0), "capacity is 0"),
+    "another model": (lambda b, net: b.grow(tiny()[1], 1), "different models"),
+    "not its net": (
+        lambda b, net: b.grow(net, 1, instead=[pf.adapt(net.model, {"one": LoRA(1)})]),
+        "none of bank.nets",
+    ),
+    "too narrow": (
+        lambda b, net: b.grow(pf.adapt(net.model, {"weight": LoRA(2)}), 1, instead=[net]),
+        r"cannot hold .* exactly\. one\.weight: a has shape \[4, 8\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GROWTH)
+def test_a_bank_that_cannot_grow_stays_as_it_was(what: str) -> None:
+    _, net, bank = tiny(2)
+    bank.put("a", net, a := random(net, 1))
+    bank.apply(["a"] * 4, X)
+    act, match = BAD_GROWTH[what]
+    with pytest.raises(ValueError, match=match):
+        act(bank, net)
+    assert bank.nets.nets == (net,) and bank.resident == ("a",)
+    close(bank.apply(["a"] * 4, X), net.apply(a, X))
 
 
 def test_swapping_compiles_nothing_anew() -> None:
@@ -435,8 +501,8 @@ def test_many_readers_while_one_puts() -> None:
     done.set()
     [t.join() for t in readers]
     assert not wrong
-    assert all(not slots.pins and not slots.retired for slots in bank._slots)
-    assert all(len(slots.free) + len(slots.names) == slots.capacity for slots in bank._slots)
+    assert all(not slots.pins and not slots.retired for slots in bank._register.slots)
+    assert all(len(slots.free) + len(slots.names) == slots.capacity for slots in bank._register.slots)
 
 
 def test_threads_that_wait_for_slots_all_get_them() -> None:
@@ -463,7 +529,7 @@ def test_threads_that_wait_for_slots_all_get_them() -> None:
         for timeout in (0.0, 0.05):
             with pytest.raises(BankBusy, match=r"'4': .* all 4 slots.*timeout=seconds"):
                 bank.apply(["4"] * 4, X, timeout=timeout)
-    assert not any(slots.pins for slots in bank._slots)
+    assert not any(slots.pins for slots in bank._register.slots)
 
 
 def broken(folder: Path, what: str) -> None:
