@@ -201,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     for option, default, what in (
         ("--resident", 64, "adapters of one plan in memory at once"),
         ("--plans", 4, "plans that have slots: methods, ranks and targets that do not fit into each other"),
+        ("--aliases", 1000, "names that requests may give to folders of other names"),
         ("--rows", 16, "requests that run at once"),
         ("--queue", 256, "requests that wait at most"),
         ("--max-tokens", 1024, "of an answer, at most"),
@@ -313,7 +314,7 @@ def _serve(options: argparse.Namespace) -> int:
     from peftfn.cli.serve import serve
 
     words = ("host", "port", "name", "device", "dtype", "resident", "plans", "rows", "queue", "max_tokens", "max_body")
-    given = {k: getattr(options, k) for k in (*words, "grace", "context")}
+    given = {k: getattr(options, k) for k in (*words, "aliases", "grace", "context")}
     serve(options.model, options.adapters, **given, say=lambda text: print(f"peftfn serve: {text}", flush=True))
     return 0
 

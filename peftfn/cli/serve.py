@@ -31,6 +31,7 @@ def serve(
     dtype: str = "auto",
     resident: int = 64,
     plans: int = 4,
+    aliases: int = 1000,
     rows: int = 16,
     queue: int = 256,
     max_tokens: int = 1024,
@@ -47,7 +48,7 @@ def serve(
         host, port: where to listen; port 0: any that is free.
         name: of the base in requests; None: the name of its folder, or owner/name.
         device, dtype: of the base; None: the accelerator, if there is one; "auto": the file's dtype.
-        resident, plans: as for `Adapters`.
+        resident, plans, aliases: as for `Adapters`.
         rows, queue: as for `Engine`.
         max_tokens, context, max_body: as for `Limits`; context None: the model's own.
         say: is told the address.
@@ -67,7 +68,7 @@ def serve(
         _run(
             base,
             _tokenizer(folder),
-            Adapters(base, adapters, slots=resident, plans=plans),
+            Adapters(base, adapters, slots=resident, plans=plans, aliases=aliases),
             name or (folder.resolve().name if Path(model).exists() else model),
             sock,
             {"rows": rows, "queue": queue},

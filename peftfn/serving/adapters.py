@@ -29,6 +29,7 @@ class Adapters:
         slots: adapters of one plan that are resident at once.
         plans: of how many plans adapters may be. An adapter that fits into a plan exactly needs none of its own; a
             wider one of at most twice the size takes the plan's place.
+        aliases: names that `put` may give to folders of other names: they are kept until they are removed.
 
     Raises:
         TypeError, ValueError: as for `Stepper`.
@@ -36,15 +37,14 @@ class Adapters:
         PermissionError: it cannot be read.
     """
 
-    def __init__(self, model: nn.Module, root: Path | None, *, slots: int = 64, plans: int = 4):
+    def __init__(self, model: nn.Module, root: Path | None, *, slots: int = 64, plans: int = 4, aliases: int = 1000):
         self.model, self.root = model, None if root is None else directory(root)
-        self.slots, self.plans, self.stepper = slots, plans, Stepper(model)
+        self.slots, self.plans, self.aliases, self.stepper = slots, plans, aliases, Stepper(model)
         self.bank: Bank | None = None
         self._lock, self._loading = Lock(), Lock()  # of the tables; of what is slow: one adapter at a time
         self._keys: dict[str, str] = {}  # name → its name in the bank, another one after each registration
-        self._paths: dict[str, Path] = {}  # name in the bank → folder
         self._users: dict[str, int] = {}  # name in the bank → requests that run and wait
-        self._given: dict[str, str] = {}  # name → path, where `put` said one
+        self._given: dict[str, str] = {}  # alias → path
         self._gone: set[str] = set()  # taken away: not found again until put
         self._count = 0
 
@@ -89,13 +89,20 @@ class Adapters:
 
         Raises:
             KeyError: there is no folder.
-            ValueError: as for `acquire`, or the path leads out of the directory.
+            ValueError: as for `acquire`; the path leads out of the directory; or it would be an alias too many.
         """
         with self._loading:
-            self._put(name, self._folder(name, path))
+            folder = self._folder(name, path)
+            alias = path is not None and folder != self._folder_of(name)
+            if alias and name not in self._given and len(self._given) >= self.aliases:
+                raise ValueError(
+                    f"{name!r}: {len(self._given)} names were given to folders of other names, and the server keeps no "
+                    "more of them: DELETE one, or start it with more --aliases"
+                )
+            self._put(name, folder)
             with self._lock:
                 self._gone.discard(name)
-                self._given.pop(name, None) if path is None else self._given.update({name: path})
+                self._given.update({name: path}) if alias and path is not None else self._given.pop(name, None)
 
     def remove(self, name: str) -> None:
         """Take an adapter away; its files stay. Requests that run and wait finish with it.
@@ -109,7 +116,8 @@ class Adapters:
             with self._lock:
                 if name in self._gone:
                     raise KeyError(f"there is no adapter {name!r}: it was removed already")
-                self._gone.add(name)
+                if (own := self._folder_of(name)) is not None and own.is_dir():  # else it is not found again anyway
+                    self._gone.add(name)
                 self._given.pop(name, None)
                 if (key := self._keys.pop(name, None)) is not None:
                     self._forget(key)
@@ -129,7 +137,7 @@ class Adapters:
 
     @property
     def registered(self) -> int:
-        """How many were loaded once and can be found again."""
+        """How many names were loaded and not removed."""
         with self._lock:
             return len(self._keys)
 
@@ -144,7 +152,6 @@ class Adapters:
     def _forget(self, key: str) -> None:
         if not self._users.get(key) and self._keys.get(key.rpartition("#")[0]) != key:
             self._users.pop(key, None)
-            self._paths.pop(key, None)
             if self.bank is not None and key in self.bank:
                 self.bank.remove(key)
 
@@ -153,6 +160,10 @@ class Adapters:
         return str(why).replace(f"{self.root}{os.sep}", "")
 
     # Under the lock of what is slow.
+
+    def _folder_of(self, name: str) -> Path | None:
+        """Where the folder of an adapter's own name is, or would be. The name was checked."""
+        return None if self.root is None else (self.root / name).resolve()
 
     def _folder(self, name: str, path: str | None = None) -> Path:
         """The folder of an adapter, with every file of it in the directory."""
@@ -183,21 +194,21 @@ class Adapters:
             raise ValueError(f"{name!r}: {self._said(e)}") from e
         with self._lock:
             old = self._keys.get(name)
-            self._keys[name], self._paths[key] = key, folder
+            self._keys[name] = key
             if old is not None:
                 self._forget(old)
 
     def _into_bank(self, key: str, folder: Path) -> None:
         if self.bank is not None:
             try:
-                return self.bank.put(key, folder)
+                self.bank.put(key, folder)
+                return
             except ValueError:  # a broken file, which loading says again, or one that fits no plan
                 pass
         net, adapter = load(folder, self.model)
         self._stepwise(net, adapter)
-        self.bank = self._grown(net)
+        self.bank = self._with_room(net)
         self.bank.put(key, folder)
-        return None
 
     def _stepwise(self, net: Adapted, adapter: Mapping[str, Any]) -> None:
         """ValueError where an adapter needs more than its rows' keys and values from one step to the next."""
@@ -219,24 +230,19 @@ class Adapters:
         if not agrees:
             raise ValueError(f"step by step in a batch it gets other logits than in one pass: {_INSTEAD}")
 
-    def _grown(self, net: Adapted) -> Bank:
-        """A bank with room for adapters of one more net, and for all that requests use now."""
-        nets = [] if self.bank is None else list(self.bank.nets.nets)
-        nets = [other for other in nets if size(net) > 2 * size(other) or not fits(other, net)] + [net]
-        if len(nets) > self.plans:
+    def _with_room(self, net: Adapted) -> Bank:
+        """The bank, with slots of one more net. What is resident stays so; a wider net takes it over."""
+        nets = () if self.bank is None else self.bank.nets.nets
+        instead = [other for other in nets if size(net) <= 2 * size(other) and fits(other, net)]
+        if len(nets) - len(instead) >= self.plans:
             raise ValueError(
                 f"it fits none of the {self.plans} plans (methods, ranks and targets) that the server has slots for: "
                 "start it with more --plans"
             )
-        new = Bank(nets, self.slots)
-        with self._lock:  # what no request uses is found again when one does
-            self._keys = {name: key for name, key in self._keys.items() if self._users.get(key)}
-            self._paths = {key: path for key, path in self._paths.items() if self._users.get(key)}
-            self._users = {key: n for key, n in self._users.items() if n}
-            used = dict(self._paths)
-        for key, path in used.items():
-            new.put(key, path)
-        return new
+        if self.bank is None:
+            return Bank([net], self.slots)
+        self.bank.grow(net, self.slots, instead=instead)
+        return self.bank
 
 
 def directory(root: Path) -> Path:

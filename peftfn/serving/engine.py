@@ -4,6 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
@@ -236,12 +237,7 @@ class Engine:
         keys, bank = [t.key for t in tickets], self.adapters.bank
         if bank is None or all(key == BASE for key in keys):
             return self.model
-
-        def run(**inputs: Any) -> Any:
-            with bank.holding(keys, timeout=None) as (stacks, index):
-                return bank.nets.mixed(stacks, index, **inputs)
-
-        return run
+        return partial(bank.apply, keys, timeout=None)
 
     def _told(self, tickets: Sequence[Ticket], tokens: Sequence[int]) -> None:
         """Give each request its token; those that are complete get their last piece."""

@@ -27,7 +27,7 @@ class Metrics:
             ("peftfn_queue_length", "Requests that wait", lambda: engine.waiting),
             ("peftfn_running_requests", "Rows of the running batch", lambda: engine.running),
             ("peftfn_resident_adapters", "Adapters in slots", lambda: engine.adapters.resident),
-            ("peftfn_registered_adapters", "Adapters that are known to fit", lambda: engine.adapters.registered),
+            ("peftfn_registered_adapters", "Names whose adapters were read", lambda: engine.adapters.registered),
         ):
             Gauge(name, what, registry=r).set_function(value)
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from served import folders, model
-from support import random
+from support import close, random
 
 import peftfn as pf
 from peftfn.serving.adapters import Adapters
@@ -82,8 +83,54 @@ def test_plans_are_bounded_and_a_wider_one_takes_the_place_of_a_narrow_one(tmp_p
     for name in ("wide", "alias"):  # a name that was given to a folder outlives the plan that it had
         adapters.release(adapters.acquire(name))
     adapters.remove("alias")
-    with pytest.raises(KeyError, match="removed"):
+    with pytest.raises(KeyError, match="no folder 'alias'"):
         adapters.acquire("alias")
+
+
+def test_a_new_plan_leaves_resident_what_is(tmp_path: Path) -> None:
+    """So no file is read again, whether the plan is one more or a wider form of one that there is."""
+    base, root = model(), tmp_path / "a"
+    rules = {"a": pf.LoRA(2), "b": pf.LoRA(1, alpha=3), "c": pf.LoRA(2), "wide": pf.LoRA(3), "other": pf.IA3()}
+    made = {}
+    for i, (name, method) in enumerate(rules.items()):
+        net = pf.adapt(base, {"mlp" if name == "other" else "q_proj": method})
+        pf.save(root / name, *(made.setdefault(name, (net, random(net, i)))))
+    adapters = Adapters(base, root, slots=3)
+    x, keys = torch.tensor([[5, 6, 7]]), {}
+    for name in "abc":
+        keys[name] = adapters.acquire(name)
+        adapters.release(keys[name])
+    assert adapters.bank is not None and adapters.fetch(list(keys.values())) == {} and adapters.resident == 3
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    for n, name in enumerate(("other", "wide"), 1):
+        (tmp_path / "away" / name).rename(root / name)
+        adapters.release(adapters.acquire(name))
+        assert adapters.resident == 3 and adapters.registered == 3 + n and len(adapters.bank.nets.nets) == 2
+        for known, key in keys.items():
+            close(adapters.bank.apply([key], x).logits, made[known][0].apply(made[known][1], x).logits)
+    assert adapters.acquire("a") == keys["a"]
+
+
+def test_names_that_were_given_to_folders_are_bounded(tmp_path: Path) -> None:
+    folders(tmp_path, base := model(), 2)
+    adapters = Adapters(base, tmp_path, aliases=2)
+    for i in range(5):  # one that is removed leaves nothing
+        adapters.put(f"once{i}", "user0")
+        adapters.remove(f"once{i}")
+    assert not adapters._gone
+    adapters.put("x", "user0"), adapters.put("y", "user1")
+    for name, path in (("z", "user0"), ("user0", "user1")):
+        with pytest.raises(ValueError, match=rf"'{name}': 2 names were given .* DELETE one, or .* more --aliases"):
+            adapters.put(name, path)
+    (
+        adapters.put("x", "user1"),
+        adapters.put("user0", "user0"),
+        adapters.put("user1"),
+    )  # these are no more than there were
+    adapters.remove("y")
+    adapters.put("z", "user0")
+    assert adapters.names == ["user0", "user1", "x", "z"]
 
 
 def test_adapters_that_count_the_tokens_of_a_call_are_refused(tmp_path: Path) -> None:
