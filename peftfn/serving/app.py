@@ -13,11 +13,13 @@ from starlette.exceptions import HTTPException
 
 from peftfn.serving.answer import Answer, Failed, Gone
 from peftfn.serving.asked import Limits, asked, parsed
+from peftfn.serving.chat import Chat
 from peftfn.serving.engine import Engine
 from peftfn.serving.fields import Refused
 from peftfn.serving.metrics import Metrics
 from peftfn.serving.told import error
 
+_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/adapters/{name}", "/health", "/metrics")
 _GONE = 499
 """The status of an answer that nobody waits for. Nobody sees it."""
 
@@ -59,7 +61,7 @@ class Server:
 
     def __init__(self, engine: Engine, name: str, limits: Limits):
         self.engine, self.name, self.limits = engine, name, limits
-        self.metrics, self._began = Metrics(engine), int(time.time())
+        self.metrics, self._began, self._chat = Metrics(engine), int(time.time()), Chat(engine.tokenizer)
         self._vocabulary = int(engine.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
     async def health(self) -> Response:
@@ -110,12 +112,12 @@ class Server:
             raise Refused(400, str(e), "adapter") from e
 
     async def completion(self, request: Request) -> Response:
-        return await self._counted(request, chat=False)
+        return await self._counted(request, None)
 
     async def chat(self, request: Request) -> Response:
-        return await self._counted(request, chat=True)
+        return await self._counted(request, self._chat)
 
-    async def _counted(self, request: Request, chat: bool) -> Response:
+    async def _counted(self, request: Request, chat: Chat | None) -> Response:
         began = time.monotonic()
         try:
             return await self._answered(request, chat, began)
@@ -123,7 +125,7 @@ class Server:
             self.metrics.requests.labels("rejected" if e.status in (429, 503) else "refused").inc()
             raise
 
-    async def _answered(self, request: Request, chat: bool, began: float) -> Response:
+    async def _answered(self, request: Request, chat: Chat | None, began: float) -> Response:
         fields = parsed(await _body(request, self.limits.body))
         engine, limits = self.engine, self.limits
         wanted = await run_in_threadpool(
@@ -184,6 +186,8 @@ async def _refused(_: Request, e: Any) -> Response:
 
 async def _unrouted(request: Request, e: Any) -> Response:
     what = f"{request.method} {request.url.path[:200]}: {e.detail}"
+    if e.status_code == 404:
+        what += f"; this server has {', '.join(_ROUTES)}"
     return JSONResponse(error(e.status_code, what), e.status_code, e.headers)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from peftfn.serving.chat import Chat
 from peftfn.serving.fields import CHAT, COMMON, COMPLETION, NEUTRAL, Refused, brief
 from peftfn.serving.sampling import Defaults, Sampling
 from peftfn.serving.ticket import Ask
@@ -49,13 +50,19 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def asked(
-    fields: Mapping[str, Any], chat: bool, base: str, tokenizer: Any, vocabulary: int, limits: Limits, own: Defaults
+    fields: Mapping[str, Any],
+    chat: Chat | None,
+    base: str,
+    tokenizer: Any,
+    vocabulary: int,
+    limits: Limits,
+    own: Defaults,
 ) -> Asked:
     """What the fields of a request mean. Refused where one is unknown, has a value that is not supported, or is too
     large.
 
     Args:
-        chat: whether they are those of /v1/chat/completions, or of /v1/completions.
+        chat: they are those of /v1/chat/completions; None: of /v1/completions.
         base: the base's name as `model`.
         tokenizer: None: prompts are token ids.
         vocabulary: token ids are below it.
@@ -81,13 +88,16 @@ def asked(
     stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", [])
     if stops and tokenizer is None:
         raise Refused(400, "stop is text, and the model has no tokenizer", "stop")
-    prompt = _dialogue(given["messages"], tokenizer) if chat else _prompt(given["prompt"], tokenizer)
-    max_tokens = _sized(prompt, given, chat, vocabulary, limits)
+    if chat:
+        prompt = _tokens(chat.text(given["messages"]), tokenizer, "messages", add_special_tokens=False)
+    else:
+        prompt = _prompt(given["prompt"], tokenizer)
+    max_tokens = _sized(prompt, given, bool(chat), vocabulary, limits)
     how = Sampling(given.get("temperature", own.temperature), given.get("top_p", own.top_p), given.get("seed"))
     adapter = None if given["model"] == base else given["model"]
     return Asked(
         Ask(prompt, adapter, max_tokens, how, stops),
-        chat,
+        bool(chat),
         given["model"],
         given.get("stream", False),
         given.get("stream_options", {}).get("include_usage", False),
@@ -135,32 +145,6 @@ def _prompt(value: Any, tokenizer: Any) -> list[int]:
     if isinstance(value, list) and all(type(t) is int for t in value):
         return value
     raise Refused(400, "prompt must be a text, or a list of token ids", "prompt")
-
-
-def _dialogue(messages: list[Any], tokenizer: Any) -> list[int]:
-    """Token ids of a dialogue, by the tokenizer's own template."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise Refused(400, "the model has no chat template; use /v1/completions", "messages")
-    plain = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
-    try:
-        text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-    except Exception as e:  # a template raises what it likes: an order of roles that it does not take, for one
-        raise Refused(400, f"the model's chat template refuses these messages: {e}", "messages") from e
-    return _tokens(text, tokenizer, "messages", add_special_tokens=False)
-
-
-def _message(m: Any, where: str) -> dict[str, str]:
-    if not isinstance(m, dict) or m.keys() != {"role", "content"} or not isinstance(m["role"], str):
-        raise Refused(400, f"{where} must be an object with role and content, and no more", "messages")
-    content = m["content"]
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise Refused(400, f"{where} has content that is no text; this server takes text alone", "messages")
-        content = "".join(str(part["text"]) for part in content)
-    if not isinstance(content, str):
-        raise Refused(400, f"{where}: content must be a text, or a list of parts of type text", "messages")
-    return {"role": m["role"], "content": content}
 
 
 def _tokens(text: str, tokenizer: Any, field: str, **how: bool) -> list[int]:

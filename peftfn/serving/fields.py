@@ -82,7 +82,7 @@ COMMON: dict[str, Check] = {
     "stream": _flag,
     "stream_options": _stream_options,
     "return_token_ids": _flag,
-    "user": _text,
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), _text),  # not used
 }
 COMPLETION: dict[str, Check] = {"prompt": lambda name, value: None}  # `_prompt` says what is wrong
 CHAT: dict[str, Check] = {
@@ -92,6 +92,7 @@ CHAT: dict[str, Check] = {
 NEUTRAL: dict[str, Any] = {
     **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "suffix": "", "logit_bias": {}},
     **{"presence_penalty": 0, "frequency_penalty": 0, "tools": [], "tool_choice": "none", "store": False},
-    **{"response_format": {"type": "text"}, "metadata": {}, "service_tier": "auto"},
+    **{"response_format": {"type": "text"}, "metadata": {}, "service_tier": "auto", "parallel_tool_calls": True},
+    **{"modalities": ["text"], "functions": [], "function_call": "none"},
 }
 """OpenAI's fields that the server has nothing for, with the value that asks for nothing."""

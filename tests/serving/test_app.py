@@ -152,6 +152,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": True}, "n is true; this server supports 1 alone"),
     ({"logprobs": 0}, "logprobs is 0; this server supports false alone"),
     ({"presence_penalty": 0.5}, "presence_penalty is 0.5; this server supports 0 alone"),
+    ({"tools": [{"type": "function"}]}, r"tools is \[.*\]; this server supports \[\] alone"),
+    ({"tool_choice": "auto"}, 'tool_choice is "auto"; this server supports "none" alone'),
     ({"max_tokens": 0}, "at least 1"),
     ({"max_tokens": True}, "at least 1"),
     ({"max_tokens": 1.5}, "at least 1"),
@@ -198,7 +200,7 @@ def test_what_is_not_supported_is_an_error_that_says_what_is(fields: dict[str, A
     [
         ([], "at least one message"),
         ("hi", "at least one message"),
-        ([{"role": "user"}], "role and content, and no more"),
+        ([{"role": "user"}], "must have a role, which is a text, and content"),
         ([{"role": "user", "content": 1}], "content must be a text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "takes text alone"),
     ],
@@ -242,6 +244,7 @@ def test_bodies_that_are_no_requests_are_refused(shared: Site) -> None:
     found = shared.ask(talk)
     assert [r.status_code for r in found] == [400, 400, 400, 400, 413, 413, 415, 405, 404]
     assert all(r.json()["error"]["message"] for r in found)
+    assert "this server has /v1/completions, /v1/chat/completions" in found[-1].json()["error"]["message"]
 
 
 def test_models_are_listed_and_adapters_come_and_go(site: Site) -> None:
