@@ -25,20 +25,25 @@ class Gone(Exception):
 
 
 class Answer:
-    """One request on its way: the pieces come from the engine's thread into a queue of the event loop."""
+    """One request on its way: the pieces come from the engine's thread into a queue of the event loop. Each one of a
+    stream; those of a whole answer together, since to wake the loop for each token takes time from all answers."""
 
     def __init__(self, engine: Engine, metrics: Metrics, wanted: Asked, began: float):
         self._engine, self._metrics, self._wanted, self._began = engine, metrics, wanted, began
-        self._told, self._pieces = Told(wanted), asyncio.Queue[Piece | None]()
+        self._told, self._pieces = Told(wanted), asyncio.Queue[list[Piece] | None]()
         self._ticket: Ticket | None = None
-        self._ended = False
+        self._any = self._ended = False  # whether there are tokens; whether there will be no more
 
     async def submitted(self) -> None:
         """Put the request into the engine's queue. Refused where it takes none."""
-        loop = asyncio.get_running_loop()
+        loop, held = asyncio.get_running_loop(), list[Piece]()
 
-        def sink(piece: Piece) -> None:
-            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        def sink(piece: Piece) -> None:  # in the engine's thread
+            self._measure(piece)
+            held.append(piece)
+            if self._wanted.stream or piece.finish is not None or piece.error is not None:
+                loop.call_soon_threadsafe(self._pieces.put_nowait, held.copy())
+                held.clear()
 
         try:
             self._ticket = await run_in_threadpool(self._engine.submit, self._wanted.ask, sink)
@@ -59,23 +64,19 @@ class Answer:
         self._pieces.put_nowait(None)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces, counted. Failed where the engine fails, Gone where nobody waits any more."""
-        metrics = self._metrics
+        """The pieces. Failed where the engine fails, Gone where nobody waits any more."""
         while not self._ended:
-            piece = await self._pieces.get()
-            if piece is None:
+            several = await self._pieces.get()
+            if several is None:
                 raise Gone
-            if piece.error is not None:
-                self._end("failed")
-                raise Failed(piece.error)
-            if not self._told.count:
-                metrics.first.observe(time.monotonic() - self._began)
-            self._told.count += len(piece.tokens)
-            metrics.generated.inc(len(piece.tokens))
-            if piece.finish is not None:
-                metrics.whole.observe(time.monotonic() - self._began)
-                self._end("answered")
-            yield piece
+            for piece in several:
+                if piece.error is not None:
+                    self._end("failed")
+                    raise Failed(piece.error)
+                self._told.count += len(piece.tokens)
+                if piece.finish is not None:
+                    self._end("answered")
+                yield piece
 
     async def whole(self) -> dict[str, Any]:
         pieces = [piece async for piece in self.pieces()]
@@ -102,6 +103,15 @@ class Answer:
             self._end("cancelled")
             if self._ticket is not None:
                 self._ticket.cancel()
+
+    def _measure(self, piece: Piece) -> None:
+        seconds = time.monotonic() - self._began
+        if piece.tokens and not self._any:
+            self._any = True
+            self._metrics.first.observe(seconds)
+        self._metrics.generated.inc(len(piece.tokens))
+        if piece.finish is not None:
+            self._metrics.whole.observe(seconds)
 
     def _end(self, outcome: str) -> None:
         self._ended = True
