@@ -305,7 +305,8 @@ class Bank:
         if not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"grow: capacity is {capacity!r}; give the number of slots of the net, at least 1")
         check_nets("grow", [net, *instead])
-        Nets([self.nets.nets[0], net])  # or they have no model in common
+        if net.model is not self.nets.nets[0].model:
+            raise ValueError("grow: the net adapts another model than the bank's; call adapt on one model object")
         for old in instead:
             if not any(old is mine for mine in self.nets.nets):
                 raise ValueError("grow: a net of instead is none of bank.nets.nets: give those whose place it takes")
@@ -316,8 +317,9 @@ class Bank:
         new = Slots(net, capacity, self.prepared)
         with self._lock:
             gone = [s for s in self._register.slots if any(s.net is old for old in instead)]
+            nets = Nets([*(s.net for s in self._register.slots if s not in gone), net])  # which may refuse
             self._register.replace_(gone, new)
-            self.nets = Nets([s.net for s in self._register.slots])
+            self.nets = nets
             self._lock.notify_all()
 
     @contextmanager

@@ -422,7 +422,7 @@ def test_a_bank_that_grows_keeps_what_is_registered_and_resident(prepared: bool,
 
 BAD_GROWTH: dict[str, tuple[Any, str]] = {
     "capacity": (lambda b, net: b.grow(net, 0), "capacity is 0"),
-    "another model": (lambda b, net: b.grow(tiny()[1], 1), "different models"),
+    "another model": (lambda b, net: b.grow(tiny()[1], 1), "another model"),
     "not its net": (
         lambda b, net: b.grow(net, 1, instead=[pf.adapt(net.model, {"one": LoRA(1)})]),
         "none of bank.nets",
