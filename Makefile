@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples docs/recipes
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test laws fuzz zoo matrix bench reproductions docs lint
+.PHONY: demo check test laws fuzz zoo matrix extras bench soak reproductions docs lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
 demo check test laws fuzz zoo matrix: export OMP_WAIT_POLICY = PASSIVE
@@ -51,8 +51,16 @@ matrix: $(VENV)/ready
 
 PEFT := 0.21.2
 
+# The wheel with each extra alone, in an environment that has nothing else, tests/extras.py: make extras EXTRAS="serve hf".
+extras: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m extras $(EXTRAS)
+
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
+
+# `peftfn serve` under load for ten minutes, every answer compared: make soak SOAK="--clients 1 --minutes 1 --out one.json".
+soak: $(VENV)/ready
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 # Claims of papers, tried at a small scale: docs/reproductions.md. make reproductions CLAIMS="lora_plus --quick" runs one.
 reproductions: $(VENV)/ready

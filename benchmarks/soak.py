@@ -4,7 +4,11 @@ The server is a process of its own, on loopback, with 1,000 adapters in its dire
 ask it for greedy answers, whole or streamed, of adapters drawn with a Zipf-like skew; every answer is compared token by
 token with what `generate` gave for that adapter alone, before the server started. Some clients go away in the middle of
 an answer, some ask for adapters that are not there, and one adds and removes adapters all the time. The server's memory
-is sampled every few seconds.
+is sampled every few seconds, and its processor time is counted, which other work on the machine changes little. At the
+end it prints what docs/serving.md has to say of the new record.
+
+One client is the way to see what a request takes that has the server to itself:
+python -m benchmarks.soak --clients 1 --minutes 1 --out /tmp/one.json
 """
 
 import argparse
@@ -56,6 +60,7 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     memory: list[tuple[float, float]] = field(default_factory=list)  # (seconds since the start, MiB)
+    processor: float = 0.0  # seconds of the server's threads
 
     def another(self) -> bool:
         if self.asked >= self.limit or monotonic() > self.end:
@@ -193,9 +198,15 @@ async def sampling(pid: int, tally: Tally, began: float) -> None:
         await asyncio.sleep(5)
 
 
+def processor(pid: int) -> float:
+    """Seconds that the threads of a process took of any core."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def run(address: str, pid: int, known: Known, tally: Tally, clients: int) -> str:
     """All clients until the requests, or the time, are over. Returns the server's own counts."""
-    began = monotonic()
+    began, before = monotonic(), processor(pid)
     # A connection that was idle for as long as the server's 5 seconds may be closed under a request.
     limits = httpx.Limits(max_connections=clients + 2, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as http:
@@ -205,6 +216,7 @@ async def run(address: str, pid: int, known: Known, tally: Tally, clients: int) 
             await asyncio.gather(*crowd, changing(http, known, tally, random.Random(-1)))
         finally:
             sampler.cancel()
+        tally.processor = processor(pid) - before
         return (await http.get("/metrics")).text
 
 
@@ -225,6 +237,7 @@ def report(tally: Tally, seconds: float, counts: str, adapters: int, resident: i
         "wrong": tally.wrong[:20],
         "requests_per_second": round(tally.outcomes["right"] / seconds, 1),
         "tokens_per_second": round(tally.tokens / seconds, 1),
+        "processor_milliseconds_per_answer": round(1000 * tally.processor / max(1, tally.outcomes["right"]), 1),
         "latency_seconds": {f"p{k}": round(cuts[k - 1], 3) for k in (50, 90, 99)},
         "memory_mib": {
             "first": mib[0],
@@ -239,6 +252,24 @@ def report(tally: Tally, seconds: float, counts: str, adapters: int, resident: i
             if line.startswith("peftfn_") and "bucket" not in line and "_created" not in line
         },
     }
+
+
+def said(record: Json) -> str:
+    """What docs/serving.md says of a record."""
+    r, o, m = record, record["outcomes"], record["memory_mib"]
+    cores, load = record["environment"]["cpu_count"], record["environment"]["load_average"]
+    return (
+        f"Of {r['requested']:,} requests, {r['asked']:,} were asked in {r['seconds']} seconds, of "
+        f"{r['adapters_used']:,} adapters, by {r['clients']} clients. **{o['right']:,} answers were right and "
+        f"{o.get('wrong', 0)} wrong**; {o.get('told to wait, 429', 0):,} requests were told to wait, "
+        f"{o.get('went away', 0):,} clients went away, and an adapter was added and removed "
+        f"{o.get('added and removed', 0)} times. That is {r['requests_per_second']} answers a second with a median "
+        f"latency of {r['latency_seconds']['p50']} seconds, and {r['processor_milliseconds_per_answer']} milliseconds "
+        f"of the server's processor time for an answer of {r['tokens_per_second'] / r['requests_per_second']:.1f} "
+        f"tokens, on {cores} cores with a load average of {load}: no figure to compare servers by. The server's memory "
+        f"was {m['median of the second quarter']:.0f} MiB in the second quarter and {m['median of the last quarter']:.0f} "
+        "MiB in the last."
+    )
 
 
 def main() -> None:
@@ -265,6 +296,7 @@ def main() -> None:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     o.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps({k: v for k, v in found.items() if k not in ("memory_mib", "server")}, indent=1))
+    print(said(record))
     sys.exit(any(name.startswith(("wrong", "no answer", "unknown, but", "not ")) for name in tally.outcomes))
 
 

@@ -49,15 +49,16 @@ print("fine")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, in which no former build is."""
+    """Built from the source distribution, which is built from a copy in which no former build is."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("peftfn", "kernels"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
+    sdist = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('..')"]
+    subprocess.run(sdist, check=True, capture_output=True, text=True, cwd=folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder]
-    command.append(folder / "source")
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run([*command, *folder.glob("*.tar.gz")], check=True, capture_output=True, text=True)
     (made,) = folder.glob("*.whl")
     return made
 
