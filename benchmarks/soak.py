@@ -267,8 +267,8 @@ def said(record: Json) -> str:
         f"latency of {r['latency_seconds']['p50']} seconds, and {r['processor_milliseconds_per_answer']} milliseconds "
         f"of the server's processor time for an answer of {r['tokens_per_second'] / r['requests_per_second']:.1f} "
         f"tokens, on {cores} cores with a load average of {load}: no figure to compare servers by. The server's memory "
-        f"was {m['median of the second quarter']:.0f} MiB in the second quarter and {m['median of the last quarter']:.0f} "
-        "MiB in the last."
+        f"was {m['median of the second quarter']:.0f} MiB in the second quarter and "
+        f"{m['median of the last quarter']:.0f} MiB in the last."
     )
 
 
