@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftfn.core.modules import MASK
 from peftfn.model.place import Place
 from peftfn.slots import batch
-from peftfn.slots.gates import Gates
+from peftfn.slots.gates import Gates, Index
 from peftfn.slots.part import Cut, Stack, Use
 from peftfn.slots.slot import Slot
 from peftfn.slots.tags import constant
 from peftfn.slots.track import Tracking, current
 from peftfn.slots.unrowed import plain
+from peftfn.tensors.cache import Shared, is_cache
 from peftfn.tensors.precision import cast
 from peftfn.tensors.states import states_in, states_out
 
@@ -157,13 +159,19 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
     y = plain(y)
     t, found, tag = located(m, y, gates)
     found = found.here(plain(_in(m, args, kwargs)[0]), m.label)
+    apart = not isinstance(found, Index) or found.known is None
+    caches = [Shared(v, y.shape[0], apart) for v in (*args, *kwargs.values()) if is_cache(v)]
 
     def one(k: int, cut: Cut) -> Tensor:
         part = next((q for q in parts if q.has(k)), None)
         if part is None:
             return cut(y)
 
+        mine = cut(torch.arange(y.shape[0], device=y.device))
+
         def rows(v: Any) -> Any:
+            if (shared := next((c for c in caches if c.cache is v), None)) is not None:
+                return shared.of(k, mine)
             has = isinstance(v, Tensor) and v.dim() and v.shape[0] == y.shape[0] and not found.owned(v)
             return cut(plain(v)) if has else v
 
@@ -174,6 +182,8 @@ def _left(parts: Sequence[Any], gates: Gates | None, m: Place, args: Any, kwargs
 
     with nullcontext() if t is None else t.aside():
         new = batch.each(found, one)
+    for shared in caches:
+        shared.close()
     return put(new if t is None else t.put(new, tag))
 
 

@@ -142,6 +142,27 @@ def test_beside_prompts_and_weights() -> None:
     close(got[1:], prompt.apply(p, IDS[1:]).logits)
 
 
+@pytest.mark.parametrize("name", SITES)
+def test_the_mirror_has_no_prefix(name: str) -> None:
+    """A prefix of other rows is in the model's layers alone: the mirror counts without it."""
+    model, at = base(name), SITES[name]
+    given = {
+        "shadow": pf.adapt(model, {at: pf.Shadow(rank=2)}),
+        "prefix": pf.adapt(model, {at: pf.PrefixTuning(3)}),
+        "prompt": pf.adapt(model, {at: pf.PromptTuning(2)}),
+    }
+    adapters: dict[str, Any] = {n: (net, shaken(net, i)) for i, (n, net) in enumerate(given.items())}
+    ids, mask = torch.cat([IDS, IDS[:1].flip(1)]), torch.cat([MASK, MASK[1:]])
+    options: dict[str, Any] = {"attention_mask": mask, **GREEDY}
+    got = pf.bank(adapters).apply([*given], ids, method="generate", **options)
+    logits = pf.bank(adapters).apply([*given], ids, attention_mask=mask).logits
+    for i, (net, a) in enumerate(adapters.values()):
+        row: Any = {**GREEDY, "attention_mask": mask[i : i + 1]}
+        assert torch.equal(got[i : i + 1], net.apply(a, ids[i : i + 1], method="generate", **row))
+        own = mask[i].bool()
+        close(logits[i][own], net.apply(a, ids[i : i + 1], attention_mask=mask[i : i + 1]).logits[0][own])
+
+
 def test_a_gate_weighs_each_function() -> None:
     net = pf.adapt(base("llama"), {"model": pf.Shadow(rank=2)})
     stack = pf.stack([shaken(net), shaken(net, 1)])

@@ -1,5 +1,6 @@
 """LLaMA-Pro: a new block behind a block, which begins as a copy of it that changes nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Companion, ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
+from peftfn.tensors.cache import own_layer, prefix_in
 from peftfn.tensors.loaded import source_of
 from peftfn.tensors.states import states_in, states_out
 
@@ -27,8 +29,8 @@ class LlamaPro(ModuleMethod):
     its blocks: the last of each group of layers.
 
     In a call with a cache, the new block's keys and values are in a layer of their own at the end of the cache, which
-    must be one that grows (transformers' `DynamicCache`). They are those of one adapter for all rows: a mixed batch
-    has to generate with use_cache=False.
+    must be one that grows (transformers' `DynamicCache`). In a mixed batch each row's are those of its adapter. A
+    prefix (`PrefixTuning`) is in the model's own layers alone.
 
     Args:
         zeroed: names of the parts whose weights and biases start at 0: the last of each residual branch. GPT-2's are
@@ -78,12 +80,17 @@ class LlamaPro(ModuleMethod):
     def leave(self, p: Leaf, m: Place, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         y, put = states_out(out)
         args, kwargs = states_in(args, kwargs)[1](y)
+        params = {k.replace(DOT, "."): t.to(y.dtype) for k, t in p.items()}
         if "past_key_values" in m.arguments:
             kwargs = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
             args = ()
-            if kwargs.get("past_key_values") is not None:
-                kwargs["past_key_values"] = _own_layer(m, kwargs["past_key_values"], y)
-        new = m.again({k.replace(DOT, "."): t.to(y.dtype) for k, t in p.items()}, args, kwargs)
+        if kwargs.get("past_key_values") is None:
+            return put(states_out(m.again(params, args, kwargs))[0])
+        layer, close = _own_layer(m, kwargs["past_key_values"], y)
+        kwargs["past_key_values"] = _Layer(kwargs["past_key_values"], layer)
+        kwargs["attention_mask"] = _own_mask(m, kwargs, layer, y)
+        new = m.again(params, args, kwargs)
+        close()
         return put(states_out(new)[0])
 
 
@@ -103,9 +110,8 @@ class _Layer:
         return int(self._layer.get_seq_length())
 
 
-def _own_layer(m: Place, cache: Any, y: Tensor) -> _Layer | None:
-    """The new block's own layer of the cache, which it gets where the tokens y are the first; None where the cache
-    cannot hold it and nothing is lost yet, since y are the first."""
+def _own_layer(m: Place, cache: Any, y: Tensor) -> tuple[Any, Callable[[], None]]:
+    """(the new block's own layer of the cache, what puts it back)."""
     index = {part.layer_idx for part in m.module.modules() if hasattr(part, "layer_idx")}
     layers = getattr(cache, "layers", None)
     if layers is None or len(index) != 1 or getattr(cache, "is_compileable", True):
@@ -113,23 +119,18 @@ def _own_layer(m: Place, cache: Any, y: Tensor) -> _Layer | None:
             f"{m.label}: a new block needs a layer of its own in the cache, and a {type(cache).__name__} has no room "
             "for one: give a DynamicCache, or use_cache=False"
         )
-    block: Any = layers[index.pop()]  # its tokens are in it already
-    before = block.get_seq_length() - y.shape[-2]
-    layer = next((other for other in layers if getattr(other, "peftfn_block", None) == m.name), None)
-    same_rows = block.keys.shape[0] == y.shape[0]
-    if same_rows and before == (0 if layer is None else layer.get_seq_length()):
-        if layer is None:
-            sizes = {"sliding_window": block.sliding_window} if hasattr(block, "sliding_window") else {}
-            layer = type(block)(**sizes)
-            layer.peftfn_block = m.name
-            layers.append(layer)
-        return _Layer(cache, layer)
-    if before:
+    block = layers[index.pop()]  # its tokens are in it already
+    return own_layer(cache, m.label, len(y), block.get_seq_length() - y.shape[-2], block)
+
+
+def _own_mask(m: Place, kwargs: dict[str, Any], layer: Any, y: Tensor) -> Any:
+    """The block's mask without the positions of a prefix, which the model's own layers alone have."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return mask[..., -layer.get_mask_sizes(y.shape[-2])[0] :]
+    if mask is not None and prefix_in(kwargs["past_key_values"]).size:
         raise ValueError(
-            f"{m.label}: the cache has {before} earlier tokens that the new block has not seen"
-            + ("" if same_rows else ", each adapter of a mixed batch seeing its own rows alone")
-            + ": begin with an empty cache and one adapter, or give use_cache=False"
+            f"{m.label}: a new block has no prefix, and nothing can be cut off a {type(mask).__name__}: set "
+            "attn_implementation to sdpa or eager, or leave the prefix out"
         )
-    if layer is not None:
-        layer.reset()  # of another adapter of the batch
-    return None
+    return mask
