@@ -77,6 +77,10 @@ class ModuleChain(ModuleMethod):
     def watched(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for m in self.methods for name in m.watched))
 
+    @property
+    def entered(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for m in self.methods for name in m.entered))
+
     def _part(self, p: Mapping[str, Tensor], i: int) -> Leaf:
         return {k.partition(".")[2]: v for k, v in p.items() if k.startswith(f"{i}.")}
 
@@ -92,8 +96,12 @@ class ModuleChain(ModuleMethod):
 
     def _seen(self, f: ModuleMethod, seen: tuple[Tensor, ...]) -> list[Tensor]:
         """What of `seen` one of the methods asked for."""
-        masks, outputs = seen[: int(self.sees_mask)], dict(zip(self.watched, seen[int(self.sees_mask) :], strict=True))
-        return [*(masks if f.sees_mask else ()), *(outputs[name] for name in f.watched)]
+        start = int(self.sees_mask)
+        stop = start + len(self.watched)
+        outputs = dict(zip(self.watched, seen[start:stop], strict=True))
+        inputs = dict(zip(self.entered, seen[stop:], strict=True))
+        masks = seen[:start] if f.sees_mask else ()
+        return [*masks, *(outputs[name] for name in f.watched), *(inputs[name] for name in f.entered)]
 
     def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
         for i, f in reversed([*enumerate(self.methods)]):

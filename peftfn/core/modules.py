@@ -15,6 +15,7 @@ from peftfn.model.place import MODULE, TOKENS, Place, is_causal, is_encoder_of_t
 
 MASK = "mask"
 OUTPUT = "output"
+INPUT = "input"
 CROSSED = "crossed"
 ALONG = "along"
 
@@ -27,6 +28,11 @@ class Companion(NamedTuple):
 
     at: str  # name of that module
     kind: str
+
+    @property
+    def key(self) -> str:
+        """Under which name a call has what it found there."""
+        return MASK if self.kind == MASK else f"into {self.at}" if self.kind == INPUT else self.at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,12 @@ class ModuleMethod(OfModule, family=True):
         comes as `seen`, in order."""
         return ()
 
+    @property
+    def entered(self) -> tuple[str, ...]:
+        """Names of modules, as of `watched`, that began to run before this one returns: the hidden states that went
+        into each come as `seen`, after what `watched` names."""
+        return ()
+
     causal: ClassVar[bool] = True
     """Whether what the method makes of a token depends on no later one, as a causal model asks for."""
     features_last: ClassVar[bool] = True
@@ -116,7 +128,8 @@ class ModuleMethod(OfModule, family=True):
 
     def companions(self, m: Place, model: Model) -> tuple[Companion, ...]:
         masks = (Companion(_around(self, m, model), MASK),) if self.sees_mask else ()
-        return (*masks, *(Companion(_first(self, name, model), OUTPUT) for name in self.watched))
+        outputs = (Companion(_first(self, name, model), OUTPUT) for name in self.watched)
+        return (*masks, *outputs, *(Companion(_first(self, name, model), INPUT) for name in self.entered))
 
 
 def _around(method: Method, m: Place, model: Model) -> str:
@@ -136,7 +149,7 @@ def _first(method: Method, name: str, model: Model) -> str:
     found = {names[name]} if name in names else {first for n, first in names.items() if ends(name, n)}
     if len(found) != 1:
         raise ValueError(
-            f"{method} watches {name!r}, and {len(found)} modules of the model that are called have this name, or end "
+            f"{method} reads at {name!r}, and {len(found)} modules of the model that are called have this name, or end "
             f"in it: name one{near(name, list(names))}"
         )
     return found.pop()

@@ -159,9 +159,9 @@ class _ModuleProbe(_Probe):
             raise ValueError(f"{type(method).__name__} must define before, after or leave: otherwise it does nothing")
         x, y = (torch.empty(2, 3, dim or size, device="meta", dtype=self.dtype) for size in m.sizes)
         for hook, xs in (("before", (x,)), ("after", (x, y))):
-            known = method.features_last and not method.watched and xs[-1].shape[-1]
+            known = method.features_last and not (method.watched or method.entered) and xs[-1].shape[-1]
             if hook not in method.hooks or not known:
-                continue  # what watched modules return is not known, nor the size of some modules' hidden states
+                continue  # what others return or are given is not known, nor the size of some modules' hidden states
             new = called(method, hook, getattr(method, hook), ready, m, *xs, *seen, p=self.source, names="xy")
             if not isinstance(new, Tensor) or new.shape != xs[-1].shape:
                 raise ValueError(

@@ -45,11 +45,11 @@ def run(
 
 def _without_prefix(xs: dict[str, Tensor], cache: Any) -> None:
     """What counts positions, for a network that has no prefix: it is in the model's own layers alone."""
-    size, each = prefix_in(cache)
+    size, shift = prefix_in(cache)
     if size and "attention_mask" in xs:
         xs["attention_mask"] = xs["attention_mask"][:, size:]
-    if size and "position_ids" in xs:
-        xs["position_ids"] = xs["position_ids"] - each
+    if size and (x := xs.get("position_ids")) is not None:
+        xs["position_ids"] = xs["position_ids"] - (shift.to(x.device) if isinstance(shift, Tensor) else shift)
 
 
 def _started(parts: Sequence[Any], gates: Gates | None, m: Place, xs: Mapping[str, Tensor], own: OwnLayers) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.modules import ALONG, CROSSED, MASK, OUTPUT, Companion
+from peftfn.core.modules import ALONG, CROSSED, INPUT, MASK, OUTPUT, Companion
 from peftfn.model.place import Place
 from peftfn.slots.along import block
 from peftfn.slots.call import Call, Step
 from peftfn.slots.gates import Gates
 from peftfn.slots.tokens import crossed
-from peftfn.tensors.states import states_out
+from peftfn.tensors.states import states_in, states_out
 from peftfn.tensors.transform import moment
 
 
@@ -22,6 +22,15 @@ def _output(call: Call, name: str, m: Place, forward: Callable[..., Any], args: 
     out = forward(*args, **kwargs)
     call.seen[name] = states_out(out)[0]
     return out
+
+
+def _input(call: Call, name: str, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Keep the hidden states that go into the module, before its own adapters change them."""
+    try:
+        call.seen[Companion(name, INPUT).key] = states_in(args, kwargs)[0]
+    except ValueError as e:
+        raise ValueError(f"{m.label}: {e}") from e
+    return forward(*args, **kwargs)
 
 
 def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -43,6 +52,7 @@ def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: An
 
 COMPANIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     OUTPUT: (0, _output),
+    INPUT: (0, _input),
     CROSSED: (3, crossed),
     ALONG: (4, block),
     MASK: (7, _mask),  # inside of virtual tokens, which are tokens; outside of a prefix, which is none of them

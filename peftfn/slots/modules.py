@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfn.core.modules import MASK
 from peftfn.model.place import Place
 from peftfn.slots import batch
 from peftfn.slots.gates import Gates, Index
@@ -130,13 +129,12 @@ def _seen(part: Any, m: Place) -> list[Tensor]:
     """What the method's companions found at other modules."""
     found = []
     for c in part.entry.companions:
-        key = MASK if c.kind == MASK else c.at
-        if key not in part.seen:
+        if c.key not in part.seen:
             raise ValueError(
                 f"{m.label}: {part.entry.method} needs what {c.at or 'the model'} gives, which has not run before this "
                 "module in this call"
             )
-        found.append(plain(part.seen[key]))
+        found.append(plain(part.seen[c.key]))
     return found
 
 

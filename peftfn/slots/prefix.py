@@ -35,8 +35,7 @@ def run(
         for layer in range(keys.shape[1]):
             own.update(keys[:, layer], states[:, layer], layer)
         given["past_key_values"] = cache
-    each = virtual.size if virtual.counts is None else virtual.counts.to(x.device)[:, None]
-    setattr(cache, PREFIX, Prefixed(virtual.size, each))
+    setattr(cache, PREFIX, Prefixed(virtual.size, virtual.shift))
     counted(given, m, virtual, rows, tokens, before or virtual.size, False)
     out = forward(**given)
     if ours and given.get("use_cache") is False and getattr(out, "past_key_values", None) is not None:

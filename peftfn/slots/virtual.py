@@ -28,6 +28,8 @@ class Virtual:
     size: int  # of a row with the most
     counts: Tensor | None  # [rows]; None: all rows have `size`
     causal: bool
+    shift: Tensor | int = 0  # by how much the positions of each row's own tokens are moved [rows, 1]
+    still: bool = False  # whether those of any row are not
 
     def mine(self, device: torch.device) -> Tensor:
         """[rows or 1, size]: whether a position holds a virtual token, and no hole."""
@@ -88,7 +90,8 @@ def gathered(
     if gates is None:
         (part,) = parts
         values = {k: part.p[k][None] for k in names}
-        return values, Virtual(values[names[0]].shape[-2], None, causal)
+        n = values[names[0]].shape[-2]
+        return values, Virtual(n, None, causal, n if _shifts(part) else 0, not _shifts(part))
     found = gates.at(rows)
     if not isinstance(found, Index):
         if found is None:
@@ -100,7 +103,7 @@ def gathered(
     size = max(s[names[0]].shape[-2] for s in stacks)
     index = found.index
     at = torch.zeros(found.count + 1, dtype=torch.long)  # adapter → its row in the table; the last: −1, the base
-    counts = torch.zeros(found.count + 1, dtype=torch.long)
+    counts, shifts = (torch.zeros(found.count + 1, dtype=torch.long) for _ in range(2))
     tables: dict[str, list[Tensor]] = {k: [] for k in names}
     total = 0
     for part, stack in zip(parts, stacks, strict=True):
@@ -109,17 +112,35 @@ def gathered(
         for k, t in stack.items():
             tables[k].append(F.pad(t, hole))
         counts[part.start : part.start + part.size] = n
+        shifts[part.start : part.start + part.size] = n if _shifts(part) else 0
         at[part.start : part.start + part.size] = torch.arange(total, total + part.size)
         total += part.size
-    at, counts = at.to(index.device), counts.to(index.device)
+    at, counts, shifts = (t.to(index.device) for t in (at, counts, shifts))
     values = {k: torch.cat(ts)[at[index]] for k, ts in tables.items()}
-    return values, Virtual(size, counts[index], causal)
+    return values, Virtual(size, counts[index], causal, shifts[index][:, None], not all(map(_shifts, parts)))
+
+
+def _shifts(part: Any) -> bool:
+    """Whether positions count virtual tokens."""
+    return getattr(part.method, "shifts", True)
 
 
 def _whole(part: Any, name: str) -> Tensor:
     """A prepared tensor of every adapter of a stack."""
     t: Tensor = part.p[name]
     return t.expand(part.size, *t.shape) if part.axes[name] is None else t
+
+
+def _own_positions(m: Place, ids: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """The positions that a backbone gives to its tokens by itself, where its cache is empty: from 0 on, or as RoBERTa
+    counts them, behind its padding token's number and past padding."""
+    by_ids: Any = next((q for q in m.module.modules() if hasattr(q, "create_position_ids_from_input_ids")), None)
+    if by_ids is None:
+        return torch.arange(tokens, device=device)[None]
+    if ids is None:
+        return torch.arange(tokens, device=device)[None] + by_ids.padding_idx + 1
+    positions: Tensor = by_ids.create_position_ids_from_input_ids(ids, by_ids.padding_idx)
+    return positions
 
 
 def counted(
@@ -151,6 +172,12 @@ def counted(
             "rows of a batch need the same number of virtual tokens here: call it once for each number (rows without "
             "an adapter have none)"
         )
+    by_mask = getattr(m.config, "model_type", "") in BY_MASK
+    if virtual.still and (by_mask or "position_ids" not in m.arguments):
+        raise ValueError(
+            f"{m.label}: a {type(m.module).__name__} counts positions by itself, those of a prefix among them, and a "
+            "prefix with shifts=False asks for positions without: give shifts=True"
+        )
     if "position_ids" not in m.arguments:
         return
     positions = given.get("position_ids")
@@ -159,11 +186,11 @@ def counted(
             f"{m.label}: virtual tokens shift positions [rows, tokens], and these have shape {list(positions.shape)}, "
             "as of a model whose tokens have several each: adapt its modules instead (pf.Bottleneck, pf.LoRA)"
         )
-    if positions is None and (not holes or getattr(m.config, "model_type", "") in BY_MASK):
+    if positions is None and ((not holes and not virtual.still) or by_mask):
         return  # the model counts by itself
     if positions is None:
-        positions = torch.arange(tokens, device=device)[None] + max(0, before - virtual.size)
-    shift: Any = virtual.size if virtual.counts is None else virtual.counts.to(device)[:, None]
+        positions = _own_positions(m, given.get("input_ids"), tokens, device) + max(0, before - virtual.size)
+    shift: Any = virtual.shift.to(device) if isinstance(virtual.shift, Tensor) else virtual.shift
     positions = (positions + shift).expand(rows, tokens)
     if first:
         own = torch.arange(virtual.size, device=device)[None]

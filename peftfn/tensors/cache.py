@@ -14,7 +14,7 @@ class Prefixed(NamedTuple):
     """The first positions of a cache that are a prefix, which the model's own layers alone have."""
 
     size: int = 0
-    rows: Tensor | int = 0  # how many of them each row has [rows, 1]; the others are masked
+    shift: Tensor | int = 0  # by how much it moves the positions of each row's tokens [rows, 1]
 
 
 def prefix_in(cache: Any) -> Prefixed:

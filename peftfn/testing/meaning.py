@@ -97,18 +97,26 @@ class Seen:
     """What a method around a module of the model sees of others: the mask, all True, and outputs, by hooks."""
 
     def __init__(self, model: nn.Module, method: Any):
-        self.method, self.outputs = method, dict[str, Tensor]()
+        self.method, self.outputs, self.inputs = method, dict[str, Tensor](), dict[str, Tensor]()
         self.hooks = [
             model.get_submodule(name).register_forward_hook(partial(self._keep, name)) for name in method.watched
+        ]
+        self.hooks += [
+            model.get_submodule(name).register_forward_pre_hook(partial(self._keep_input, name))
+            for name in method.entered
         ]
 
     def _keep(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         self.outputs[name] = states_out(out)[0]
 
+    def _keep_input(self, name: str, module: nn.Module, args: Any) -> None:
+        self.inputs[name] = args[0]
+
     def values(self, x: Tensor) -> list[Tensor]:
         """x: the model's input [rows, tokens, …]."""
         masks = [torch.ones(x.shape[:2], dtype=torch.bool)] if self.method.sees_mask else []
-        return [*masks, *(self.outputs[name] for name in self.method.watched)]
+        outputs = (self.outputs[name] for name in self.method.watched)
+        return [*masks, *outputs, *(self.inputs[name] for name in self.method.entered)]
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -179,6 +187,8 @@ def with_inputs(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
         given["past_key_values"] = DynamicCache(config=place.config)
         for layer, (k, v) in enumerate(zip(p["keys"], p["values"], strict=True)):
             given["past_key_values"].update(k.expand(len(x), *k.shape), v.expand(len(x), *v.shape), layer)
+        if not getattr(method, "shifts", True):
+            given["position_ids"] = torch.arange(x.shape[1])[None]
     out: Tensor = place.module(**given).last_hidden_state[:, -x.shape[1] :]
     return out
 

@@ -27,6 +27,8 @@ class PrefixTuning(Prefix):
     Args:
         n: positions in front.
         hidden: width of the MLP; None: the keys and values are trained themselves.
+        shifts: whether the model's own tokens have their positions behind the prefix (as in PEFT), or from 0 on (as in
+            AdapterHub's package).
 
     Example:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,10 +38,11 @@ class PrefixTuning(Prefix):
         logits = net.apply(net.init(seed=0), torch.tensor([[1, 2, 3]])).logits
     """
 
-    cases: ClassVar[Cases] = ({"n": 3}, {"n": 2, "hidden": 4})
+    cases: ClassVar[Cases] = ({"n": 3}, {"n": 2, "hidden": 4}, {"n": 2, "shifts": False})
 
     n: PositiveInt = 8
     hidden: PositiveInt | None = None
+    shifts: bool = True
 
     identity = False  # type: ignore[assignment]
 

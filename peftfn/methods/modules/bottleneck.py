@@ -44,6 +44,8 @@ class Bottleneck(ModuleMethod):
         rank: features between D and U.
         activation: act; "none" leaves it out.
         of: h: "output" is serial (Houlsby), "input" is parallel, "normed" is what a norm makes of its input (Pfeiffer).
+        source: with of="input", the module whose input h is, by its name or a unique end of it; "": this one. A norm
+            before the module, say, whose input is the residual stream.
         scale: s.
         dropout: probability of dropping a feature of h in train mode.
         dim: features of the hidden states, where the module's weights do not tell; 0: they do.
@@ -60,6 +62,7 @@ class Bottleneck(ModuleMethod):
         {"rank": 3, "activation": "tanh", "of": "input", "dropout": 0.5},
         {"rank": 2, "activation": "none", "init_weights": "random"},
         {"rank": 2, "of": "normed"},
+        {"rank": 2, "of": "input", "source": "stem"},
     )
 
     rank: PositiveInt = 8
@@ -69,6 +72,18 @@ class Bottleneck(ModuleMethod):
     dropout: Probability = 0.0
     dim: int = 0
     init_weights: Literal["default", "random"] = "default"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source and self.of != "input":
+            raise ValueError(
+                f'{type(self).__name__}.source is {self.source!r}, and of is {self.of!r}: give of="input", or no source'
+            )
+
+    @property
+    def entered(self) -> tuple[str, ...]:
+        return (self.source,) if self.source else ()
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -83,17 +98,27 @@ class Bottleneck(ModuleMethod):
         return self.of != "normed"  # a norm is, and another module need not be
 
     def init(self, rng: Rng, m: Place) -> Leaf:
-        d, r = self.dim, self.rank
-        out = d or (m.width_in if self.of == "normed" else m.width)
-        size = d or (m.width_in if self.of == "input" else m.width)
+        (out, size), r = self.sizes(m), self.rank
         up = rng.kaiming(out, r) if self.init_weights == "random" else rng.zeros(out, r)
         return {"down": rng.kaiming(r, size), "c": rng.zeros(r), "up": up, "b": rng.zeros(out)}
+
+    def sizes(self, m: Place) -> tuple[int, int]:
+        """(features of y, of h)."""
+        if self.of == "normed" and all(m.sizes) and m.width_in != m.width:
+            raise ValueError(
+                f'with of="normed" the module is a norm, and this {m.made_of.__name__} makes {m.width} features of '
+                f"{m.width_in}: name a norm, or another h"
+            )
+        out = self.dim or (m.width_in if self.of == "normed" else m.width)
+        return out, self.dim or (m.width_in if self.of == "input" else out)
 
     def before(self, p: Leaf, m: Place, x: Tensor, *seen: Tensor) -> Tensor:
         return x if self.of != "normed" else self.changed(p, x, states_out(m.forward(x))[0])
 
     def after(self, p: Leaf, m: Place, x: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
-        return y if self.of == "normed" else self.changed(p, y, y if self.of == "output" else x)
+        if self.of == "normed":
+            return y
+        return self.changed(p, y, y if self.of == "output" else seen[0] if self.source else x)
 
     def changed(self, p: Leaf, y: Tensor, h: Tensor) -> Tensor:
         """y with what the network makes of h."""

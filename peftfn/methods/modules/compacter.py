@@ -28,7 +28,7 @@ class Compacter(Bottleneck):
 
     Args:
         rank: features between D and U.
-        activation, of, scale, dropout, dim: as of `Bottleneck`.
+        activation, of, source, scale, dropout, dim: as of `Bottleneck`.
         init_weights: "default" (U's R_i zero: the identity), or "random" (all Glorot-uniform, as in the paper's code).
         n: Kronecker products in a sum; it divides in, out and rank.
         phm_rank: rank of L_i R_i.
@@ -55,8 +55,7 @@ class Compacter(Bottleneck):
         return {"rule": rng.normal(self.n, self.n, self.n, std=self.spread)}
 
     def init(self, rng: Rng, m: Place) -> Leaf:
-        out, r = self.dim or m.width, self.rank
-        size = out if self.of == "output" else self.dim or m.width_in
+        (out, size), r = self.sizes(m), self.rank
         divides(self, "n", self.n, rank=r, **{"features of h": size, "features of y": out})
         leaf = {"c": rng.zeros(r), "b": rng.zeros(out)}
         for name, a, b in (("down", size, r), ("up", r, out)):

@@ -55,6 +55,8 @@ def _sizes(m: Place) -> tuple[int, int, int]:
     refuse_sharded_heads(m, "a prefix has keys and values of every head")
     if is_encoder_of_two(m.module, m.config):
         raise ValueError(_NONE.format(type(m.module).__name__))
+    from transformers import DynamicCache
+
     own: Any = lasting_copy(m.module, hooked=True).eval()
     one = torch.ones(1, 1, dtype=torch.long, device=m.device)
     more: dict[str, Any] = {"attention_mask": one, **({"use_cache": True} if "use_cache" in m.arguments else {})}
@@ -62,12 +64,15 @@ def _sizes(m: Place) -> tuple[int, int, int]:
         more["encoder_hidden_states"] = torch.zeros(1, 1, m.config.hidden_size, dtype=m.dtype, device=m.device)
     try:
         with torch.no_grad(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+            given = DynamicCache(config=m.config) if "past_key_values" in m.arguments else None
+            if given is not None and not getattr(m.config, "is_encoder_decoder", False):
+                more["past_key_values"] = given  # an encoder fills it, and returns none
             out = own(input_ids=one, **more)
     except (RuntimeError, AttributeError):  # a kernel without a fake form, or a quantised layer without its values
         c = m.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = getattr(out, "past_key_values", None)
+    cache = getattr(out, "past_key_values", None) or given
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     if layers is None or keys is None or keys.dim() != 4:
