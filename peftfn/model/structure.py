@@ -61,7 +61,7 @@ def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.
         skipped = _hooked(module)
         for key, value in vars(module).items():
             if key not in STANDARD and key not in skipped:
-                look(value, module, key)
+                look(_plain_method(value) or value, module, key)
 
     for module in list(modules):
         scan(module)
@@ -135,6 +135,25 @@ def _hooked(module: nn.Module) -> frozenset[str]:
     return keys
 
 
+def _plain_method(value: Any) -> types.MethodType | None:
+    """The method that torch.compile made this function of: `self.f = torch.compile(self.f)` (GPTQModel's layers)."""
+    method = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, types.FunctionType) else None
+    return method if isinstance(method, types.MethodType) else None
+
+
+def _plain_(module: nn.Module, copies: Mapping[int, Any]) -> None:
+    """Let a copy's compiled methods be the copy's own, as they are: a compiled one would run on the original."""
+    for key, value in list(vars(module).items()):
+        method = _plain_method(value)
+        if method is None or id(method.__self__) not in copies:
+            continue
+        own = copies[id(method.__self__)]
+        if own is module and getattr(type(own), key, None) is method.__func__:
+            del vars(module)[key]  # the class's own
+        else:
+            vars(module)[key] = types.MethodType(method.__func__, own)
+
+
 def copy_structure(
     model: nn.Module,
     modules: list[nn.Module],
@@ -165,6 +184,7 @@ def copy_structure(
                 del vars(copied)[key]
             if "_diffusers_hook" in vars(module):
                 loaded.follow_(copied, *loads)
+            _plain_(copied, memo)
         for hooks in own.values():
             now = followed(hooks, memo)
             hooks.clear()

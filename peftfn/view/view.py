@@ -75,6 +75,8 @@ def build(
             vars(layer).pop(attr, None)
         original = layer._parameters.get(attr, nn.Parameter(torch.empty(0), requires_grad=False))
         layer._parameters[attr] = nn.Parameter(torch.empty(0), requires_grad=False)  # what is registered is written to
+        if isinstance(getattr(classes[layer], attr, None), property):  # GPTQModel's: it shows sizes alone
+            layer.__class__ = nn.Module  # until it gets its class, at the end
         parametrize.register_parametrization(layer, attr, parametrization, unsafe=True)
         layer.parametrizations[attr]._parameters["original"] = original
 

@@ -95,6 +95,31 @@ def test_a_model_compiled_in_place_is_adapted_as_it_is_without(part: str) -> Non
     close(net.apply(a, x), want)
 
 
+@pytest.mark.parametrize("name", ["run", "forward", "fast"])
+def test_a_method_that_is_compiled_in_an_attribute_runs_as_it_is(name: str) -> None:
+    """`self.f = torch.compile(self.f)`, as GPTQModel's layers have it: a copy that kept it would run the original."""
+
+    class Layer(nn.Linear):
+        def run(self, x: Any) -> Any:
+            return F.linear(x, self.weight, self.bias)
+
+        def forward(self, x: Any) -> Any:
+            return (self.fast if "fast" in vars(self) else self.run)(x)
+
+    model, x = Net(lambda m, x: m.g(m.f(x))), torch.ones(2, 8)
+    model.f = Layer(8, 8)
+    setattr(model.f, name, torch.compile(model.f.run if name == "fast" else getattr(model.f, name), backend="eager"))
+    before, compiled = model(x), vars(model.f)[name]
+    net = pf.adapt(model, {"f": LoRA(2), "g": LoRA(2)})
+    a = random(net)
+    merged = net.merge(a)
+    want = F.linear(F.linear(x, merged["f.weight"], model.f.bias), merged["g.weight"], model.g.bias)
+    close(net.apply(a, x), want)
+    close(pf.as_module(net, a)(x), want)
+    close(pf.merged_model(net, a)(x), want)
+    assert vars(model.f)[name] is compiled and torch.equal(model(x), before)
+
+
 def test_a_wrapper_by_torch_compile_is_refused_with_its_cure() -> None:
     model = Net(lambda m, x: m.f(x))
     for wrapped in (torch.compile(model, backend="eager"), nn.Sequential(torch.compile(model, backend="eager"))):

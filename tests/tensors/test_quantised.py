@@ -644,6 +644,44 @@ def test_a_layer_that_stores_its_weight_in_other_parameters(called, method):
     agree(model, rules, X)
 
 
+class Sizes:
+    """It shows what a weight shows, and is none."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.layer.out_features, self.layer.in_features))
+
+
+class Compiled(Packed):
+    """GPTQModel's layers: `weight` shows sizes alone, and what makes it dense is compiled, in an attribute."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.sizes = Sizes(self)
+        self.dequantize_weight = torch.compile(self.dequantize_weight, backend="eager")
+
+    @property
+    def weight(self) -> Sizes:
+        return self.sizes
+
+    def dequantize_weight(self) -> Tensor:
+        return (self.qweight * self.scales).T
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return x @ self.dequantize_weight()
+
+
+@pytest.mark.parametrize("method", [pf.LoRA(4), pf.DoRA(4), pf.Full(), pf.OFT(4)], ids=lambda m: type(m).__name__)
+def test_a_layer_whose_weight_is_no_tensor_and_whose_methods_are_compiled(method):
+    torch.manual_seed(0)
+    model = replaced(TwoLayers(), Compiled)
+    agree(model, {r"up\.weight": method, "down": pf.Bottleneck(4)}, X)
+    agree(model, {r"up\.weight|down": method}, X)
+
+
 class OldFunction(torch.autograd.Function):
     """No transform takes it."""
 
