@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
-from peftfn.view.held import Choice, Paths
+from peftfn.view.held import Active, Choice, Paths
 from peftfn.view.told import telling
 
 
@@ -39,9 +41,12 @@ class View:
     """What save_pretrained calls. The package sets it: this room may not import the one that writes files."""
 
     @contextmanager
-    def use(self, names: str | Sequence[str] | None) -> Iterator[None]:
-        """Make an adapter active in this thread, or the sum of several, until the block ends; None is the base."""
-        active = _checked(self, names, "use")
+    def use(self, names: str | Sequence[str] | None, weights: float | Sequence[float] | None = None) -> Iterator[None]:
+        """Make an adapter active in this thread, or the sum of several, until the block ends; None is the base.
+
+        weights: what the change of each adapter is multiplied by, as by `scale`: a number for each name.
+        """
+        active = _checked(self, names, weights, "use")
         choice = self._peftfn.choice
         here = choice.here
         before = here.active, here.pinned
@@ -53,10 +58,10 @@ class View:
             here.active, here.pinned = before
             choice.blocks.remove(active)
 
-    def use_(self, names: str | Sequence[str] | None) -> None:
+    def use_(self, names: str | Sequence[str] | None, weights: float | Sequence[float] | None = None) -> None:
         """Make an adapter active in every thread, or the sum of several, where no `use` says otherwise; None is the
-        base."""
-        self._peftfn.choice.default = _checked(self, names, "use_")
+        base. weights: as of `use`."""
+        self._peftfn.choice.default = _checked(self, names, weights, "use_")
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """`context_fn` of torch.utils.checkpoint: the recomputation uses the adapter that is active now."""
@@ -70,19 +75,19 @@ def _as_now(view: View) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def again(view: View, active: tuple[str, ...], told: Any) -> Iterator[None]:
-    with view.use(active), telling(view._peftfn.choice, told):
+def again(view: View, active: Active, told: Any) -> Iterator[None]:
+    with view.use(active.names, active.weights or None), telling(view._peftfn.choice, told):
         yield
 
 
-def _checked(view: View, names: Any, what: str) -> tuple[str, ...]:
+def _checked(view: View, names: Any, weights: Any, what: str) -> Active:
     """The adapters that a `use` makes active. Raises if they cannot be."""
     state = view._peftfn
     active = () if names is None else (names,) if isinstance(names, str) else names
     if not isinstance(active, (list, tuple)) or not all(isinstance(name, str) for name in active):
         raise TypeError(
-            f"{what}: {names!r} is neither a name nor a list of names. For a weighted sum, attach_ a sum of "
-            "peftfn.scale(a, s); for one adapter per row, net.mixed"
+            f"{what}: {names!r} is neither a name nor a list of names. For a weighted sum, {what}([…], weights=[…]); "
+            "for one adapter per row, net.mixed"
         )
     for name in active:
         if name not in state.plans:
@@ -91,13 +96,33 @@ def _checked(view: View, names: Any, what: str) -> tuple[str, ...]:
             raise ValueError(f"{what}: adapter {name!r} is offloaded; bring it back with peftfn.onload_(m, {name!r})")
     if len(active) > 1:
         _check_sum(state, active, what)
-    return tuple(active)
+    return Active(tuple(active), _weights(state, names, active, weights, what))
+
+
+def _weights(state: State, names: Any, active: Sequence[str], given: Any, what: str) -> tuple[float, ...]:
+    """The factors of a `use`; none where each is 1."""
+    if given is None:
+        return ()
+    weights = [given] if isinstance(names, str) and not isinstance(given, (list, tuple)) else given
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(active):
+        raise ValueError(f"{what}: weights is {given!r}; give a number for each of {list(active)}")
+    for s in weights:
+        if not isinstance(s, Real) or isinstance(s, bool) or not isfinite(s):
+            raise ValueError(
+                f"{what}: weights has {s!r}; a weight is a finite number. One that trains is a tensor of "
+                "peftfn.scale, in an adapter that attach_ adds"
+            )
+    for name in active:
+        for e in state.plans[name].values():
+            if not e.method.combines:
+                raise ValueError(f"{what}: {e.site.label}: {e.method} of {name!r} cannot be scaled; leave weights out")
+    return () if all(s == 1 for s in weights) else tuple(map(float, weights))
 
 
 def _check_sum(state: State, active: Sequence[str], what: str) -> None:
     """ValueError unless these adapters have a sum at every site."""
     if len(set(active)) < len(active):
-        raise ValueError(f"{what}: {list(active)} has a name twice; attach_ peftfn.scale(a, 2.0) for twice an adapter")
+        raise ValueError(f"{what}: {list(active)} has a name twice; for twice an adapter, weights=[2.0]")
     first: dict[str, tuple[str, Entry]] = {}
     for name in active:
         for at, e in state.plans[name].items():

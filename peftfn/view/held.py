@@ -3,12 +3,12 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peftfn.core.combine import total
+from peftfn.core.combine import resolve, total
 from peftfn.core.plan import Entry
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
@@ -66,11 +66,18 @@ TAKEN = frozenset({"asked", "choice", "ends", "leaf", "made", "place", "read", "
 """Names that the modules which hold leaves use themselves."""
 
 
+class Active(NamedTuple):
+    """Adapters whose changes add up; none is the base."""
+
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # a factor for each name; none is 1 for each
+
+
 class _Here(threading.local):
     """What this thread says of it. pinned: a `use` does."""
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
+        self.active = Active()
         self.pinned = False
         self.told: Any = None  # what the sites are told of the call that runs (`told.py`)
 
@@ -79,26 +86,23 @@ class _Here(threading.local):
 
 
 class Choice:
-    """Which adapters are active: those of this thread's `use`, or else the default of all threads.
+    """Which adapters are active: those of this thread's `use`, or else the default of all threads."""
 
-    Several are their sum, and none is the base.
-    """
-
-    def __init__(self, default: tuple[str, ...], several: bool):
+    def __init__(self, default: Active, several: bool):
         self.default, self.several, self.here = default, several, _Here()
-        self.blocks: list[tuple[str, ...]] = []  # those of all threads' `use`
+        self.blocks: list[Active] = []  # those of all threads' `use`
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Choice, (self.default, self.several)
 
     @property
-    def active(self) -> tuple[str, ...]:
+    def active(self) -> Active:
         here = self.here
         return here.active if here.pinned else self.default
 
     def has(self, name: str) -> bool:
         """Whether the adapter is active in some thread, or will be after a block."""
-        return any(name in active for active in [self.default, *self.blocks])
+        return any(name in active.names for active in [self.default, *self.blocks])
 
 
 class Factors(nn.Module):
@@ -170,10 +174,13 @@ class Leaf(nn.Module):
 
 
 class Several:
-    """The leaves of several active adapters at one site: their sum, whose parts have their own constants."""
+    """The leaves of several active adapters at one site: their sum, whose parts have their own constants.
 
-    def __init__(self, leaves: list[Any]):
-        self.leaves, self._entry = leaves, leaves[0]._entry
+    weights: a factor for each; none is 1 for each.
+    """
+
+    def __init__(self, leaves: list[Any], weights: list[float]):
+        self.leaves, self.weights, self._entry = leaves, weights, leaves[0]._entry
 
     def _changes_bias(self) -> bool:
         return any(leaf._changes_bias() for leaf in self.leaves)
@@ -183,13 +190,25 @@ class Several:
         return any(leaf._gated for leaf in self.leaves)
 
     def _each(self, w: Any) -> list[tuple[Entry, Any, dict[str, Any]]]:
-        return [leaf._tensors(w) for leaf in self.leaves]
+        parts = [leaf._tensors(w) for leaf in self.leaves]
+        if not self.weights:
+            return parts
+        with exactly(self._entry.site.canonical(w)):
+            weighed = zip(parts, self.weights, strict=True)
+            return [(entry, *_scaled(method, p, s)) for (entry, method, p), s in weighed]
 
     def adapted(self, w: Any) -> Any:
-        (entry, *first), *rest = [leaf._tensors(w) for leaf in self.leaves]
+        parts, entry = self._each(w), self._entry
+        if len(parts) == 1:
+            return FAMILIES[entry.family].single(*parts[0], w, moment())
         with exactly(entry.site.canonical(w)):
-            method, p = total([first, *(part[1:] for part in rest)])
-        return FAMILIES[entry.family].single(entry, method, p, w, moment())
+            method, p = total([(method, p) for _, method, p in parts])
+        return FAMILIES[entry.family].single(parts[0][0], method, p, w, moment())
+
+
+def _scaled(method: Any, p: dict[str, Any], s: float) -> tuple[Any, dict[str, Any]]:
+    """What `scale` makes of an adapter, of one that is prepared."""
+    return resolve(method, {"scale": torch.tensor(s), "of": {}}, {}, lambda leaf, bank: p)
 
 
 def _with(bank: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
@@ -215,12 +234,12 @@ class Held(nn.ModuleDict):
                 "active in the forward pass. Turn checkpointing on with gradient_checkpointing_enable(), or pass "
                 "context_fn=m.checkpoint_context and use_reentrant=False to torch.utils.checkpoint"
             )
-        modules, active = self._modules, choice.active
-        if len(active) == 1:  # the common case in the fewest steps
-            leaf = modules.get(active[0])
+        modules, (names, weights) = self._modules, choice.active
+        if len(names) == 1 and not weights:  # the common case in the fewest steps
+            leaf = modules.get(names[0])
             if leaf is None or isinstance(leaf, Leaf):
                 return leaf
-        leaves = [modules[name] for name in active if name in modules]
+        leaves = [modules[name] for name in names if name in modules]
         for leaf in leaves:
             if not isinstance(leaf, Leaf):
                 raise RuntimeError(
@@ -228,7 +247,10 @@ class Held(nn.ModuleDict):
                     "so it would have a part of its numbers. Wrap whole layers: FullyShardedDataParallel(m, "
                     "auto_wrap_policy=ModuleWrapPolicy({the class of a layer}), use_orig_params=True)"
                 )
-        return Several(leaves) if len(leaves) > 1 else (leaves[0] if leaves else None)
+        if len(leaves) > 1 or (leaves and weights):
+            of = dict(zip(names, weights, strict=True)) if weights else {}
+            return Several(leaves, [of[name] for name in names if name in modules] if of else [])
+        return leaves[0] if leaves else None
 
     def made(self, leaf: Any, w: Any) -> Any:
         """What stands in the slot in place of w, with the leaf of the active adapter or the sum of several."""

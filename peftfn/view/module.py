@@ -63,9 +63,9 @@ def as_module(
 
     Returns:
         The module, with three methods more than the model has. `with m.use(name): …` makes the adapter `name` active
-        in this thread; None is the base, and a list of names the sum of these adapters. `m.use_(name)` makes it active
-        in every thread, where no `use` says otherwise. `m.checkpoint_context` is the `context_fn` for your own calls
-        of torch.utils.checkpoint.
+        in this thread; None is the base, and a list of names the sum of these adapters, each times its number in
+        `weights=[…]`. `m.use_(name)` makes it active in every thread, where no `use` says otherwise.
+        `m.checkpoint_context` is the `context_fn` for your own calls of torch.utils.checkpoint.
 
     Raises:
         ValueError: no adapter, an invalid name, a net of another model, of such a module, or of a model whose
@@ -387,7 +387,7 @@ def _view(module: nn.Module, name: str | None, any_name: bool = False) -> tuple[
             f"this {type(module).__name__} holds {len(found)} modules that as_module made; pass one that it returned"
         )
     state = found[0]._peftfn
-    active = state.choice.active
+    active = state.choice.active.names
     if name is None and len(active) != 1 and not any_name:
         many = f"{len(active)} adapters are active" if active else "no adapter is active (use(None) says so)"
         raise ValueError(f"{many}; say which one you mean: name=…")

@@ -88,7 +88,7 @@ def status(module: nn.Module) -> Status:
     rows, ours = [], set()
     by_site: list[SiteStatus] = []
     for name, plan in state.plans.items():
-        active, tree = name in state.choice.active, parameters_of(view, name)
+        active, tree = name in state.choice.active.names, parameters_of(view, name)
         of_bank = {bank: next(e for e in plan.values() if e.bank == bank) for bank in plan.banks}
         for at, leaf in tree.items():
             here = _Tensors.of(leaf)

@@ -49,7 +49,7 @@ def listening(cls: Any, forward: Callable[..., Any]) -> dict[str, Any]:
     def told_of(self: Any, args: Any, kwargs: Any, method: str | None = None) -> Told | None:
         """What the sites are told; None if all active adapters act on all tokens. ValueError if nobody can know."""
         state = self._peftfn
-        plans = [state.plans[name] for name in state.choice.active if state.plans[name].gated]
+        plans = [state.plans[name] for name in state.choice.active.names if state.plans[name].gated]
         if not plans:
             return None
         ids, copies = Ids(self, names, args, kwargs, method), copies_of(self, method, args, kwargs)

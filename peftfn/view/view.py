@@ -21,7 +21,7 @@ from peftfn.tensors.quantised import Bare, quantised
 from peftfn.view.active import State
 from peftfn.view.called import CALL, place_calls, places_of
 from peftfn.view.classes import derived, wrap_checkpoints
-from peftfn.view.held import Choice, Factors, Held, Leaf, Paths, hold, itself
+from peftfn.view.held import Active, Choice, Factors, Held, Leaf, Paths, hold, itself
 from peftfn.view.loading import unshare
 
 
@@ -56,7 +56,7 @@ def build(
 ) -> Any:
     """The view of `model`, which is a copy of ours: parametrized in place. buffers: see `State`."""
     plans = [plan for plan, _ in given.values()]
-    choice, names = Choice((next(iter(given)),), len(given) > 1), share_constants(model, plans)
+    choice, names = Choice(Active((next(iter(given)),)), len(given) > 1), share_constants(model, plans)
     banks = {
         name: {bank: hold_bank(model, name, bank, a[bank], trainable) for bank in plan.banks}
         for name, (plan, a) in given.items()

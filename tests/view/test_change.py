@@ -84,6 +84,36 @@ def two_layers() -> tuple[Any, Any, Any, Any]:
     return net, a, pf.as_module(net, one=a), noise(3, 8)
 
 
+@pytest.mark.parametrize("method", FIRST, ids=str)
+def test_active_adapters_have_weights(method: Method) -> None:
+    """For every method, with gradients: `scale` of each, in a sum and alone; 0 is the base."""
+    case = MethodCase(method, models_for(method)[0])
+    a, b = case.adapter(), random(case.net, 7)
+    m = pf.as_module(case.net, one=a, two=b)
+    if not method.combines:
+        with pytest.raises(ValueError, match="cannot be scaled; leave weights out"), m.use("one", 0.5):
+            pass
+        return
+    tree = tree_map(lambda t: t.detach().clone().requires_grad_(), a)
+    want = case.net.apply(pf.add(pf.scale(tree, 0.7), pf.scale(b, -0.4)), case.x)
+    with m.use(["one", "two"], weights=[0.7, -0.4]):
+        y = m(case.x)
+    same(y, want)
+    held = parameters_of(m, "one")
+    for g, h in zip(gradients(y, leaves(held)), gradients(want, leaves(tree)), strict=True):
+        same(g, h)
+    m.use_("two", 0.3)
+    same(m(case.x), case.net.apply(pf.scale(b, 0.3), case.x))
+    with m.use(["one", "two"], [0, 0]):
+        same(m(case.x), case.net.apply(pf.scale(a, 0.0), case.x))
+    with m.use(["two", "one"], [1, 1]):
+        same(m(case.x), case.net.apply(pf.add(b, a), case.x))
+    if case.merges and not any(e.adds_bias for e in case.net.plan.values()):
+        merged = dict(pf.merged(m.eval(), untied=True))
+        for site, w in case.net.merge(pf.scale(b, 0.3), untied=True).items():
+            same(merged[site], w)
+
+
 def test_optimizers_and_states_of_the_others_stay() -> None:
     net, a, m, x = two_layers()
     parameters = [p for p in m.parameters() if p.requires_grad]
@@ -256,6 +286,19 @@ def test_several_active_adapters_of_other_nets() -> None:
     ]:
         with pytest.raises(error, match=match), m.use(names):
             pass
+    wrong: list[Any] = [[1.0], 1.0, ["1", 2], [1.0, float("nan")], [True, 1.0], [torch.ones(()), 1.0]]
+    for weights in wrong:
+        with pytest.raises(ValueError, match=r"use: weights (is|has) .*number"), m.use(["one", "two"], weights):
+            pass
+    with m.use(["one", "two", "other"], [0.5, 2, -1]):  # a site that "other" does not adapt, and two methods at one
+        for k, p in net.model.named_parameters():
+            params[k] = p.detach() + sum(s * d[k] for s, d in zip((0.5, 2, -1), deltas, strict=True) if k in d)
+        same(m(x), functional_call(net.model, params, (x,)))
+        with m.use("one", [2.0]):
+            same(m(x), net.apply(pf.scale(a, 2.0), x))
+        same(m(x), functional_call(net.model, params, (x,)))
+    for k, p in net.model.named_parameters():
+        params[k] = p.detach() + sum(d[k] for d in deltas if k in d)
     same(m(x), functional_call(net.model, params, (x,)))
 
 
@@ -270,7 +313,17 @@ def test_several_active_adapters_compile_and_recompute() -> None:
         with m.use(["one", "two"]):
             same(compiled(x), want)
     assert counter.frame_count == 1
+    tree = tree_map(lambda t: t.detach().clone().requires_grad_(), a)
+    weighed = net.apply(pf.add(pf.scale(tree, 0.5), pf.scale(b, 2.0)), x)
+    for _ in range(2):
+        with m.use(["one", "two"], [0.5, 2.0]):
+            same(compiled(x), weighed)
+    assert counter.frame_count == 2
     parameters = leaves(parameters_of(m, "one"))
+    with m.use(["one", "two"], [0.5, 2.0]):
+        y = checkpoint(m, x, use_reentrant=False, context_fn=m.checkpoint_context)
+    for g, h in zip(gradients(y, parameters), gradients(weighed, leaves(tree)), strict=True):
+        same(g, h)
     with m.use(["one", "two"]):
         direct = gradients(m(x), parameters)
         y = checkpoint(m, x, use_reentrant=False, context_fn=m.checkpoint_context)
