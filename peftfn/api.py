@@ -52,11 +52,13 @@ from peftfn.tools.targets import targets
 from peftfn.tools.verify import Verification, VerifiedSite, verify
 from peftfn.view.active import View
 from peftfn.view.change import attach_, detach_
+from peftfn.view.make import as_module
 from peftfn.view.merged import merged, merged_model
-from peftfn.view.module import adapter_of, as_module, base_of, buffers_of, copy_, offload_, onload_, trainable_
+from peftfn.view.module import adapter_of, base_of, buffers_of
 from peftfn.view.reset import reset_
 from peftfn.view.saving import save_pretrained
 from peftfn.view.status import status
+from peftfn.view.write import copy_, offload_, onload_, trainable_
 
 View.saver = partial(save_pretrained, write=save_view)  # two rooms that do not know each other
 __all__ = [

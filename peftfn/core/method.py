@@ -1,4 +1,7 @@
-"""What a method is: a frozen dataclass of hyper-parameters with pure functions, and the registry of all methods."""
+"""What a method is: a frozen dataclass of hyper-parameters with pure functions, and the registry of all methods.
+
+It is one long file because authors read it whole: half of it is what each member means.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,8 @@ from peftfn.core.plan import Entry, Plan
 from peftfn.model.names import near
 from peftfn.model.place import MODULE, TOKENS
 from peftfn.model.site import Site
-from peftfn.view.held import Active, Choice, Paths
+from peftfn.view.choice import Active, Choice
+from peftfn.view.held import Paths
 from peftfn.view.told import telling
 
 

@@ -12,7 +12,8 @@ from peftfn.model.place import TOKENS, Place, first_floats
 from peftfn.slots.call import Call
 from peftfn.slots.companions import companion
 from peftfn.tensors.transform import backward_task
-from peftfn.view.held import Choice, Held, Leaf, itself
+from peftfn.view.choice import Choice
+from peftfn.view.held import Held, Leaf, itself
 
 CALL = "peftfn_call"
 """The submodule of an adapted module that holds what stands in its call slot."""

@@ -17,7 +17,8 @@ from peftfn.tensors.sharded import is_sharded
 from peftfn.tensors.tree import leaves, mapped
 from peftfn.view.active import View
 from peftfn.view.held import Held, Leaf, Paths
-from peftfn.view.module import _view, adapter_of, check_name
+from peftfn.view.make import check_name
+from peftfn.view.module import _view, adapter_of
 from peftfn.view.view import (
     changes_bias_at,
     constants_of,

@@ -1,9 +1,8 @@
-"""What a view holds at one site: the leaves of its adapters, and which of them is active."""
+"""What a view holds at one site: the leaves of its adapters, of which those that are active stand in the slot."""
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
 from peftfn.slots.values import FAMILIES
 from peftfn.tensors.transform import backward_task, exactly, moment
+from peftfn.view.choice import Choice
 
 # A name in the tree of an adapter becomes a parameter's name with "/" between its parts and ":" for dots, which torch
 # does not allow there.
@@ -64,45 +64,6 @@ def bank_tensors(root: nn.Module, paths: Paths) -> dict[str, Any]:
 
 TAKEN = frozenset({"asked", "choice", "ends", "leaf", "made", "place", "read", "run", "seen", "site", "value"})
 """Names that the modules which hold leaves use themselves."""
-
-
-class Active(NamedTuple):
-    """Adapters whose changes add up; none is the base."""
-
-    names: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()  # a factor for each name; none is 1 for each
-
-
-class _Here(threading.local):
-    """What this thread says of it. pinned: a `use` does."""
-
-    def __init__(self) -> None:
-        self.active = Active()
-        self.pinned = False
-        self.told: Any = None  # what the sites are told of the call that runs (`told.py`)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Here, ()
-
-
-class Choice:
-    """Which adapters are active: those of this thread's `use`, or else the default of all threads."""
-
-    def __init__(self, default: Active, several: bool):
-        self.default, self.several, self.here = default, several, _Here()
-        self.blocks: list[Active] = []  # those of all threads' `use`
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Choice, (self.default, self.several)
-
-    @property
-    def active(self) -> Active:
-        here = self.here
-        return here.active if here.pinned else self.default
-
-    def has(self, name: str) -> bool:
-        """Whether the adapter is active in some thread, or will be after a block."""
-        return any(name in active.names for active in [self.default, *self.blocks])
 
 
 class Factors(nn.Module):

@@ -11,7 +11,7 @@ from peftfn.slots.acting import Ids, named, weights
 from peftfn.slots.gates import Gates
 from peftfn.tensors.sequence import Steps
 from peftfn.tensors.transform import inference
-from peftfn.view.held import Choice
+from peftfn.view.choice import Choice
 
 
 class Told:

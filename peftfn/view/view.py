@@ -20,8 +20,9 @@ from peftfn.slots.slot import plus
 from peftfn.tensors.quantised import Bare, quantised
 from peftfn.view.active import State
 from peftfn.view.called import CALL, place_calls, places_of
+from peftfn.view.choice import Active, Choice
 from peftfn.view.classes import derived, wrap_checkpoints
-from peftfn.view.held import Active, Choice, Factors, Held, Leaf, Paths, hold, itself
+from peftfn.view.held import Factors, Held, Leaf, Paths, hold, itself
 from peftfn.view.loading import unshare
 
 
