@@ -141,6 +141,34 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--to", choices=("peft", "native"), default="peft", help="the format to write (%(default)s)")
 
     new = command(
+        "suggest",
+        _suggest,
+        "which layers to adapt, and with which ranks",
+        "Suggests layers of the model of the folder MODEL by the condition numbers of their weights, or ranks by the "
+        "singular values of weights, of what a fine-tune changed, or of a gradient.",
+    )
+    new.add_argument("model", type=Path, metavar="MODEL", help="the model's folder of safetensors")
+    new.add_argument(
+        "--by", choices=("condition", "weight", "change", "gradient"), default="condition", help="(%(default)s)"
+    )
+    new.add_argument("--method", default="LoRA", metavar="NAME", help="the method of the rules (%(default)s)")
+    new.add_argument("--rank", type=_positive, metavar="R", help="its rank; the mean of ranks, without a budget")
+    new.add_argument("--modules", type=_names, metavar="A,B", help="layers to choose from, or all-linear")
+    new.add_argument("--share", type=float, metavar="S", help="condition: this share of the layers (0.2)")
+    new.add_argument("--count", type=_positive, metavar="N", help="condition: this many layers")
+    new.add_argument("--at-most", type=float, metavar="K", help="condition: the layers whose number is at most this")
+    new.add_argument("--largest", type=_positive, metavar="N", help="condition: leave weights with a longer side out")
+    new.add_argument("--budget", type=_positive, metavar="N", help="ranks: their sum")
+    new.add_argument("--energy", type=float, metavar="E", help="ranks: the smallest that hold this share of Σ σ²")
+    new.add_argument("--most", type=_positive, metavar="R", help="ranks: the largest of a site")
+    new.add_argument("--full", type=Path, metavar="FULL", help="change: the fine-tuned model's folder")
+    new.add_argument(
+        "--inputs", type=Path, nargs="+", metavar="FILE", help="gradient: a .safetensors of arguments for each batch"
+    )
+    new.add_argument("--sketch", type=_positive, metavar="K", help="gradient: keep a sketch, of this rank")
+    new.add_argument("--json", action="store_true", help="print JSON")
+
+    new = command(
         "verify",
         _verify,
         "whether an adapter is applied, everywhere",
@@ -287,6 +315,22 @@ def _extract(options: argparse.Namespace) -> int:
 
     o = options
     print(extract(o.full, o.base, o.out, o.rank, o.energy, o.pattern, o.to))
+    return 0
+
+
+def _suggest(options: argparse.Namespace) -> int:
+    from peftfn.cli.suggest import suggest
+
+    o, ranks = options, ("budget", "energy", "most")
+    own = {"condition": ("share", "count", "at_most", "largest"), "gradient": (*ranks, "sketch")}
+    words = ("share", "count", "at_most", "largest", *ranks, "sketch")
+    given = {k: v for k in words if (v := getattr(o, k)) is not None}
+    for k in given:
+        if k not in own.get(o.by, ranks):
+            raise ValueError(f"--{k.replace('_', '-')} is not an option of --by {o.by}")
+    files = {"full": o.full, "inputs": o.inputs}
+    found = suggest(o.model, o.by, method=o.method, rank=o.rank, modules=o.modules, **files, **given)
+    print(json.dumps(found.json(), indent=2, ensure_ascii=False) if o.json else found)
     return 0
 
 

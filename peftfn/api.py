@@ -40,7 +40,7 @@ from peftfn.sweeps.sweep import sweep
 from peftfn.sweeps.swept import Swept
 from peftfn.sweeps.trial import Trial, behind, grid, patience
 from peftfn.tensors.tree import leaves
-from peftfn.tools import merging, optim, starts, steps
+from peftfn.tools import merging, optim, starts, steps, suggest
 from peftfn.tools.check import Finding, check
 from peftfn.tools.convert import to_lora
 from peftfn.tools.describe import Described, Description, describe
@@ -143,6 +143,7 @@ __all__ = [
     "state_dict",
     "status",
     "steps",
+    "suggest",
     "summary",
     "sweep",
     "targets",

@@ -40,7 +40,7 @@ def test_the_readme_is_among_them() -> None:
     assert {"adding_a_method.md"} <= {p.name for p in PAGES}
 
 
-PARTS = {name: getattr(pf, name) for name in ("merging", "optim", "routing", "starts", "steps")}
+PARTS = {name: getattr(pf, name) for name in ("merging", "optim", "routing", "starts", "steps", "suggest")}
 """Modules that are a part of peftfn's interface: their names are shown with the module's before them."""
 MODULES = (
     pf,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from peftfn.cli.base import opened_shard
 from peftfn.formats import hub, load, peft
 from peftfn.formats.files import read_json
 from peftfn.tools import verify as tool
@@ -45,7 +45,7 @@ def verify(
             no inputs; PEFT is not installed, or cannot read the adapter.
     """
     path = hub.find(adapter)
-    base = _model(model)
+    base = model_in(model)
     batch = _batch(base, inputs)
     ours = peft.is_mine(path)
     if against == "peft" and not (ours and find_spec("peft")):
@@ -62,7 +62,7 @@ def verify(
     return found
 
 
-def _model(folder: Path) -> nn.Module:
+def model_in(folder: Path) -> nn.Module:
     """The model of a folder, with its weights, in eval mode; no code from the folder runs."""
     config = folder / "config.json"
     if not config.is_file():
@@ -89,11 +89,17 @@ def _model(folder: Path) -> nn.Module:
     return made
 
 
+def arguments(path: Path) -> dict[str, Tensor]:
+    """A model's arguments by name, from a safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    with opened_shard(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
+
+
 def _batch(model: Any, inputs: Path | None) -> dict[str, Any]:
     if inputs is not None:
-        if not inputs.is_file():
-            raise FileNotFoundError(f"{inputs} does not exist")
-        return dict(load_file(inputs))
+        return arguments(inputs)
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ValueError(
             f"{type(model).__name__} takes {getattr(model, 'main_input_name', 'no token ids')}: give its arguments in "
@@ -109,7 +115,7 @@ def _by_peft(model: Path, adapter: Path, batch: Mapping[str, Any]) -> Any:
     from peft import PeftModel
 
     try:
-        theirs = PeftModel.from_pretrained(_model(model), str(adapter)).eval()
+        theirs = PeftModel.from_pretrained(model_in(model), str(adapter)).eval()
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{adapter}: PEFT cannot read it: {e}") from e
     with torch.no_grad():

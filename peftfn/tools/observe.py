@@ -77,6 +77,59 @@ def see_inputs(
         raise ValueError(f"{where}: batches is empty; give at least one batch (a generator runs only once)")
 
 
+def see_gradients(
+    where: str,
+    net: Adapted,
+    sites: Iterable[str],
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None,
+    see: Callable[[str, Tensor], None],
+) -> int:
+    """Run the model on each batch, and give `see` the gradient of the loss in each site's weight, in the parameter's
+    own shape: one at a time, as the backward pass makes them. Returns the number of batches.
+
+    Raises:
+        ValueError: there is no batch; an output has no `loss` and no function is given; the loss is no scalar; or it
+            does not depend on a weight.
+    """
+    plain, weights = unadapted(net), net.weights
+    params = {n: weights[n].detach().requires_grad_() for n in sites}
+    seen: set[str] = set()
+
+    def hook(n: str) -> Callable[[Tensor], None]:
+        def note(p: Tensor) -> None:
+            g, p.grad = p.grad, None  # what was seen is freed before the next gradient is made
+            assert g is not None
+            seen.add(n)
+            see(n, g)
+
+        return note
+
+    for n, p in params.items():
+        p.register_post_accumulate_grad_hook(hook(n))
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        args, kwargs = call_of(batch)
+        seen.clear()
+        with torch.enable_grad():
+            out = plain.apply({}, *args, params=params, **kwargs)
+            value = getattr(out, "loss", None) if loss is None else loss(out, batch)
+            if value is None:
+                raise ValueError(f"{where}: the output has no loss: give labels in the batch, or loss=f(output, batch)")
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{where}: the loss of batch {count} is {shape}; it must be a tensor of one number")
+            if value.requires_grad:
+                torch.autograd.backward(value, inputs=list(params.values()))
+        if missing := [n for n in params if n not in seen]:
+            raise ValueError(
+                f"{where}: {missing[0]}: the loss of batch {count} does not depend on it; leave the site out"
+            )
+    if not count:
+        raise ValueError(f"{where}: batches is empty; give at least one batch (a generator runs only once)")
+    return count
+
+
 def gradients(
     where: str,
     net: Adapted,
@@ -87,24 +140,13 @@ def gradients(
     """The mean over the batches of the gradient of the loss in each site's canonical weight [out, in].
 
     Raises:
-        ValueError: there is no batch, an output has no `loss` and no function is given, or a gradient is missing.
+        ValueError: as `see_gradients`.
     """
-    plain, weights = unadapted(net), net.weights
-    params = {n: weights[n].detach().requires_grad_() for n in sites}
-    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in params.items()}
-    count = 0
-    for count, batch in enumerate(batches, 1):
-        args, kwargs = call_of(batch)
-        with torch.enable_grad():
-            out = plain.apply({}, *args, params=params, **kwargs)
-            value = getattr(out, "loss", None) if loss is None else loss(out, batch)
-            if value is None:
-                raise ValueError(f"{where}: the output has no loss: give labels in the batch, or loss=f(output, batch)")
-            found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        for n, g in zip(params, found, strict=True):
-            if g is None:
-                raise ValueError(f"{where}: {n}: the loss of batch {count} does not depend on it; leave the site out")
-            total[n] += g
-    if not count:
-        raise ValueError(f"{where}: batches is empty; give at least one batch (a generator runs only once)")
-    return {n: net.plan[n].site.canonical(t / count) for n, t in total.items()}
+    names = list(sites)
+    total: dict[str, Tensor] = {}
+
+    def see(n: str, g: Tensor) -> None:
+        total[n] = total[n] + g if n in total else g.to(torch.promote_types(g.dtype, torch.float32))
+
+    count = see_gradients(where, net, names, batches, loss, see)
+    return {n: net.plan[n].site.canonical(total[n] / count) for n in names}

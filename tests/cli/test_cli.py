@@ -513,7 +513,7 @@ def test_mutated_files_never_end_in_a_traceback(tmp_path: Path, capsys: Any) -> 
     assert codes[0] > 3 and codes[2] > 20, codes
 
 
-COMMANDS = ("demo", "inspect", "convert", "merge", "combine", "extract", "verify", "serve")
+COMMANDS = ("demo", "inspect", "convert", "merge", "combine", "extract", "suggest", "verify", "serve")
 
 
 def test_every_command_has_help_and_a_version(capsys: Any) -> None:
