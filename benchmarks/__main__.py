@@ -7,7 +7,10 @@ from time import perf_counter
 from benchmarks import table
 from benchmarks.harness import CLOCKS, QUICK, REPEATS, Options, pin, write
 
-BENCHMARKS = ("adapt", "llama", "load", "memory", "methods", "mixed", "module", "routed", "shared", "tenants", "vmap")
+BENCHMARKS = (
+    *("adapt", "llama", "load", "memory", "merging", "methods", "mixed", "module", "routed", "routing", "shared"),
+    *("starts", "steps", "tenants", "tools", "vmap"),
+)
 
 
 def main() -> None:

@@ -48,6 +48,11 @@ SECTIONS = {
         "in the backward pass, also under `grad` and `vmap(grad)`. Peak memory is that of the tensors which the "
         "gradient makes, counted operation by operation.",
     ),
+    "merging": (
+        "Merging adapters",
+        "Each function of `pf.merging` against `linear` of the same adapters, which is exact and makes no matrix of "
+        "the weight's size, and against PEFT's `add_weighted_adapter` where it does the same; results are compared.",
+    ),
     "methods": (
         "Every method",
         "Each method on the same small Llama (3 layers, d 256, 2×32 tokens, fp32) against PEFT's same method at the "
@@ -78,11 +83,30 @@ SECTIONS = {
         "against the three as one function by hand: the A side by side, one product, and in the backward pass dx at "
         "once. It is the most that sharing could bring ([why it is left out](kernels.md#left-out)).",
     ),
+    "routing": (
+        "Routing",
+        "`net.gated` with a router against the same call with gates that are given, and the bare base; forward without "
+        "gradients, in eval mode.",
+    ),
+    "starts": (
+        "Starting points, layers and ranks",
+        "`pf.starts` and `pf.suggest` against what they are made of: the forward passes over the same batches, or the "
+        "gradients of the one weight, and one singular value decomposition of it.",
+    ),
+    "steps": (
+        "Optimizer steps",
+        "A step of each optimizer of `pf.steps`, applied, against `steps.adamw`, and against `torch.optim.AdamW` on "
+        "the same tensors.",
+    ),
     "tenants": (
         "Tokens of each tenant, and number of tenants",
         "The gradient of every tenant in one pass (training: by `vmap` over a stack, or `net.mixed`), or the forward "
         "pass (serving: `net.mixed`), against a pass for each by plain autograd. [Many "
         "adapters](many.md#where-batching-stops-to-pay) has the curve.",
+    ),
+    "tools": (
+        "Tools",
+        "Against folding the adapter in (`net.merge`), and against a forward pass of the base.",
     ),
     "vmap": (
         "Many adapters in one pass",

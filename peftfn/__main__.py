@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--epsilon", type=float, metavar="E", help="della: how far the probabilities reach around D")
     new.add_argument("--elect", choices=("total", "frequency"), help="ties, dare, della: how signs are elected")
-    new.add_argument("--space", choices=("dense", "core", "knots"), help="where those rules' entries are")
+    new.add_argument("--space", choices=("dense", "core", "knots", "shared"), help="where those rules' entries are")
+    new.add_argument("--beta", type=float, metavar="B", help="shared: how far the changes' sizes count (0)")
     new.add_argument("--keep", type=_positive, metavar="K", help="tsv: singular components of each adapter")
     new.add_argument("--seed", type=int, metavar="N", help="dare, della: of what is dropped")
     new.add_argument("--model", type=Path, metavar="MODEL", help="the base model: its folder, or its config.json")
@@ -347,7 +348,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _combine(options: argparse.Namespace) -> int:
     from peftfn.cli.combine import combine
 
-    words = ("rank", "energy", "density", "epsilon", "elect", "space", "keep", "seed")
+    words = ("rank", "energy", "density", "epsilon", "elect", "space", "beta", "keep", "seed")
     given = {k: v for k in words if (v := getattr(options, k)) is not None}
     o = options
     print(combine(o.paths, o.out, o.method, o.weights, o.model, o.to, **given))

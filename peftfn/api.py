@@ -3,7 +3,8 @@
 from functools import partial
 
 from peftfn import routing
-from peftfn.core.combine import Chain, chain, scale
+from peftfn.core.chain import Chain, chain
+from peftfn.core.combine import scale
 from peftfn.core.method import Method, Weight, registry
 from peftfn.core.modulechain import ModuleChain
 from peftfn.core.modules import Along, ModuleMethod, Prefix, Tokens
@@ -24,7 +25,7 @@ from peftfn.many.continuous import Continuous, continuous
 from peftfn.many.fitted import bank
 from peftfn.many.nets import Nets
 from peftfn.many.residents import BankBusy
-from peftfn.many.routing import Routed
+from peftfn.many.routed import Routed
 from peftfn.many.stack import stack, unstack
 from peftfn.many.sums import add
 from peftfn.many.xlora import XLoRA

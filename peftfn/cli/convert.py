@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfn.cli.base import Base, guard, load_base
-from peftfn.core.combine import Chain
+from peftfn.core.chain import Chain
 from peftfn.core.plan import Entry
 from peftfn.formats import hub, load, save, swift
 from peftfn.formats.files import Loaded, read_json

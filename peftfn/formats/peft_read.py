@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftfn.core.combine import chain
+from peftfn.core.chain import chain
 from peftfn.core.make import make
 from peftfn.core.method import Weight
 from peftfn.formats import peft_config as configs

@@ -1,5 +1,6 @@
-"""Routing: functions that say how much each expert of a stack acts, and mixtures whose router trains."""
+"""Gates: functions that say how much each expert of a stack acts. Arrow is in `arrow.py`, mixtures in `routed.py`."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.functions import bank_of, current
-from peftfn.many.stack import stack, unstack
 from peftfn.net.net import Adapted
 from peftfn.slots.routes import PerForward
 
@@ -42,112 +41,6 @@ def top_k(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, at, torch.softmax(largest / temperature, -1))
 
 
-def arrow(
-    net: Adapted,
-    experts: Mapping[str, Any],
-    k: int = 3,
-    temperature: float = 1.0,
-    *,
-    steps: int | None = None,
-    seed: int = 42,
-) -> Route:
-    """Return the routing of Arrow: gates are the top-k softmax of |x·v_j|, v_j being expert j's main input direction.
-
-    Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", 2024, arXiv:2405.11157. v_j is
-    the first right singular vector of the change of expert j at the site: no data and no training. Pass what it
-    returns to `net.gated` as gates, with the same experts.
-
-    Args:
-        net: the net of the experts.
-        experts: a stack of adapters whose methods have a change (a `delta`).
-        k: experts that act on a token; all of them if there are fewer.
-        temperature: of the softmax.
-        steps: None computes v_j exactly; a number runs so many steps of the power iteration from a random vector, as
-            PEFT does (15 steps there, which may stop short of v_j and so route some tokens otherwise).
-        seed: of that vector.
-
-    Returns:
-        A function (site, x) ↦ gates.
-
-    Raises:
-        ValueError: a method without a change, or a site that has no input vector (a norm, an embedding).
-
-    Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2, init_weights="random")})
-        many = pf.stack([net.init(seed=s) for s in range(4)])
-        y = net.gated(many, pf.routing.arrow(net, many, k=2), torch.randn(3, 8))
-    """
-    with torch.no_grad():
-        found = [_prototypes(net, a, steps, seed) for a in unstack(experts)]
-    prototypes = {site: torch.stack([one[site] for one in found]) for site in found[0]}
-
-    def route(site: str, x: Tensor) -> Tensor:
-        v = prototypes[site].to(x)
-        return top_k((x @ v.mT).abs(), min(k, len(v)), temperature)
-
-    return route
-
-
-def _prototypes(net: Adapted, adapter: Mapping[str, Any], steps: int | None, seed: int) -> dict[str, Tensor]:
-    """The first right singular vector of an adapter's change at each site."""
-    weights, out = net.weights, dict[str, Tensor]()
-    for name, entry in net.plan.meant.items():
-        if entry.site.kind not in ("linear", "linear_t"):
-            raise ValueError(
-                f"arrow: {name} is a {entry.site.kind} site, whose input is no vector to route by: leave it out"
-            )
-        w = entry.site.canonical(current(entry, weights[name]))
-        method, p = entry.tensors(adapter[name], bank_of(entry, adapter), w)
-        low = method.low_rank(p)
-        up, down = (low.up, low.down) if low is not None and low.gain is None else _halves(entry.delta(method, p, w))
-        out[name] = _power(up, down, steps, seed) if steps else _first(up, down)
-    return out
-
-
-def _halves(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """A change as a product of two matrices."""
-    return torch.eye(len(delta), dtype=delta.dtype, device=delta.device), delta
-
-
-def _first(up: Tensor, down: Tensor) -> Tensor:
-    """The first right singular vector of up·down, at the cost of the rank: down = Rᵀ Qᵀ, and Q keeps lengths."""
-    q, r = torch.linalg.qr(down.mT.float())
-    return q @ torch.linalg.svd(up.float() @ r.mT, full_matrices=False)[2][0]
-
-
-def _power(up: Tensor, down: Tensor, steps: int, seed: int) -> Tensor:
-    down, square = down.float(), up.float().mT @ up.float()
-    generator = torch.Generator(device=down.device).manual_seed(seed)
-    v = F.normalize(torch.randn(down.shape[1], generator=generator, device=down.device), dim=0)
-    for _ in range(steps):
-        v = F.normalize(down.mT @ (square @ (down @ v)), dim=0)
-    return v
-
-
-def without_general(experts: Mapping[str, Any], general: Mapping[str, Any]) -> dict[str, Any]:
-    """Return experts less the mean of general adapters, tensor by tensor: GenKnowSub.
-
-    As PEFT's Arrow does it, for A and B each by itself, so that it is a subtraction of knowledge in spirit and not of
-    changes: B A − mean(B) mean(A) is another matrix. For a difference of changes, add `pf.scale(general, -1 / n)`.
-
-    Args:
-        experts: a stack of adapters.
-        general: a stack of adapters of the same net.
-
-    Returns:
-        A stack like `experts`.
-
-    Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
-        task, general = (pf.stack([net.init(seed=s), net.init(seed=s + 1)]) for s in (0, 2))
-        purified = pf.routing.without_general(task, general)
-    """
-    return {
-        site: {k: t - general[site][k].mean(0) for k, t in leaf.items()} if isinstance(leaf, Mapping) else leaf
-        for site, leaf in experts.items()
-    }
-
-
 def phatgoose(gates: Mapping[str, Tensor], k: int = 2) -> Route:
     """Return the routing of PHATGOOSE, by gate vectors that each expert trained for itself.
 
@@ -162,15 +55,21 @@ def phatgoose(gates: Mapping[str, Tensor], k: int = 2) -> Route:
     Returns:
         A function (site, x) ↦ gates, for `net.gated`.
 
+    Raises:
+        ValueError: k is below 1; in the call, a site without vectors, or of another shape; it names the site.
+
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         many = pf.stack([net.init(seed=0), net.init(seed=1)])
         y = net.gated(many, pf.routing.phatgoose({"0.weight": torch.randn(2, 8)}, k=1), torch.randn(3, 8))
     """
 
+    if k < 1:
+        raise ValueError(f"phatgoose: k is {k}; give k >= 1")
+
     def route(site: str, x: Tensor) -> Tensor:
         size = x.shape[-1:]
-        v = F.layer_norm(gates[site].to(x), size)
+        v = F.layer_norm(of_site("phatgoose", gates, site, x, 2).to(x), size)
         return top_k(F.layer_norm(x, size) @ v.mT / size[0] ** 0.5, min(k, len(v)))
 
     return route
@@ -185,13 +84,30 @@ def sigmoid_gate(vectors: Mapping[str, Tensor]) -> Route:
     Returns:
         A function (site, x) ↦ gates [..., 1], for `net.gated` with a stack of the one expert.
 
+    Raises:
+        ValueError: in the call, a site without a vector, or of another shape; it names the site.
+
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         expert, x = pf.stack([net.init()]), torch.randn(3, 8)
         loss = lambda v: net.gated(expert, pf.routing.sigmoid_gate(v), x).square().mean()
         g = torch.func.grad(loss)({"0.weight": torch.zeros(8)})
     """
-    return lambda site, x: torch.sigmoid(x @ vectors[site].to(x))[..., None]
+    return lambda site, x: torch.sigmoid(x @ of_site("sigmoid_gate", vectors, site, x, 1).to(x))[..., None]
+
+
+def of_site(where: str, vectors: Mapping[str, Tensor], site: str, x: Tensor, dims: int) -> Tensor:
+    """The vectors of a site, [in] or [experts, in]. ValueError if it has none, or they are of another shape."""
+    v = vectors.get(site)
+    want = f"[{x.shape[-1]}]" if dims == 1 else f"[experts, {x.shape[-1]}]"
+    if v is None:
+        raise ValueError(
+            f"{where}: {site} has no vectors, and {', '.join(list(vectors)[:3]) or 'nothing'} has; give {want} for "
+            "every site of the net"
+        )
+    if v.dim() != dims or v.shape[-1] != x.shape[-1]:
+        raise ValueError(f"{where}: {site}: the vectors are {list(v.shape)}, and its input wants {want}")
+    return v
 
 
 def xlora(
@@ -225,6 +141,9 @@ def xlora(
     Returns:
         Gates for `net.gated`.
 
+    Raises:
+        ValueError: k or temperature is out of range, or the model returns no hidden states.
+
     Example:
         from transformers import LlamaConfig, LlamaForCausalLM
         model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
@@ -234,6 +153,14 @@ def xlora(
         logits = net.gated(many, pf.routing.xlora(net, head), input_ids=torch.tensor([[1, 2, 3]])).logits
     """
     sites = list(net.plan)
+    if (k is not None and k < 1) or not temperature > 0:
+        raise ValueError(f"xlora: k={k} and temperature={temperature}; give k >= 1 and a temperature above 0")
+    taken = inspect.signature(net.model.forward).parameters
+    if "output_hidden_states" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ValueError(
+            f"xlora: {type(net.model).__name__} takes no output_hidden_states, and its classifier reads them: give a "
+            "model of transformers, or gates of your own in peftfn.PerForward"
+        )
 
     def final(scores: Tensor) -> Tensor:
         g = torch.softmax(scores / temperature, -1) if softmax else scores
@@ -255,73 +182,3 @@ def xlora(
         return {rf"^{site}$".replace(".", r"\."): g for site, g in zip(sites, each, strict=True)}
 
     return PerForward(gates)
-
-
-class Routed:
-    """A mixture whose router trains with its experts: a function of one tree, {"experts": stack, "router": …}.
-
-    Args:
-        net: the net of the experts.
-        experts: how many.
-        router: (the router's parameters, site, the site's input) ↦ gates [rows, …, experts].
-        init: seed ↦ the router's parameters, any tree of tensors.
-
-    Example:
-        net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
-        mixture = pf.Routed(net, 3, lambda w, site, x: torch.softmax(x @ w[site].mT, -1),
-            lambda seed: {"0.weight": torch.zeros(3, 8)})
-        a = mixture.init(seed=0)
-        g = torch.func.grad(lambda a: mixture.apply(a, torch.randn(5, 8)).square().mean())(a)
-    """
-
-    def __init__(
-        self, net: Adapted, experts: int, router: Callable[[Any, str, Tensor], Tensor], init: Callable[[int], Any]
-    ):
-        if experts < 1:
-            raise ValueError(f"Routed: experts is {experts}; give at least 1")
-        self.net, self.experts, self.router, self._init = net, experts, router, init
-
-    def init(self, seed: int = 0) -> dict[str, Any]:
-        """Return a fresh mixture.
-
-        Args:
-            seed: seed of the experts and of the router.
-
-        Returns:
-            {"experts": a stack of fresh adapters, "router": what the router's `init` returns}.
-        """
-        made = [self.net.init(seed=seed * self.experts + k) for k in range(self.experts)]
-        return {"experts": stack(made), "router": self._init(seed)}
-
-    def apply(self, adapter: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the model with the mixture: `net.gated` with the router's gates at every site.
-
-        Args:
-            adapter: a tree like that of `init`.
-            args, kwargs: as for `net.gated`.
-
-        Returns:
-            The model's output.
-
-        Raises:
-            KeyError: `adapter` is no tree of `init`.
-        """
-        self._check(adapter)
-        return self.net.gated(adapter["experts"], self.gates(adapter["router"]), *args, **kwargs)
-
-    def _check(self, adapter: Any) -> None:
-        """KeyError unless `adapter` has what a tree of `init` has."""
-        if not isinstance(adapter, Mapping) or adapter.keys() != {"experts", "router"}:
-            has = sorted(adapter) if isinstance(adapter, Mapping) else type(adapter).__name__
-            raise KeyError(f"Routed: the adapter has {has}; give a tree like that of init, with experts and router")
-
-    def gates(self, router: Any) -> Route | PerForward:
-        """Return the gates that a router's parameters make, for `net.gated`.
-
-        Args:
-            router: the router's parameters.
-
-        Returns:
-            Gates.
-        """
-        return lambda site, x: self.router(router, site, x)

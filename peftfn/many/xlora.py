@@ -17,7 +17,8 @@ from peftfn.formats import hub, load, peft_xlora, save
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.several import FOLDER_FILES
 from peftfn.many.conform import conform
-from peftfn.many.routing import Routed, xlora
+from peftfn.many.routed import Routed
+from peftfn.many.routing import xlora
 from peftfn.many.stack import stack, unstack
 from peftfn.net.net import Adapted, adapt
 from peftfn.slots.routes import PerForward

@@ -25,4 +25,5 @@ def near(name: str, names: list[str], n: int = 3) -> str:
     found = difflib.get_close_matches(name, names, n=n, cutoff=0.6) or [
         hit for w in reversed(words) for hit in difflib.get_close_matches(w, parts, n=n, cutoff=0.5)
     ]
-    return f"; near: {', '.join(dict.fromkeys(found[:n]))}" if found else f"; it has {', '.join(parts[:8])} …"
+    has = ", ".join((parts or names)[:8])
+    return f"; near: {', '.join(dict.fromkeys(found[:n]))}" if found else f"; it has {has} …"

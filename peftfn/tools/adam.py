@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.tools.step import Step, Tree, each, wide
+from peftfn.tools.step import Step, Tree, checked, each, leaf_in, part, wide
 
 Rate = float | Tensor
 
@@ -31,11 +31,16 @@ def adamw(
     Returns:
         A `Step`.
 
+    Raises:
+        ValueError: a rate, eps or decay below 0, or none that is finite; betas outside [0, 1).
+
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.adamw(1e-3, weight_decay=0.01)
         state = step.init(net.init())
     """
+
+    checked("adamw", betas, lr=lr, eps=eps, weight_decay=weight_decay)
 
     def init(a: Mapping[str, Any]) -> Tree:
         zeros = each(a, lambda t: torch.zeros_like(wide(t)[0]))
@@ -70,7 +75,7 @@ def beside(sites: Mapping[str, Any], of_pair: Step, lr: Rate, **options: Any) ->
 
     def init(a: Mapping[str, Any]) -> Tree:
         for n in sites:
-            if not {"a", "b"} <= a[n].keys():
+            if not {"a", "b"} <= part(a, n).keys():
                 raise ValueError(
                     f"{n}: the leaf has {sorted(a[n])}; train the adapters that a sum or scaling is made of"
                 )
@@ -80,7 +85,8 @@ def beside(sites: Mapping[str, Any], of_pair: Step, lr: Rate, **options: Any) ->
         out, left = rest.update(others(g), state["rest"], others(a))
         new: Tree = {}
         for n, s in sites.items():
-            change, new[n] = of_pair.update(g[n], state["pairs"][n], a[n] | {"scale": s})
+            leaf = {**leaf_in(a, n), "scale": s}
+            change, new[n] = of_pair.update(leaf_in(g, n), part(state["pairs"], n), leaf)
             out[n] = {k: change[k] if k in change else out[n][k] for k in g[n]}
         return {n: out[n] for n in g}, {"pairs": new, "rest": left}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, beside
-from peftfn.tools.step import Step, Tree, damped, pairs, wide
+from peftfn.tools.step import Step, Tree, checked, damped, pairs, wide
 
 
 def loft(
@@ -40,13 +40,15 @@ def loft(
         A `Step`.
 
     Raises:
-        ValueError: the net has no LoRA.
+        ValueError: the net has no LoRA, or a rate or decay is out of range.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.loft(net, lr=1e-3)
         state = step.init(net.init())
     """
+
+    checked("loft", betas, lr=lr, eps=eps, weight_decay=weight_decay, damping=damping)
 
     def init(leaf: Mapping[str, Any]) -> Tree:
         a, b = wide(leaf["a"], leaf["b"])

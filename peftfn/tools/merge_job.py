@@ -1,6 +1,7 @@
 """One merge: its arguments checked, and the walk over the sites."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,11 @@ from peftfn.core.rng import Rng
 from peftfn.net.net import Adapted
 from peftfn.tools.change import Change, as_loras, changes, check_energy, check_rank, leaf_of, nothing
 from peftfn.tools.rules import Rule, with_bias
-from peftfn.tools.spaces import SPACES
+from peftfn.tools.spaces import SPACES, Back, shared
 
 Pairs = Sequence[Any]
 """(net, adapter) pairs; what `load` returns is one."""
-Space = Literal["dense", "core", "knots"]
+Space = Literal["dense", "core", "knots", "shared"]
 
 
 class Job:
@@ -59,29 +60,41 @@ class Job:
             pass
         return net, dict(adapter)
 
-    def by(self, rule: Rule, space: Space, density: float) -> tuple[Adapted, Adapter]:
+    def by(self, rule: Rule, space: Space, density: float, beta: float = 0.0) -> tuple[Adapted, Adapter]:
         """Merge by a rule for entries."""
         if not 0 < density <= 1:
             raise ValueError(f"{self.where}: density is {density}; it is a share of the entries: give 0 < density <= 1")
-        if space not in SPACES:
-            raise ValueError(f"{self.where}: space is {space!r}; choose one of {list(SPACES)}")
+        if space not in (*SPACES, "shared"):
+            raise ValueError(f"{self.where}: space is {space!r}; choose one of {[*SPACES, 'shared']}")
+        if (beta and space != "shared") or not 0 <= beta <= 1:
+            raise ValueError(f"{self.where}: beta is {beta}; it is for space='shared': give 0 <= beta <= 1 there")
         if density == 1 and (same := self.unchanged()):
             return same
+        turn = self._space(space, beta)
+
+        def site(name: str, cs: list[Change]) -> Change:
+            stack, back = (SPACES["dense"] if cs[0].site.kind not in MATRIX else turn)(cs)
+            rngs = [Rng(self.seed, f"{name}:{t}", device=stack.device) for t in range(len(cs))]
+            out = back(rule(stack, self.weights.to(stack.device, stack.dtype), rngs))
+            return with_bias(out, cs, lambda b: rule(b[:, None], self.weights.to(b), rngs)[0])
+
+        return self.merged(site)
+
+    def _space(self, space: Space, beta: float) -> Callable[[Sequence[Change]], tuple[Tensor, Back]]:
+        """The space as a function. ValueError where it needs a rank that is not given."""
+        if space == "shared":
+            if self.rank is None:
+                raise ValueError(
+                    f"{self.where}: the shared space has the rank of the result, so that it wants rank=…, and no energy"
+                )
+            return partial(shared, self.rank, beta)
         full = [n for n, s in self.sites.items() if s.kind in MATRIX]
         if space == "dense" and self.rank is None and self.energy is None and full:
             raise ValueError(
                 f"{self.where}: in the dense space the merged change of {full[0]} has full rank: give rank=… or "
                 "energy=… for the nearest LoRA, or space='core' or 'knots', whose result has the sum of the ranks"
             )
-
-        def site(name: str, cs: list[Change]) -> Change:
-            place = "dense" if cs[0].site.kind not in MATRIX else space
-            stack, back = SPACES[place](cs)
-            rngs = [Rng(self.seed, f"{name}:{t}", device=stack.device) for t in range(len(cs))]
-            out = back(rule(stack, self.weights.to(stack.device, stack.dtype), rngs))
-            return with_bias(out, cs, lambda b: rule(b[:, None], self.weights.to(b), rngs)[0])
-
-        return self.merged(site)
+        return SPACES[space]
 
     def merged(self, one: Callable[[str, list[Change]], Change], exact: bool = False) -> tuple[Adapted, Adapter]:
         """Merge site by site. `exact`: whether a method that is linear in its tensors stays."""

@@ -24,6 +24,16 @@ def unadapted(net: Adapted) -> Adapted:
     return Adapted(net.model, Plan({}, {}, {}))
 
 
+def stream(where: str, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches. TypeError for one batch in their place, which would be read along its rows or keys."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{where}: batches is a {type(batches).__name__}; give an iterable of batches: a data loader, a generator, "
+            "or [batch]"
+        )
+    return batches
+
+
 def see_inputs(
     where: str, net: Adapted, sites: Iterable[str], batches: Iterable[Any], see: Callable[[list[str], Tensor], None]
 ) -> None:
@@ -33,7 +43,9 @@ def see_inputs(
     Where a batch has an `attention_mask`, tokens that it masks are left out.
 
     Raises:
-        ValueError: there is no batch, or a batch that a site's layer does not see; it names the site.
+        TypeError: one batch in place of an iterable of them.
+        ValueError: there is no batch, or one that a site's layer does not see, or whose inputs are empty or not finite;
+            it names the site.
     """
     copy = lasting_copy(net.model).eval()
     names = {site: net.plan[site].site.module for site in sites}
@@ -41,11 +53,18 @@ def see_inputs(
     seen: set[str] = set()
     mask: Tensor | None = None
 
+    count = 0
+
     def flush() -> None:
         if group[0]:
             x = group[1]
             x = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x
-            see(group[0], wide(x.reshape(-1, x.shape[-1])))
+            rows = wide(x.reshape(-1, x.shape[-1]))
+            if not len(rows):
+                raise ValueError(f"{where}: {group[0][0]}: batch {count} has no tokens for its layer; leave it out")
+            if not rows.isfinite().all():
+                raise ValueError(f"{where}: {group[0][0]}: its input in batch {count} has values that are not finite")
+            see(group[0], rows)
         group[:] = [[], None]
 
     def hook(site: str) -> Callable[..., None]:
@@ -60,8 +79,7 @@ def see_inputs(
 
     for site, name in names.items():
         copy.get_submodule(name).register_forward_pre_hook(hook(site))
-    count = 0
-    for count, batch in enumerate(batches, 1):
+    for count, batch in enumerate(stream(where, batches), 1):
         args, kwargs = call_of(batch)
         mask = kwargs.get("attention_mask")
         seen.clear()
@@ -89,17 +107,21 @@ def see_gradients(
     own shape: one at a time, as the backward pass makes them. Returns the number of batches.
 
     Raises:
-        ValueError: there is no batch; an output has no `loss` and no function is given; the loss is no scalar; or it
-            does not depend on a weight.
+        TypeError: one batch in place of an iterable of them.
+        ValueError: there is no batch; an output has no `loss` and no function is given; the loss is no scalar; it does
+            not depend on a weight, or has a gradient there that is not finite; it names the site.
     """
     plain, weights = unadapted(net), net.weights
     params = {n: weights[n].detach().requires_grad_() for n in sites}
     seen: set[str] = set()
+    count = 0
 
     def hook(n: str) -> Callable[[Tensor], None]:
         def note(p: Tensor) -> None:
             g, p.grad = p.grad, None  # what was seen is freed before the next gradient is made
             assert g is not None
+            if not g.isfinite().all():
+                raise ValueError(f"{where}: {n}: its gradient in batch {count} has values that are not finite")
             seen.add(n)
             see(n, g)
 
@@ -107,8 +129,7 @@ def see_gradients(
 
     for n, p in params.items():
         p.register_post_accumulate_grad_hook(hook(n))
-    count = 0
-    for count, batch in enumerate(batches, 1):
+    for count, batch in enumerate(stream(where, batches), 1):
         args, kwargs = call_of(batch)
         seen.clear()
         with torch.enable_grad():
@@ -140,7 +161,7 @@ def gradients(
     """The mean over the batches of the gradient of the loss in each site's canonical weight [out, in].
 
     Raises:
-        ValueError: as `see_gradients`.
+        ValueError: as `see_gradients`; or a gradient is zero.
     """
     names = list(sites)
     total: dict[str, Tensor] = {}
@@ -149,4 +170,7 @@ def gradients(
         total[n] = total[n] + g if n in total else g.to(torch.promote_types(g.dtype, torch.float32))
 
     count = see_gradients(where, net, names, batches, loss, see)
+    for n in names:
+        if not total[n].any():
+            raise ValueError(f"{where}: {n}: the gradient is zero in all {count} batches, so there is nothing to go by")
     return {n: net.plan[n].site.canonical(total[n] / count) for n in names}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, beside
-from peftfn.tools.step import Eigen, Step, Tree, pairs, sign, wide
+from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, sign, wide
 
 
 def lora_muon(
@@ -33,13 +33,15 @@ def lora_muon(
         A `Step`.
 
     Raises:
-        ValueError: the net has no LoRA.
+        ValueError: the net has no LoRA, or a rate or decay is out of range.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.lora_muon(net, lr=0.02)
         state = step.init(net.init())
     """
+
+    checked("lora_muon", (beta,), lr=lr, weight_decay=weight_decay)
 
     def init(leaf: Mapping[str, Any]) -> Tree:
         return {k: torch.zeros_like(wide(leaf[k])[0]) for k in "ab"}
@@ -87,13 +89,15 @@ def lora_rite(
         A `Step`.
 
     Raises:
-        ValueError: the net has no LoRA.
+        ValueError: the net has no LoRA, or a rate or decay is out of range.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.lora_rite(net, lr=1e-3)
         state = step.init(net.init())
     """
+
+    checked("lora_rite", betas, lr=lr, eps=eps, weight_decay=weight_decay)
 
     def init(leaf: Mapping[str, Any]) -> Tree:
         a, b = wide(leaf["a"], leaf["b"])

@@ -31,7 +31,8 @@ def loras_of(where: str, net: Adapted, quantised: bool = False) -> dict[str, tup
         if entry.site.quantised and not quantised:
             raise ValueError(f"{where}: {name} is quantised; use the model with its full weights, or starts.loftq")
         if entry.method.rank > min(shape):
-            raise ValueError(f"{where}: {name}: rank is {entry.method.rank}, and the weight is {list(shape)}")
+            r, most = entry.method.rank, min(shape)
+            raise ValueError(f"{where}: {name}: rank is {r}, and the weight is {list(shape)}: give rank <= {most}")
         out[name] = entry, entry.method
     if not out:
         raise ValueError(f"{where}: the net has no LoRA; starting points are for LoRA at linear layers")

@@ -44,12 +44,40 @@ def _is_pair(entry: Entry) -> bool:
     return isinstance(entry.method, Ranked) and {"a", "b"} <= entry.spec.keys()
 
 
-def each(tree: Mapping[str, Any], f: Callable[..., Any], *others: Mapping[str, Any]) -> Tree:
-    """f of the tensors at each place of trees of one structure."""
-    return {
-        k: each(t, f, *(o[k] for o in others)) if isinstance(t, Mapping) else f(t, *(o[k] for o in others))
-        for k, t in tree.items()
-    }
+def each(tree: Mapping[str, Any], f: Callable[..., Any], *others: Mapping[str, Any], at: str = "") -> Tree:
+    """f of the tensors at each place of trees of one structure. KeyError for a place that one of them lacks."""
+    out: Tree = {}
+    for k, t in tree.items():
+        rest = [part(o, k, at) for o in others]
+        out[k] = each(t, f, *rest, at=f"{at}{k}: ") if isinstance(t, Mapping) else f(t, *rest)
+    return out
+
+
+def part(tree: Mapping[str, Any], k: str, at: str = "") -> Any:
+    """What a tree has under a name. KeyError that says whose it must be."""
+    if k not in tree:
+        raise KeyError(
+            f"{at}{k} is missing in a tree of a step, which has {', '.join(map(repr, list(tree)[:4])) or 'nothing'}: "
+            "give gradients and a state of the same adapter, one of the net that the step was made with"
+        )
+    return tree[k]
+
+
+def leaf_in(tree: Mapping[str, Any], site: str) -> Mapping[str, Any]:
+    """The A and B at a site of gradients or of an adapter. KeyError if there are none."""
+    leaf: Mapping[str, Any] = part(tree, site)
+    for k in "ab":
+        part(leaf, k, f"{site}: ")
+    return leaf
+
+
+def checked(where: str, betas: tuple[float, ...] = (), **values: float | Tensor) -> None:
+    """ValueError for a rate or the like that is no finite number of at least 0, or for a decay outside [0, 1)."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
+            raise ValueError(f"{where}: {name} is {value!r}; give a finite {name} >= 0")
+    if not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"{where}: the moments' decay is {betas}; give numbers in [0, 1)")
 
 
 def wide(*ts: Tensor) -> tuple[Tensor, ...]:

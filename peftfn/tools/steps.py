@@ -24,10 +24,10 @@ from torch import Tensor
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, adamw
 from peftfn.tools.loft import loft
-from peftfn.tools.optim import lora_fa as _fa
 from peftfn.tools.paced import clip, cosine, linear, scheduled, stacked
+from peftfn.tools.paired import lora_fa as _fa
 from peftfn.tools.spectral import lora_muon, lora_rite
-from peftfn.tools.step import Eigen, Step, Tree, damped, each, pairs, wide
+from peftfn.tools.step import Eigen, Step, Tree, checked, damped, each, leaf_in, pairs, wide
 
 __all__ = [
     "Step",
@@ -110,10 +110,14 @@ def sgd(lr: Rate) -> Step:
     Returns:
         A `Step` without state.
 
+    Raises:
+        ValueError: a rate below 0, or none that is finite.
+
     Example:
         step = pf.steps.sgd(0.1)
         updates, _ = step.update({"w": {"a": torch.ones(2)}}, {}, {"w": {"a": torch.zeros(2)}})
     """
+    checked("sgd", lr=lr)
     return Step(lambda a: {}, lambda g, state, a: (each(g, lambda t: -lr * t), state))
 
 
@@ -198,13 +202,13 @@ def riemannian(net: Adapted, damping: float = 1e-2) -> Step:
         step = pf.steps.chain(pf.steps.riemannian(net), pf.steps.sgd(0.1))
     """
     sites = pairs("riemannian", net)
-    if damping < 0:
-        raise ValueError(f"riemannian: damping is {damping}; give damping >= 0")
+    checked("riemannian", damping=damping)
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
         out = dict(g)
         for n in sites:
-            da, db, x, y = wide(g[n]["a"], g[n]["b"], a[n]["a"], a[n]["b"])
+            here, leaf = leaf_in(g, n), leaf_in(a, n)
+            da, db, x, y = wide(here["a"], here["b"], leaf["a"], leaf["b"])
             new = {"a": damped(y.mT @ y, damping) @ da, "b": db @ damped(x @ x.mT, damping)}
             out[n] = {**g[n], **{k: t.to(g[n][k].dtype) for k, t in new.items()}}
         return out, state
@@ -235,13 +239,13 @@ def lora_pro(net: Adapted, damping: float = 1e-8) -> Step:
         step = pf.steps.chain(pf.steps.lora_pro(net), pf.steps.adamw(1e-4))
     """
     sites = pairs("lora_pro", net)
-    if damping < 0:
-        raise ValueError(f"lora_pro: damping is {damping}; give damping >= 0")
+    checked("lora_pro", damping=damping)
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
         out = dict(g)
         for n, s in sites.items():
-            da, db, x, y = wide(g[n]["a"], g[n]["b"], a[n]["a"], a[n]["b"])
+            here, leaf = leaf_in(g, n), leaf_in(a, n)
+            da, db, x, y = wide(here["a"], here["b"], leaf["a"], leaf["b"])
             bb, aa = y.mT @ y, x @ x.mT
             ga = damped(bb, damping) @ da / s**2
             gb = db @ damped(aa, damping) / s**2

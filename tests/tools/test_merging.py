@@ -16,6 +16,7 @@ import peftfn as pf
 from peftfn.core.method import MATRIX
 from peftfn.testing import MODELS, Case, close
 from peftfn.testing.models import OUT
+from peftfn.tools.spaces import subspaces
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`", "ignore:Adapter"
@@ -149,13 +150,13 @@ def test_the_weights_have_gradients() -> None:
 # Laws of the rules.
 
 
-@pytest.mark.parametrize("space", ["dense", "core", "knots"])
+@pytest.mark.parametrize("space", ["dense", "core", "knots", "shared"])
 @pytest.mark.parametrize("name", [n for n in RULES if n not in RANDOM])
 def test_the_order_does_not_matter(name: str, space: str) -> None:
     model = nn.Sequential(nn.Linear(12, 10))
     ps, w = pairs(model, 2, 3, 1), [1.0, 0.5, -0.7]
     more = {"space": space} if name in BY_ENTRY else {}
-    more |= {"rank": 10} if space == "dense" else {}
+    more |= {"rank": 10} if space == "dense" else {"rank": 3} if "space" in more and space == "shared" else {}
     here = RULES[name](ps, w, **more)
     there = RULES[name]([ps[i] for i in (2, 0, 1)], [w[i] for i in (2, 0, 1)], **more)
     close(delta(here, "0.weight"), delta(there, "0.weight"), name)
@@ -202,6 +203,52 @@ def test_two_equal_adapters_agree(name: str) -> None:
         close(two, one if name.startswith("ties") else 2 * one, name)
 
 
+def test_shared_subspaces_hold_the_most_that_their_rank_can() -> None:
+    """Each of U and V is the best for the other, and together they hold more than where the search begins."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 9, 7) * torch.tensor([1.0, 5.0, 0.2, 1.0])[:, None, None]
+    u, v = subspaces(x, 3)
+    for q in (u, v):
+        close(q.mT @ q, torch.eye(3), "orthonormal", rtol=1e-5)
+    held = (u.mT @ x @ v).square().sum()
+    for best, side in ((x @ v, "U"), ((u.mT @ x).mT, "V")):
+        s = torch.linalg.svdvals(torch.cat(list(best), -1))
+        assert held == pytest.approx(float(s[:3].square().sum()), rel=1e-4), side
+    first = [torch.linalg.svd(torch.cat(list(t), -1), full_matrices=False)[0][:, :3] for t in (x, x.mT)]
+    assert held > (first[0].mT @ x @ first[1]).square().sum()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_shared_is_compress_then_merge(beta: float) -> None:
+    """TIES of cores [3, 3] in the subspaces of the changes at sizes β‖Δ_t‖ + (1 − β)·mean ‖Δ_s‖."""
+    model = nn.Sequential(nn.Linear(12, 10))
+    ps = pairs(model, 2, 3, 2)
+    x = torch.stack([delta(p, "0.weight") for p in ps])
+    n = x.flatten(1).norm(dim=1)[:, None, None]
+    u, v = subspaces(x / n * (beta * n + (1 - beta) * n.mean()), 3)
+    net, a = M.ties(ps, density=0.5, space="shared", rank=3, beta=beta)
+    assert net.plan["0.weight"].method == pf.LoRA(rank=3)
+    close(net.delta(a)["0.weight"], u @ _ties(u.mT @ x @ v, 0.5) @ v.mT, "merged", rtol=1e-4)
+
+
+def test_shared_at_a_rank_that_holds_all_is_lossless_and_takes_any_method() -> None:
+    model = nn.Sequential(nn.Linear(12, 10))
+    ps, w = pairs(model, 2, 3), [1.0, -0.5]
+    none = (ps[0][0], {"0.weight": {k: torch.zeros_like(t) for k, t in ps[0][1]["0.weight"].items()}})
+    merged = M.magnitude([*ps, none], [*w, 1.0], density=1.0, space="shared", rank=5)
+    close(delta(merged, "0.weight"), summed(ps, w, "0.weight"), "lossless", rtol=1e-5)
+    model = nn.Sequential(nn.Linear(10, 10))
+    dora = pf.adapt(model, {"0.weight": pf.DoRA(rank=2)})
+    mixed = [*pairs(model, 2, 3), (dora, random(dora))]
+    close(
+        delta(M.magnitude(mixed, density=1.0, space="shared", rank=10), "0.weight"),
+        summed(mixed, [1.0] * 3, "0.weight"),
+        "dense",
+        rtol=1e-4,
+    )
+    assert M.ties(mixed, space="shared", rank=2)[0].plan["0.weight"].method == pf.LoRA(rank=2)
+
+
 def test_tsv_takes_the_vectors_apart() -> None:
     """Changes whose singular vectors are orthogonal to each other's are added up; equal ones are averaged."""
     model = nn.Sequential(nn.Linear(12, 10))
@@ -242,7 +289,7 @@ def test_what_is_kept_is_right_on_average(name: str) -> None:
         assert kept.gather(-1, top).mean() > 0.7 > 0.3 > kept.gather(-1, low).mean()
 
 
-@pytest.mark.parametrize("space", ["core", "knots", "dense"])
+@pytest.mark.parametrize("space", ["core", "knots", "dense", "shared"])
 def test_experts_and_convolutions_and_embeddings(space: Any) -> None:
     for kind in ("stack", "conv", "embedding", "linear_t"):
         kind = next(k for k, m in MODELS.items() if m.kind == kind)
@@ -340,6 +387,10 @@ def test_bad_input() -> None:
         (lambda: M.ties(ps), ValueError, r"0\.weight has full rank: give rank="),
         (lambda: M.ties(ps, density=0.0, rank=2), ValueError, r"density is 0\.0"),
         (lambda: M.ties(ps, space="latent"), ValueError, "choose one of"),  # type: ignore[arg-type]
+        (lambda: M.ties(ps, space="shared"), ValueError, "wants rank="),
+        (lambda: M.ties(ps, space="shared", energy=0.5), ValueError, "wants rank="),
+        (lambda: M.ties(ps, space="shared", rank=2, beta=2.0), ValueError, "0 <= beta <= 1"),
+        (lambda: M.ties(ps, space="core", beta=0.5), ValueError, "for space='shared'"),
         (lambda: M.ties(ps, elect="most"), ValueError, "'total' or 'frequency'"),  # type: ignore[arg-type]
         (lambda: M.della(ps, density=0.5, epsilon=0.6), ValueError, "epsilon < density"),
         (lambda: M.della(ps, density=0.9, epsilon=0.2), ValueError, "1 − epsilon"),
