@@ -17,7 +17,7 @@ from peftfn.slots.gates import Gates, Index
 from peftfn.slots.part import Part
 from peftfn.slots.slot import Slot
 from peftfn.slots.weight import AdaptedWeight, Expert
-from peftfn.tensors.arguments import hidden, visit
+from peftfn.tensors.arguments import hidden, mapped, visit
 from peftfn.tensors.transform import exactly
 
 
@@ -95,7 +95,15 @@ class MixedStack(Slot):
             ids = (positions[:, None] >= offs.long()).sum(1)  # beyond the last one: of no expert
             with exactly(x):  # autocast does not know this function
                 return _tagged(t, *self._experts(t, x, self.of.tag(t, x), ids, inward))
-        raise self.of.lost(f"{name} of all experts")
+        if t is None or self.of.rows.size is None:
+            raise self.of.lost(f"{name} of all experts")
+        swap = lambda v: v.as_table() if isinstance(v, MixedStack) or v is self.of else v  # noqa: E731
+        return func(*mapped(args, swap), **mapped(kwargs, swap))
+
+    def as_table(self) -> Tensor:
+        """What stands here, for any other function: another stack for each row."""
+        table = self.of.as_table() if self.ids is None else self.of.as_table()[self.ids]
+        return table.mT if self.turned else table
 
     def _experts(
         self, t: Any, x: Tensor, tag: Tensor | None, ids: Tensor, forward: bool

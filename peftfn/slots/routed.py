@@ -34,7 +34,7 @@ def routed_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     names, found = [n for n, _ in model.named_modules()], []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if pattern == "":  # and its parts, which `generate` calls by themselves: encoders, towers
-            found += [n for n, m in model.named_modules() if n.count(".") < 2 and m._modules and _runs(m)]
+            found += [n for n, m in model.named_modules() if n.count(".") < 2 and (m._modules or not n) and _runs(m)]
             continue
         some = [n for n in names if n == pattern or (pattern and n and matches(pattern, n))]
         if not some:

@@ -29,7 +29,14 @@ _MEET = frozenset(
     ]
 )
 """Functions that broadcast from the last dimension on, in which a table may meet rows."""
-_BATCHED = _MEET | {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+_OVER_MATRICES = frozenset(
+    [
+        *(F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention, torch.matmul, Tensor.matmul),
+        *(Tensor.__matmul__, Tensor.__rmatmul__),
+    ]
+)
+"""Functions whose inputs' last two dimensions do not lie side by side: it is those before that they have in common."""
+_BATCHED = _MEET | _OVER_MATRICES
 """Functions whose inputs, where they have as many dimensions, have the same first one."""
 _OF_IT = frozenset(getattr(Tensor, k).__get__ for k in ("_base", "grad"))
 """What gives another tensor that belongs to it, and is no value made of it."""
@@ -294,13 +301,13 @@ def _met(func: Any, args: Any, kwargs: Any, rows: Gates, rowed: list[Tensor], si
     def own(v: Tensor, each: Tensor) -> Tensor | None:
         """v, each row with its own; None where that cannot be told of shapes alone."""
         shape = list(v.shape)
-        if owner is None or not rows.size:
+        if owner is None or not rows.size or (func in _OVER_MATRICES and (dims < 3 or v.dim() < 2)):
             return None
         if func in _BATCHED and v.dim() == dims and shape[0] == count > 1:
             return each[owner.to(each.device), torch.arange(count, device=each.device)]  # the model has expanded it
         if v.dim() == dims and shape[0] == 1:
             shape = shape[1:]
-        if func not in _MEET or len(shape) >= dims:
+        if func not in _MEET or len(shape) >= dims or (func in _OVER_MATRICES and len(shape) < 2):
             return None
         return each[owner.to(each.device)].reshape(count, *[1] * (dims - 1 - len(shape)), *shape)
 
