@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from peftfn.core.plan import Plan
 from peftfn.model.model import weights_of
@@ -66,6 +65,7 @@ class Runner:
         check_copy(model)
         self._idle: list[Skeleton] = []
         self._first: list[Skeleton] = []  # made when a call needs it: many nets are made to be asked, merged or saved
+        self._aside: list[Callable[..., Any]] = []  # `run`, which the compiler leaves as it is; made when it is met
         self._running = _Running()
         self.wider = Wider(self)
 
@@ -101,7 +101,8 @@ class Runner:
             call = call._replace(gates=acting.alone(plan, ids, copies))
         if torch.compiler.is_compiling():
             if call.gates is not None and self.routed:
-                return _uncompiled(self.run, call, known)
+                self._make_aside()
+                return self._aside[0](call, known)
             if not known:
                 plan.check(call.given[0].adapter)
             skeleton = self._acquire()
@@ -225,8 +226,21 @@ class Runner:
         if not self._first:
             self._first.append(self._skeleton())
 
-    # While compiling it runs as it is, before the trace (see `Skeleton._take_hooks`).
-    _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def _make_aside(self) -> None:
+        if not self._aside:
+            some = ", ".join(name or "the model" for name in self.routed[:2])
+            more = f" and {len(self.routed) - 2} more" if len(self.routed) > 2 else ""
+            self._aside.append(
+                torch.compiler.disable(
+                    self.run,
+                    reason=f"a mixed batch follows its rows through the routed modules {some}{more}, which cannot be "
+                    "traced, so this call runs uncompiled. Leave out fullgraph=True, or leave the sites in these "
+                    "modules out of the rules",
+                )
+            )
+
+    # While compiling these run as they are, before the trace (see `Skeleton._take_hooks`).
+    _make_first._dynamo_marked_constant = _make_aside._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _skeleton(self) -> Skeleton:
         return Skeleton(self.model, self.slots, self.backbones, self.again, self.routed, self.settle)
@@ -240,12 +254,6 @@ def copies_of(model: nn.Module, method: str | None, args: Sequence[Any], kwargs:
     config = given or getattr(model, "generation_config", None)
     counts = (kwargs.get(k, getattr(config, k, 1)) for k in ("num_beams", "num_return_sequences"))
     return max(n or 1 for n in counts)
-
-
-@_disable_dynamo
-def _uncompiled(run: Callable[..., Any], *args: Any) -> Any:
-    """A call that follows rows through modules: the compiler leaves it as it is, whole. (fullgraph=True says so.)"""
-    return run(*args)
 
 
 class _Running(threading.local):

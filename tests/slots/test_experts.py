@@ -235,3 +235,10 @@ def test_biases_and_matrices_of_experts_in_real_models(make: Any, way: str, rule
     by_token[0, 0] = 0
     with pytest.raises(ValueError, match=r"experts.*: the model computes with the weight itself"), torch.no_grad():
         net.mixed(pf.stack([random(net, s) for s in range(3)]), by_token, ids)
+
+
+def test_apply_compiles_through_experts() -> None:
+    """Nothing is followed there, and the net has routed modules all the same."""
+    net, x = pf.adapt(Block(STACKS["bmm(x, w)"], E, N, D), {"w$": LoRA(2)}), noise(5, 7, D)
+    a = random(net)
+    close(torch.compile(net.apply, backend="eager", fullgraph=True)(a, x), net.apply(a, x))

@@ -1,13 +1,14 @@
 """Rows followed through modules that move them: row i of a mixed batch is that row alone, or the site raises."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from support import close, random, trees_close
+from support import close, random, state, trees_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -785,10 +786,9 @@ def test_vmap_over_stacks_and_their_gradients(moe: Any, way: str) -> None:
     net.model.set_experts_implementation("eager")
 
 
-def test_gradient_checkpointing_and_gates_and_compilation(moe: Any) -> None:
+def test_gradient_checkpointing_and_gates(moe: Any) -> None:
     net, adapters = moe
     many, inputs = pf.stack(adapters), ids()
-    want = net.mixed(many, INDEX, **inputs).logits
     own = F.one_hot(torch.tensor(INDEX) + 1, 4)[:, 1:].float()
     halves = net.gated(many, 0.5 * own, **inputs).logits
     close(net.gated(many, 0.5 * own[:, None].expand(5, 7, 3).clone(), **inputs).logits, halves)
@@ -806,8 +806,36 @@ def test_gradient_checkpointing_and_gates_and_compilation(moe: Any) -> None:
         less = _leaf(many)
         pf.adapt(model, CASES[0].rules, routed=routed).mixed(less, INDEX, **inputs).logits.square().mean().backward()
         trees_close(*({n: {k: _grad(t) for k, t in leaf.items()} for n, leaf in a.items()} for a in (less, plain)))
-    compiled = torch.compile(lambda ids: net.mixed(many, INDEX, ids).logits * 2, backend="eager")
-    close(compiled(inputs["input_ids"]), 2 * want)
+
+
+def test_a_compiled_mixed_batch_runs_as_it_is_and_fullgraph_names_the_routed_modules(moe: Any) -> None:
+    """What is around the call is compiled. Neither leaves a lock or a full slot behind: another thread runs it too."""
+    net, adapters = moe
+    many, given, before = pf.stack(adapters), ids()["input_ids"], state(net.model)
+    want = net.mixed(many, INDEX, given).logits
+    run = lambda many, given: net.mixed(many, INDEX, given).logits * 2  # noqa: E731
+    for fullgraph in (False, True, False):
+        torch._dynamo.reset()  # what was compiled for this code before is not used again
+        compiled = torch.compile(run, backend="eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(
+                torch._dynamo.exc.Unsupported,
+                match=r"rows through the routed modules model\.layers\.0\.mlp, .*Leave out fullgraph=True",
+            ):
+                compiled(many, given)
+        else:
+            close(compiled(many, given), 2 * want)
+        with ThreadPoolExecutor(1) as pool:
+            close(pool.submit(lambda: net.mixed(many, INDEX, given).logits).result(timeout=60), want)
+    got, wanted = (grad(lambda many, f=f: f(many, given).square().mean())(many) for f in (compiled, run))
+    trees_close(got, wanted)
+    assert len(net._runner._idle) == 1
+    assert str(state(net.model)) == str(before)
+    toy = pf.adapt(ListOfExperts(), {"experts|router": LoRA(2)})  # its forward looks at no value if no row differs
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="rows through the routed modules the model, "):
+        torch.compile(toy.mixed, backend="eager", fullgraph=True)(
+            pf.stack([toy.init(s) for s in range(2)]), [0, 1], noise(2, 7, 16)
+        )
 
 
 @pytest.mark.parametrize("method", [DoRA(2), IA3(), LoHa(2), Full()], ids=str)
