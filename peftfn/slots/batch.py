@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftfn.kernels import choose
 from peftfn.kernels.mixed_lora import mixed_rows
 from peftfn.slots.gates import Gates, Index, Weights
-from peftfn.slots.part import Cut, One, Part, Run, Stack, Use
+from peftfn.slots.part import SIDE_BY_SIDE, Cut, One, Part, Run, Stack, Use
 from peftfn.slots.rows import Share, share
 from peftfn.tensors.arguments import picked
 from peftfn.tensors.narrow import Narrow, half_of
@@ -213,29 +213,36 @@ def _narrow(part: Part) -> bool:
         low is not None
         and low.gain is None
         and low.down.dim() == low.up.dim() == 3
-        and part.size * low.down.shape[-2] <= _SIDE_BY_SIDE
+        and part.size * low.down.shape[-2] <= SIDE_BY_SIDE
     )
-
-
-_SIDE_BY_SIDE = 512
 
 
 def _at_once(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     """Positions x [n, in]: all D are one product, of which each position keeps its own part, and all U one product."""
     y = layer.base(x)
     for part in layer.parts:
-        low, kept = part.low, gates.kept
+        low = part.low
         assert low is not None
         wide = part.size * low.down.shape[-2]
-        key = "own", part.start, part.size, wide, y.dtype, y.device
-        if key not in kept:
-            adapters = torch.arange(part.start, part.start + part.size, device=y.device)
-            own = gates.index.to(y.device)[:, None] == adapters
-            kept[key] = own.to(y.dtype).repeat_interleave(wide // part.size, 1)
-        s = F.linear(x, low.down.reshape(wide, -1).to(x.dtype)) * kept[key]
-        up = low.up.mT.reshape(wide, -1).to(s.dtype)
+        s = F.linear(x, low.down.reshape(wide, -1).to(x.dtype)) * own_factors(gates, part, wide, y)
+        up = low.up.transpose(0, 1).reshape(-1, wide).to(s.dtype).mT
         y = torch.addmm(y, s, up, alpha=low.scale) if s.dtype == y.dtype else y + (low.scale * (s @ up)).to(y.dtype)
     return y
+
+
+def own_factors(gates: Index, part: Stack, wide: int, y: Tensor) -> Tensor:
+    """[n, wide] for a part whose factors stand side by side: 1 where one is of the adapter that a position of y uses,
+    0 for others."""
+    key, kept = ("own", part.start, part.size, wide, y.dtype, y.device), gates.kept
+    if key not in kept:
+        table = gates.shared.get((key, torch.is_inference_mode_enabled()))
+        if table is None:
+            table = y.new_zeros(gates.count + 1, wide)  # the last: −1, the base
+            own = torch.eye(part.size, dtype=y.dtype, device=y.device).repeat_interleave(wide // part.size, 1)
+            table[part.start : part.start + part.size] = own
+            gates.shared[key, torch.is_inference_mode_enabled()] = table
+        kept[key] = table[gates.index.to(y.device)]
+    return kept[key]  # type: ignore[no-any-return]
 
 
 def _masked(gates: Index, layer: Layer, x: Tensor) -> Tensor:

@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn import functional as F
 
+from peftfn.core.method import LowRank
+from peftfn.kernels import choose
 from peftfn.slots import batch
 from peftfn.slots.gates import Gates, Index
 from peftfn.slots.part import Part
 from peftfn.slots.slot import Slot
 from peftfn.slots.weight import AdaptedWeight, Expert
 from peftfn.tensors.arguments import hidden, mapped, visit
-from peftfn.tensors.transform import exactly
+from peftfn.tensors.transform import eager, exactly
 
 
 class Routed(NamedTuple):
@@ -91,6 +94,8 @@ class MixedStack(Slot):
         offs = kwargs.get("offs", args[2] if len(args) > 2 else None)
         grouped = "grouped_mm" in name and isinstance(offs, Tensor) and self.ids is None
         if x is not None and grouped and x.dim() == 2 and isinstance(args[0], Tensor):
+            if (fast := self._grouped(t, x, func, args, kwargs)) is not None:
+                return fast
             positions = torch.arange(x.shape[0], device=x.device)
             ids = (positions[:, None] >= offs.long()).sum(1)  # beyond the last one: of no expert
             with exactly(x):  # autocast does not know this function
@@ -104,6 +109,25 @@ class MixedStack(Slot):
         """What stands here, for any other function: another stack for each row."""
         table = self.of.as_table() if self.ids is None else self.of.as_table()[self.ids]
         return table.mT if self.turned else table
+
+    def _grouped(self, t: Any, x: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """A grouped product: the model's function of the base's stack, and of all adapters' factors side by side.
+
+        Nobody looks at which expert or adapter a position has. None where that is no way to compute it: torch's
+        function has no forward-mode and no second derivatives, and wants vectors of whole 16 bytes."""
+        inward = self.turned != (self.entry.site.kind == "stack_t")
+        if not inward or any(v is not None for k, v in kwargs.items() if k != "offs"):
+            return None
+        gates, tag = self.of.placed(t, x, self.of.tag(t, x), 1)
+        lows = _side_by_side(self.of, gates, x)
+        if lows is None or not isinstance(gates, Index) or any(low.up.stride(1) * x.itemsize % 16 for low in lows):
+            return None
+        product = lambda x, m: func(x, m, *args[2:], **kwargs)  # noqa: E731
+        y: Tensor = product(x, self.w)
+        for part, low in zip(self.of.parts, lows, strict=True):
+            s = product(x, low.down.mT) * batch.own_factors(gates, part, low.up.shape[2], y)
+            y.add_(product(s, low.up.mT), alpha=low.scale)
+        return _tagged(t, y, tag)
 
     def _experts(
         self, t: Any, x: Tensor, tag: Tensor | None, ids: Tensor, forward: bool
@@ -145,6 +169,8 @@ class MixedStack(Slot):
 
     def _one(self, e: int, x: Tensor, gates: Gates, forward: bool) -> Tensor:
         expert = self.of.expert(e)
+        if forward and (y := at_once(expert, gates, x)) is not None:
+            return y
         if forward:
             return batch.product(gates, expert.layer("linear", AdaptedWeight.linear), x)
 
@@ -170,6 +196,33 @@ class MixedStack(Slot):
             new: Tensor = vmap(one, (axes, 0, 0), randomness="different")(p, w, x)
             y = torch.where(mine, new.to(y.dtype), y)
         return y
+
+
+def at_once(expert: Any, gates: Gates, x: Tensor) -> Tensor | None:
+    """One expert's product with positions x [n, in]: all adapters' D are one product, of which each position keeps its
+    own part, and all U are one. None where that is no way to compute it."""
+    lows = _side_by_side(expert.of, gates, x)
+    if lows is None or not isinstance(gates, Index):
+        return None
+    y = F.linear(x, expert.canonical())
+    for part, low in zip(expert.of.parts, lows, strict=True):
+        up = low.up[expert.number].mT
+        s = F.linear(x, low.down[expert.number]).mul_(batch.own_factors(gates, part, len(up), y))
+        y.addmm_(s, up, alpha=low.scale)
+    return y
+
+
+def _side_by_side(stack: Any, gates: Gates, x: Tensor) -> list[LowRank] | None:
+    """The factors of each part of a mixed stack; None where its products with x are not to be computed in place of
+    them: a gradient is asked for, a transform or the compiler looks on, or a kernel does it."""
+    if torch.is_grad_enabled() or choose.fits(x) or not eager(x):
+        return None
+    if not isinstance(gates, Index) or hidden(gates.index):
+        return None
+    if not isinstance(stack.w, Tensor) or stack.w.dtype != x.dtype:
+        return None
+    lows = [low for part in stack.parts if (low := part.side_by_side(x.dtype)) is not None]
+    return lows if len(lows) == len(stack.parts) else None
 
 
 def _gathered(part: Part, local: Tensor, ids: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -136,6 +136,7 @@ class Index(Gates):
     index: Tensor  # [rows]
     known: list[int] | None  # the index on the host; None while compiling
     held: dict[bool, dict[Any, Any]] = field(default_factory=dict, kw_only=True)  # inference mode → what it made
+    shared: dict[Any, Any] = field(default_factory=dict, kw_only=True)  # what depends on its adapters alone
     positions: bool = field(default=False, kw_only=True)  # of positions that were moved, not of rows
 
     @classmethod

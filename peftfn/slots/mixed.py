@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftfn.core.method import Product, Weight
 from peftfn.slots import batch, track
 from peftfn.slots.byrow import ByRow, fitted
-from peftfn.slots.experts import MixedStack, same
+from peftfn.slots.experts import MixedStack, at_once, same
 from peftfn.slots.gates import Gates
 from peftfn.slots.part import Cut, Part, take
 from peftfn.slots.pertoken import PerToken
@@ -93,7 +93,7 @@ class MixedWeight(ByRow):
         return batch.Layer(self.name, kind, self.canonical(), self.parts, adapted, base)
 
     def expert(self, e: int) -> "MixedExpert":
-        return MixedExpert([part.expert(e) for part in self.parts], self.w[e], self.rows)
+        return MixedExpert(self, e)
 
     def attribute(self, name: str) -> Any:
         if name in ("T", "t", "mT", "transpose") and not self.stack and self.entry.site.kind == "linear":
@@ -206,9 +206,25 @@ class MixedWeight(ByRow):
 class MixedExpert(MixedWeight):
     """One expert's matrix of a mixed stack, `weight[e]`."""
 
-    __slots__ = ()
+    __slots__ = ("number", "of")
     stack = False  # type: ignore[assignment]
     canonical = Expert.canonical
+
+    def __init__(self, of: MixedWeight, e: int):
+        self.of, self.number, self.entry, self.w, self.rows = of, e, of.entry, of.w[e], of.rows
+        self.task, self.inside = of.task, of.inside
+
+    @property
+    def parts(self) -> list[Part]:  # type: ignore[override]
+        return [part.expert(self.number) for part in self.of.parts]
+
+    def linear(self, x: Tensor, bias: Any = None) -> Tensor:
+        t = self.tracking()
+        if t is None or bias is not None or x.dim() != 2 or not isinstance(tag := t.get(x), Tensor):
+            return super().linear(x, bias)
+        gates, tag = self.placed(t, x, tag, 1)
+        y = at_once(self, gates, x)
+        return super().linear(x) if y is None else t.put(y, tag)
 
 
 class Turned(ByRow):

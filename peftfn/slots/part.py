@@ -14,6 +14,7 @@ from peftfn.core.plan import Entry, WeightEntry
 from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.weight import AdaptedWeight, Expert
 from peftfn.tensors.arguments import picked
+from peftfn.tensors.narrow import half_of
 from peftfn.tensors.precision import cast, operand_dtype
 from peftfn.tensors.transform import eager, level
 
@@ -25,6 +26,9 @@ One = Callable[..., Tensor]
 """(number of one adapter in its stack, inputs …) ↦ an output"""
 Run = Callable[[int, Cut], Tensor]
 """(adapter, −1 the base; cut) ↦ the output of the rows that cut takes"""
+
+SIDE_BY_SIDE = 512
+"""Factors of all adapters of a part that are fewer cost less than to sort positions by adapter."""
 
 
 class Stack:
@@ -93,7 +97,7 @@ class Stack:
 class Part(Stack):
     """Adapters of a batch that change one weight."""
 
-    __slots__ = ("experts", "level", "low", "made")
+    __slots__ = ("experts", "level", "low", "made", "wide")
     entry: WeightEntry
     weight: type[AdaptedWeight] = AdaptedWeight  # what one of its adapters is
 
@@ -102,6 +106,7 @@ class Part(Stack):
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
         self.experts: dict[int, ExpertPart] = {}
         self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
+        self.wide: dict[torch.dtype, LowRank | None] = {}
         self.level = level()
 
     @property
@@ -113,6 +118,30 @@ class Part(Stack):
         if e not in self.experts:
             self.experts[e] = ExpertPart.of(self, e)
         return self.experts[e]
+
+    def side_by_side(self, dtype: torch.dtype) -> LowRank | None:
+        """Of all experts of a stack, the factors of all adapters beside one another: down [experts, adapters · r, in],
+        up [experts, out, adapters · r]. None where these are no factors of each adapter and expert, or too many.
+
+        For products without gradients: made once in a call."""
+        if dtype not in self.wide:
+            self.wide[dtype] = self._side_by_side(dtype)
+        return self.wide[dtype]
+
+    def _side_by_side(self, dtype: torch.dtype) -> LowRank | None:
+        over = self.entry.axes(self.p)
+        if not self.entry.low or (self.entry.fp32 and half_of(dtype)):
+            return None
+        if any(self.axes[k] is None or over[k] is None for k in self.p):
+            return None
+        low = self.method.low_rank({k: t.flatten(0, 1) for k, t in self.p.items()})  # experts, as more adapters
+        if low is None or low.gain is not None or low.dropout or not low.down.dim() == low.up.dim() == 3:
+            return None
+        if self.size * low.down.shape[-2] > SIDE_BY_SIDE:
+            return None
+        down = low.down.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1, 2)
+        up = low.up.unflatten(0, (self.size, -1)).permute(1, 2, 0, 3).flatten(2, 3)
+        return LowRank(down.to(dtype), up.to(dtype), low.scale)
 
     def one(self, k: int) -> AdaptedWeight:
         """This part's adapter k alone."""

@@ -1,5 +1,6 @@
 """Experts that use their weights in ways of their own: a row of a mixed batch is that row alone, or the site raises."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from support import close, random, trees_close
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfn as pf
 from peftfn import DoRA, Full, LoRA
@@ -235,6 +237,75 @@ def test_biases_and_matrices_of_experts_in_real_models(make: Any, way: str, rule
     by_token[0, 0] = 0
     with pytest.raises(ValueError, match=r"experts.*: the model computes with the weight itself"), torch.no_grad():
         net.mixed(pf.stack([random(net, s) for s in range(3)]), by_token, ids)
+
+
+class Ops(TorchDispatchMode):
+    """Counts what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[f.__name__.split(".")[0]] += 1
+        return f(*args, **(kwargs or {}))
+
+
+class Grouped(nn.Module):
+    """transformers' way to run experts by `grouped_mm`, which wants positions sorted by expert."""
+
+    def __init__(self, d: int = 8, out: int = 8):
+        super().__init__()
+        self.experts = nn.Module()
+        self.router, self.experts.w = nn.Linear(d, E), nn.Parameter(0.5 * noise(E, out, d, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, ids = self.router(flat).softmax(-1).max(-1)
+        order = ids.argsort()
+        offs = F.one_hot(ids, E).sum(0).cumsum(0).int()
+        y = F.grouped_mm(flat[order], self.experts.w.to(flat.dtype).transpose(-2, -1), offs=offs)
+        return (y[order.argsort()] * weights[:, None]).view(*x.shape[:2], -1)
+
+
+GROUPED: dict[str, tuple[list[dict[str, pf.Method]], torch.dtype, bool]] = {
+    "one method": ([{"w$": LoRA(4)}], torch.float32, True),
+    "several nets": ([{"w$": LoRA(4)}, {"w$": LoRA(8, alpha=3)}], torch.float32, True),
+    "bfloat16": ([{"w$": LoRA(8)}], torch.bfloat16, True),
+    "vectors of no whole 16 bytes": ([{"w$": LoRA(1)}], torch.float32, False),
+    "fp32 on bfloat16": ([{"w$": LoRA(8)}], torch.bfloat16, False),
+    "a gain": ([{"w$": DoRA(4)}], torch.float32, False),
+    "no factors": ([{"w$": LoRA(4)}, {"w$": Full()}], torch.float32, False),
+    "more factors than are worth it": ([{"w$": LoRA(400)}], torch.float32, False),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_grouped_product_is_one_of_all_experts_and_adapters(case: str, mode: Any) -> None:
+    """It is what each row's own adapter gives, and so is what runs in its place where it cannot be used. As grouped
+    products: of the base, and two for the adapters of each net."""
+    plans, dtype, fast = GROUPED[case]
+    torch.manual_seed(0)
+    model = Grouped(16, 16).to(dtype).requires_grad_(False)
+    nets = [pf.adapt(model, rules) for rules in plans]
+    nets = [net.in_fp32() for net in nets] if case.startswith("fp32") else nets
+    stacks = [pf.stack([random(net, 3 * i + s, scale=0.3) for s in range(2)]) for i, net in enumerate(nets)]
+    index, x = [1, -1, 0, 2 * len(nets) - 1, 1], noise(5, 6, 16).to(dtype)
+    ops = Ops()
+    with mode():
+        with ops:
+            got = pf.Nets(nets).mixed(stacks, index, x)
+        adapters = [
+            {n: {j: t[i] for j, t in leaf.items()} for n, leaf in stack.items()} for stack in stacks for i in range(2)
+        ]
+        rows = zip(index, x.split(1), strict=True)
+        each = [nets[k // 2].apply(adapters[k], row) if k >= 0 else model(row) for k, row in rows]
+        close(got.float(), torch.cat(each).float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert ops.names["_grouped_mm"] == (1 + 2 * len(nets) if fast else 0)
+    by_token = torch.tensor(index)[:, None].expand(5, 6).clone()
+    with mode():
+        close(pf.Nets(nets).mixed(stacks, by_token, x).float(), got.float(), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_apply_compiles_through_experts() -> None:
