@@ -32,7 +32,7 @@ class Seen:
 
     def __init__(self, tracking: "Tracking", f: Any, args: Any, kwargs: Any, tags: dict[int, Tensor | Lost]):
         self.tracking, self.f, self.args, self.kwargs, self.tags = tracking, f, args, kwargs, tags
-        self.name = getattr(f, "__name__", str(f))
+        self.name = getattr(f, "__name__", "")
 
     def arg(self, i: int, name: str, default: Any = None) -> Any:
         return self.args[i] if len(self.args) > i else self.kwargs.get(name, default)
@@ -145,20 +145,18 @@ class Tracking(TorchFunctionMode):
             return None
         if self.leaked and memory(x) in self.leaked:
             return Lost("its memory was handed out, and writes to that cannot be seen")
-        if held[2] != self._stamp(x) and not isinstance(held[1], Lost):
+        now = self.writes.get(memory(x), 0) if x.is_inference() else x._version
+        if held[2] != now and not isinstance(held[1], Lost):
             return Lost("it was written to through another view of it")
         tag: Tensor | Lost = held[1]
         return tag
-
-    def _stamp(self, x: Tensor) -> int:
-        return self.writes.get(memory(x), 0) if x.is_inference() else x._version
 
     def put(self, x: Any, tag: Tensor | Lost | None) -> Any:
         if isinstance(x, Tensor):
             if tag is None:
                 x.__dict__.pop(_KEY, None)
             else:
-                setattr(x, _KEY, (self, tag, self._stamp(x)))
+                x.__dict__[_KEY] = self, tag, self.writes.get(memory(x), 0) if x.is_inference() else x._version
         return x
 
     def begin(self, x: Tensor, rows: Tensor) -> None:
@@ -167,13 +165,7 @@ class Tracking(TorchFunctionMode):
 
     def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or f in self.silent:
-            return f(*args, **kwargs)
-        tags: dict[int, Tensor | Lost] = {}
-        for v in _tensors_in(args, kwargs):
-            if getattr(v, _KEY, None) is not None and (tag := self.get(v)) is not None:
-                tags[id(v)] = tag
-        if not tags:
+        if self.paused or f in self.silent or not (tags := self._tags(args, kwargs)):
             return f(*args, **kwargs)
         seen = Seen(self, f, args, kwargs, tags)
         if f in self.leaking:
@@ -190,26 +182,39 @@ class Tracking(TorchFunctionMode):
         self._spread(args[0] if seen.name == "__setitem__" else out, self._tag_of(seen, out))
         return out
 
+    def _tags(self, args: Any, kwargs: Any) -> dict[int, Tensor | Lost]:
+        """The tags of a function's tensors, those in lists and tuples too. One call, whatever it is called with."""
+        tags: dict[int, Tensor | Lost] = {}
+        for v in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(v, Tensor):
+                if getattr(v, _KEY, None) is not None and (tag := self.get(v)) is not None:
+                    tags[id(v)] = tag
+            elif isinstance(v, list | tuple):
+                for w in v:
+                    if (
+                        isinstance(w, Tensor)
+                        and getattr(w, _KEY, None) is not None
+                        and (tag := self.get(w)) is not None
+                    ):
+                        tags[id(w)] = tag
+        return tags
+
     def of_output(self, f: Any, args: Any, kwargs: Any, out: Any) -> Tags:
         """The tag of what a function of some tensors gave."""
-        known = [(v, tag) for v in _tensors_in(args, kwargs) if (tag := self.get(v)) is not None]
-        return self._tag_of(Seen(self, f, args, kwargs, {id(v): tag for v, tag in known}), out)
+        return self._tag_of(Seen(self, f, args, kwargs, self._tags(args, kwargs)), out)
 
     def _tag_of(self, seen: Seen, out: Any) -> Tags:
+        rule, into = self.rules.get(seen.f), seen.kwargs.get("out") is not None
+        why = " writes to out=" if into else " has no rule"
+        if rule is not None and not into:
+            try:
+                return rule(seen, out)
+            except Unfollowed as e:
+                why = f": {e}"
+            except Exception as e:  # the function itself has run: a rule that fails must not stop the model
+                why = f": its rule does not know this use of it ({type(e).__name__}: {e})"
         lost = next((t for t in seen.tags.values() if isinstance(t, Lost)), None)
-        rule = self.rules.get(seen.f)
-        name = getattr(seen.f, "__qualname__", seen.name)
-        into = seen.kwargs.get("out") is not None
-        if rule is None or into:
-            return lost or Lost(f"{name} {'writes to out=' if into else 'has no rule'}")
-        try:
-            return rule(seen, out)
-        except Unfollowed as e:
-            return lost or Lost(f"{name}: {e}")
-        except (
-            Exception
-        ) as e:  # the function itself has run: what the rule cannot do with a tag must not stop the model
-            return lost or Lost(f"{name}: its rule does not know this use of it ({type(e).__name__}: {e})")
+        return lost or Lost(f"{getattr(seen.f, '__qualname__', seen.name or str(seen.f))}{why}")
 
     def _spread(self, out: Any, tags: Tags) -> None:
         if isinstance(out, list | tuple):

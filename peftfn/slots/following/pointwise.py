@@ -33,8 +33,9 @@ def pointwise(seen: Seen, out: Any) -> Tags:
         if isinstance(found, Lost):
             lost = found
         elif found is not None:
-            found = lifted(found, out.dim())
-            tag = found if tag is None else joined(tag, found)
+            found = found if found.dim() == out.dim() else lifted(found, out.dim())
+            if tag is not found:
+                tag = found if tag is None else joined(tag, found)
             if tag is None:
                 raise Unfollowed("its operands belong to different rows")
             covers = covers or v.shape == out.shape
