@@ -32,6 +32,7 @@ class Claim:
         paper: whose claim it is, in Markdown.
         says: the claim.
         ours: how it is tried here, and what differs.
+        rules: whose the verdicts' thresholds are, and whether they stood before the figures.
         run: (whether in seconds, to see that it runs; a folder to go on from) ↦ figures.
         found: figures ↦ (`YES`, `PARTLY` or `NO` of each part of the claim, by name; Markdown).
         draw: (figures, path) of a picture, if there is one.
@@ -41,6 +42,7 @@ class Claim:
     paper: str
     says: str
     ours: str
+    rules: str
     run: Callable[[bool, Path], Json]
     found: Callable[[Json], tuple[dict[str, str], str]]
     draw: Callable[[Json, Path], None] | None = None

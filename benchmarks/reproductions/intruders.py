@@ -20,8 +20,8 @@ WAYS: dict[str, pf.Method] = {
     "LoRA, rank 16": pf.LoRA(rank=16),
 }
 KEEP = (1.0, 0.75, 0.5, 0.25, 0.0)
-SHRUNK = 0.75
-"""PEFT's default."""
+SHRUNK = 0.5
+"""What the verdicts are about. It was chosen before anything was measured."""
 
 
 def run(quick: bool, folder: Path) -> Json:
@@ -81,9 +81,7 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         if max(loras) > at_best["full"]
         else NO,
         "full fine-tuning makes none at its best rate": YES if at_best["full"] == 0 else NO,
-        f"shrinking the intruders to {SHRUNK:g} forgets less (by {100 * saved:.0f} % of the rise)": YES
-        if saved > 0
-        else NO,
+        f"halving the intruders forgets less (by {100 * saved:.0f} % of the rise)": YES if saved > 0 else NO,
         f"and costs little accuracy (less than a point; here {100 * lost:.1f})": YES if lost < 0.01 else NO,
     }
     less = [
@@ -108,6 +106,9 @@ CLAIM = Claim(
     "and two seeds at once. An intruder is one of the ten largest left singular vectors of an adapted matrix whose "
     "cosine with all of the base's is below 0.5; a total over the twelve matrices. Forgotten: how much the loss of the "
     "prose rises. Matrices of 64 columns have much less room than a language model's.",
+    "0.5 and a point are ours, and stood before the figures, as did that full fine-tuning makes none at its best "
+    "rate. The other parts that are kept were measured too and decide nothing, 0.75 among them, which is PEFT's "
+    "default: after the figures were seen, this page once judged by it.",
     run,
     found,
 )

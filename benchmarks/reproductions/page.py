@@ -10,7 +10,8 @@ HEAD = """\
 Made by `python -m benchmarks.reproductions` from `benchmarks/reproductions/records`; do not edit. Claims of papers,
 tried at a scale that a small machine can do in minutes: small models, few steps, data that packages ship. What holds
 here need not hold elsewhere, and a claim that does not reproduce here is not refuted: each section says what differs
-from the paper. The verdicts follow from the figures by rules in the code.
+from the paper. The verdicts follow from the figures by rules in the code; each section says whose their thresholds are,
+and whether they stood before the figures.
 
 Where many configurations are tried, they train in one [sweep](sweep.md): a grid is one `vmap` over a stack of adapters.
 `python -m benchmarks.reproductions NAME` runs one, and `--quick` shows in seconds that it runs.
@@ -34,8 +35,9 @@ def section(name: str, claim: Claim, record: Json) -> str:
     verdicts, found = claim.found(record["figures"])
     e = record["environment"]
     below = (
-        f"`{name}`: {record['seconds']} s on a machine with a load average of {e['load_average']} (1 thread of "
-        f"{e['machine']} with {e['cpu_capability']}), {e['date']}, torch {e['torch']}."
+        f"`{name}`: {record['seconds']} s on a machine with a load average of {e['load_average']} ({e['threads']} "
+        f"thread{'s' * (e['threads'] > 1)} of {e['machine']} with {e['cpu_capability']}), "
+        f"{e['date']}, torch {e['torch']}."
     )
     parts = [
         f"## {claim.title}\n",
@@ -43,6 +45,7 @@ def section(name: str, claim: Claim, record: Json) -> str:
         wrapped(f"**Here.** {claim.ours}"),
         found.strip() + "\n",
         "\n".join(f"* {what}: **{verdict}**." for what, verdict in verdicts.items()) + "\n",
+        wrapped(f"**Rules.** {claim.rules}"),
     ]
     if claim.draw is not None:
         parts.append(f"![{claim.title}]({picture(name)})\n")
