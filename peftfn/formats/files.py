@@ -99,13 +99,12 @@ class Options:
         if self.base not in ("any", "same", None):
             raise ValueError(f"load: base is {self.base!r}; give 'any' or 'same'")
 
-    def only(
-        self, where: Path, *taken: Literal["key_mapping", "experts", "buffers", "ignore", "stored", "base"]
-    ) -> None:
+    def only(self, where: Path, *taken: Literal["key_mapping", "experts", "ignore", "stored", "base"]) -> None:
         """ValueError for an option that would have no effect on what is read at `where`: any but those that its reader
-        takes, and `strict` and `pickled`, which allow something."""
+        takes, and `strict`, `pickled` and `buffers`, which allow something."""
         for option in fields(self):
-            if option.name not in ("strict", "pickled", *taken) and getattr(self, option.name) != option.default:
+            said = getattr(self, option.name) != option.default
+            if said and option.name not in ("strict", "pickled", "buffers", *taken):
                 name = {"stored": "dtype='file'"}.get(option.name, option.name)
                 raise ValueError(f"load: {name} has no effect on what is read at {where}: leave it out")
 

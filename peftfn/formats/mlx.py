@@ -73,7 +73,7 @@ def save(folder: Path, net: Adapted, adapter: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path, model: Model, options: Options) -> Loaded:
-    options.only(folder, "key_mapping", "buffers", "stored")
+    options.only(folder, "key_mapping", "stored")
     where = folder / CONFIG
     config = read_json(where)
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None

@@ -76,7 +76,7 @@ def save(
 
 
 def load(folder: Path, model: Model, options: Options) -> Loaded:
-    options.only(folder, "buffers", "stored", "base")
+    options.only(folder, "stored", "base")
     where = folder / CONFIG
     config = read(where)
     rules, taken = rules_of(config, where)
