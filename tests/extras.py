@@ -103,7 +103,7 @@ assert server.wait(60) == 0
 """Extra → a program."""
 COMMANDS = {
     "demo": ["-m", "peftfn", "demo", "--quick", "--out", "demo_out"],
-    "test": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/testing/test_laws.py", "-k", "routes and LoRA"],
+    "test": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/testing/test_laws.py", "-k", "routes and [LoRA"],
     "bench": ["-m", "benchmarks", "adapt", "--quick"],
     "docs": ["-m", "sphinx", "-q", "--fail-on-warning", "docs", "site"],
 }
@@ -154,10 +154,10 @@ def _linked(source: str, to: str) -> None:
     Path(to).hardlink_to(source)
 
 
-def copied(folder: Path) -> Path:
-    """The repository without its library, so that the installed one is tried."""
-    skip = shutil.ignore_patterns(".*", "__pycache__", "peftfn", "kernels", "build", "*.egg-info", "shared")
-    return shutil.copytree(ROOT, folder, ignore=skip)
+def copied(folder: Path, library: bool) -> Path:
+    """The repository; without its library, the installed one is tried. The site's pages link to the sources."""
+    skip = [".*", "__pycache__", "build", "*.egg-info", *([] if library else ["peftfn", "kernels"])]
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*skip))
 
 
 def main(names: list[str]) -> int:
@@ -170,7 +170,7 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         base = environment(root / "base")
-        source = shutil.copytree(ROOT, root / "clone", ignore=shutil.ignore_patterns(".*", "__pycache__", "build"))
+        source = copied(root / "clone", library=True)
         base.run("-m", "pip", "wheel", "-q", "--no-deps", "-w", root, source, cwd=root)
         (wheel,) = root.glob("*.whl")
         began = perf_counter()
@@ -192,7 +192,7 @@ def tried(name: str, wheel: Path, base: Path, folder: Path) -> str:
     work = folder / "work"
     python = environment(folder / "environment", base)
     if name in COMMANDS:
-        copied(work)
+        copied(work, library=name == "docs")
     else:
         work.mkdir()
     if name != PLAIN:
