@@ -3,7 +3,7 @@
 Its LoRA is PEFT's, so reading is a renaming (`q_proj.lora_A.default.weight` → `q_proj.lora_A.weight`) in front of
 PEFT's reader, and writing one behind PEFT's writer. Of its tuners, those that change weights are read: LORA, longlora
 (a LoRA, embeddings and norms in full) and part (whole modules); and `extra_states`, parameters that are trained too.
-Those around modules are read in `swift_modules.py`.
+Those around modules are read in `swift_modules.py`, those of a whole model in `swift_models.py`.
 """
 
 import json
@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftfn.formats import peft, swift_modules
+from peftfn.formats import peft, swift_models, swift_modules
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
 from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
@@ -78,11 +78,14 @@ def load(folder: Path, model: Model, options: Options) -> Loaded:
     """The adapter in the folder, or the only one below it (`subfolder=` names one of several)."""
     where = only(folder)
     described = read_json(where / CONFIG)
-    if described["swift_type"] in list(swift_modules.KINDS):  # a file may have a list or a dict there
+    if described["swift_type"] == "PROMPT":
+        raise ValueError(f"{where / CONFIG}: {swift_models.PROMPT}")
+    own = next((m for m in (swift_modules, swift_models) if described["swift_type"] in list(m.KINDS)), None)
+    if own is not None:  # a file may have a list or a dict there
         if (where.parent / EXTRA / CONFIG).is_file():
             raise ValueError(f"{where.parent / EXTRA}: this release reads {EXTRA} beside LORA, longlora and part")
         with opened(where / TENSORS) as file:
-            return swift_modules.load(described, file, model, where / CONFIG, options)
+            return own.load(described, file, model, where / CONFIG, options)
     with as_peft(where) as (config, file):
         return peft.build(model, configs.checked(config, where / CONFIG), file, where / CONFIG, options)
 
@@ -173,8 +176,8 @@ def as_peft(folder: Path) -> Iterator[tuple[dict[str, Any], Tensors]]:
             config = {"peft_type": "LN_TUNING"}
         else:
             raise ValueError(
-                f"{where}: swift_type is {str(kind)[:80]!r}; this release reads LORA, longlora, part, ADAPTER, SIDE "
-                "and SCETuning"
+                f"{where}: swift_type is {str(kind)[:80]!r}; this release reads LORA, longlora, part, ADAPTER, "
+                "SIDE, SCETuning, RESTUNING and LLAMAPRO"
             )
         if kind == "longlora":
             saved = [*configs.listed(config.get("modules_to_save")), *(k.rpartition(".")[0] for k in plain)]

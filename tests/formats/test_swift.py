@@ -242,7 +242,7 @@ def test_part_is_modules_in_full_both_ways(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"swift_type": "RESTUNING"}, "swift_type is 'RESTUNING'; this release reads LORA, longlora, part"),
+        ({"swift_type": "ROME"}, "swift_type is 'ROME'; this release reads LORA, longlora, part"),
         ({"swift_type": None}, "swift_type is 'None'"),
         ({"swift_type": {}}, "swift_type is '{}'"),
         ({"use_qa_lora": True}, "use_qa_lora is True"),

@@ -31,6 +31,7 @@ class ResTuning(ModuleMethod):
         stems: names of modules, or unique ends of names, that run before this one, in order.
         rank: features between D and U.
         root: name of the module that returns r; "": the first stem.
+        root_of: what r is of the root: its "output" or its "input".
         of: what b takes the place of: "input" or "output".
         dim: features of the stems, where the module's weights do not tell; 0: those that go in or come out.
 
@@ -43,6 +44,7 @@ class ResTuning(ModuleMethod):
     cases: ClassVar[Cases] = (
         {"stems": ("stem",), "rank": 2, "of": "output", "dim": 6},
         {"stems": ("stem",), "rank": 2, "of": "output", "root": "stem"},
+        {"stems": ("embed",), "rank": 2, "root": "stem", "root_of": "input"},
     )
 
     stems: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class ResTuning(ModuleMethod):
     root: str = ""
     of: Literal["input", "output"] = "input"
     dim: int = 0
+    root_of: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +62,12 @@ class ResTuning(ModuleMethod):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.root or self.stems[0], *self.stems)))
+        first = (self.root or self.stems[0],) if self.root_of == "output" else ()
+        return tuple(dict.fromkeys((*first, *self.stems)))
+
+    @property
+    def entered(self) -> tuple[str, ...]:
+        return (self.root or self.stems[0],) if self.root_of == "input" else ()
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -90,8 +98,9 @@ class ResTuning(ModuleMethod):
 
     def path(self, p: Leaf, h: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
         """b, in place of h."""
-        b = seen[0].detach()
-        for i, s in enumerate(seen[-len(self.stems) :]):
+        b = seen[-1 if self.root_of == "input" else 0].detach()
+        outputs = seen[: len(self.watched)]
+        for i, s in enumerate(outputs[-len(self.stems) :]):
             if s.shape != h.shape:
                 raise ValueError(
                     f"what the stem {self.stems[i]} returns is {list(s.shape)}, and takes the place of "
