@@ -16,11 +16,12 @@ from torch import Tensor
 from peftfn.core.method import Method
 from peftfn.core.modules import OfModule, Prefix, Tokens
 from peftfn.core.plan import Entry
-from peftfn.formats import peft_extra, peft_shadow
+from peftfn.formats import peft_adaption, peft_extra, peft_multitask, peft_shadow
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.binding import exactly, planned, whole
 from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.files import Tensors as File
+from peftfn.formats.peft_prompt_common import ALWAYS, HEAD, PROMPT, heads_in, sizes, used
 from peftfn.formats.peft_table import CLASSIFIERS, VERSION
 from peftfn.methods.inputs.cartridge import Cartridge
 from peftfn.methods.inputs.cpt import CPT
@@ -35,15 +36,6 @@ from peftfn.model.model import Model
 from peftfn.model.place import is_causal
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
-
-PROMPT, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
-HEAD = "base_model."
-"""In front of the names of what is saved whole."""
-_ALWAYS = (
-    "auto_mapping base_model_name_or_path inference_mode modules_to_save num_attention_heads num_layers "
-    "num_transformer_submodules num_virtual_tokens peft_type peft_version revision task_type token_dim "
-    "tokenizer_kwargs tokenizer_name_or_path"
-)
 
 
 class Kind(NamedTuple):
@@ -108,15 +100,14 @@ KINDS: dict[str, Kind] = {
         Cartridge, lambda c: {"still": c.get("num_frozen_tokens", 1)}, lambda m: {"num_frozen_tokens": m.still}
     ),
 }
-ADAPTION = "ADAPTION_PROMPT"
-TYPES = frozenset({*KINDS, ADAPTION, peft_shadow.TYPE})
+TYPES = frozenset({*KINDS, peft_adaption.TYPE, peft_shadow.TYPE})
 
 
 def load(config: dict[str, Any], file: File, model: Model, where: Path, options: Options) -> Loaded:
     """The adapter of one of `TYPES`. ValueError for what would not mean here what it means to PEFT."""
     options.only(where, "ignore", "stored")
-    if config["peft_type"] == ADAPTION:
-        return _load_adaption(config, file, model, where, options.strict)
+    if config["peft_type"] == peft_adaption.TYPE:
+        return peft_adaption.load(config, file, model, where, options.strict)
     if config["peft_type"] == peft_shadow.TYPE:
         loaded, odd = peft_shadow.load(config, file, model, where)
         if odd and options.strict:
@@ -130,41 +121,42 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, options:
         raise ValueError(f"{where}: cpt_mask hides tokens of the context, which has no meaning here: leave them out")
     try:
         fields = kind.read(config)
-        site, causal = _site(kind.cls, model, where)
+        sites, causal = _sites(kind.cls, model, where, config.get("num_transformer_submodules") != 1)
         pooled = config.get("task_type") == "SEQ_CLS" and not causal and issubclass(kind.cls, Tokens)
         fields |= {"pooled": "virtual"} if pooled else {}  # PEFT's heads see the virtual tokens
         method = kind.cls(**fields, **({} if kind.cls is CPT else {"n": n}))
     except (KeyError, TypeError) as e:
         raise ValueError(f"{where}: {kind.cls.__name__} does not accept the values in the file: {e}") from e
-    _used(config, {*_ALWAYS.split(), *kind.idle.split(), *kind.write(method)}, where)
-    heads, stray = _heads(file, model, {PROMPT, COLS, ROWS} if kind.cls is MultitaskPrompt else {PROMPT})
-    missing = [k for k in ((PROMPT, COLS, ROWS) if kind.cls is MultitaskPrompt else (PROMPT,)) if k not in file.meta]
+    used(config, {*ALWAYS.split(), *kind.idle.split(), *kind.write(method)}, where)
+    own = peft_multitask.KEYS if kind.cls is MultitaskPrompt else (PROMPT,)
+    heads, stray = heads_in(file, model, {*own})
+    missing = [k for k in own if k not in file.meta]
     if missing or (options.strict and stray):
         raise mismatch(file.where, missing, stray)
-    rules: dict[str, Method] = {exactly(site): method, **{exactly(name): Full() for name in heads}}
+    rules: dict[str, Method] = {exactly(*sites): method, **{exactly(name): Full() for name in heads}}
     net = Adapted(model.root, planned(model, rules, where))
-    leaf = _leaf(kind, config, file, net.plan[site], n)
-    adapter: dict[str, Any] = {site: leaf} | whole(file, heads, model)
-    if kind.cls is MultitaskPrompt and heads:
-        tasks = len(leaf["cols"])
-        adapter |= {h: {"diff": t["diff"].expand(tasks, *t["diff"].shape)} for h, t in adapter.items() if h != site}
+    adapter: dict[str, Any] = whole(file, heads, model)
+    if kind.cls is MultitaskPrompt:
+        leaves = peft_multitask.leaves(file, {site: net.plan[site] for site in sites})
+        tasks = len(leaves[sites[0]]["cols"])
+        adapter = {h: {"diff": t["diff"].expand(tasks, *t["diff"].shape)} for h, t in adapter.items()} | leaves
+    else:
+        adapter[sites[0]] = _leaf(kind, config, file, net.plan[sites[0]], n)
     return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
 
 
-def _site(cls: type[Method], model: Model, where: Path) -> tuple[str, bool]:
-    """(the backbone that PEFT's inputs go to, whether it is causal)."""
+def _sites(cls: type[Method], model: Model, where: Path, both: bool) -> tuple[list[str], bool]:
+    """(the backbones that PEFT's inputs go to, whether the only one is causal). both: multitask prompts are at the
+    encoder and the decoder of a model that has them."""
     two = getattr(getattr(model.root, "config", None), "is_encoder_decoder", False)
-    if two and issubclass(cls, MultitaskPrompt):
-        raise ValueError(
-            f"{where}: PEFT gives a multitask prompt to the encoder and another to the decoder, which one adapter "
-            "cannot express here: train pf.MultitaskPrompt at each"
-        )
+    if two and both and issubclass(cls, MultitaskPrompt) and len(model.backbones) == 2:
+        return peft_multitask.sites(model), False
     decoder = issubclass(cls, Prefix)
     found = [name for name in model.backbones if not two or decoder == is_causal(model.modules[name])]
     if len(found) != 1:
         has = f"has {len(found)}: {found}" if found else "has none: no module takes inputs_embeds and attention_mask"
         raise ValueError(f"{where}: a prompt goes to one backbone, and the model {has}")
-    return found[0], is_causal(model.modules[found[0]])
+    return found, is_causal(model.modules[found[0]])
 
 
 def _leaf(kind: Kind, config: Mapping[str, Any], file: File, entry: Entry, n: int) -> dict[str, Tensor]:
@@ -176,14 +168,6 @@ def _leaf(kind: Kind, config: Mapping[str, Any], file: File, entry: Entry, n: in
         want = [n, width or "layers·2·heads·size"]
         raise ValueError(f"{file.where}: {PROMPT} has shape {list(shape)}, and the model needs {want}")
     t = file.tensor(PROMPT)
-    if kind.cls is MultitaskPrompt:
-        cols, rows = file.tensor(COLS), file.tensor(ROWS)
-        for key, tensor, size in ((COLS, cols, entry.spec["cols"]), (ROWS, rows, entry.spec["rows"])):
-            if tensor.shape[1:] != size:
-                raise ValueError(
-                    f"{file.where}: {key} has shape {list(tensor.shape)}, and each task needs {list(size)}"
-                )
-        return {"shared": t.expand(len(cols), *t.shape).clone(), "cols": cols, "rows": rows}
     if width:
         return {"tokens": t[:n].clone()}  # PEFT uses the second half of an encoder–decoder's table for no prompt
     layers, heads, head, _ = entry.frozen["sizes"].shape
@@ -197,57 +181,6 @@ def _leaf(kind: Kind, config: Mapping[str, Any], file: File, entry: Entry, n: in
         pairs = pairs[:, [2 * layer % layers for layer in range(layers)]]
     keys, values = pairs.permute(2, 1, 3, 0, 4)
     return {"keys": keys.contiguous(), "values": values.contiguous()}
-
-
-def _heads(file: File, model: Model, own: set[str]) -> tuple[dict[str, str], list[str]]:
-    """({parameter: key} of what the file saves whole, keys that have no place in the model)."""
-    heads, stray = {}, []
-    for key in file.meta.keys() - own:
-        name = key.removeprefix(HEAD)
-        if key != name and name in model.named:
-            heads[model.named[name].name] = key
-        else:
-            stray.append(key)
-    return heads, sorted(stray)
-
-
-def _used(config: Mapping[str, Any], known: set[str], where: Path) -> None:
-    """ValueError for a key of the configuration that nothing here reads."""
-    for key, value in config.items():
-        if key not in known and value not in (None, False, "", [], {}):
-            raise ValueError(
-                f"{where}: {key} is {value!r}, which peftfn does not know for {config['peft_type']}: the outputs may "
-                "differ. If it is known to make no difference, delete it from the file"
-            )
-
-
-# LLaMA-Adapter.
-
-
-def _load_adaption(config: dict[str, Any], file: File, model: Model, where: Path, strict: bool) -> Loaded:
-    n = config.get("adapter_len")
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"{where}: adapter_len is {n!r}; it must be a positive integer")
-    _used(config, {*_ALWAYS.split(), "adapter_len", "adapter_layers", "target_modules", "bias"}, where)
-    found: dict[str, dict[str, str]] = {}
-    stray = []
-    for key in file.meta:
-        path, _, last = key.removeprefix(f"{HEAD}model.").rpartition(".")
-        if path in model.places and last in ("adaption_prompt", "adaption_gate"):
-            found.setdefault(path, {})[last.removeprefix("adaption_")] = key
-        else:
-            stray.append(key)
-    missing = [f"{HEAD}model.{p}.adaption_{k}" for p, ks in found.items() for k in ("prompt", "gate") if k not in ks]
-    if not found or missing or (stray and strict):
-        raise mismatch(file.where, missing or ["…adaption_prompt"], stray)
-    net = Adapted(model.root, planned(model, {exactly(*found): LlamaAdapter(n=n)}, where))
-    adapter: dict[str, Any] = {}
-    for name, entry in net.plan.items():
-        prompt, gate = found[name]["prompt"], found[name]["gate"]
-        file.check(prompt, (1, *entry.spec["prompt"]))
-        file.check(gate, (1,))
-        adapter[name] = {"prompt": file.tensor(prompt)[0].clone(), "gate": file.tensor(gate)}
-    return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
 
 
 # Writing.
@@ -276,10 +209,13 @@ def document(
     if tasks and (not isinstance(method, MultitaskPrompt) or rest):
         raise ValueError("save: tasks=True is for multitask prompts alone; save the adapters of a stack one by one")
     if len(methods) == 1 and isinstance(method, LlamaAdapter):
-        config, tensors = _adaption(net, mine, adapter)
+        config, tensors = peft_adaption.document(net, mine, adapter)
     elif len(mine) == 1 and isinstance(method, Shadow):
         ((site, entry),) = mine.items()
         config, tensors = peft_shadow.document(site, entry, adapter[site], model)
+    elif len(methods) == 1 and isinstance(method, MultitaskPrompt) and all("cols" in adapter[n] for n in mine):
+        config, tensors = peft_multitask.document(mine, adapter, model)
+        config = {"peft_type": "MULTITASK_PROMPT_TUNING", **KINDS["MULTITASK_PROMPT_TUNING"].write(method), **config}
     elif len(mine) == 1 and any(isinstance(method, k.cls) for k in KINDS.values()):
         ((site, entry),) = mine.items()
         config, tensors = _prompt(net, site, entry, adapter, model)
@@ -334,14 +270,6 @@ def _prompt(
     method: Any = entry.method
     name, kind = next((n, k) for n, k in KINDS.items() if isinstance(method, k.cls))
     config = {"peft_type": name, "num_transformer_submodules": 1, **kind.write(method)}
-    leaf = adapter[site]
-    if isinstance(method, MultitaskPrompt) and "cols" in leaf:
-        stacked = leaf["cols"].dim() == 3  # with tasks=True
-        shared, cols, rows = (leaf[k] if stacked else leaf[k][None] for k in ("shared", "cols", "rows"))
-        if not torch.equal(shared, shared[:1].expand_as(shared)):
-            raise ValueError(f"{site}: PEFT's tasks share one prompt, and these adapters have different ones")
-        sizes = {"num_virtual_tokens": method.n, "num_tasks": len(cols), "token_dim": shared.shape[-1]}
-        return {**config, **sizes, **_sizes(model, site)}, {PROMPT: shared[0], COLS: cols, ROWS: rows}
     if getattr(model.root.config if hasattr(model.root, "config") else None, "is_encoder_decoder", False):
         if isinstance(method, Prefix):
             raise ValueError(
@@ -353,43 +281,9 @@ def _prompt(
     if isinstance(method, Tokens):
         t = ready["tokens"]
         t = torch.cat([t, t]) if config["num_transformer_submodules"] == 2 else t
-        n, more = ready["tokens"].shape[0], {"token_dim": t.shape[1], **_sizes(model, site)}
+        n, more = ready["tokens"].shape[0], {"token_dim": t.shape[1], **sizes(model, site)}
     else:
         t, n = together(ready["keys"], ready["values"]), ready["keys"].shape[2]
         layers, heads, _, size = ready["keys"].shape
         more = {"token_dim": heads * size, "num_layers": layers, "num_attention_heads": heads}
     return {**config, "num_virtual_tokens": n, **more}, {PROMPT: t}
-
-
-def _sizes(model: Model, site: str) -> dict[str, Any]:
-    c: Any = getattr(model.modules[site], "config", None)
-    names = {
-        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-        "num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
-    }
-    return {k: next((v for n in ns if (v := getattr(c, n, None)) is not None), None) for k, ns in names.items()}
-
-
-def _adaption(
-    net: Adapted, mine: Mapping[str, Entry], adapter: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT adapts the attention of the last layers."""
-    parent = {n.rpartition(".")[2] for n in mine}
-    if len(parent) != 1:
-        raise ValueError(
-            f"{next(iter(mine))}: PEFT's ADAPTION_PROMPT has modules of one name, and this net {sorted(parent)}"
-        )
-    (name,) = parent
-    every = [n for n in Model.of(net.model).places if n.rpartition(".")[2] == name]
-    if every[-len(mine) :] != list(mine):
-        raise ValueError(
-            f"{next(iter(mine))}: PEFT's ADAPTION_PROMPT adapts the last layers, and this net leaves out one of them: "
-            "save it in the native format"
-        )
-    method: Any = next(iter(mine.values())).method
-    tensors: dict[str, Tensor] = {}
-    for site in mine:
-        tensors[f"{HEAD}model.{site}.adaption_prompt"] = adapter[site]["prompt"][None]
-        tensors[f"{HEAD}model.{site}.adaption_gate"] = adapter[site]["gate"]
-    config = {"peft_type": ADAPTION, "adapter_len": method.n, "adapter_layers": len(mine), "target_modules": name}
-    return config, tensors

@@ -146,6 +146,52 @@ def test_a_file_of_tasks_is_a_stack_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(back, "llama", task_ids=index), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("submodules", [1, 2])
+def test_multitask_prompts_of_an_encoder_and_a_decoder(submodules: int, tmp_path: Path) -> None:
+    """The second half of the table is the decoder's in a forward with labels, and in PEFT not in `generate`."""
+    torch.manual_seed(1)
+    base: Any = model("t5")
+    given: dict[str, Any] = {"num_tasks": 3, "num_ranks": 2, "num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM"}
+    made: Any = peft.get_peft_model(
+        copy.deepcopy(base), peft.MultitaskPromptTuningConfig(num_transformer_submodules=submodules, **given)
+    ).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.5 * torch.randn_like(p) if p.requires_grad else 0
+    made.save_pretrained(tmp_path / "theirs")
+    loaded = pf.load(tmp_path / "theirs", base)
+    net, tasks = loaded
+    assert list(net.plan) == ["encoder", "decoder"][:submodules]
+    index, labels = torch.tensor([2, 0, 1]), IDS[:, :4].contiguous()
+    tasks = {n: {k: t.requires_grad_() for k, t in leaf.items()} for n, leaf in tasks.items()}
+    kwargs: dict[str, Any] = {"input_ids": IDS, "attention_mask": ONES, "labels": labels}
+    got, want = net.mixed(tasks, index, **kwargs), made(task_ids=index, **kwargs) if submodules == 2 else None
+    if want is not None:  # with one, PEFT's forward hands no tokens to the decoder but those of the labels
+        torch.testing.assert_close(got.logits, want.logits[:, 3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.loss, want.loss)
+        got.loss.backward()
+        want.loss.backward()
+        peft_rows = made.prompt_encoder["default"].prefix_task_rows.grad
+        torch.testing.assert_close(tasks["encoder"]["rows"].grad + tasks["decoder"]["rows"].grad, peft_rows)
+        without = net.mixed({**tasks, "decoder": {k: 0 * t for k, t in tasks["decoder"].items()}}, index, **kwargs)
+        assert (without.logits - got.logits).abs().max() > 1e-3
+    encoder = pf.adapt(base, {"encoder": pf.MultitaskPrompt(3, rank=2)})
+    alone = {"encoder": {k: t.detach() for k, t in tasks["encoder"].items()}}
+    options: Any = {"max_new_tokens": 4, "do_sample": False, "input_ids": IDS, "attention_mask": ONES}
+    ids = made.generate(task_ids=index, **options)
+    assert torch.equal(encoder.mixed(alone, index, method="generate", **options), ids)
+    tasks = {n: {k: t.detach() for k, t in leaf.items()} for n, leaf in tasks.items()}
+    pf.save(tmp_path / "ours", net, tasks, format="peft", extra=loaded.extra, tasks=True)
+    again = pf.load(tmp_path / "ours", base)
+    assert torch.equal(again.net.mixed(again.adapter, index, **kwargs).logits, got.logits)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(back.generate(task_ids=index, **options), ids)
+    if submodules == 2:
+        tasks["decoder"]["rows"] = tasks["decoder"]["rows"] + 1
+        with pytest.raises(ValueError, match="encoder and decoder share the rows of a task"):
+            pf.save(tmp_path / "no", net, tasks, format="peft", extra=loaded.extra, tasks=True)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
