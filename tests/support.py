@@ -34,6 +34,14 @@ FIRST = list({type(m): m for m in reversed(METHODS + CHAINS)}.values())
 """One of each: for what is around a method, and for what is slow."""
 
 
+def small_gpt2(layers: int) -> Any:
+    """The configuration of a small GPT-2, whose special tokens are in its vocabulary."""
+    import transformers as tf
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "n_embd": 16, "n_head": 2, "n_positions": 32}
+    return tf.GPT2Config(**sizes, n_layer=layers, bos_token_id=1, eos_token_id=2)
+
+
 def everywhere(net: pf.Adapted) -> pf.Adapted:
     """The net whose activated LoRAs act on all tokens, for tests of models that are called without token ids."""
     fields = [f.name for f in dataclasses.fields(pf.LoRA)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import save_file
+from support import small_gpt2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +26,7 @@ def base(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "gpt2":
-            small = tf.GPT2Config(
-                vocab_size=32, n_embd=D, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
-            )
-            return tf.GPT2Model(small).eval()
+            return tf.GPT2Model(small_gpt2(2)).eval()
         sizes: dict[str, Any] = {"hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
         bert = tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, num_labels=3)
         bert.initializer_range = 0.3

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from support import random, small_gpt2
 from torch import Tensor
 
 import peftfn as pf
@@ -36,10 +37,7 @@ def base(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "gpt2":
-            small = tf.GPT2Config(
-                vocab_size=32, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
-            )
-            return tf.GPT2LMHeadModel(small).eval()
+            return tf.GPT2LMHeadModel(small_gpt2(3)).eval()
         sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "pad_token_id": 0}
         sizes |= {"vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
         return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval()
@@ -58,8 +56,7 @@ def theirs(name: str, **options: Any) -> Any:
 
 
 def shaken(net: pf.Adapted, seed: int = 0) -> Any:
-    g, fresh = torch.Generator().manual_seed(seed), net.init()
-    return {n: {k: t + 0.3 * torch.randn(t.shape, generator=g) for k, t in leaf.items()} for n, leaf in fresh.items()}
+    return random(net, seed, scale=0.3)
 
 
 def close(a: Tensor, b: Tensor, at: Any = 1.0) -> None:
