@@ -43,7 +43,10 @@ def checkpoints(training: Training, net: pf.Adapted) -> tuple[list[pf.Adapter], 
     configs = pf.grid(lr=how.rates, seed=range(how.seeds))
     stack = pf.stack([net.init(seed=c["seed"]) for c in configs])
     schedule = pf.steps.scheduled(pf.steps.cosine(how.steps, warmup=max(1, how.steps // 20)))
-    make = lambda lr: pf.steps.chain(pf.steps.clip(1.0), pf.steps.adamw(lr), schedule)  # noqa: E731
+
+    def make(lr: Any) -> pf.steps.Step:
+        return pf.steps.chain(pf.steps.clip(1.0), pf.steps.adamw(lr), schedule)
+
     step = pf.steps.stacked(make, lr=[c["lr"] for c in configs])
     state = step.init(stack)
     each = vmap(torch.func.grad(lambda a, b: training.loss(net, a, b)))

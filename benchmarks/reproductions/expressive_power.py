@@ -29,7 +29,10 @@ def run(quick: bool, folder: Path) -> Json:
 def error(size: int, depth: int, rank: int, seed: int, iterations: int) -> tuple[float, float]:
     """(relative error of W_L … W_1 adapted to a random target, the least that a change of rank rank·depth leaves)"""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(size, size, generator=g, dtype=torch.float64) / size**0.5  # noqa: E731
+
+    def draw() -> Tensor:
+        return torch.randn(size, size, generator=g, dtype=torch.float64) / size**0.5
+
     model = nn.Sequential(*(nn.Linear(size, size, bias=False, dtype=torch.float64) for _ in range(depth)))
     for layer in model:
         layer.weight.data = draw()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,11 +58,15 @@ def reduced(training: Training, net: pf.Adapted, adapter: pf.Adapter, keep: floa
     return {k: float(v) for k, v in training.evaluate(net, adapter).items()}
 
 
+def _mean_at(trials: list[Json], lr: float, key: str) -> float:
+    return _mean(t[key] for t in trials if t["lr"] == lr)
+
+
 def found(figures: Json) -> tuple[dict[str, str], str]:
     rows, best = [], {}
     for way, trials in figures["ways"].items():
         rates = sorted({t["lr"] for t in trials})
-        mean = lambda lr, k, trials=trials: _mean(t[k] for t in trials if t["lr"] == lr)  # noqa: E731
+        mean = partial(_mean_at, trials)
         best[way] = max(rates, key=lambda lr: mean(lr, "validation"))
         for lr in rates:
             mark = "**" if lr == best[way] else ""

@@ -146,7 +146,10 @@ def ours(options: dict[str, Any]) -> float:
 
 def found(figures: Json) -> tuple[dict[str, str], str]:
     c, error = figures["core"], {s: figures["core"]["merged"][f"mean, {s}"]["error"] for s in ("dense", "core")}
-    mean = lambda v: f"{100 * sum(v) / len(v):.1f}"  # noqa: E731
+
+    def mean(v: list[float]) -> str:
+        return f"{100 * sum(v) / len(v):.1f}"
+
     rows = [["the base", mean(c["base"]), "", ""], ["each task's own adapter", mean(c["alone"]), "", ""]]
     for name, m in c["merged"].items():
         rows.append([name, mean(m["right"]), f"{m['seconds']:.3f}", f"{m['error']:.1e}" if "error" in m else ""])

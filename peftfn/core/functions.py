@@ -19,7 +19,7 @@ from peftfn.core.rng import Rng
 from peftfn.model.site import Site
 from peftfn.tensors.loaded import peek
 from peftfn.tensors.precision import wide
-from peftfn.tensors.sharded import equal, is_sharded, on_mesh, placed
+from peftfn.tensors.sharded import equal, is_sharded, on_mesh, placed, whole
 from peftfn.tensors.transform import exactly
 
 Weights = Mapping[str, Any]
@@ -95,12 +95,12 @@ def draw(
     """`make(rng, w)` (a method's `init` or `frozen`) at a site; expert by expert where the site is a stack."""
     m = site.canonical(w)
     if bias is not None:
-        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(w.device)  # type: ignore[attr-defined]
+        bias = whole(bias).to(w.device)
     rng = partial(Rng, seed, site=site, dtype=dtype, device=w.device)
     if is_sharded(w):
-        known = {k: t.full_tensor() if is_sharded(t) else t for k, t in (constants or {}).items()}  # type: ignore[attr-defined]
-        whole = draw(make, site, w.full_tensor(), seed, dtype, known, bias)  # every rank draws the same
-        return {k: placed(t, m) for k, t in whole.items()}
+        known = {k: whole(t) for k, t in (constants or {}).items()}
+        drawn = draw(make, site, whole(w), seed, dtype, known, bias)  # every rank draws the same
+        return {k: placed(t, m) for k, t in drawn.items()}
     if not site.stacked:
         made = make(rng(site.name, constants=constants, bias=bias), m)
         theirs = [*held_at(m), ("the layer's bias", bias)]

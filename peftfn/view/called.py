@@ -43,7 +43,7 @@ class Called(Held):
 
     def value(self) -> Any:
         """What the active adapter puts into the call slot; the place, if that is nothing."""
-        out = self.forward(self.place[0])  # type: ignore[arg-type]
+        out = self.forward(self.place[0])
         if isinstance(out, Call):
             out.share(self.seen.found)
         return out

@@ -6,6 +6,7 @@ leaf in each of their slots, and nothing else of the module changes: parameters,
 
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def attach_(
     for at, device in homes.items():
         if device.type != "meta" and any(t.is_meta for t in leaves(a[at])):
             raise ValueError(f"attach_: {at}: adapter {name!r} has no data (it is on meta)")
-    a = {at: mapped(a[at], lambda t, device=device: t.to(device)) for at, device in homes.items()}  # type: ignore[misc]
+    a = {at: mapped(a[at], methodcaller("to", device)) for at, device in homes.items()}
     if sibling is None:
         plan, kept = _moved(plan, homes), without_constants(plan)
     else:

@@ -230,7 +230,7 @@ class Held(nn.ModuleDict):
         parts = [Part.alone(entry, method, p, w, k) for k, (entry, method, p) in enumerate(active)]
         return MixedWeight(parts, w, told.gates(self.site, kinds))
 
-    def forward(self, w: Tensor) -> Any:
+    def forward(self, w: Any) -> Any:
         leaf, w = self.leaf(), self.read(w)
         if leaf is None:
             return w

@@ -181,7 +181,10 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).double()
     net = pf.adapt(model, {"weight": pf.LoRA(rank=2)})
     x, y = torch.randn(10, 4).double(), torch.tensor([0, 1] * 5)
-    loss = lambda a: cross_entropy(net.apply(a, x), y)  # noqa: E731
+
+    def loss(a):
+        return cross_entropy(net.apply(a, x), y)
+
     a = net.init(seed=0, dtype=torch.float64)
     flat, tree_of = tree_ravel(a)
     true = torch.linalg.eigvalsh(torch.func.hessian(lambda v: loss(tree_of(v)))(flat))
@@ -211,7 +214,10 @@ def test_the_language_models_task_is_made_of_pythons_own_text() -> None:
 def test_every_method_trains_on_the_digits_model(name: str, task: Ready) -> None:
     net = pf.adapt(task.model, METHODS[name].rules(task.layers))
     x, y = task.inputs[0][:20], task.label[:20]
-    loss = lambda net, a, b: torch.nn.functional.cross_entropy(net.apply(a, b[0]), b[1])  # noqa: E731
+
+    def loss(net, a, b):
+        return torch.nn.functional.cross_entropy(net.apply(a, b[0]), b[1])
+
     done = pf.sweep(
         [{"lr": 1e-2, "seed": 0}], net, loss, lambda c, i: (x, y), lambda c: pf.steps.adamw(c["lr"]), steps=5, every=1
     )

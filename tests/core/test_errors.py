@@ -356,7 +356,10 @@ ALIASES: dict[str, tuple[str, Callable[[Tensor, Any], Any], str]] = {
 def test_a_tensor_that_aliases_the_base(name: str, place: str) -> None:
     """Refused whether the meta device shows it, or only the run on the weight itself; and the base stays as it is."""
     function, make, match = ALIASES[name]
-    hidden = lambda w, b: make(w, b) if not w.is_meta else {k: t.clone() for k, t in make(w, b).items()}  # noqa: E731
+
+    def hidden(w, b):
+        return {k: t.clone() for k, t in make(w, b).items()} if w.is_meta else make(w, b)
+
     method, model = _Gives({function: make if place == "meta" else hidden}), Small()
     before = state(model)
     with pytest.raises(ValueError, match=rf"_Gives\.{function} .*{match}.*clone"):

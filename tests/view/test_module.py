@@ -676,7 +676,10 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             options = {"context_fn": type(self).context_fn} if type(self).context_fn else {}
-            run = lambda x, block=block: torch.tanh(block(x))  # noqa: E731
+
+            def run(x: Tensor, block: nn.Module = block) -> Tensor:
+                return torch.tanh(block(x))
+
             x = checkpoint(run, x, use_reentrant=self.reentrant, **options) if self.on else run(x)
         return x
 

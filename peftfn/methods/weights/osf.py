@@ -94,7 +94,10 @@ class OSF(Weight):
 
 def _off(g: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     """The part of g in the span of `low`, or else off that of `high`: one of them is None."""
-    return g - high @ (high.mT @ g) if low is None else low @ (low.mT @ g)  # type: ignore[operator, union-attr]
+    if low is not None:
+        return low @ (low.mT @ g)
+    assert high is not None
+    return g - high @ (high.mT @ g)
 
 
 def _projected(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
