@@ -102,7 +102,8 @@ def document(
         leaf = adapter[name]
         if is_expression(leaf) or leaf.keys() != entry.spec.keys():
             raise ValueError(
-                f"{name}: PEFT has no sums, scalings or prepared adapters; save the adapter they were made from"
+                f"{name}: PEFT has no sums, scalings or prepared adapters; save the adapter they were made from, or "
+                "a LoRA of them, peftfn.to_lora(net, adapter, rank)"
             )
     full = {n: e for n, e in net.plan.items() if isinstance(e.method, Full)}
     tokens = {n: e for n, e in net.plan.items() if e.method.peft and e.method.peft.type == "TRAINABLE_TOKENS"}
