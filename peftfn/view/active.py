@@ -45,7 +45,8 @@ class View:
     def use(self, names: str | Sequence[str] | None, weights: float | Sequence[float] | None = None) -> Iterator[None]:
         """Make an adapter active in this thread, or the sum of several, until the block ends; None is the base.
 
-        weights: what the change of each adapter is multiplied by, as by `scale`: a number for each name.
+        weights: what the change of each adapter is multiplied by, as by `scale`: a number for each name. The adapters
+        themselves, in `adapter_of` and in files, are without them.
         """
         active = _checked(self, names, weights, "use")
         choice = self._peftfn.choice

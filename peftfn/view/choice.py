@@ -10,6 +10,10 @@ class Active(NamedTuple):
     names: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # a factor for each name; none is 1 for each
 
+    def weight(self, name: str) -> float:
+        """The factor of one of them."""
+        return self.weights[self.names.index(name)] if self.weights else 1.0
+
 
 class _Here(threading.local):
     """What this thread says of it. pinned: a `use` does."""

@@ -209,8 +209,8 @@ class Held(nn.ModuleDict):
                     "auto_wrap_policy=ModuleWrapPolicy({the class of a layer}), use_orig_params=True)"
                 )
         if len(leaves) > 1 or (leaves and weights):
-            of = dict(zip(names, weights, strict=True)) if weights else {}
-            return Several(leaves, [of[name] for name in names if name in modules] if of else [])
+            here = [s for name, s in zip(names, weights, strict=True) if name in modules] if weights else []
+            return Several(leaves, here)
         return leaves[0] if leaves else None
 
     def made(self, leaf: Any, w: Any) -> Any:

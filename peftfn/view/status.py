@@ -23,6 +23,7 @@ class AdapterStatus:
     dtypes: tuple[str, ...]
     offloaded: bool
     methods: tuple[str, ...]
+    weight: float = 1.0  # what `use` multiplies its change by, where it is active
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Status:
         for a in self.adapters:
             marks = [
                 {True: "trainable", False: "frozen", None: "partly trainable"}[a.trainable],
-                *(["active"] if a.active else []),
+                *([f"active × {a.weight:g}" if a.weight != 1 else "active"] if a.active else []),
                 *(["offloaded"] if a.offloaded else []),
             ]
             lines.append(
@@ -108,6 +109,7 @@ def status(module: nn.Module) -> Status:
                 dtypes=every.dtypes,
                 offloaded=name in state.offloaded,
                 methods=tuple(dict.fromkeys(str(e.method) for e in plan.values())),
+                weight=state.choice.active.weight(name) if active else 1.0,
             )
         )
     base = [p for p in view.parameters() if id(p) not in ours]

@@ -104,6 +104,8 @@ def test_active_adapters_have_weights(method: Method) -> None:
         same(g, h)
     m.use_("two", 0.3)
     same(m(case.x), case.net.apply(pf.scale(b, 0.3), case.x))
+    assert [(row.active, row.weight) for row in pf.status(m).adapters] == [(False, 1.0), (True, 0.3)]
+    assert "two: trainable, active × 0.3;" in str(pf.status(m))
     with m.use(["one", "two"], [0, 0]):
         same(m(case.x), case.net.apply(pf.scale(a, 0.0), case.x))
     with m.use(["two", "one"], [1, 1]):
