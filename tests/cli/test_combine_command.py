@@ -50,6 +50,11 @@ def test_files_are_combined(
     want = pf.merging.ties([pf.load(n, model) for n in "ab"], density=0.5, space="core")
     got = pf.load("d", model)
     close(got.net.delta(got.adapter), want[0].delta(want[1]), "ties")
+    shared = ["--method", "ties", "--space", "shared", "--beta", 0.25, "--rank", 1]
+    assert run("combine", "a", "b", "--out", "e", *shared, *more) == 0
+    want = pf.merging.ties([pf.load(n, model) for n in "ab"], space="shared", beta=0.25, rank=1)
+    got = pf.load("e", model)
+    close(got.net.delta(got.adapter), want[0].delta(want[1]), "shared")
 
 
 def test_layers_are_named_for_models_that_have_more(tmp_path: Path) -> None:
