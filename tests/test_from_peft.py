@@ -18,7 +18,9 @@ from torch import nn
 import peftfn as pf
 from peftfn.testing import close
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning:peft", "ignore:`is_gradient_checkpointing`", "ignore:The density"
+)
 
 INTERNAL = {
     *("bloom_model_postprocess_past_key_value", "shift_tokens_right"),  # of models, for PEFT's own use
