@@ -95,6 +95,7 @@ def see_inputs(
         raise ValueError(f"{where}: batches is empty; give at least one batch (a generator runs only once)")
 
 
+@torch.inference_mode(False)  # else there are no gradients, whatever enable_grad says
 def see_gradients(
     where: str,
     net: Adapted,

@@ -107,7 +107,7 @@ def weight_ranks(
         Rules for `adapt`, which print as a table.
 
     Raises:
-        ValueError: as for `gradient_ranks`; a weight is zero, or has values that are not finite.
+        ValueError: as for `gradient_ranks`; every weight is zero, or one has values that are not finite.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})

@@ -231,6 +231,14 @@ def test_batches_come_from_a_generator_and_language_models_have_a_loss() -> None
     assert str(found) == str(S.gradient_ranks(net, list(stream()), budget=5))
 
 
+def test_gradients_are_there_without_grad_and_in_inference_mode() -> None:
+    net, batches = made()
+    want = S.gradient_ranks(net, batches, loss=square, budget=5)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert str(S.gradient_ranks(net, batches, loss=square, budget=5)) == str(want)
+
+
 def test_a_sketch_is_exact_up_to_its_rank_and_never_holds_the_sum() -> None:
     torch.manual_seed(0)
     site = pf.sites(nn.Linear(200, 300))["weight"]
