@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := peftfn kernels tests benchmarks docs/conf.py docs/site docs/examples docs/recipes
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test laws fuzz zoo matrix extras bench soak reproductions docs lint
+.PHONY: demo check test laws fuzz zoo matrix extras bench soak reproductions figures docs lint
 
 # Waiting threads sleep instead of spinning: 5 % slower alone, 2 to 4 times faster where others share the cores.
 demo check test laws fuzz zoo matrix: export OMP_WAIT_POLICY = PASSIVE
@@ -65,6 +65,10 @@ soak: $(VENV)/ready
 # Claims of papers, tried at a small scale: docs/reproductions.md. make reproductions CLAIMS="lora_plus --quick" runs one.
 reproductions: $(VENV)/ready
 	$(BIN)/python -m benchmarks.reproductions $(CLAIMS)
+
+# All of docs/comparison.md and docs/reproductions.md anew, which takes hours: make figures FIGURES=--quick, minutes.
+figures: $(VENV)/ready
+	$(BIN)/python -m benchmarks.figures $(FIGURES)
 
 # The site, in docs/build/index.html. A warning is an error.
 docs: $(VENV)/ready

@@ -14,13 +14,10 @@ An absolute time on a shared CPU says little; the ratio of two runs a few millis
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -190,20 +187,10 @@ def show(line: Json) -> None:
 
 def environment(options: Options) -> Json:
     """What the figures depend on. No names of hosts, no paths."""
-    import torch
+    from peftfn.compare.environment import environment as plain  # torch, after `pin`
 
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("peftfn", "torch", "peft", "transformers")},
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_count": os.cpu_count(),
-        "threads": options.threads,
-        "clock": options.clock,
-        "load_average": round(os.getloadavg()[0], 1),
-        "malloc": PINNED,
-    }
+    own = {"cpu_count": os.cpu_count(), "threads": options.threads, "clock": options.clock, "malloc": PINNED}
+    return plain("peft", "transformers") | own
 
 
 def write(name: str, rows: list[Json], options: Options, seconds: float, folder: Path = RESULTS) -> Path:

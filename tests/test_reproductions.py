@@ -1,6 +1,7 @@
 """The reproductions run, their page is made from their records, and their verdicts follow from the figures."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks import figures
     from benchmarks.reproductions import learning_rates, lora_plus
-    from benchmarks.reproductions.claim import DOCS, NO, PARTLY, RECORDS, YES, monotone, read
+    from benchmarks.reproductions.claim import DOCS, NO, PARTLY, RECORDS, YES, Claim, Json, monotone, read, save
     from benchmarks.reproductions.claims import CLAIMS
     from benchmarks.reproductions.page import anchor, page, picture, section
 
@@ -82,3 +84,30 @@ def test_either_start_of_a_lora_is_the_identity_and_one_factor_is_random() -> No
         assert torch.equal(net.apply(a, x), model(x))
         assert {k for k, t in leaf.items() if t.any()} == {random}
         assert float(leaf[random].std()) == pytest.approx(leaf[random].shape[-1] ** -0.5, rel=0.2)
+
+
+def test_all_figures_are_remade_together_and_go_on_after_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, old, build = list[str](), tmp_path / "old", tmp_path / "build"
+
+    def run(name: str, fails: list[str], quick: bool, folder: Path) -> Json:
+        ran.append(name)
+        if name in fails:
+            fails.remove(name)
+            raise KeyboardInterrupt
+        return {"by": name}
+
+    fails = ["two"]
+    claims = {n: Claim(n, "", "", "", "", partial(run, n, fails), lambda _: ({}, "")) for n in ("one", "two")}
+    monkeypatch.setattr(figures, "CLAIMS", claims)
+    monkeypatch.setattr(figures.claim, "RECORDS", old)
+    monkeypatch.setattr(figures.reproductions, "write_page", lambda: ran.append("page"))
+    save({"name": "gone"}, old)
+    with pytest.raises(KeyboardInterrupt):
+        figures.reproduced(build)
+    assert [p.stem for p in old.glob("*.json")] == ["gone"]
+    figures.reproduced(build)
+    assert ran == ["one", "two", "two", "page"]
+    assert sorted(p.stem for p in old.glob("*.json")) == ["one", "two"]
+    assert not build.exists()

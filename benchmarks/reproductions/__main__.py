@@ -4,6 +4,7 @@ What an interrupt leaves is gone on from. Without names, what has a record of th
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 
@@ -12,13 +13,13 @@ from benchmarks.reproductions.claim import DOCS, RUNNING, read, save
 from benchmarks.reproductions.page import page, picture, section
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reproductions", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(claims.CLAIMS)}; all if none is named")
     parser.add_argument("--quick", action="store_true", help="seconds each: to see that it runs; print, write nothing")
     parser.add_argument("--page", action="store_true", help="run nothing: make the page from the records")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in args.names:
         if name not in claims.CLAIMS:
             parser.error(f"there is no reproduction {name!r}; choose from {', '.join(claims.CLAIMS)}")

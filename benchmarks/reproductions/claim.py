@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy.stats import rankdata
 
-from peftfn.compare.run import environment
+from peftfn.compare.environment import environment
 from peftfn.compare.tasks import TASKS, Ready
 from peftfn.formats.files import write
 

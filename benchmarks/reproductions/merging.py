@@ -1,5 +1,6 @@
 """Merging in Core Space and in the weights' own, and whether an adapter merged alone is itself."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -146,13 +147,9 @@ def ours(options: dict[str, Any]) -> float:
 
 def found(figures: Json) -> tuple[dict[str, str], str]:
     c, error = figures["core"], {s: figures["core"]["merged"][f"mean, {s}"]["error"] for s in ("dense", "core")}
-
-    def mean(v: list[float]) -> str:
-        return f"{100 * sum(v) / len(v):.1f}"
-
-    rows = [["the base", mean(c["base"]), "", ""], ["each task's own adapter", mean(c["alone"]), "", ""]]
+    rows = [["the base", _mean(c["base"]), "", ""], ["each task's own adapter", _mean(c["alone"]), "", ""]]
     for name, m in c["merged"].items():
-        rows.append([name, mean(m["right"]), f"{m['seconds']:.3f}", f"{m['error']:.1e}" if "error" in m else ""])
+        rows.append([name, _mean(m["right"]), f"{m['seconds']:.3f}", f"{m['error']:.1e}" if "error" in m else ""])
     speed = c["merged"]["TIES, dense"]["seconds"] / c["merged"]["TIES, core"]["seconds"]
     better = sum(c["merged"]["TIES, core"]["right"]) >= sum(c["merged"]["TIES, dense"]["right"])
     verdicts = {
@@ -169,6 +166,10 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
     return verdicts, text + "\n" + table(
         ["one adapter, weight 1: relative change of its effect", "PEFT", "peftfn"], ids
     )
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{100 * sum(shares) / len(shares):.1f}"
 
 
 CLAIM = Claim(

@@ -24,6 +24,8 @@ Hessian (forward-mode derivatives of gradients, through `net.apply`); for gradie
 stable rate. [Reproductions](reproductions.md#learning-rates-matter) compares it with the best rates.
 """
 PICTURE = "comparison.png"
+BUSY = 1.5
+"""Beyond this load average for each thread of the comparison, something else ran too."""
 
 
 def page(records: Sequence[Json], picture: bool = True) -> str:
@@ -70,8 +72,8 @@ def _task(records: Sequence[Json]) -> str:
         "± is the standard deviation over the seeds. A step is the gradient of one adapter alone, by autograd; MiB is "
         f"the peak of the tensors that it makes. {' and '.join(dates)}, peftfn {e['peftfn']}, torch {e['torch']}, "
         f"Python {e['python']}, {e['machine']} with {e['cpu_capability']}, {e['threads']} "
-        f"thread{'s' * (e['threads'] > 1)}, load average {min(loads)} to {max(loads)}: where it was not near 0, other "
-        "work was running, and seconds are rough."
+        f"thread{'s' * (e['threads'] > 1)}, load average {' to '.join(map(str, sorted({min(loads), max(loads)})))}. "
+        f"Seconds with ~ are rough: other work was running (a load average above {BUSY:g} a thread)."
     )
     return "\n".join([*lines, "", _wrapped(below), ""])
 
@@ -92,7 +94,8 @@ def _row(record: Json) -> str:
         cells = [f"{statistics.mean(tests):.1f}{spread}", signed(forgotten(record)), f"{lr:g}{edge}"]
         cells.append(f"{near(record)} of {len(rates)}")
     seconds, memory = record["seconds_a_step_alone"], record["peak_bytes_alone"] / 2**20
+    rough = "~" if record["environment"]["load_average"] > BUSY * record["environment"]["threads"] else ""
     curvature = record["sharpness"]
     cells.append(f"{curvature:.0f}" if curvature >= 10 else f"{curvature:.2g}")
-    cells += [f"{record['trained']:,}", f"{record['bytes'] / 1024:.0f}", f"{seconds:.3f}", f"{memory:.1f}"]
+    cells += [f"{record['trained']:,}", f"{record['bytes'] / 1024:.0f}", f"{rough}{seconds:.3f}", f"{memory:.1f}"]
     return f"| {record['method']} | " + " | ".join(cells) + " |"

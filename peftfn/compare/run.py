@@ -1,15 +1,11 @@
 """Run methods on tasks: for each pair, a grid of learning rates and seeds in one sweep, and a file of what came out."""
 
 import json
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
 from time import perf_counter
@@ -20,6 +16,7 @@ from torch import Tensor
 
 import peftfn as pf
 from peftfn.compare.curvature import sharpness
+from peftfn.compare.environment import environment
 from peftfn.compare.methods import METHODS, Recipe
 from peftfn.compare.peak import peak
 from peftfn.compare.tasks import TASKS, Ready
@@ -172,19 +169,6 @@ def trials(done: pf.Swept) -> list[Json]:
         {**t.config, "status": t.status, "step": t.step, "seconds": t.seconds, **(t.history[-1] if t.history else {})}
         for t in done.trials
     ]
-
-
-def environment() -> Json:
-    """What figures depend on. No names of hosts, no paths."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("peftfn", "torch")},
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
 
 
 def _alone(loss: Callable[..., Tensor], adapter: pf.Adapter, batch: Any) -> tuple[float, int]:

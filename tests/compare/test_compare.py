@@ -154,6 +154,8 @@ def test_the_page_shows_each_method_at_its_own_rate() -> None:
         "| Three | diverged at every rate |  |  |  | 0.12 | 1,234 | 2 | 0.500 | 1.0 |",
     ]
     assert "The base's own task: letters; its loss is 0.75." in " ".join(lines)
+    one["environment"]["load_average"] = 7.5
+    assert "| 0.01 | 2 of 3 | 0.12 | 1,234 | 2 | ~0.500 | 1.0 |" in page([one])  # on a busy machine
 
 
 def test_which_method_for_what_follows_its_rules() -> None:
@@ -182,7 +184,7 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian() -> None:
     net = pf.adapt(model, {"weight": pf.LoRA(rank=2)})
     x, y = torch.randn(10, 4).double(), torch.tensor([0, 1] * 5)
 
-    def loss(a):
+    def loss(a: Any) -> torch.Tensor:
         return cross_entropy(net.apply(a, x), y)
 
     a = net.init(seed=0, dtype=torch.float64)
@@ -215,8 +217,8 @@ def test_every_method_trains_on_the_digits_model(name: str, task: Ready) -> None
     net = pf.adapt(task.model, METHODS[name].rules(task.layers))
     x, y = task.inputs[0][:20], task.label[:20]
 
-    def loss(net, a, b):
-        return torch.nn.functional.cross_entropy(net.apply(a, b[0]), b[1])
+    def loss(net: pf.Adapted, a: Any, batch: Any) -> torch.Tensor:
+        return cross_entropy(net.apply(a, batch[0]), batch[1])
 
     done = pf.sweep(
         [{"lr": 1e-2, "seed": 0}], net, loss, lambda c, i: (x, y), lambda c: pf.steps.adamw(c["lr"]), steps=5, every=1
