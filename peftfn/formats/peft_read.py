@@ -156,10 +156,22 @@ class PeftReader:
         return {k for k, key in method.peft.keys.items() if off and place.key(key).startswith(off)}
 
     def across_groups(self, place: Place, found: Mapping[str, str]) -> None:
-        """ValueError for PEFT's LoRA at a grouped convolution: its A reads all channels, so no weight is its change."""
+        """ValueError for what reads all channels of a grouped convolution.
+
+        That is PEFT's LoRA, whose change is no weight's, and its IA3 ahead of the layer.
+        """
         groups = getattr(self.model.modules[place.site.module], "groups", 1)
-        a = self.file.meta[found["lora_A.weight"]] if "lora_A.weight" in found else None
-        if groups != 1 and a is not None and a.dim() > 2 and a.shape[1] == groups * place.site.shape[1]:
+        if groups == 1:
+            return
+        a, scale = (self.file.meta[found[k]] if k in found else None for k in ("lora_A.weight", "ia3_l"))
+        channels = groups * place.site.shape[1]
+        if scale is not None and scale.dim() > 2 and list(scale.shape[:2]) == [1, channels]:
+            raise ValueError(
+                f"{self.where}: {place.site.name}: PEFT's feed-forward IA3 scales each of the {channels} channels that "
+                f"enter this convolution of {groups} groups, and peftfn's has one number for the same channel of all "
+                "groups: merge it with PEFT, or train without feedforward there"
+            )
+        if a is not None and a.dim() > 2 and a.shape[1] == channels:
             raise ValueError(
                 f"{self.where}: {place.site.name}: PEFT's LoRA at a convolution of {groups} groups mixes the groups, "
                 "which no weight of this layer does (PEFT cannot merge it either): train with LoHa or LoKr there"

@@ -61,6 +61,14 @@ def test_a_scale_of_grouped_inputs_has_no_form(tmp_path: Path) -> None:
         pf.save(tmp_path, net, net.init(), format="peft")
 
 
+def test_ia3_ahead_of_a_grouped_convolution_is_refused_by_name(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False)
+    saved(tmp_path, copy.deepcopy(base), config)
+    with pytest.raises(ValueError, match=r"0\.weight: PEFT's feed-forward IA3 scales each of the 4 channels"):
+        pf.load(tmp_path, base)
+
+
 def test_waveft_at_conv1d(tmp_path: Path) -> None:
     both_ways(nn.Sequential(Conv1D(8, 12)), peft.WaveFTConfig(n_frequency=8, **TARGET), noise(2, 12), tmp_path)
 

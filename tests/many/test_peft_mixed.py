@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
@@ -96,3 +96,39 @@ def test_one_merged_model_of_them_all(folder: Path) -> None:
     pairs: Any = [pf.load(folder / n, base()) for n in ("lora", "loha")]
     net, a = pf.merging.linear([(net, a) for net, a in pairs], [1.0, 1.0], energy=1.0)
     near(torch.func.functional_call(base(), net.merge(a), (IDS,)).logits, want)
+
+
+MULTIPLIED: dict[str, Any] = {
+    "IA3": lambda: peft.IA3Config(target_modules=["2"], feedforward_modules=[]),
+    "OFT": lambda: peft.OFTConfig(target_modules=["2"], r=0, oft_block_size=4),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=["2"], boft_block_size=4),
+    "HRA": lambda: peft.HRAConfig(target_modules=["2"], r=4),
+    "RoAd": lambda: peft.RoadConfig(target_modules=["2"], group_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_what_peft_multiplies_is_a_chain(kind: str, tmp_path: Path) -> None:
+    """The second adapter acts on what the first gave; OFT's first one is the outer one."""
+    torch.manual_seed(0)
+    mlp, x, loaded = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)), torch.randn(5, 8), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(copy.deepcopy(mlp), MULTIPLIED[kind]())
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.3 * torch.randn_like(p)
+        model.save_pretrained(tmp_path / str(seed))
+        loaded.append(pf.load(tmp_path / str(seed), mlp))
+    both = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), str(tmp_path / "1"), adapter_name="one")
+    both.load_adapter(str(tmp_path / "2"), adapter_name="two")
+    both.base_model.set_adapter(["one", "two"])
+    want = both.eval()(x)
+
+    order = loaded[::-1] if kind == "OFT" else loaded
+    net = pf.adapt(mlp, {"2.weight": pf.chain(*(x.net.plan["2.weight"].method for x in order))})
+    a = {"2.weight": {f"{i}.{k}": t for i, one in enumerate(order) for k, t in one.adapter["2.weight"].items()}}
+    torch.testing.assert_close(net.apply(a, x), want)
+    nets, stacks = pf.Nets([x.net for x in loaded]), [pf.stack([x.adapter]) for x in loaded]
+    assert (nets.gated(stacks, torch.ones(2), x) - want).abs().max() > 0.05  # the sum is something else
