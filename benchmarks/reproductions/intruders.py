@@ -1,6 +1,6 @@
 """Singular vectors that an adapter adds to a weight, and what shrinking them costs and saves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
     for way, trials in figures["ways"].items():
         rates = sorted({t["lr"] for t in trials})
         mean = partial(_mean_at, trials)
-        best[way] = max(rates, key=lambda lr, mean=mean: mean(lr, "validation"))
+        best[way] = max(rates, key=partial(mean, key="validation"))
         for lr in rates:
             mark = "**" if lr == best[way] else ""
             rise = mean(lr, "own") - figures["own"]
@@ -95,10 +95,6 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
     text = table(["", "rate (**best**)", "test accuracy, %", "forgotten", "intruders"], rows)
     kept = f"{REDUCED}, its best run alone: kept of each intruder"
     return verdicts, text + "\n" + table([kept, "test accuracy, %", "forgotten"], less)
-
-
-def _mean_at(trials: Sequence[Json], lr: float, key: str) -> float:
-    return _mean(t[key] for t in trials if t["lr"] == lr)
 
 
 def _mean(values: Iterable[float]) -> float:
