@@ -1,1 +1,1 @@
-"""What the commands of `peftfn` do, one module each; `peftfn/__main__.py` has their options."""
+"""What the commands of `peftfn` do, one module each; on_adapters, on_models and training have their options."""
