@@ -22,7 +22,8 @@ MAY: dict[str, set[str]] = {
     "sweeps": {"many", "tools", "formats", "net", "core", "tensors"},
     "serving": {"many", "formats", "net"},
 }
-"""Room → what it may import, beside itself. `cli`, `compare`, `demo`, `testing` and the root may import everything."""
+"""Room → what it may import, beside itself. The root may import everything, as the rooms of `ABOVE` may."""
+ABOVE = ("cli", "compare", "demo", "testing")
 
 
 def room_of(path: Path) -> str:
@@ -103,6 +104,14 @@ def test_a_room_says_what_it_promises(room: str) -> None:
     assert "Promise" in text and "May import" in text
     for other in MAY[room]:
         assert other.partition("/")[0] in text, f"{room}/README.md does not name {other}"
+
+
+def test_each_folder_is_a_room() -> None:
+    folders = {path.parent.name for path in (ROOT / "peftfn").glob("*/__init__.py")} | {"kernels"}
+    assert folders == MAY.keys() | set(ABOVE)
+    for room in ABOVE:
+        text = (ROOT / "peftfn" / room / "README.md").read_text()
+        assert "Promise" in text and "May import.** everything" in text
 
 
 def test_nothing_but_kernels_asks_for_a_kind_of_device() -> None:
