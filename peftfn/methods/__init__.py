@@ -3,6 +3,7 @@
 "as" says to type checkers that a name is meant to be used from here.
 """
 
+from peftfn.core.chain import Chain as Chain
 from peftfn.methods.inputs.cartridge import Cartridge as Cartridge
 from peftfn.methods.inputs.cpt import CPT as CPT
 from peftfn.methods.inputs.deep import DeepPrompt as DeepPrompt
