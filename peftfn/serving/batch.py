@@ -67,11 +67,12 @@ class Stepper:
     def __init__(self, model: nn.Module):
         config, forward = getattr(model, "config", None), getattr(model, "forward", None)
         names = set(signature(forward).parameters) if forward is not None else set()
-        if config is None or not {"input_ids", "attention_mask", "past_key_values"} <= names:
+        cache = next((name for name in ("cache", "past_key_values") if name in names), None)  # since transformers 5.24
+        if config is None or cache is None or not {"input_ids", "attention_mask"} <= names:
             raise TypeError(f"serve: {type(model).__name__} is none of transformers' causal language models")
         if config.is_encoder_decoder:
             raise TypeError(f"serve: {type(model).__name__} has an encoder; serve runs decoders alone")
-        self.model, self._one = model, "logits_to_keep" in names
+        self.model, self._cache, self._one = model, cache, "logits_to_keep" in names
         for self._positions in dict.fromkeys(["position_ids" in names, False]):
             if self.agrees(model):
                 return
@@ -105,7 +106,7 @@ class Stepper:
             inputs["position_ids"] = place[:, size - ids.shape[1] :].clamp(min=0).to(device)
         if self._one:
             inputs["logits_to_keep"] = 1
-        out = run(**inputs, past_key_values=batch.cache, use_cache=True)
+        out = run(**inputs, **{self._cache: batch.cache}, use_cache=True)
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
