@@ -113,6 +113,8 @@ class ByRow(Slot):
         found: list[ByRow] = []
         visit((args, kwargs), lambda v: found.append(v) if isinstance(v, ByRow) else None)
         rows, first = found[0].rows, found[0]
+        if kwargs.get("out") is not None:
+            raise first.lost(f"{getattr(func, '__name__', func)} writes to out=")
         if (out := first.own(func, args, kwargs)) is not NotImplemented:
             return out
         if func is F.multi_head_attention_forward:

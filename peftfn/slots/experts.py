@@ -80,6 +80,8 @@ class MixedStack(Slot):
             return self._transpose(*args[1:], **kwargs)
         if name in ("to", "type", "float", "contiguous"):
             return self.attribute(name)(*args[1:], **kwargs)
+        if kwargs.get("out") is not None:
+            raise self.of.lost(f"{name} writes to out=")
         x = next((v for v in args if isinstance(v, Tensor)), None)
         inward = self.turned != (self.entry.site.kind == "stack_t")  # the matrices are [in, out]
         t = self.of.tracking()
@@ -200,8 +202,8 @@ class MixedStack(Slot):
 
 def at_once(expert: Any, gates: Gates, x: Tensor) -> Tensor | None:
     """One expert's product with positions x [n, in]: all adapters' D are one product, of which each position keeps its
-    own part, and all U are one. None where that is no way to compute it."""
-    lows = _side_by_side(expert.of, gates, x)
+    own part, and all U are one. None where that is no way to compute it, or a kernel does it."""
+    lows = None if choose.fits(x) else _side_by_side(expert.of, gates, x)
     if lows is None or not isinstance(gates, Index):
         return None
     y = F.linear(x, expert.canonical())
@@ -213,11 +215,9 @@ def at_once(expert: Any, gates: Gates, x: Tensor) -> Tensor | None:
 
 
 def _side_by_side(stack: Any, gates: Gates, x: Tensor) -> list[LowRank] | None:
-    """The factors of each part of a mixed stack; None where its products with x are not to be computed in place of
-    them: a gradient is asked for, a transform or the compiler looks on, or a kernel does it."""
-    if torch.is_grad_enabled() or choose.fits(x) or not eager(x):
-        return None
-    if not isinstance(gates, Index) or hidden(gates.index):
+    """The factors of each part of a mixed stack; None where they are not to be used so: a gradient is asked for, or a
+    transform or the compiler looks on."""
+    if torch.is_grad_enabled() or not eager(x) or not isinstance(gates, Index) or hidden(gates.index):
         return None
     if not isinstance(stack.w, Tensor) or stack.w.dtype != x.dtype:
         return None

@@ -7,7 +7,7 @@ method: a gate of 1 is the adapter and 0 the base; between them the output is on
 f_k is linear in the change of the weight, that is the change scaled by g_k; at a norm, say, it is not.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -129,12 +129,32 @@ class Shaped(Gates):
         return self.shape[1]
 
 
+class OnHost(Sequence[int]):
+    """The values of an index, for those who look at one: on a GPU, the first look waits for the device."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    @cached_property
+    def values(self) -> list[int]:
+        return self.tensor.tolist()  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values)
+
+
 @dataclass(frozen=True, eq=False)
 class Index(Gates):
     """Row i uses adapter index[i]; −1 is the base."""
 
     index: Tensor  # [rows]
-    known: list[int] | None  # the index on the host; None while compiling
+    known: Sequence[int] | None  # the index on the host; None while compiling
     held: dict[bool, dict[Any, Any]] = field(default_factory=dict, kw_only=True)  # inference mode → what it made
     shared: dict[Any, Any] = field(default_factory=dict, kw_only=True)  # what depends on its adapters alone
     positions: bool = field(default=False, kw_only=True)  # of positions that were moved, not of rows
@@ -180,7 +200,7 @@ class Index(Gates):
         if "extended" not in self.kept:
             self.kept["extended"] = extended(self.index, -1)
         index = self.kept["extended"][_rows(owner, tokens).to(self.index.device)]
-        known = None if self.known is None or hidden(index) else index.tolist()
+        known = None if self.known is None or hidden(index) else OnHost(index)
         return replace(self, index=index, known=known, copies=1, held={}, positions=True)
 
     @cached_property

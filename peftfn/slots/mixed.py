@@ -96,7 +96,7 @@ class MixedWeight(ByRow):
         return MixedExpert(self, e)
 
     def attribute(self, name: str) -> Any:
-        if name in ("T", "t", "mT", "transpose") and not self.stack and self.entry.site.kind == "linear":
+        if name in ("T", "t", "mT", "transpose") and not self.stack and self.entry.site.kind in ("linear", "stack"):
             turned = Turned(self)
             return (lambda *dims: turned) if name in ("t", "transpose") else turned
         if self.stack and name in ("transpose", "mT", "to", "type", "contiguous", "float"):
@@ -228,7 +228,7 @@ class MixedExpert(MixedWeight):
 
 
 class Turned(ByRow):
-    """weight.T of a linear layer: x @ weight.T is the layer's own product."""
+    """weight.T of a linear layer, or of an expert: x @ weight.T is its own product."""
 
     __slots__ = ("of",)
     multiplies = False
@@ -242,7 +242,8 @@ class Turned(ByRow):
 
     @classmethod
     def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(func, "__name__", "") in ("matmul", "__matmul__", "mm") and isinstance(args[1], Turned):
+        name, out = getattr(func, "__name__", ""), kwargs.get("out")
+        if name in ("matmul", "__matmul__", "mm") and isinstance(args[1], Turned) and out is None:
             return args[1].of.linear(args[0])
         return super().call(func, args, kwargs)
 

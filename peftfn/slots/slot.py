@@ -160,8 +160,8 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1,
     return bias.added_to(bias.rowed(torch.mm(x, weight)), x).reshape(x.shape[0], weight.shape[-1])
 
 
-def _matmul(x: Any, weight: Any) -> Any:
-    return weight.linear(x) if _is(weight, x, _COLUMNS) else NotImplemented
+def _matmul(x: Any, weight: Any, *, out: Any = None) -> Any:
+    return weight.linear(x) if out is None and _is(weight, x, _COLUMNS) else NotImplemented
 
 
 _ROWS = LINEAR & {"linear", "stack"}  # kinds whose own orientation is [out, in] …

@@ -100,6 +100,10 @@ RAISES: dict[str, Form] = {
     "w.data": one(lambda w, x, e: F.linear(x, w.data[e])),
     "w.add_": one(lambda w, x, e: F.linear(x, w.add_(1)[e])),
     "out=": one(lambda w, x, e: torch.matmul(x, w[e].T, out=torch.empty(len(x), N))),
+    "out= of a product": one(lambda w, x, e: torch.mm(w[e], x.mT, out=torch.empty(N, len(x))).mT),
+    "out= of all": every(
+        lambda w, x: torch.bmm(x.expand(E, *x.shape), w.mT, out=torch.empty(E, len(x), N)).transpose(0, 1)
+    ),
 }
 
 
@@ -237,6 +241,35 @@ def test_biases_and_matrices_of_experts_in_real_models(make: Any, way: str, rule
     by_token[0, 0] = 0
     with pytest.raises(ValueError, match=r"experts.*: the model computes with the weight itself"), torch.no_grad():
         net.mixed(pf.stack([random(net, s) for s in range(3)]), by_token, ids)
+
+
+PRODUCTS = {k: STACKS[k] for k in ("w[e].T", "bmm(w[ids], x)", "bmm(x, w)")} | {
+    "linear": one(lambda w, x, e: F.linear(x, w[e])),
+}
+
+
+@pytest.mark.parametrize("method", [LoRA(2), DoRA(2), Full()], ids=str)
+@pytest.mark.parametrize("form", PRODUCTS.values(), ids=PRODUCTS)
+def test_gates_and_an_index_of_tokens_through_experts(form: Form, method: pf.Method) -> None:
+    """This model is linear in what its experts give, so each token is the sum that gates mean."""
+    torch.manual_seed(0)
+    net, x = pf.adapt(Block(form, E, N, D), {"w$": method}), noise(5, 7, D)
+    adapters = [random(net, s) for s in range(3)]
+    many, base = pf.stack(adapters), net.model(x)
+    change = torch.stack([net.apply(a, x) - base for a in adapters], -1)  # [rows, tokens, out, adapters]
+    by_token, by_row = noise(5, 7, 3, seed=3), noise(5, 3, seed=4)
+    close(net.gated(many, by_token, x), base + (by_token[:, :, None] * change).sum(-1))
+    close(net.gated(many, by_row, x), base + (by_row[:, None, None] * change).sum(-1))
+    index = torch.randint(-1, 3, (5, 7), generator=torch.Generator().manual_seed(5))
+    own = F.one_hot(index + 1, 4)[..., 1:].to(x.dtype)
+    want = base + (own[:, :, None] * change).sum(-1)
+    close(net.mixed(many, index, x), want)
+    packed = net.mixed(many, index.view(1, 35), x.view(1, 35, D))  # all rows in one
+    close(packed, want.view(1, 35, N))
+    bank = pf.bank({str(k): (net, a) for k, a in enumerate(adapters)})
+    with torch.no_grad():
+        names = [["__base__", "0", "1", "2"][k + 1] for k in INDEX]
+        close(bank.apply(names, x), net.mixed(many, INDEX, x))
 
 
 class Ops(TorchDispatchMode):

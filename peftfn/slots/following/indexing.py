@@ -48,13 +48,18 @@ def _gathered(seen: Seen, out: Any) -> Tags:
     return found
 
 
+_MASKS = (torch.bool, torch.uint8)
+
+
 def looked_at(x: Tensor, index: Any) -> int:
     """How many leading dimensions of x an index looks at."""
-    index = index if isinstance(index, tuple) else (index,)
-    if any(i is Ellipsis for i in index):
-        return x.dim()
-    masks = (torch.bool, torch.uint8)
-    return sum(0 if i is None else i.dim() if isinstance(i, Tensor) and i.dtype in masks else 1 for i in index)
+    looked = 0
+    for i in index if isinstance(index, tuple) else (index,):
+        if i is Ellipsis:
+            return x.dim()
+        if i is not None:
+            looked += i.dim() if isinstance(i, Tensor) and i.dtype in _MASKS else 1
+    return looked
 
 
 def _asked(seen: Seen, index: Any, out: Tensor) -> Tags:
