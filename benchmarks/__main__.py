@@ -39,8 +39,9 @@ def main() -> None:
             write(name, rows, options, seconds)
     if not args.quick:
         print(f"written: {table.write().name}")
-        if "tenants" in (args.names or BENCHMARKS):
-            import_module("benchmarks.tenants").main()
+        for name in ("routed", "tenants"):  # whose figures another page has too
+            if name in (args.names or BENCHMARKS):
+                import_module(f"benchmarks.{name}").main()
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ SECTIONS = {
         "Mixed batches through experts",
         "Eight rows, four adapters and the base for two rows, at all experts, the router and two projections of a "
         "small Mixtral, forward without gradients, against a loop over the adapters (one call for the rows of each) "
-        "and the bare base. PEFT mixes no adapters of experts. Then what following the rows costs a function of "
-        "torch inside a routed module, against the same forward outside of one, where nothing is followed.",
+        "and the bare base; then what PEFT runs of it, the attention alone. Then what it costs to follow the rows "
+        "through a whole model, and to follow a function of torch inside a routed module, against the same forward "
+        "outside of one, where nothing is followed.",
     ),
     "shared": (
         "One product with A for layers that share an input",

@@ -8,7 +8,7 @@ import pytest
 
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(Path(__file__).parents[1])
-    from benchmarks import harness, table, tenants
+    from benchmarks import harness, routed, table, tenants
     from benchmarks.harness import BASE, OURS, Ratio, Target, compare, row
 
 
@@ -157,6 +157,12 @@ def test_the_page_of_many_adapters_has_the_figures_of_tenants():
     """After changing benchmarks/tenants.py, run that module."""
     record = next(r for r in table.read() if r["name"] == "tenants")
     assert f"<!-- tenants -->\n\n{tenants.page(record)}\n\n<!-- /tenants -->" in tenants.PAGE.read_text()
+
+
+def test_the_page_of_many_adapters_has_the_figures_of_routed_modules():
+    """After changing benchmarks/routed.py, run that module."""
+    record = next(r for r in table.read() if r["name"] == "routed")
+    assert f"<!-- routed -->\n\n{routed.page(record)}\n\n<!-- /routed -->" in routed.PAGE.read_text()
 
 
 def test_where_batching_tenants_stops_to_pay_is_read_off_the_figures():
