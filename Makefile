@@ -42,12 +42,13 @@ FUZZ := 0 100000
 zoo: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m zoo --workers 2 $(ZOO)
 
-# The tables of PEFT's own tests, from its source distribution, tests/matrix: make matrix MATRIX="'MLP 1' --details".
+# PEFT's own tests, from its source distribution, tests/matrix: make matrix MATRIX="'MLP 1' --only tables --details".
 matrix: $(VENV)/ready
 	mkdir -p build/peft
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build/peft peft==$(PEFT)
 	tar -xzf build/peft/peft-$(PEFT).tar.gz -C build/peft
-	PYTHONPATH=tests $(BIN)/python -m matrix build/peft/peft-$(PEFT) $(MATRIX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peft/more parameterized==0.9.0
+	PYTHONPATH=tests:build/peft/more $(BIN)/python -m matrix build/peft/peft-$(PEFT) $(MATRIX)
 
 PEFT := 0.21.2
 

@@ -1,1 +1,1 @@
-"""PEFT's own test tables, run through our readers and writers. `make matrix`; it is no part of `make test`."""
+"""PEFT's own tests, run through our readers and writers. `make matrix`; it is no part of `make test`."""

@@ -57,24 +57,30 @@ TRANSFORMERS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table: `model()` is the same each time, and in eval mode."""
+    """One row of a table: `model()` is the same each time, and in eval mode. A pair of adapters has a second one."""
 
     name: str
     model: Callable[[], nn.Module]
     config: Callable[[], PeftConfig]
     inputs: dict[str, Tensor]
     generates: bool = False
+    second: Callable[[], PeftConfig] | None = None
 
 
-def table(sdist: Path, name: str) -> ModuleType:
-    """A module of PEFT's tests. sdist: the unpacked source distribution."""
+def stand_ins(sdist: Path) -> None:
+    """Make PEFT's tests importable, also without what they need for other things than ours."""
     if str(sdist) not in sys.path:
         sys.path.insert(0, str(sdist))
         (sdist / "tests" / "__init__.py").touch()
         for package in NOT_NEEDED:
             if importlib.util.find_spec(package) is None:
-                sys.modules |= {package: MagicMock(), f"{package}.utils": MagicMock()}
+                sys.modules |= {package: MagicMock(__version__="0"), f"{package}.utils": MagicMock()}
     sys.modules.pop("tests", None)
+
+
+def table(sdist: Path, name: str) -> ModuleType:
+    """A module of PEFT's tests. sdist: the unpacked source distribution."""
+    stand_ins(sdist)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"tests.{name}")
