@@ -215,8 +215,8 @@ class PeftReader:
 
     @property
     def seeded(self) -> bool:
-        """Whether the file leaves out what a seed determines."""
-        return any(self.config.get(k) is False for k in ("save_projection", "save_indices"))
+        """Whether the file leaves out what a seed, or the base, determines."""
+        return any(self.config.get(k) is False for k in ("save_projection", "save_indices", "save_precomputed_indices"))
 
     def error(self) -> ValueError:
         odd = next(iter(self.unexpected), None)

@@ -61,6 +61,15 @@ def test_a_scale_of_grouped_inputs_has_no_form(tmp_path: Path) -> None:
         pf.save(tmp_path, net, net.init(), format="peft")
 
 
+def test_super_tunings_places_are_found_in_the_base_where_the_file_leaves_them_out(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    with pytest.warns(UserWarning, match="recomputed"):
+        config = peft.SupertuningConfig(target_modules=["0", "2"], sparsity=0.8, r=2, save_precomputed_indices=False)
+    loaded = both_ways(base, config, noise(5, 8), tmp_path)
+    assert not any("indices" in key for key in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    assert all(isinstance(e.method, pf.SuperTuning) for e in loaded.net.plan.values())
+
+
 def test_ia3_ahead_of_a_grouped_convolution_is_refused_by_name(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False)
