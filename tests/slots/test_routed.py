@@ -884,6 +884,43 @@ def test_a_net_without_routed_modules_pays_nothing() -> None:
     assert not [call for call in seen if call[0].startswith(following)]
 
 
+@pytest.mark.parametrize(
+    ("f", "most"),
+    [(lambda x: x + x, 9), (lambda x: x.reshape(-1, 8), 11), (lambda x: x[0], 13), (lambda x: x.shape, 1)],
+)
+def test_what_it_costs_to_follow_a_function(f: Callable[[Tensor], Any], most: int) -> None:
+    """In Python calls of ours, which no other work on the machine changes."""
+    import sys
+
+    class Many(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.layer, self.times = nn.Linear(8, 8), times
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                f(x)
+            return self.layer(x)
+
+    counts = []
+    for times in (0, 100):
+        net = pf.adapt(Many(times), {"layer": LoRA(2)}, routed=[""])
+        many, x, seen = pf.stack([net.init(s) for s in range(2)]), noise(4, 6, 8), [0]
+
+        def count(frame: Any, event: str, _: Any, seen: list[int] = seen) -> None:
+            seen[0] += event == "call" and "/peftfn/" in frame.f_code.co_filename
+
+        with torch.no_grad():
+            net.mixed(many, [1, -1, 0, 1], x)
+            sys.setprofile(count)
+            try:
+                net.mixed(many, [1, -1, 0, 1], x)
+            finally:
+                sys.setprofile(None)
+        counts += seen
+    assert 0 < (counts[1] - counts[0]) / 100 <= most
+
+
 # Bad input.
 
 
