@@ -445,3 +445,33 @@ def test_llama_adapter_at_gpt2_is_peft_s() -> None:
     assert torch.equal(net.apply(a, IDS, method="generate", **options), want)
     adapters = [random(net, i, scale=0.5) for i in range(3)]
     close(net.mixed(pf.stack(adapters), INDEX, IDS).logits[2:3], net.apply(adapters[0], IDS[2:3]).logits)
+
+
+def test_a_bottleneck_beside_a_norm_reads_what_goes_into_it() -> None:
+    """He's parallel adapter on the residual stream, for one adapter and for each row's own."""
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model: Any = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=19, num_attention_heads=2, **size)).eval()
+    at, norm = "model.layers.1.mlp", "model.layers.1.post_attention_layernorm"
+    method = pf.Bottleneck(4, of="input", source=norm.removeprefix("model."))
+    net, ids = pf.adapt(model, {at: method}), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    adapters: list[Any] = [random(net, seed) for seed in (1, 2)]
+
+    def want(a: Any) -> Tensor:
+        seen: list[Tensor] = []
+        handles = [model.get_submodule(norm).register_forward_pre_hook(lambda m, x: seen.append(x[0]))]
+        change = lambda m, x, y: method.changed(a[at], y, seen[-1])  # noqa: E731
+        handles.append(model.get_submodule(at).register_forward_hook(change))
+        out: Tensor = model(ids).logits
+        for handle in handles:
+            handle.remove()
+        return out
+
+    each = [want(a) for a in adapters]
+    close(net.apply(adapters[0], ids).logits, each[0])
+    close(net.mixed(pf.stack(adapters), torch.tensor([1, 0]), ids).logits, torch.stack([each[1][0], each[0][1]]))
+    with pytest.raises(ValueError, match=r'source is .*layernorm.*, and of is .*output.*: give of="input"'):
+        pf.Bottleneck(4, source=norm)
+    with pytest.raises(ValueError, match=r"reads at 'other', and 0 modules of the model"):
+        pf.adapt(model, {at: pf.Bottleneck(4, of="input", source="other")})
+    with pytest.raises(ValueError, match=r"the module is a norm, and this Linear makes 24 features of 16"):
+        pf.adapt(model, {r"layers\.0\.mlp\.up_proj": pf.Bottleneck(4, of="normed")})

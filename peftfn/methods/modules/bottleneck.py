@@ -123,4 +123,6 @@ class Bottleneck(ModuleMethod):
     def changed(self, p: Leaf, y: Tensor, h: Tensor) -> Tensor:
         """y with what the network makes of h."""
         inner = ACTIVATIONS[self.activation](F.linear(self.dropped(h), p["down"], p["c"]))
-        return y + self.scale * F.linear(inner, p["up"]) + p["b"]
+        if self.scale == 1:
+            return y + F.linear(inner, p["up"], p["b"])
+        return torch.add(y, F.linear(inner, p["up"]), alpha=self.scale) + p["b"]
