@@ -8,8 +8,8 @@ from benchmarks import table
 from benchmarks.harness import CLOCKS, QUICK, REPEATS, Options, pin, write
 
 BENCHMARKS = (
-    *("adapt", "llama", "load", "memory", "merging", "methods", "mixed", "module", "routed", "routing", "shared"),
-    *("starts", "steps", "tenants", "tools", "vmap"),
+    *("adapt", "around", "llama", "load", "memory", "merging", "methods", "mixed", "module", "routed", "routing"),
+    *("shared", "starts", "steps", "tenants", "tools", "vmap"),
 )
 
 

@@ -30,6 +30,12 @@ SECTIONS = {
         "`adapt` + `init` against PEFT's `get_peft_model`. Each run gets a fresh model, made outside the time, because "
         "PEFT changes it. Ours copies the model's structure, which calls run on, at the first call: that is not in it.",
     ),
+    "around": (
+        "Methods at modules and on inputs",
+        "Bottleneck adapters against the same code in forward hooks of torch on a live module, which any thread may "
+        "change; then a mixed batch against a loop over its adapters, and `vmap` over prompts against calls one by "
+        "one.",
+    ),
     "llama": (
         "A whole model",
         "Random Llamas in fp32. A training step is forward, backward and dropping the gradients, without an optimizer; "
