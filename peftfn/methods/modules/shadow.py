@@ -13,19 +13,13 @@ from peftfn.core.fields import PositiveInt, Probability
 from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Along
 from peftfn.core.rng import Rng
+from peftfn.methods.parts.mirror import SIZES, fresh, of_config, smaller
 from peftfn.model.place import Place, is_causal, swapped
 
 DOT, MIRROR, BUFFER = "__", "mirror__", "buffer__"
 """What stands for the dot of a name in a leaf, and in front of the mirror's parameters and of its buffers."""
 LISTS = ("layers", "h")
 """What models call their list of blocks; PEFT knows these."""
-SIZES = {
-    "depth": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "intermediate": ("intermediate_size", "ffn_dim", "n_inner"),
-    "heads": ("num_attention_heads", "n_head", "num_heads"),
-}
-"""Field → its names in configurations."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Shadow(Along):
 
     def size(self, m: Place) -> int:
         """The width of the hidden states, which may be wider than the embeddings."""
-        return int(_get(m.module.config, "hidden"))
+        return int(of_config(m.module.config, "hidden"))
 
     def _own_embedding(self, m: Place) -> bool:
         return not self.shares or (self.hidden or self.size(m)) != self.size(m)
@@ -110,28 +104,11 @@ class Shadow(Along):
     def mirror(self, m: Place) -> nn.Module:
         """The mirror without values."""
         key = self.depth, self.hidden, self.intermediate, self.heads, self.shares
-        return m.network(key, lambda: self._mirror(m))
+        sizes = {field: value for field in SIZES if (value := getattr(self, field)) is not None}
+        return m.network(key, lambda: smaller(m, sizes, embeds=self._own_embedding(m)))
 
     def settle(self, m: Place) -> None:
         self.mirror(m)
-
-    def _mirror(self, m: Place) -> nn.Module:
-        config: Any = copy.deepcopy(m.module.config)
-        for field, names in SIZES.items():
-            if (value := getattr(self, field)) is not None:
-                setattr(config, _named(config, field, names), value)
-        kinds = getattr(config, "layer_types", None)
-        if kinds:
-            config.layer_types = [*kinds, *[kinds[-1]] * self.depth][: self.depth]
-        if (window := getattr(config, "max_window_layers", None)) is not None:
-            config.max_window_layers = min(window, self.depth)
-        with torch.device("meta"):
-            net: Any = m.made_of(config)
-        if not self._own_embedding(m):
-            embedding = net.get_input_embeddings()
-            path = next(n for n, part in net.named_modules() if part is embedding)
-            net.get_submodule(path.rpartition(".")[0])._modules[path.rpartition(".")[2]] = None
-        return net.eval()  # type: ignore[no-any-return]
 
     # What is trained.
 
@@ -145,7 +122,7 @@ class Shadow(Along):
             leaf |= {f"{net}_1": _each(n, lambda: rng.kaiming(d, h)), f"{net}_b1": rng.uniform(n, d, bound=h**-0.5)}
         if wide != d:
             leaf["projection"] = rng.kaiming(d, wide)
-        return leaf | {f"{MIRROR}{k.replace('.', DOT)}": t for k, t in _fresh(self.mirror(m), rng).items()}
+        return leaf | {f"{MIRROR}{k.replace('.', DOT)}": t for k, t in fresh(self.mirror(m), rng).items()}
 
     def frozen(self, rng: Rng, m: Place) -> Leaf:
         """The mirror's buffers, which are those of the backbone: angles of positions."""
@@ -195,40 +172,6 @@ def _two_layers(p: Leaf, net: str, i: int, y: Tensor) -> Tensor:
 
 def _each(n: int, draw: Callable[[], Tensor]) -> Tensor:
     return torch.stack([draw() for _ in range(n)])
-
-
-def _get(config: Any, field: str) -> Any:
-    return getattr(config, _named(config, field, SIZES[field]))
-
-
-def _named(config: Any, field: str, names: tuple[str, ...]) -> str:
-    name = next((n for n in names if hasattr(config, n)), None)
-    if name is None:
-        raise ValueError(f"a mirror has another {field}, and a {type(config).__name__} has none of {', '.join(names)}")
-    return name
-
-
-def _fresh(net: Any, rng: Rng) -> dict[str, Tensor]:
-    """The parameters of a model of transformers', as its configuration says: norms as its class begins them, other
-    vectors zero, and the rest normal, but for a padding token's row of a table: it is zero, and gets no gradient."""
-    std = getattr(net.config, "initializer_range", 0.02)
-    out: dict[str, Tensor] = {}
-    for path, part in net.named_modules():
-        own = {k: t for k, t in part._parameters.items() if t is not None}
-        begun = copy.deepcopy(part).to_empty(device="cpu") if own and all(t.dim() == 1 for t in own.values()) else None
-        if begun is not None and not rng.meta:
-            net._init_weights(begun)
-        for k, t in own.items():
-            name = f"{path}.{k}" if path else k
-            if t.dim() > 1:
-                out[name] = rng.normal(*t.shape, std=std)
-                if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-                    out[name][part.padding_idx] = 0
-            elif begun is None or rng.meta:
-                out[name] = rng.zeros(*t.shape)
-            else:
-                out[name] = begun._parameters[k].detach().to(rng.device, rng.dtype)  # type: ignore[union-attr]
-    return out
 
 
 def shadow_loss(
