@@ -89,7 +89,7 @@ CASES = [
     *((kind, "gpt2") for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "CPT")),
     *(("PROMPT_TUNING", name) for name in ("bert", "roberta", "t5")),
     ("P_TUNING", "bert"),
-    ("PREFIX_TUNING", "t5"),
+    *(("PREFIX_TUNING", name) for name in ("bert", "roberta", "t5")),
 ]
 
 
