@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from support import AROUND, INPUTS, random
+from support import AROUND, INPUTS, close, random
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -511,3 +511,21 @@ def test_eight_prompts_under_one_vmap_are_eight_calls() -> None:
     run = lambda a: net.apply(a, IDS, use_cache=False).logits  # noqa: E731
     want = torch.stack([run(a) for a in adapters])
     torch.testing.assert_close(vmap(run)(pf.stack(adapters)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_of_a_prompt_is_a_prefix_that_generates_as_the_prompt_does() -> None:
+    """Computed once for each adapter, and kept in a bank, instead of once for each row of each call."""
+    model: Any = tf.LlamaForCausalLM(tf.LlamaConfig(num_key_value_heads=2, **SIZE, **END)).eval()
+    prompt, prefix = pf.adapt(model, {"model": pf.PromptTuning(3)}), pf.adapt(model, {"model": pf.PrefixTuning(3)})
+    a = random(prompt)
+    with torch.no_grad():
+        cache = model(inputs_embeds=a["model"]["tokens"][None], use_cache=True).past_key_values
+    kept: Any = {"model": cartridge_of(cache)}
+    ids = torch.tensor([[0, 0, 5, 6, 7], [4, 4, 9, 2, 7], [9, 8, 7, 6, 5]])
+    mask = ids.ne(0).long()
+    close(prefix.apply(kept, ids, attention_mask=mask).logits[1:], prompt.apply(a, ids, attention_mask=mask).logits[1:])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, **END}
+    names = ["a", "__base__", "a"]
+    got = pf.bank({"a": (prefix, kept)}).apply(names, ids, method="generate", **options)
+    want = pf.bank({"a": (prompt, a)}).apply(names, ids, method="generate", **options)
+    assert torch.equal(got, want)
