@@ -526,6 +526,6 @@ def test_the_cache_of_a_prompt_is_a_prefix_that_generates_as_the_prompt_does() -
     close(prefix.apply(kept, ids, attention_mask=mask).logits[1:], prompt.apply(a, ids, attention_mask=mask).logits[1:])
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, **END}
     names = ["a", "__base__", "a"]
-    got = pf.bank({"a": (prefix, kept)}).apply(names, ids, method="generate", **options)
+    got = pf.bank({"a": (prefix, kept)}, prepared=True).apply(names, ids, method="generate", **options)
     want = pf.bank({"a": (prompt, a)}).apply(names, ids, method="generate", **options)
     assert torch.equal(got, want)
