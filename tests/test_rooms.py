@@ -20,7 +20,7 @@ MAY: dict[str, set[str]] = {
     "formats": {"net", "core", "methods", "model", "tensors"},
     "tools": {"view", "net", "core", "methods", "model", "tensors"},
     "sweeps": {"many", "tools", "formats", "net", "core", "tensors"},
-    "serving": {"many", "formats", "net"},
+    "serving": {"many", "formats", "net", "tensors"},
 }
 """Room → what it may import, beside itself. The root may import everything, as the rooms of `ABOVE` may."""
 ABOVE = ("cli", "compare", "demo", "testing")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.tensors.cache import cache_name
+
 Run = Callable[..., Any]
 """Runs the model on a batch by arguments of its forward: with an adapter for each row, or without any."""
 
@@ -67,8 +69,8 @@ class Stepper:
     def __init__(self, model: nn.Module):
         config, forward = getattr(model, "config", None), getattr(model, "forward", None)
         names = set(signature(forward).parameters) if forward is not None else set()
-        cache = next((name for name in ("cache", "past_key_values") if name in names), None)  # since transformers 5.24
-        if config is None or cache is None or not {"input_ids", "attention_mask"} <= names:
+        cache = cache_name(names)
+        if config is None or not {"input_ids", "attention_mask", cache} <= names:
             raise TypeError(f"serve: {type(model).__name__} is none of transformers' causal language models")
         if config.is_encoder_decoder:
             raise TypeError(f"serve: {type(model).__name__} has an encoder; serve runs decoders alone")

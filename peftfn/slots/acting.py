@@ -14,6 +14,7 @@ from peftfn.core.plan import Plan
 from peftfn.slots.gates import Gates, Index, Shaped, Weights
 from peftfn.slots.routes import Sites
 from peftfn.tensors.arguments import hidden, storages, tensors
+from peftfn.tensors.cache import cache_in
 from peftfn.tensors.sequence import Steps, held_by
 from peftfn.tensors.transform import inference, under_transform
 
@@ -66,7 +67,7 @@ class Ids:
         self.tensor: Tensor | None = ids if is_ids else None
         two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.two = two if isinstance(two, bool) else False
-        self.past = given.get("past_key_values") if method is None else None
+        self.past = cache_in(given) if method is None else None
         self.made: dict[Any, Tensor] = {}
 
     def acted_on(self, site: str, method: Any) -> Tensor:

@@ -19,7 +19,7 @@ from peftfn.slots.modules import located, lost
 from peftfn.slots.part import Stack
 from peftfn.slots.unrowed import plain
 from peftfn.slots.virtual import named
-from peftfn.tensors.cache import OwnLayers, prefix_in
+from peftfn.tensors.cache import OwnLayers, cache_in, prefix_in
 from peftfn.tensors.states import states_in, states_out
 
 NAMES = ("inputs_embeds", "input_ids", "attention_mask", "position_ids")
@@ -36,8 +36,9 @@ def run(
         given["inputs_embeds"] = m.embedding()(given["input_ids"])
     xs = {k: plain(given[k]) for k in NAMES if isinstance(given.get(k), Tensor)}
     xs = {k: x.expand(len(xs["inputs_embeds"]), *x.shape[1:]) for k, x in xs.items()}  # positions may be [1, tokens]
-    _without_prefix(xs, given.get("past_key_values"))
-    own = OwnLayers(m.label, given.get("past_key_values"), len(xs["inputs_embeds"]))
+    cache = cache_in(given)
+    _without_prefix(xs, cache)
+    own = OwnLayers(m.label, cache, len(xs["inputs_embeds"]))
     parts[0].seen[_key(0, m.name)] = _started(parts, gates, m, xs, own)
     own.close()
     return forward(*args, **kwargs)

@@ -13,6 +13,7 @@ from peftfn.slots.along import block
 from peftfn.slots.call import Call, Step
 from peftfn.slots.gates import Gates
 from peftfn.slots.tokens import crossed
+from peftfn.tensors.cache import cache_in
 from peftfn.tensors.states import states_in, states_out
 from peftfn.tensors.transform import moment
 
@@ -36,7 +37,7 @@ def _input(call: Call, name: str, m: Place, forward: Callable[..., Any], args: A
 def _mask(call: Call, name: str, m: Place, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Keep the mask of the backbone's tokens, virtual ones included and a prefix not: bool [rows, past + tokens]."""
     given = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    mask, cache = given.get("attention_mask"), cache_in(given)
     if mask is None:
         x = next(t for k in ("inputs_embeds", "input_ids") if (t := given.get(k)) is not None)
         past = 0 if cache is None else cache.get_seq_length()

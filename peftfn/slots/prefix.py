@@ -1,12 +1,12 @@
 """What a prefix does around a backbone's forward: its keys and values stand in the cache in front of every layer's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftfn.model.place import Place
 from peftfn.slots.gates import Gates
 from peftfn.slots.virtual import counted, gathered, named, past
-from peftfn.tensors.cache import PREFIX, Prefixed
+from peftfn.tensors.cache import PREFIX, Prefixed, cache_in, cache_name
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
     x = given.get("inputs_embeds", given.get("input_ids"))
     if x is None:
         raise ValueError(f"{m.label}: a prefix needs input_ids or inputs_embeds")
-    (rows, tokens), cache = x.shape[:2], given.get("past_key_values")
+    (rows, tokens), cache = x.shape[:2], cache_in(given)
     before, ours = past(m, cache), cache is None
     values, virtual = gathered(parts, gates, rows, ["keys", "values"], m, True)
     if not before:
@@ -34,13 +34,13 @@ def run(
         keys, states = (values[k].to(m.dtype).expand(rows, *values[k].shape[1:]) for k in ("keys", "values"))
         for layer in range(keys.shape[1]):
             own.update(keys[:, layer], states[:, layer], layer)
-        given["past_key_values"] = cache
+        given[cache_name(m.arguments)] = cache
     setattr(cache, PREFIX, Prefixed(virtual.size, virtual.shift))
     counted(given, m, virtual, rows, tokens, before or virtual.size, False)
     out = forward(**given)
-    if ours and given.get("use_cache") is False and getattr(out, "past_key_values", None) is not None:
+    if ours and given.get("use_cache") is False and isinstance(out, Mapping) and cache_in(out) is not None:
         # generate without a cache would go on with this one and the whole input
-        return type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+        return type(out)(**{k: v for k, v in out.items() if k != cache_name(out)})
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from peftfn.model.place import Place, is_causal, is_encoder_of_two
 from peftfn.slots.gates import Gates
 from peftfn.slots.virtual import Virtual, counted, gathered, moved, named, past
+from peftfn.tensors.cache import cache_in
 
 
 def run(
@@ -20,7 +21,7 @@ def run(
     A cache that is not empty holds the virtual tokens already: later steps change nothing but what counts tokens.
     """
     given = named(m, args, kwargs)
-    before, causal = past(m, given.get("past_key_values")), is_causal(m.module)
+    before, causal = past(m, cache_in(given)), is_causal(m.module)
     embedded, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
     if embedded is None:
         embedded = m.embedding()(ids)

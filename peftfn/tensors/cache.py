@@ -1,7 +1,8 @@
-"""Layers of a cache that belong to an adapter, behind those of the model: they grow, and move with its rows."""
+"""A model's cache of keys and values: what models call it, and layers in it that belong to an adapter, behind those of
+the model: they grow, and move with its rows."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,17 @@ def prefix_in(cache: Any) -> Prefixed:
 def is_cache(v: Any) -> bool:
     """Whether an argument is a cache of transformers'."""
     return hasattr(v, "get_seq_length") and hasattr(v, "update")
+
+
+def cache_name(names: Collection[str]) -> str:
+    """What a module with arguments of these names calls its cache. (transformers renamed it in release 5.24.)"""
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache in a module's arguments by name, or in its output; None if there is none. A call may use the old name
+    where the module has the new one."""
+    return own if is_cache(own := given.get("cache")) else given.get("past_key_values")
 
 
 class OwnLayers:

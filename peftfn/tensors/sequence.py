@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftfn.tensors.cache import cache_in
+
 
 def from_last(ids: Tensor, sought: Sequence[int]) -> Tensor:
     """[rows, tokens]: 1 from the first token of the last occurrence of `sought` on, else 0."""
@@ -46,7 +48,7 @@ class Steps:
             self.now = None
             return
         tokens = next((t for k in ("input_ids", "inputs_embeds") if isinstance(t := given.get(k), Tensor)), None)
-        start = None if given.get("past_key_values") is None else held_by(given["past_key_values"])
+        start = None if (cache := cache_in(given)) is None else held_by(cache)
         known = tokens is not None and tokens.dim() > 1 and start is not None
         self.now = (start, tokens.shape[1]) if known else None  # type: ignore[assignment,union-attr]
 

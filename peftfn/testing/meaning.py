@@ -15,6 +15,7 @@ from torch.func import functional_call
 import peftfn as pf
 from peftfn.core.method import Leaf, Weight
 from peftfn.core.plan import Entry
+from peftfn.tensors.cache import cache_name
 from peftfn.tensors.states import states_in, states_out
 from peftfn.testing.party import Party
 
@@ -184,9 +185,9 @@ def with_inputs(net: pf.Adapted, adapter: pf.Adapter, x: Tensor) -> Tensor:
     else:
         from transformers import DynamicCache
 
-        given["past_key_values"] = DynamicCache(config=place.config)
+        cache = given[cache_name(place.arguments)] = DynamicCache(config=place.config)
         for layer, (k, v) in enumerate(zip(p["keys"], p["values"], strict=True)):
-            given["past_key_values"].update(k.expand(len(x), *k.shape), v.expand(len(x), *v.shape), layer)
+            cache.update(k.expand(len(x), *k.shape), v.expand(len(x), *v.shape), layer)
         if not getattr(method, "shifts", True):
             given["position_ids"] = torch.arange(x.shape[1])[None]
     out: Tensor = place.module(**given).last_hidden_state[:, -x.shape[1] :]

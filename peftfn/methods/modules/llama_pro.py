@@ -10,7 +10,7 @@ from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Companion, ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
-from peftfn.tensors.cache import own_layer, prefix_in
+from peftfn.tensors.cache import cache_in, cache_name, own_layer, prefix_in
 from peftfn.tensors.loaded import source_of
 from peftfn.tensors.states import states_in, states_out
 
@@ -81,14 +81,18 @@ class LlamaPro(ModuleMethod):
         y, put = states_out(out)
         args, kwargs = states_in(args, kwargs)[1](y)
         params = {k.replace(DOT, "."): t.to(y.dtype) for k, t in p.items()}
-        if "past_key_values" in m.arguments:
+        name = cache_name(m.arguments)
+        if name in m.arguments:
             kwargs = {**dict(zip(m.arguments, args, strict=False)), **kwargs}
             args = ()
-        if kwargs.get("past_key_values") is None:
+        cache = cache_in(kwargs)
+        if cache is None:
             return put(states_out(m.again(params, args, kwargs))[0])
-        layer, close = _own_layer(m, kwargs["past_key_values"], y)
-        kwargs["past_key_values"] = _Layer(kwargs["past_key_values"], layer)
-        kwargs["attention_mask"] = _own_mask(m, kwargs, layer, y)
+        layer, close = _own_layer(m, cache, y)
+        kwargs |= {
+            name: _Layer(cache, layer),
+            "attention_mask": _own_mask(m, kwargs.get("attention_mask"), cache, layer, y),
+        }
         new = m.again(params, args, kwargs)
         close()
         return put(states_out(new)[0])
@@ -123,12 +127,11 @@ def _own_layer(m: Place, cache: Any, y: Tensor) -> tuple[Any, Callable[[], None]
     return own_layer(cache, m.label, len(y), block.get_seq_length() - y.shape[-2], block)
 
 
-def _own_mask(m: Place, kwargs: dict[str, Any], layer: Any, y: Tensor) -> Any:
+def _own_mask(m: Place, mask: Any, cache: Any, layer: Any, y: Tensor) -> Any:
     """The block's mask without the positions of a prefix, which the model's own layers alone have."""
-    mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor):
         return mask[..., -layer.get_mask_sizes(y.shape[-2])[0] :]
-    if mask is not None and prefix_in(kwargs["past_key_values"]).size:
+    if mask is not None and prefix_in(cache).size:
         raise ValueError(
             f"{m.label}: a new block has no prefix, and nothing can be cut off a {type(mask).__name__}: set "
             "attn_implementation to sdpa or eager, or leave the prefix out"

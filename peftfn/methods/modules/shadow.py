@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from peftfn.core.modules import Along
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.mirror import SIZES, fresh, of_config, smaller
 from peftfn.model.place import Place, is_causal, swapped
+from peftfn.tensors.cache import cache_name
 
 DOT, MIRROR, BUFFER = "__", "mirror__", "buffer__"
 """What stands for the dot of a name in a leaf, and in front of the mirror's parameters and of its buffers."""
@@ -153,7 +155,8 @@ class Shadow(Along):
         past = cache(net.config)
         net.train(m.module.training)
         with swapped(net, values):
-            states: Tensor = net(**given, past_key_values=past, use_cache=past is not None).last_hidden_state
+            given[cache_name(signature(net.forward).parameters)] = past
+            states: Tensor = net(**given, use_cache=past is not None).last_hidden_state
         return F.linear(states, p["projection"]) if "projection" in p else states
 
     def into(self, p: Leaf, i: int, x: Tensor, state: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The sizes of a backbone's cache of keys and values."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfn.model.place import Place, is_encoder_of_two
 from peftfn.model.structure import lasting_copy
+from peftfn.tensors.cache import cache_in, cache_name
 from peftfn.tensors.sharded import is_sharded
 
 _KNOWN: "WeakKeyDictionary[nn.Module, tuple[int, int, int]]" = WeakKeyDictionary()
@@ -64,15 +65,16 @@ def _sizes(m: Place) -> tuple[int, int, int]:
         more["encoder_hidden_states"] = torch.zeros(1, 1, m.config.hidden_size, dtype=m.dtype, device=m.device)
     try:
         with torch.no_grad(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
-            given = DynamicCache(config=m.config) if "past_key_values" in m.arguments else None
+            name = cache_name(m.arguments)
+            given = DynamicCache(config=m.config) if name in m.arguments else None
             if given is not None and not getattr(m.config, "is_encoder_decoder", False):
-                more["past_key_values"] = given  # an encoder fills it, and returns none
+                more[name] = given  # an encoder fills it, and returns none
             out = own(input_ids=one, **more)
     except (RuntimeError, AttributeError):  # a kernel without a fake form, or a quantised layer without its values
         c = m.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = getattr(out, "past_key_values", None) or given
+    cache = (cache_in(out) if isinstance(out, Mapping) else None) or given
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     if layers is None or keys is None or keys.dim() != 4:
