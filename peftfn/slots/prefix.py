@@ -40,7 +40,7 @@ def run(
     out = forward(**given)
     if ours and given.get("use_cache") is False and isinstance(out, Mapping) and cache_in(out) is not None:
         # generate without a cache would go on with this one and the whole input
-        return type(out)(**{k: v for k, v in out.items() if k != cache_name(out)})
+        return type(out)(**{k: v for k, v in out.items() if k != cache_name(out.keys())})
     return out
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from peftfn.model.place import Place
 from peftfn.slots.gates import Gates, Index
+from peftfn.tensors.cache import grows, is_cache
 
 BY_MASK = frozenset(["opt"])
 """Types of models that count positions by the attention mask, so that positions given to them would be wrong."""
@@ -68,7 +69,7 @@ def past(m: Place, cache: Any) -> int:
     """How many positions a cache holds. ValueError for one that has no room for more."""
     if cache is None:
         return 0
-    if getattr(cache, "is_compileable", False):
+    if is_cache(cache) and not grows(cache):
         raise ValueError(
             f"{m.label}: virtual tokens take places in the cache, and a {type(cache).__name__} has none for them: "
             "generate with a dynamic cache (no cache_implementation)"

@@ -27,6 +27,12 @@ def is_cache(v: Any) -> bool:
     return hasattr(v, "get_seq_length") and hasattr(v, "update")
 
 
+def grows(cache: Any) -> bool:
+    """Whether a cache of transformers' has room for more positions than it was made for. (An empty one is of none.)"""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    return isinstance(layers, list) and not (layers and getattr(cache, "is_compileable", True))
+
+
 def cache_name(names: Collection[str]) -> str:
     """What a module with arguments of these names calls its cache. (transformers renamed it in release 5.24.)"""
     return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
@@ -53,7 +59,7 @@ class OwnLayers:
         self.made: list[tuple[Tensor | None, list[Any]]] = []
         if cache is None:
             return
-        if not isinstance(getattr(cache, "layers", None), list) or getattr(cache, "is_compileable", True):
+        if not grows(cache):
             raise ValueError(
                 f"{owner}: an adapter needs layers of its own in the cache, and a {type(cache).__name__} has no room "
                 "for them: give a DynamicCache, or use_cache=False"

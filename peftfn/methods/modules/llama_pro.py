@@ -10,7 +10,7 @@ from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Companion, ModuleMethod
 from peftfn.core.rng import Rng
 from peftfn.model.place import Place
-from peftfn.tensors.cache import cache_in, cache_name, own_layer, prefix_in
+from peftfn.tensors.cache import cache_in, cache_name, grows, own_layer, prefix_in
 from peftfn.tensors.loaded import source_of
 from peftfn.tensors.states import states_in, states_out
 
@@ -118,7 +118,7 @@ def _own_layer(m: Place, cache: Any, y: Tensor) -> tuple[Any, Callable[[], None]
     """(the new block's own layer of the cache, what puts it back)."""
     index = {part.layer_idx for part in m.module.modules() if hasattr(part, "layer_idx")}
     layers = getattr(cache, "layers", None)
-    if layers is None or len(index) != 1 or getattr(cache, "is_compileable", True):
+    if layers is None or len(index) != 1 or not grows(cache):
         raise ValueError(
             f"{m.label}: a new block needs a layer of its own in the cache, and a {type(cache).__name__} has no room "
             "for one: give a DynamicCache, or use_cache=False"

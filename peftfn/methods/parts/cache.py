@@ -74,6 +74,8 @@ def _sizes(m: Place) -> tuple[int, int, int]:
         c = m.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         return c.num_hidden_layers, heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    except IndexError:  # a cache without layers: of no keys and values
+        raise ValueError(_NONE.format(type(m.module).__name__)) from None
     cache = (cache_in(out) if isinstance(out, Mapping) else None) or given
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
