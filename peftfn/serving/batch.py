@@ -112,6 +112,12 @@ class Stepper:
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
+    def _unlike(self) -> ValueError:
+        return ValueError(
+            f"serve: the cache of {type(self.model).__name__} is more than keys and values of all tokens, so rows "
+            "cannot join and leave it: answer one request at a time with net.apply(…, method='generate')"
+        )
+
     def agrees(self, run: Run) -> bool:
         """Whether rows side by side, one step after the other, have the logits of a pass for each row alone.
 
@@ -123,14 +129,14 @@ class Stepper:
         size = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         rows = [[(7 * i + 3) % size for i in range(n)] for n in (2, 5)]
         with torch.inference_mode():
-            _, batch = self.prefill([row[:-1] for row in rows], run)
+            try:
+                _, batch = self.prefill([row[:-1] for row in rows], run)
+            except IndexError:  # it wants layers of another kind than a cache makes while it grows
+                raise self._unlike() from None
             plain = [type(layer) is DynamicLayer for layer in batch.cache.layers]
             shapes = [layer.keys.shape[2] == layer.values.shape[2] == 4 for layer in batch.cache.layers]
             if not plain or not all(plain + shapes):
-                raise ValueError(
-                    f"serve: the cache of {type(self.model).__name__} is more than keys and values of all tokens, so "
-                    "rows cannot join and leave it: answer one request at a time with net.apply(…, method='generate')"
-                )
+                raise self._unlike()
             got = self.step_(batch, [row[-1] for row in rows], run)
             alone = [run(input_ids=torch.tensor([row], device=got.device)).logits[:, -1] for row in rows]
             want = torch.cat(alone).float()
