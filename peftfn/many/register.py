@@ -65,6 +65,8 @@ class Register:
         if isinstance(names, str):
             raise TypeError(f"names is the string {names!r}; give a list, one name for each row")
         for row, name in enumerate(names):
+            if not isinstance(name, str):
+                raise TypeError(f"row {row}: {name!r} is no adapter's name: give strings, {BASE!r} for the base")
             if name not in self.waiting and (name != BASE or what != "row"):
                 where = f"row {row}: " if what == "row" else ""
                 known = list(self.waiting)

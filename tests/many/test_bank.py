@@ -603,6 +603,7 @@ def test_what_is_held_is_not_overwritten() -> None:
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "no name": (lambda bank, net: bank.apply(["a", None, "a", "a"], X), TypeError, r"row 1: None .*'__base__' for the"),
     "unknown name": (lambda bank, net: bank.apply(["a", "aa", "a", "a"], X), KeyError, r"row 1: .*'aa'.*near: a"),
     "too many": (lambda bank, net: bank.apply([*list("abc"), "a"], X), ValueError, r"'c': .*3 adapters.*2 slots"),
     "wrong length": (lambda bank, net: bank.apply(["a"] * 3, X), ValueError, r"3 entries.*\[4, 8\]"),
