@@ -95,10 +95,28 @@ class Peft:
         )
 
 
+_CHOICE = "peftfn.targets(model, peftfn.%s(), {}) makes the rules of peftfn.adapt"
+_STARTS = ("eva", "corda", "lora_ga", "loftq")
 ELSEWHERE = {
     "target_modules": "the pattern of a rule says which layers: peftfn.adapt(model, {'q_proj|v_proj': peftfn.%s()}), "
     "or peftfn.targets",
     "modules_to_save": "a separate rule trains a layer whole: peftfn.adapt(model, {…, 'lm_head': peftfn.Full()})",
+    "bias": "a separate rule trains biases: peftfn.adapt(model, {…, 'bias': peftfn.Full()})",
+    "trainable_token_indices": "a separate rule trains rows of an embedding: peftfn.adapt(model, {…, 'embed_tokens': "
+    "peftfn.TrainableTokens((…))})",
+    "exclude_modules": _CHOICE.format("…, exclude=[…]"),
+    "layers_to_transform": _CHOICE.format("…, layers=[…]"),
+    "layers_pattern": _CHOICE.format("…, layers=[…], layers_pattern=…"),
+    "rank_pattern": _CHOICE.format("…, rank_pattern={…}"),
+    "alpha_pattern": _CHOICE.format("…, alpha_pattern={…}"),
+    "target_parameters": _CHOICE.format("parameters=[…]"),
+    "task_type": _CHOICE.format("…, task='SEQ_CLS'") + ", with one for a fresh head; no other task needs a word",
+    "ensure_weight_tying": "tied weights are two sites, which one leaf can train: docs/from_peft.md has it",
+    "fan_in_fan_out": "leave it out: the layer's class says how its weight is stored",
+    "alora_invocation_tokens": "activated LoRA is a separate method here: give peftfn.ALoRA(invocation=(…))",
+    "num_virtual_tokens": "PEFT's num_virtual_tokens is n here: give n=…",
+    **{f"{start}_config": f"values to start from are functions: see peftfn.starts.{start}" for start in _STARTS},
+    "inference_mode": "leave it out: an adapter trains where you differentiate in it",
 }
 """PEFT's words that are not hyper-parameters here → what to write instead."""
 

@@ -101,6 +101,13 @@ WORDS: list[tuple[type[pf.Method], dict[str, Any], str]] = [
     (pf.LoRA, {"init_lora_weights": "pissa"}, r"give peftfn\.PiSSA"),
     (pf.IA3, {"target_modules": ["q_proj"]}, r"peftfn\.adapt\(model, \{'q_proj\|v_proj': peftfn\.IA3\(\)\}"),
     (pf.LoRA, {"modules_to_save": ["lm_head"]}, r"peftfn\.Full\(\)"),
+    (pf.LoRA, {"bias": "all"}, r"\{…, 'bias': peftfn\.Full\(\)\}"),
+    (pf.LoRA, {"task_type": "SEQ_CLS"}, r"peftfn\.targets\(model, peftfn\.LoRA\(\), …, task='SEQ_CLS'\)"),
+    (pf.LoRA, {"layers_to_transform": [1]}, r"layers=\[…\]"),
+    (pf.LoRA, {"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{…\}\) makes the rules of peftfn\.adapt"),
+    (pf.LoRA, {"trainable_token_indices": [3]}, r"peftfn\.TrainableTokens\(\(…\)\)"),
+    (pf.LoRA, {"eva_config": {}}, r"see peftfn\.starts\.eva"),
+    (pf.PromptTuning, {"num_virtual_tokens": 5}, "give n=…"),
     (pf.LoRA, {"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
 ]
 
@@ -109,6 +116,19 @@ WORDS: list[tuple[type[pf.Method], dict[str, Any], str]] = [
 def test_pefts_words_are_refused_with_ours(cls: type[pf.Method], given: dict[str, Any], says: str) -> None:
     with pytest.raises(TypeError, match=says):
         cls(**given)
+
+
+def test_every_word_that_says_where_is_refused_with_what_says_it_here() -> None:
+    """Words of all its configurations that are no hyper-parameters, but for those about the file itself."""
+    hyper = {key for c in registry.values() if c.peft for key in (*c.peft.fields.values(), *c.peft.fixed)}
+    about = {"auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision"}
+    shared = {f.name for f in dataclasses.fields(peft.LoraConfig)} & {
+        f.name for f in dataclasses.fields(peft.OFTConfig)
+    }
+    assert {"bias", "layers_to_transform", "task_type"} <= shared
+    for word in sorted(shared - hyper - about):
+        with pytest.raises(TypeError, match=f"LoRA has no argument '{word}': "):
+            pf.LoRA(**{word: None})
 
 
 PEFTS = [(c, f, key) for c in registry.values() if c.peft for f, key in c.peft.fields.items() if "." not in key]
