@@ -60,6 +60,8 @@ def bank_of(entry: Entry, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def init(plan: Plan, weights: Weights, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
     """Return a fresh adapter. The values of a site depend on (seed, site name) alone."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"init: dtype is {dtype!r}; give a floating-point dtype, like torch.bfloat16")
     adapter: Adapter = {name: leaf(e, weights, seed, dtype, e.frozen) for name, e in plan.items()}
     return adapter | {bank: shared_leaf(plan, bank, weights, seed, dtype) for bank in plan.banks}
 

@@ -60,6 +60,11 @@ registry: dict[str, type["Method"]] = {}
 """Every method by its class name: what a checkpoint names and the laws run over."""
 
 
+def named(word: str) -> str | None:
+    """The method of that name but for its case, or that PEFT has a configuration of that name for ("LoraConfig")."""
+    return {c.casefold(): c for c in registry}.get(word.removesuffix("Config").casefold())
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What every method has, whatever it adapts. Derive from a family: `Weight` for methods that change a weight,

@@ -212,7 +212,8 @@ class Plan(Mapping[str, Entry]):
     def check(self, adapter: Mapping[str, Any], lead: int = 0) -> None:
         """Raise unless `adapter` fits: KeyError for names, ValueError for shapes and dtypes. `lead`: stacked axes."""
         if not isinstance(adapter, Mapping):
-            raise TypeError(f"an adapter is a dict of site name → dict of tensors, not {type(adapter).__name__}")
+            cure = ": give a stack, peftfn.stack(adapters)" if lead and isinstance(adapter, list | tuple) else ""
+            raise TypeError(f"an adapter is a dict of site name → dict of tensors, not {type(adapter).__name__}{cure}")
         if adapter.keys() != self.entries.keys() | self.banks.keys():
             known = [*self.entries, *self.banks]
             for name in adapter:
@@ -266,10 +267,10 @@ def _fits(leaf: Any, spec: Mapping[str, Size]) -> bool:
 def _bad_tensor(name: str, key: str, t: Tensor, shape: Size, lead: int) -> None:
     if not t.is_floating_point():
         raise ValueError(f"{name}: {key} is {t.dtype}; leaves are floating-point tensors: convert it with .float()")
-    stacked = (
-        " (this looks like a stack of adapters: use vmap(net.apply, …) or net.mixed)"
-        if (not lead and t.shape[1:] == shape)
-        else ""
-    )
+    stacked = ""
+    if not lead and t.shape[1:] == shape:
+        stacked = " (this looks like a stack of adapters: use vmap(net.apply, …) or net.mixed)"
+    elif lead and t.shape == shape:
+        stacked = " (this looks like one adapter: a stack is peftfn.stack([adapter, …]))"
     want = ["k"] * lead + list(shape)
     raise ValueError(f"{name}: {key} has shape {list(t.shape)}, and the plan wants {want}{stacked}")

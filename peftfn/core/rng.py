@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -44,6 +45,10 @@ class Rng:
         """
         self.sites, self.constants = sites or {}, constants or {}
         self.dtype, self.device, self.seed, self.site, self.bias = dtype, torch.device(device), seed, site, bias
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed is {seed!r}; give an integer") from None
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         self.generator = torch.Generator()
         self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 
-from peftfn.core.method import Method
+from peftfn.core.method import Method, named
 from peftfn.model.model import Model
 from peftfn.model.names import ends, matches, near
 from peftfn.model.site import Site
@@ -18,12 +18,16 @@ def checked(rules: Mapping[str, Method]) -> Mapping[str, Method]:
         )
     if not isinstance(rules, Mapping) or not rules:
         what = "empty" if isinstance(rules, Mapping) else f"a {type(rules).__name__}"
-        raise ValueError(f"rules is {what}; give a dict of name pattern → method, like {{'q_proj': peftfn.LoRA()}}")
+        like = named(type(rules).__name__) or "LoRA"
+        raise ValueError(f"rules is {what}; give a dict of name pattern → method, like {{'q_proj': peftfn.{like}()}}")
     for pattern, method in rules.items():
         if not isinstance(pattern, str):
             raise TypeError(f"rule {pattern!r}: a pattern is a string; for several names write r'(q|v)_proj'")
         if not isinstance(method, Method):
-            raise TypeError(f"rule {pattern!r} has {method!r}; it must have a method, like peftfn.LoRA(rank=8)")
+            theirs = named(type(method).__name__)  # a configuration
+            has = f"a {type(method).__name__}, which is PEFT's" if theirs else repr(method)
+            like = f"peftfn.{theirs}(…)" if theirs else "peftfn.LoRA(rank=8)"
+            raise TypeError(f"rule {pattern!r} has {has}; it must have a method, like {like}")
     return dict(rules)
 
 
@@ -56,7 +60,10 @@ def match(rules: Mapping[str, Method], offers: Mapping[str, Mapping[str, Site]])
         if not hits:
             part = next((n for n in found if pattern in n), None)
             cure = f"; for a part of a word, as in {part}, write a regular expression: r'{pattern}.*'" if part else ""
-            cure = near(pattern, list(found)) + cure
+            if pattern in ("all-linear", "norms"):
+                cure = f"; it is a word of peftfn.targets(model, method, {pattern!r}), which returns rules"
+            else:
+                cure = near(pattern, list(found)) + cure
             raise ValueError(f"rule {pattern!r} matches none of the model's {len(found)} {kind}{cure}")
         if not accepted:
             seen = ", ".join(f"{s.name} ({s.kind})" for s in hits[:3])

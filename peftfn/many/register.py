@@ -1,6 +1,6 @@
 """What a bank holds: the adapters that are registered, and the slots of its nets in which some of them are resident."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -62,13 +62,15 @@ class Register:
 
     def check_known(self, names: Sequence[str], what: str) -> None:
         """KeyError where a name is not registered; of a row ("row"), it may be the base's."""
-        if isinstance(names, str):
-            raise TypeError(f"names is the string {names!r}; give a list, one name for each row")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            what = f"the string {names!r}" if isinstance(names, str) else f"a {type(names).__name__}"
+            raise TypeError(f"names is {what}; give a list, one name for each row")
         for row, name in enumerate(names):
+            where = f"row {row}: " if what == "row" else ""
             if not isinstance(name, str):
-                raise TypeError(f"row {row}: {name!r} is no adapter's name: give strings, {BASE!r} for the base")
+                cure = f"give the name of an adapter{f', or {BASE!r} for the base' if what == 'row' else ''}"
+                raise TypeError(f"{where}a name is a string, not {type(name).__name__}: {cure}")
             if name not in self.waiting and (name != BASE or what != "row"):
-                where = f"row {row}: " if what == "row" else ""
                 known = list(self.waiting)
                 hint = near(name, known) if known else "; the bank is empty"
                 raise KeyError(f"{where}the bank has no adapter {name!r}{hint}. Register it with bank.put first.")

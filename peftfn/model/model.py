@@ -34,7 +34,12 @@ class Model:
     def of(cls, model: nn.Module) -> "Model":
         """TypeError if it is not a module, ValueError if it has parameters that are not initialised (lazy modules)."""
         if not isinstance(model, nn.Module):
-            raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+            cure = "give it first"
+            if isinstance(model, str):
+                cure = f"load it first, as transformers' AutoModelForCausalLM.from_pretrained({model!r}) does"
+            elif isinstance(getattr(model, "model", None), nn.Module):
+                cure = "give its .model"
+            raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}: {cure}")
         modules = modules_of(model)
         stand_ins, sources = quantised_in(modules), sources_in(modules)
         parameters = dict(_held(modules, "_parameters"))

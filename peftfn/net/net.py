@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
 from peftfn.net.again import layers_of
 from peftfn.net.run import Asked, Runner
+from peftfn.net.words import unknown
 from peftfn.slots import pertoken, routes
 from peftfn.slots.routed import routed_of
 from peftfn.slots.routes import Gating
@@ -85,6 +86,11 @@ class Adapted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a net has no call of its own: the adapter is an argument. Write net.apply(adapter, *args)")
+
+    if not TYPE_CHECKING:  # to a type checker, every name would exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(unknown(name), name=name, obj=self)
 
     @property
     def weights(self) -> Mapping[str, Any]:

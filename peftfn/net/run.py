@@ -95,6 +95,11 @@ class Runner:
     def run(self, call: Asked, known: bool = True) -> Any:
         """The model's output. known: whether the adapters are known to fit their plans."""
         plan = call.given[0].plan
+        if "adapter_names" in call.kwargs and "adapter_names" not in self.arguments:  # **kwargs would swallow it
+            raise TypeError(
+                "adapter_names is PEFT's: write net.mixed(peftfn.stack([a, b]), [0, 1, …], …), with an adapter a row, "
+                "or peftfn.bank(…).apply(names, …)"
+            )
         if call.gates is None and plan.gated:
             ids = acting.Ids(self.model, self.arguments, call.args, call.kwargs, call.method)
             copies = copies_of(self.model, call.method, call.args, call.kwargs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from peftfn.core.method import registry
+from peftfn.core.method import named
 from peftfn.model.names import near
 
 ADAPT = "net = peftfn.adapt(model, {'q_proj': peftfn.LoRA(rank=8)}); adapter = net.init()"
@@ -29,8 +29,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
         known: the names there are.
     """
     head = f"module 'peftfn' has no attribute {name!r}"
-    alike = {c.casefold(): c for c in registry}
-    method = alike.get(name.removesuffix("Config").casefold())
+    method = named(name)
     if name in CURES:
         return f"{head}, which is PEFT's. Write {CURES[name]}"
     if name.startswith(("PeftModelFor", "PeftMixedModel", "AutoPeftModel")):

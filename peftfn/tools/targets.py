@@ -66,6 +66,11 @@ def targets(
         rules = pf.targets(model, pf.LoRA(rank=2), ["0"])
         net = pf.adapt(model, rules)
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"targets takes (model, method, modules), and the second argument is a {type(method).__name__}: write "
+            "peftfn.targets(model, peftfn.LoRA(rank=8), ['q_proj', 'v_proj'])"
+        )
     inputs: list[str] = []
     known = Model.of(model)
     names = [n for n in known.distinct if n]
@@ -86,8 +91,11 @@ def targets(
         first.setdefault(id(p), name)
     params = [n for n in first.values() if any(n == p or n.endswith(f".{p}") for p in parameters)]
     if not chosen and not params:
+        if layers is not None and modules is not None and matched(known, modules, exclude):
+            given = layers if isinstance(layers, int) else list(layers)
+            raise ValueError(f"targets: layers is {given}, and {modules!r} matches no module in such a layer")
         raise ValueError(
-            f"targets: {modules or list(parameters)!r} matches no module of the model{near(str(modules), names)}"
+            f"targets: {modules or list(parameters)!r} matches no module of the model{_cure(modules, names)}"
         )
     if exclude is not None and not callable(exclude):
         _refuse_missing("exclude", exclude, names)
@@ -156,7 +164,18 @@ def _refuse_missing(what: str, given: str | Iterable[str], names: list[str]) -> 
     whole = isinstance(given, str)
     for name in [given] if isinstance(given, str) else given:
         if name.lower() != "all-linear" and not any(matches(name if whole else [name], n) for n in names):
-            raise ValueError(f"targets: {what} has {name!r}, which matches no module of the model{near(name, names)}")
+            raise ValueError(
+                f"targets: {what} has {name!r}, which matches no module of the model"
+                f"{_cure(name if whole else [name], names)}"
+            )
+
+
+def _cure(wanted: Modules | None, names: list[str]) -> str:
+    """What to write for a choice that matches no module."""
+    if isinstance(wanted, str) and any(matches([wanted], n) for n in names):
+        return f": a string is one regular expression, which a whole name must match; for a name, give [{wanted!r}]"
+    words = [wanted] if isinstance(wanted, str) else wanted
+    return near(" ".join(words), names) if isinstance(words, list) else ""
 
 
 def _refuse_unused(values: Mapping[str, Mapping[str, Any]], chosen: list[str]) -> None:

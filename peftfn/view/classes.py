@@ -22,6 +22,10 @@ from peftfn.view.told import listening
 CURES = {
     "set_adapter": 'write m.use_("x") for every thread, or `with m.use("x"): …` for this one until the block ends',
     "disable_adapter": "write `with m.use(None): …`, which makes the base active in this thread until the block ends",
+    "disable_adapters": "write `with m.use(None): …`, or m.use_(None) for every thread",
+    "enable_adapters": 'write m.use_("x")',
+    "active_adapters": "print(peftfn.status(m))",
+    "get_adapter_state_dict": "peftfn.adapter_of(m) is a dict of tensors; peftfn.state_dict(net, a) has PEFT's names",
     "add_adapter": 'write peftfn.attach_(m, "x", a), or pass all by name, peftfn.as_module(net, x=a, y=b)',
     "load_adapter": 'net, a = peftfn.load(path, model) reads one; peftfn.attach_(m, "x", (net, a)) adds it',
     "delete_adapter": 'write peftfn.detach_(m, "x")',

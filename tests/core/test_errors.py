@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Made, by_name, noise, tokens
+from peft import LoraConfig
 from support import close, everywhere, random, same_state, state
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ RULES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unmatched part": ({"proj": LoRA(2)}, ValueError, r"'proj'.*near.*_proj"),
     "unmatched regex": ({r"layers\.\d+": LoRA(2)}, ValueError, r"layers.*none"),
     "only taken sites": ({r"_proj\.w": LoRA(2), "o_proj": DoRA(2)}, ValueError, r"'o_proj'.*o_proj\.weight.*first"),
+    "a word of targets": ({"all-linear": LoRA(2)}, ValueError, r"targets\(model, method, 'all-linear'\)"),
+    "PEFT's": ({"q_proj": LoraConfig()}, TypeError, r"'q_proj' has a LoraConfig, which is PEFT's.*peftfn\.LoRA\(…\)$"),
     "no such kind": ({"norm": LoRA(2)}, ValueError, r"'norm'.*norm\.weight.*LoRA.*linear"),
     "no such kind of bias": ({r"bias$": OFT(2)}, ValueError, r"bias.*OFT"),
     "invalid regex": ({r"q_proj(": LoRA(2)}, ValueError, r"q_proj\(.*regular expression"),
@@ -136,6 +139,17 @@ LEAVES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 }
 
 
+STARTS: list[dict[str, Any]] = [{"seed": torch.Generator()}, {"seed": "0"}, {"dtype": "half"}, {"dtype": torch.int8}]
+
+
+@pytest.mark.parametrize("options", STARTS, ids=["generator", "string", "dtype's name", "integers"])
+def test_bad_starts(options: dict[str, Any]) -> None:
+    """A generator's name is its address, so that a seed made of it would say nothing."""
+    net = pf.adapt(Small(), {"q_proj": LoRA(2)})
+    with pytest.raises(TypeError, match=rf"{next(iter(options))} is .*; give a"):
+        net.init(**options)
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_bad_leaves(name: str) -> None:
     spoil, kind, match = LEAVES[name]
@@ -215,8 +229,10 @@ def test_bad_indices(index: Any, match: str) -> None:
 def test_mixed_wants_a_stack() -> None:
     net = pf.adapt(Small(), {"q_proj": LoRA(2)})
     a, b = random(net, 1), random(net, 2)
-    with pytest.raises(ValueError, match=r"q_proj\.weight: .*'k'|stack"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight: .*'k'.*looks like one adapter.*peftfn\.stack\("):
         net.mixed(a, [0, 0, 0], noise(3, 6))
+    with pytest.raises(TypeError, match=r"not list: give a stack, peftfn\.stack\(adapters\)"):
+        net.mixed([a, b], [0, 0, 0], noise(3, 6))
     ragged = edit(pf.stack([a, b]), a=torch.stack([a["q_proj.weight"]["a"]] * 3))
     with pytest.raises(ValueError, match=r"stack.*\[2, 3\]"):
         net.mixed(ragged, [0, 0, 0], noise(3, 6))

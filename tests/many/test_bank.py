@@ -603,7 +603,7 @@ def test_what_is_held_is_not_overwritten() -> None:
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "no name": (lambda bank, net: bank.apply(["a", None, "a", "a"], X), TypeError, r"row 1: None .*'__base__' for the"),
+    "no name": (lambda bank, net: bank.apply(["a", None, "a", "a"], X), TypeError, r"row 1: .*'__base__' for the base"),
     "unknown name": (lambda bank, net: bank.apply(["a", "aa", "a", "a"], X), KeyError, r"row 1: .*'aa'.*near: a"),
     "too many": (lambda bank, net: bank.apply([*list("abc"), "a"], X), ValueError, r"'c': .*3 adapters.*2 slots"),
     "wrong length": (lambda bank, net: bank.apply(["a"] * 3, X), ValueError, r"3 entries.*\[4, 8\]"),
@@ -627,6 +627,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a net": (lambda bank, net: pf.Bank(net, 2), TypeError, r"Bank: give a list of nets.*this is a Adapted"),
     "no nets": (lambda bank, net: pf.Nets([net, net.model]), TypeError, r"Nets: give a list of nets.*this is a Tiny"),
     "no net": (lambda bank, net: bank.put("w", net.model, net.init()), TypeError, "'w': .*net is a Tiny"),
+    "None": (
+        lambda bank, net: bank.apply(["a", None], X),
+        TypeError,
+        "row 1: .*not NoneType: .*'__base__' for the base",
+    ),
+    "numbers": (lambda bank, net: bank.apply([0, 1], X), TypeError, "row 0: a name is a string, not int"),
+    "the input first": (lambda bank, net: bank.apply(X, ["a"]), TypeError, "row 0: a name is a string, not Tensor"),
+    "no names": (lambda bank, net: bank.apply(None, X), TypeError, "names is a NoneType; give a list"),
     "one string": (lambda bank, net: bank.apply("aaaa", X), TypeError, "names is the string 'aaaa'; give a list"),
     "no pairs": (lambda bank, net: pf.bank({"a": net.init()}), TypeError, r"name → \(net, adapter\)"),
     "one stack": (

@@ -1,14 +1,17 @@
 """What someone types who knows PEFT: each error says what to write here instead, and what it says works."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import by_name
 from torch import nn
 
 import peftfn as pf
+from peftfn.net.words import CURES
 
 Case = tuple[Callable[[Any, Any, Any], Any], type[Exception], str]
 
@@ -30,11 +33,24 @@ CASES: dict[str, Case] = {
     "a method for rules": (lambda n, a, m: pf.adapt(n.model, pf.LoRA()), TypeError, r"LoRA.*\{'q_proj'.*targets"),
     "net(x)": (lambda n, a, m: n(torch.ones(1, 6)), TypeError, r"net\.apply\(adapter"),
     "apply(x)": (lambda n, a, m: n.apply(torch.ones(1, 6)), TypeError, r"first argument is the adapter.*Tensor.*init"),
+    "apply(adapter_names)": (
+        lambda n, a, m: n.apply(a, torch.ones(1, 6), adapter_names=["one"]),
+        TypeError,
+        r"PEFT's.*net\.mixed\(.*bank",
+    ),
+    "adapt(name)": (
+        lambda n, a, m: pf.adapt("gpt2", {".*": pf.LoRA()}),
+        TypeError,
+        r"load it.*from_pretrained\('gpt2'\)",
+    ),
+    "adapt(rules, model)": (lambda n, a, m: pf.adapt({}, n.model), TypeError, r"Module, not dict: give it first"),
+    "describe(net)": (lambda n, a, m: pf.describe(n), TypeError, r"not Adapted: give its \.model"),
+    "adapt(config)": (lambda n, a, m: pf.adapt(n.model, peft.IA3Config()), ValueError, r"IA3Config.*peftfn\.IA3\(\)"),
     "load(model, path)": (lambda n, a, m: pf.load(n.model, "x"), TypeError, r"\(path, model\).*Sequential.*first"),
     "summary(m)": (lambda n, a, m: pf.summary(m), TypeError, r"peftfn\.status\(m\)"),
     "status(net)": (lambda n, a, m: pf.status(n), TypeError, r"as_module.*Adapted"),
     "as_module(model, a)": (lambda n, a, m: pf.as_module(n.model, a), TypeError, r"\(net, adapter\).*adapt first"),
-    "use with weights": (lambda n, a, m: m.use({"one": 0.5}).__enter__(), TypeError, r"use.*peftfn\.scale.*net\.mixed"),
+    "use with weights": (lambda n, a, m: m.use({"one": 0.5}).__enter__(), TypeError, r"use.*weights=\[…\].*net\.mixed"),
     "one adapter to Nets": (lambda n, a, m: pf.Nets([n]).mixed(a, [0], torch.ones(1, 6)), ValueError, r"list"),
 }
 
@@ -52,6 +68,10 @@ WORDS = {
     "add_adapter": r"as_module\(net, x=a, y=b\)",
     "load_adapter": r"peftfn\.load\(path, model\) .*peftfn\.attach_",
     "delete_adapter": r"peftfn\.detach_\(m, ",
+    "disable_adapters": r"with m\.use\(None\).*m\.use_\(None\)",
+    "enable_adapters": r'm\.use_\("x"\)',
+    "active_adapters": r"peftfn\.status\(m\)",
+    "get_adapter_state_dict": r"adapter_of\(m\).*peftfn\.state_dict\(net, a\)",
     "merge_and_unload": r"peftfn\.merged_model\(net, peftfn\.adapter_of\(m\)\)",
     "print_trainable_parameters": r"print\(peftfn\.status\(m\)\)",
 }
@@ -68,6 +88,22 @@ def test_words_of_a_wrapped_model(word: str, kind: str) -> None:
         m = pf.as_module(net, net.init())
     with pytest.raises(AttributeError, match=WORDS[word]):
         getattr(m, word)("x")
+
+
+@pytest.mark.parametrize("word", CURES)
+def test_words_of_a_module_at_a_net(word: str) -> None:
+    net = made()[0]
+    assert not hasattr(net, word)
+    with pytest.raises(AttributeError, match=rf"a net has no {word}: {re.escape(CURES[word])}"):
+        getattr(net, word)
+
+
+def test_words_of_transformers_and_peft_that_a_net_has_in_another_form() -> None:
+    words = {"generate", "parameters", "save_pretrained", "merge_and_unload", "to", "train"}
+    assert words <= CURES.keys()
+    word = "zzz"
+    with pytest.raises(AttributeError, match=r"^a net has no zzz$"):
+        getattr(made()[0], word)
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

@@ -82,6 +82,29 @@ def test_names_never_leak_into_longer_ones() -> None:
     assert list(pf.adapt(model, targets(model, pf.LoRA(1), ["foo"])).plan) == ["foo.weight"]
 
 
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a name": ({"modules": "q_proj"}, ValueError, r"'q_proj'.*one regular expression.*give \['q_proj'\]$"),
+    "a name to leave out": (
+        {"modules": "all-linear", "exclude": "o_proj"},
+        ValueError,
+        r"exclude has 'o_proj'.*one regular expression.*give \['o_proj'\]$",
+    ),
+    "no such layer": (
+        {"modules": ["q_proj"], "layers": [9]},
+        ValueError,
+        r"layers is \[9\], and \['q_proj'\] .*such a layer",
+    ),
+    "no method": ({"method": ["q_proj"]}, TypeError, r"\(model, method, modules\).*second argument is a list: write"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_say_what_to_write(name: str) -> None:
+    options, kind, match = WRONG[name]
+    with pytest.raises(kind, match=match):
+        targets(by_name["llama"].build(), **({"method": pf.LoRA(4)} | options))
+
+
 def test_all_linear_takes_modules_not_names() -> None:
     model = nn.ModuleDict(
         {"a": nn.ModuleDict({"baz": nn.Linear(2, 2)}), "conv": nn.ModuleDict({"baz": nn.Conv2d(2, 2, 1)})}
