@@ -14,6 +14,7 @@ from peftfn.formats import load, save
 from peftfn.formats.facts import inspect
 from peftfn.formats.files import Loaded
 from peftfn.formats.memory import from_state_dict, state_dict
+from peftfn.formats.obstacles import Obstacle, obstacles
 from peftfn.formats.peft_extra import replicate
 from peftfn.formats.push import push
 from peftfn.formats.several import load_all, save_view
@@ -80,6 +81,7 @@ __all__ = [
     "ModuleChain",
     "ModuleMethod",
     "Nets",
+    "Obstacle",
     "PerForward",
     "Place",
     "Prefix",
@@ -126,6 +128,7 @@ __all__ = [
     "merged",
     "merged_model",
     "merging",
+    "obstacles",
     "offload_",
     "onload_",
     "optim",

@@ -10,6 +10,7 @@ from peftfn.cli.base import load_base
 from peftfn.cli.convert import bound
 from peftfn.core.method import Method
 from peftfn.formats.facts import adapters_at, facts_of
+from peftfn.formats.obstacles import check_engine, obstacles_of
 
 WORDS = {
     "base_model": "base",
@@ -21,13 +22,20 @@ WORDS = {
 """Fact → what its row is called."""
 
 
-def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, Any]]:
-    """What `peftfn.inspect` returns; with a model also `fits`: "yes", or why not, and methods as the model has them.
+def inspect(
+    path: str | Path, model: Path | None = None, engine: str | None = None, max_rank: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """What `peftfn.inspect` returns; with a model also `fits`: "yes", or why not, and methods as the model has them;
+    with an engine also `obstacles`, as lines.
 
     Raises:
         FileNotFoundError: no adapter there, or no model.
-        ValueError: a broken file.
+        ValueError: a broken file, or a max_rank that the engine does not have.
     """
+    if engine is not None:
+        check_engine(engine, max_rank)
+    elif max_rank is not None:
+        raise ValueError("--max-lora-rank is what an engine is started with: give --for as well")
     found = adapters_at(path)
     base = None if model is None else load_base(model)
     out = {}
@@ -41,6 +49,8 @@ def inspect(path: str | Path, model: Path | None = None) -> dict[str, dict[str, 
             else:
                 facts["fits"] = "yes"
                 facts["methods"] = dict(Counter(_brief(e.method) for e in loaded.net.plan.values()))
+        if engine is not None:
+            facts["obstacles"] = [str(o) for o in obstacles_of(where, engine, max_rank)]
         out[name] = facts
     return out
 
@@ -73,6 +83,8 @@ def report(name: str, facts: Mapping[str, Any], path: str | Path, model: Path | 
     if facts["whole"]:
         rows.append(("others", f"{len(facts['whole'])} tensors, {facts['whole'][0]} first"))
     rows += [("extra", f"{k} {v}") for k, v in facts.get("extra", {}).items()]
+    if "obstacles" in facts:
+        rows += [("obstacle", line) for line in facts["obstacles"]] or [("obstacle", "none")]
     if "fits" in facts:
         rows.append(("fits", f"{model}: {facts['fits']}"))
     rows += [("layer", layer) for layer in facts["layers"]] if full else []

@@ -8,18 +8,24 @@ from peftfn.cli.arguments import ADAPTER, ANY_BASE, Command, positive
 
 MERGING = ("linear", "magnitude", "ties", "dare", "della", "tsv", "iso_c")
 FORMATS = ("native", "peft", "kohya", "swift", "gguf")
+ENGINES = ("vllm", "sglang")
 
 
 def add_inspect(command: Command) -> None:
     new = command(
         "inspect",
         _inspect,
-        "what is in an adapter, and whether it fits a model",
-        "Prints method, ranks, layers and size of an adapter, from its headers. Exit code 1: it does not fit MODEL.",
+        "what is in an adapter, whether it fits a model, and whether a server takes it",
+        "Prints method, ranks, layers and size of an adapter, from its headers. Exit code 1: it does not fit MODEL, "
+        "or the server would not take it.",
     )
     new.add_argument("path", metavar="PATH", help=f"{ADAPTER} (kohya's and diffusers': a .safetensors)")
     new.add_argument(
         "--model", type=Path, metavar="MODEL", help="a model's folder or config.json: does the adapter fit?"
+    )
+    new.add_argument("--for", dest="engine", choices=ENGINES, help="the server: what of the adapter does it not take?")
+    new.add_argument(
+        "--max-lora-rank", type=positive, metavar="R", help="what that server is started with (vllm: 16 if not given)"
     )
     new.add_argument("--layers", action="store_true", help="list the adapted layers too")
     new.add_argument("--json", action="store_true", help="print JSON")
@@ -28,13 +34,13 @@ def add_inspect(command: Command) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from peftfn.cli.inspect import inspect, report
 
-    found = inspect(options.path, options.model)
+    found = inspect(options.path, options.model, options.engine, options.max_lora_rank)
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         texts = [report(name, facts, options.path, options.model, options.layers) for name, facts in found.items()]
         print("\n\n".join(texts))
-    return int(any(facts.get("fits", "yes") != "yes" for facts in found.values()))
+    return int(any(facts.get("fits", "yes") != "yes" or facts.get("obstacles") for facts in found.values()))
 
 
 def add_convert(command: Command) -> None:

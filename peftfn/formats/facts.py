@@ -56,12 +56,12 @@ def adapters_at(
 ) -> dict[str, Path]:
     """{name: its folder or file} of the adapters at a path; "" is the name of a single one."""
     where = hub.find(path, revision=revision, options=hub_options)
-    if _format(where) not in (None, "swift"):
+    if format_of(where) not in (None, "swift"):
         return {"": where}
     if where != Path(path):  # of the hub, whose folders below are not there yet
         where = hub.find_all(path, FOLDER_FILES, revision=revision, options=hub_options)
     found = folders(where)
-    if not found and _format(where) == "swift":
+    if not found and format_of(where) == "swift":
         found = {"": where}
     if not found:
         raise FileNotFoundError(f"{where} holds no adapter of a known format: {', '.join(FORMATS)}")
@@ -70,7 +70,7 @@ def adapters_at(
 
 def described(where: Path) -> dict[str, Any]:
     """What an adapter's configuration says of its base: keys as PEFT has them. {} of a file without one."""
-    match _format(where):
+    match format_of(where):
         case "native":
             config = read_json(where / native.CONFIG)
             found = config.get("extra") if isinstance(config, dict) else None
@@ -86,7 +86,7 @@ def described(where: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _format(path: Path) -> str | None:
+def format_of(path: Path) -> str | None:
     return next((name for name, module in FORMATS.items() if module.is_mine(path)), None)
 
 
@@ -104,7 +104,7 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(path: Path) -> dict[str, Any]:
-    match _format(path):
+    match format_of(path):
         case "native":
             with opened(path / native.TENSORS) as file:
                 return {"format": "native", **_native(read_json(path / native.CONFIG), path), **_size(file)}

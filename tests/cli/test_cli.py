@@ -469,6 +469,25 @@ def test_inspect_lists_several_adapters(tmp_path: Path, capsys: Any) -> None:
     assert "others   1 tensors, lm_head.weight first" in capsys.readouterr().out
 
 
+def test_inspect_says_what_a_server_does_not_take(tmp_path: Path, capsys: Any) -> None:
+    model = llama()
+    adapter(tmp_path / "a", model, {KV: pf.LoRA(rank=24)}, format="peft")
+    adapter(tmp_path / "b", model, {r"(q|k|v)_proj\.weight": pf.LoRA(rank=2)}, format="peft")
+    assert run("inspect", tmp_path / "a", "--for", "vllm") == 1
+    (line,) = [w for w in capsys.readouterr().out.splitlines() if w.startswith("obstacle ")]
+    assert "a rank above `--max-lora-rank`" in line and ": 24, and the server takes 16. Cure: " in line
+    assert run("inspect", tmp_path / "a", "--for", "vllm", "--max-lora-rank", 32) == 0
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "a", "--for", "sglang", "--json") == 1
+    (facts,) = json.loads(capsys.readouterr().out).values()
+    assert len(facts["obstacles"]) == 2 and all("without `q_proj`" in line for line in facts["obstacles"])
+    for engine in ("vllm", "sglang"):
+        assert run("inspect", tmp_path / "b", "--for", engine) == 0
+        assert "obstacle none" in capsys.readouterr().out
+    assert "vLLM starts with 1, 8" in fails(capsys, "inspect", tmp_path / "a", "--for", "vllm", "--max-lora-rank", 24)
+    assert "give --for" in fails(capsys, "inspect", tmp_path / "a", "--max-lora-rank", 32)
+
+
 def test_inspect_of_bad_input_says_so_in_one_line(tmp_path: Path, capsys: Any) -> None:
     assert "nothing does not exist" in fails(capsys, "inspect", tmp_path / "nothing")
     assert "no adapter of a known format" in fails(capsys, "inspect", tmp_path)
