@@ -49,6 +49,7 @@ from peftfn.tools.describe import Described, Description, describe
 from peftfn.tools.extract import extract
 from peftfn.tools.intruders import intruders, reduce_intruders
 from peftfn.tools.report import MergedSite, MergeReport, merge_report
+from peftfn.tools.spectrum import SpectrumReport, SpectrumSite, spectrum
 from peftfn.tools.summary import summary
 from peftfn.tools.targets import targets
 from peftfn.tools.verify import Verification, VerifiedSite, verify
@@ -88,6 +89,8 @@ __all__ = [
     "Rng",
     "Routed",
     "Site",
+    "SpectrumReport",
+    "SpectrumSite",
     "Swept",
     "Tokens",
     "Trial",
@@ -142,6 +145,7 @@ __all__ = [
     "save",
     "scale",
     "sites",
+    "spectrum",
     "stack",
     "starts",
     "state_dict",

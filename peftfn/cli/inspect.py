@@ -8,9 +8,13 @@ from typing import Any
 
 from peftfn.cli.base import load_base
 from peftfn.cli.convert import bound
-from peftfn.core.method import Method
+from peftfn.cli.outline import by_factors, outline
+from peftfn.core.method import MATRIX, Method
 from peftfn.formats.facts import adapters_at, facts_of
+from peftfn.formats.files import Loaded
 from peftfn.formats.obstacles import check_engine, obstacles_of
+from peftfn.tools import spectrum as tool
+from peftfn.tools.spectrum import SpectrumReport
 
 WORDS = {
     "base_model": "base",
@@ -23,14 +27,23 @@ WORDS = {
 
 
 def inspect(
-    path: str | Path, model: Path | None = None, engine: str | None = None, max_rank: int | None = None
+    path: str | Path,
+    model: Path | None = None,
+    engine: str | None = None,
+    max_rank: int | None = None,
+    spectrum: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What `peftfn.inspect` returns; with a model also `fits`: "yes", or why not, and methods as the model has them;
     with an engine also `obstacles`, as lines.
 
+    Args:
+        spectrum: also `spectrum`, a `SpectrumReport`, of each adapter that fits. Of LoRAs in PEFT's format it needs no
+            model, and of LoRAs in others a config.json alone.
+
     Raises:
         FileNotFoundError: no adapter there, or no model.
-        ValueError: a broken file, or a max_rank that the engine does not have.
+        ValueError: a broken file; a max_rank that the engine does not have; or a spectrum that needs a model, or the
+            model's values.
     """
     if engine is not None:
         check_engine(engine, max_rank)
@@ -49,10 +62,24 @@ def inspect(
             else:
                 facts["fits"] = "yes"
                 facts["methods"] = dict(Counter(_brief(e.method) for e in loaded.net.plan.values()))
+                if spectrum:
+                    facts["spectrum"] = _spectrum(where, loaded, base.hollow)
+        elif spectrum:
+            facts["spectrum"] = _spectrum(where, bound(where, outline([where])), hollow=True)
         if engine is not None:
             facts["obstacles"] = [str(o) for o in obstacles_of(where, engine, max_rank)]
         out[name] = facts
     return out
+
+
+def _spectrum(where: Path, loaded: Loaded, hollow: bool) -> SpectrumReport:
+    for name, entry in loaded.net.plan.items() if hollow else ():
+        if entry.site.kind in MATRIX and not by_factors(entry):
+            raise ValueError(
+                f"{where}: {name}: the change that {entry.method} makes depends on the base's values; give a --model "
+                "folder with *.safetensors"
+            )
+    return tool.spectrum(loaded.net, loaded.adapter)
 
 
 def _brief(method: Method) -> str:
@@ -88,4 +115,5 @@ def report(name: str, facts: Mapping[str, Any], path: str | Path, model: Path | 
     if "fits" in facts:
         rows.append(("fits", f"{model}: {facts['fits']}"))
     rows += [("layer", layer) for layer in facts["layers"]] if full else []
-    return "\n".join(f"{what:<8} {value}" for what, value in rows)
+    lines = [f"{what:<8} {value}" for what, value in rows]
+    return "\n".join(lines + (["", str(facts["spectrum"])] if "spectrum" in facts else []))

@@ -28,14 +28,21 @@ def add_inspect(command: Command) -> None:
         "--max-lora-rank", type=positive, metavar="R", help="what that server is started with (vllm: 16 if not given)"
     )
     new.add_argument("--layers", action="store_true", help="list the adapted layers too")
+    new.add_argument(
+        "--spectrum",
+        action="store_true",
+        help="figures of each change's singular values and entries; LoRAs in PEFT's format need no MODEL",
+    )
     new.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from peftfn.cli.inspect import inspect, report
 
-    found = inspect(options.path, options.model, options.engine, options.max_lora_rank)
+    found = inspect(options.path, options.model, options.engine, options.max_lora_rank, options.spectrum)
     if options.json:
+        for facts in found.values():
+            facts |= {"spectrum": facts["spectrum"].json()} if "spectrum" in facts else {}
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         texts = [report(name, facts, options.path, options.model, options.layers) for name, facts in found.items()]

@@ -62,6 +62,13 @@ def svd_of(up: Tensor, down: Tensor) -> Svd:
     return q @ u, s, vh @ p.mT
 
 
+def singular_values(up: Tensor, down: Tensor | None = None) -> Tensor:
+    """The singular values of a matrix, or of up @ down, which is never made; in falling order."""
+    if down is None:
+        return torch.linalg.svdvals(up)
+    return torch.linalg.svdvals(torch.linalg.qr(up)[1] @ torch.linalg.qr(down.mT)[1].mT)
+
+
 def nothing(site: Site, like: Tensor) -> Change:
     """The change that leaves a site as it is, on the device of `like`."""
     if site.kind not in MATRIX:

@@ -1,8 +1,8 @@
 """merge_report: what merging would lose at each site, before anyone merges."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, overload
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from peftfn.core import functions
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide
 from peftfn.tensors.quantised import QuantisedWeight
-from peftfn.tools.table import table
+from peftfn.tools.table import Report
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MergedSite:
     stays: float | None
 
 
-class MergeReport(Sequence[MergedSite]):
+class MergeReport(Report[MergedSite]):
     """What `merge_report` returns: a sequence of sites that prints as a table.
 
     Example:
@@ -47,33 +47,9 @@ class MergeReport(Sequence[MergedSite]):
         print(pf.merge_report(net, net.init(), torch.bfloat16))
     """
 
-    def __init__(self, sites: Sequence[MergedSite]):
-        self._sites = tuple(sites)
-
-    @overload
-    def __getitem__(self, index: int) -> MergedSite: ...
-    @overload
-    def __getitem__(self, index: slice) -> "MergeReport": ...
-    def __getitem__(self, index: int | slice) -> "MergedSite | MergeReport":
-        return MergeReport(self._sites[index]) if isinstance(index, slice) else self._sites[index]
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __str__(self) -> str:
-        rows = [("site", "dtype", "‖Δ‖/‖W‖", "lost", "stays")]
-        rows += [(s.name, s.dtype, short(s.size), share(s.lost), share(s.stays)) for s in self]
-        return table(rows)
-
-    __repr__ = __str__
-
-    def json(self) -> list[dict[str, Any]]:
-        """Return plain values, for `json.dumps`.
-
-        Returns:
-            The fields, as dicts and lists of numbers and strings.
-        """
-        return [asdict(s) for s in self]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("site", "dtype", "‖Δ‖/‖W‖", "lost", "stays")]
+        return rows + [(s.name, s.dtype, short(s.size), share(s.lost), share(s.stays)) for s in self]
 
 
 def merge_report(net: Adapted, adapter: Mapping[str, Any], dtype: torch.dtype | None = None) -> MergeReport:

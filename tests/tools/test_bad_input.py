@@ -83,6 +83,7 @@ CHANGES: dict[str, Callable[[pf.Adapted, Any], Any]] = {
     "to_lora": lambda net, a: pf.to_lora(net, a, rank=1),
     "merge_report": pf.merge_report,
     "intruders": pf.intruders,
+    "spectrum": pf.spectrum,
     "reduce_intruders": lambda net, a: pf.reduce_intruders(net, a, rank=1),
     "arrow": lambda net, a: R.arrow(net, pf.stack([a, a])),
 }
