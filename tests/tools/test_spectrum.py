@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import astuple
+from typing import Any
 
 import pytest
 import torch
 from models import by_name
 from support import FIRST, random
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfn as pf
 from peftfn.testing import MODELS, Case
@@ -108,6 +110,29 @@ def test_blocks_give_what_the_whole_gives(block: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "BLOCK", block)
     for k, want in zip((c, d), whole, strict=True):
         assert astuple(pf.spectrum(k.net, k.adapter())[0])[1:] == pytest.approx(astuple(want)[1:], rel=1e-12)
+
+
+def test_the_product_of_factors_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):
+        size = 0  # in bytes
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                self.size = max(self.size, t.untyped_storage().nbytes() if isinstance(t, Tensor) else 0)
+            return out
+
+    model = nn.Sequential(nn.Linear(80, 60, bias=False))
+    model[0].weight = nn.Parameter(torch.ones(()).expand(60, 80))  # of no size, so that what is made is seen
+    net = pf.adapt(model, {"0.weight": pf.LoRA(rank=2)})
+    a = random(net)
+    monkeypatch.setattr(module, "BLOCK", 160)
+    with Largest() as largest:
+        pf.spectrum(net, a)
+    assert 0 < largest.size <= 160 * 8
+    with Largest() as largest:
+        net.delta(a)
+    assert largest.size == 60 * 80 * 4
 
 
 def test_a_report_prints_and_is_json_and_leaves_out_what_is_no_matrix() -> None:
