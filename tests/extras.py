@@ -75,7 +75,7 @@ torch.testing.assert_close(again.apply(b, ids).logits, net.apply(a, ids).logits)
 """,
     "serve": TINY
     + """
-import json, subprocess, sys, urllib.request
+import atexit, json, subprocess, sys, urllib.request
 from tokenizers import Tokenizer, models
 words = Tokenizer(models.WordLevel({"<pad>": 0, "hat": 1, "<user>hat": 2}, unk_token="<pad>"))
 words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
@@ -84,18 +84,20 @@ model.save_pretrained("base"), words.save_pretrained("base")
 pf.save("adapters/ann", net, a)
 command = [sys.executable, "-m", "peftfn", "serve", "base", "--adapters", "adapters", "--port", "0"]
 server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+atexit.register(server.kill)
 url = server.stdout.readline().split()[4].rstrip(",")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def ask(where, **body):
     request = urllib.request.Request(url + where, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    return opener.open(request if body else url + where, timeout=60).read().decode()
+    return opener.open(request, timeout=60).read().decode()
 how = {"model": "ann", "max_tokens": 4, "temperature": 0}
 told = json.loads(ask("/completions", prompt=[3, 1, 4], return_token_ids=True, **how))
 want = net.apply(a, ids, method="generate", max_new_tokens=4, do_sample=False)[0, 3:].tolist()
 assert told["choices"][0]["token_ids"] == want, told
 chat = json.loads(ask("/chat/completions", messages=[{"role": "user", "content": "hat"}], **how))
 assert chat["usage"]["prompt_tokens"] == 1, chat
-assert "peftfn_generated_tokens_total 8.0" in ask("/../metrics")
+metrics = opener.open(url.removesuffix("/v1") + "/metrics", timeout=60).read().decode()
+assert "peftfn_generated_tokens_total 8.0" in metrics
 server.terminate()
 assert server.wait(60) == 0
 """,
