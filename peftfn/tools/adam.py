@@ -47,7 +47,7 @@ def adamw(
         return {"count": torch.zeros(()), "m": zeros, "v": each(zeros, torch.clone)}
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
-        count = state["count"] + 1
+        count = part(state, "count") + 1
         m = each(state["m"], lambda m, g: betas[0] * m + (1 - betas[0]) * g, g)
         v = each(state["v"], lambda v, g: betas[1] * v + (1 - betas[1]) * g.to(v.dtype).square(), g)
         one, two = 1 - betas[0] ** count, 1 - betas[1] ** count

@@ -1,4 +1,4 @@
-"""What to write here in place of PEFT's names."""
+"""What to write here in place of names of PEFT's, JAX's and optax's."""
 
 from collections.abc import Iterable
 
@@ -19,6 +19,36 @@ CURES = {
     "TaskType": "peftfn.targets(model, method, task='SEQ_CLS'), or a rule for the head, {'score': peftfn.Full()}",
 }
 """PEFT's name → what to write instead."""
+JAX = {
+    "grad": "torch.func.grad",
+    "value_and_grad": "torch.func.grad_and_value, which returns the gradient first",
+    "vmap": "torch.func.vmap",
+    "jvp": "torch.func.jvp",
+    "vjp": "torch.func.vjp",
+    "jit": "torch.compile(f, fullgraph=True)",
+    "tree_map": "optree.tree_map, or torch.utils._pytree.tree_map",
+    "tree_leaves": "peftfn.leaves(adapter)",
+    "partition": "peftfn.adapt(model, rules): the adapter is what is trained, the base is constant",
+    "combine": "net.merge(adapter), whose parameters torch.func.functional_call takes",
+    "apply_updates": "peftfn.steps.apply(adapter, updates)",
+}
+"""A name of JAX, equinox or optax → what to write instead."""
+OPTAX = {
+    "adam": "adamw(lr, weight_decay=0.0)",
+    "apply_updates": "apply(adapter, updates)",
+    "clip_by_global_norm": "clip(max_norm)",
+    "cosine_decay_schedule": "scheduled(cosine(total)), after the optimizer",
+    "linear_schedule": "scheduled(linear(total)), after the optimizer",
+    "warmup_cosine_decay_schedule": "scheduled(cosine(total, warmup=…)), after the optimizer",
+    "inject_hyperparams": "stacked(adamw, lr=[…]), for a stack of adapters",
+}
+"""optax's name → what `steps` has."""
+
+
+def unknown_step(name: str, known: Iterable[str]) -> str:
+    """The message for a name that `peftfn.steps` does not have. known: the names there are."""
+    head = f"module 'peftfn.steps' has no attribute {name!r}"
+    return f"{head}, which is optax's. Write {OPTAX[name]}" if name in OPTAX else head + near(name, list(known))
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
@@ -32,6 +62,8 @@ def unknown(name: str, known: Iterable[str]) -> str:
     method = named(name)
     if name in CURES:
         return f"{head}, which is PEFT's. Write {CURES[name]}"
+    if name in JAX:
+        return f"{head}, which is JAX's. Write {JAX[name]}"
     if name.startswith(("PeftModelFor", "PeftMixedModel", "AutoPeftModel")):
         return f"{head}, which is PEFT's. Write {CURES['PeftModel']}"
     if name.endswith("Config") and method:

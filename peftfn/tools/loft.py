@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, beside
-from peftfn.tools.step import Step, Tree, checked, damped, pairs, wide
+from peftfn.tools.step import Step, Tree, checked, damped, pairs, part, wide
 
 
 def loft(
@@ -73,7 +73,7 @@ def loft(
         s = leaf["scale"]
         a, b, da, db = wide(leaf["a"], leaf["b"], g["a"], g["b"])
         left, right = s * b, a.mT
-        count = state["count"] + 1
+        count = part(state, "count") + 1
         ub, of_b = half(db / s, right, state["b"], count)
         ua, of_a = half(da.mT, left, state["a"], count)
         mine = (count % 2 == 1).to(a.dtype)  # B's turn

@@ -10,7 +10,7 @@ from torch.func import vmap
 
 from peftfn.tensors.tree import leaves, stack_size
 from peftfn.tools.adam import Rate
-from peftfn.tools.step import Step, Tree, each
+from peftfn.tools.step import Step, Tree, each, number, part
 
 Schedule = Callable[[Tensor], Tensor]
 """count of the steps before this one ↦ factor of the update"""
@@ -35,6 +35,7 @@ def clip(max_norm: Rate) -> Step:
         updates, _ = step.update({"w": {"a": torch.tensor([3.0, 4.0])}}, step.init({}), {"w": {"a": torch.zeros(2)}})
         assert torch.allclose(updates["w"]["a"], torch.tensor([-0.06, -0.08]), atol=1e-5)
     """
+    number("clip", "max_norm", max_norm)
     if not isinstance(max_norm, Tensor) and not max_norm > 0:
         raise ValueError(f"clip: max_norm is {max_norm!r}; it must be above 0")
 
@@ -60,14 +61,20 @@ def scheduled(schedule: Schedule) -> Step:
     Returns:
         A `Step` whose state is the count.
 
+    Raises:
+        TypeError: the schedule is no function.
+
     Example:
         step = pf.steps.chain(pf.steps.adamw(1e-3), pf.steps.scheduled(pf.steps.cosine(100, warmup=10)))
         state = step.init({"w": {"a": torch.zeros(2)}})
     """
+    if not callable(schedule):
+        raise TypeError(f"scheduled: the schedule is {schedule!r}; give a function of the count, like cosine(100)")
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
-        factor = schedule(state["count"])
-        return each(g, lambda t: t * factor.to(t.dtype)), {"count": state["count"] + 1}
+        count = part(state, "count")
+        factor = schedule(count)
+        return each(g, lambda t: t * factor.to(t.dtype)), {"count": count + 1}
 
     return Step(lambda a: {"count": torch.zeros((), dtype=torch.float64)}, update)
 

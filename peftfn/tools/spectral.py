@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, beside
-from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, sign, wide
+from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, part, sign, wide
 
 
 def lora_muon(
@@ -121,7 +121,7 @@ def lora_rite(
 
     def update(g: Mapping[str, Any], state: Tree, leaf: Mapping[str, Any]) -> tuple[Tree, Tree]:
         a, b, da, db = wide(leaf["a"], leaf["b"], g["a"], g["b"])
-        count = state["count"] + 1
+        count = part(state, "count") + 1
         ub, of_b = half(db, a.mT, state["b"], count)
         ua, of_a = half(da.mT, b, state["a"], count)
         updates = {"a": -lr * (ua.mT + weight_decay * a), "b": -lr * (ub + weight_decay * b)}

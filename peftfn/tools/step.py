@@ -54,7 +54,10 @@ def each(tree: Mapping[str, Any], f: Callable[..., Any], *others: Mapping[str, A
 
 
 def part(tree: Mapping[str, Any], k: str, at: str = "") -> Any:
-    """What a tree has under a name. KeyError that says whose it must be."""
+    """What a tree has under a name. KeyError that says whose it must be, TypeError for what is no tree."""
+    if not isinstance(tree, Mapping):
+        what = f"a {type(tree).__name__}" + (": `update` returns (updates, state)" if isinstance(tree, tuple) else "")
+        raise TypeError(f"{at}a tree of a step is a dict, like the adapter, not {what}")
     if k not in tree:
         raise KeyError(
             f"{at}{k} is missing in a tree of a step, which has {', '.join(map(repr, list(tree)[:4])) or 'nothing'}: "
@@ -72,12 +75,23 @@ def leaf_in(tree: Mapping[str, Any], site: str) -> Mapping[str, Any]:
 
 
 def checked(where: str, betas: tuple[float, ...] = (), **values: float | Tensor) -> None:
-    """ValueError for a rate or the like that is no finite number of at least 0, or for a decay outside [0, 1)."""
+    """ValueError for a rate or the like that is no finite number of at least 0, or for a decay outside [0, 1);
+    TypeError for what is no number."""
     for name, value in values.items():
+        number(where, name, value)
         if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
             raise ValueError(f"{where}: {name} is {value!r}; give a finite {name} >= 0")
     if not all(0 <= b < 1 for b in betas):
         raise ValueError(f"{where}: the moments' decay is {betas}; give numbers in [0, 1)")
+
+
+def number(where: str, name: str, value: Any) -> None:
+    """TypeError unless it is a number or a tensor."""
+    if not isinstance(value, int | float | Tensor):
+        has = f"{where}: {name} is {value!r}; give a number or a tensor"
+        if callable(value):
+            has = f"{where}: {name} is a function; give a number; a schedule follows: chain({where}(…), scheduled(f))"
+        raise TypeError(has)
 
 
 def wide(*ts: Tensor) -> tuple[Tensor, ...]:

@@ -16,13 +16,14 @@ rate may be a tensor, so that `vmap` runs over learning rates as over adapters.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from peftfn.net.net import Adapted
 from peftfn.tools.adam import Rate, adamw
+from peftfn.tools.cures import unknown_step
 from peftfn.tools.loft import loft
 from peftfn.tools.paced import clip, cosine, linear, scheduled, stacked
 from peftfn.tools.paired import lora_fa as _fa
@@ -48,6 +49,11 @@ __all__ = [
     "sgd",
     "stacked",
 ]
+
+if not TYPE_CHECKING:  # to a type checker, every name would exist
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(unknown_step(name, __all__))
 
 
 def apply(adapter: Mapping[str, Any], updates: Mapping[str, Any]) -> Tree:
@@ -80,6 +86,7 @@ def chain(*steps: Step) -> Step:
 
     Raises:
         ValueError: no steps.
+        TypeError: something else.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -88,6 +95,10 @@ def chain(*steps: Step) -> Step:
     """
     if not steps:
         raise ValueError("chain: give at least one step")
+    for s in steps:
+        if not isinstance(s, Step):
+            cure = "scheduled(f) is the step of a schedule f" if callable(s) else "write chain(clip(1.0), adamw(lr))"
+            raise TypeError(f"chain: a {type(s).__name__} is not a step: {cure}")
 
     def init(a: Mapping[str, Any]) -> Tree:
         return {str(i): s.init(a) for i, s in enumerate(steps)}

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import peft
 import pytest
 import torch
@@ -12,8 +13,12 @@ from torch import nn
 
 import peftfn as pf
 from peftfn.net.words import CURES
+from peftfn.tools.cures import JAX, OPTAX
 
 Case = tuple[Callable[[Any, Any, Any], Any], type[Exception], str]
+
+
+COSINE, SGD, ADAMW = pf.steps.cosine(10), pf.steps.sgd(0.1), pf.steps.adamw(0.1)
 
 
 def made() -> tuple[Any, Any, Any]:
@@ -28,6 +33,22 @@ CASES: dict[str, Case] = {
     "PeftModelForCausalLM": (lambda n, a, m: pf.PeftModelForCausalLM, AttributeError, r"peftfn\.adapt.*as_module"),
     "LoraConfig": (lambda n, a, m: pf.LoraConfig(r=8), AttributeError, r"peftfn\.LoRA\(.*adapt"),
     "IA3Config": (lambda n, a, m: pf.IA3Config(), AttributeError, r"peftfn\.IA3\("),
+    "grad": (lambda n, a, m: pf.grad, AttributeError, r"JAX's\. Write torch\.func\.grad"),
+    "apply_updates": (lambda n, a, m: pf.apply_updates, AttributeError, r"peftfn\.steps\.apply\("),
+    "adam": (lambda n, a, m: pf.steps.adam(1e-3), AttributeError, r"optax's\. Write adamw\(lr, weight_decay=0\.0\)"),
+    "adamv": (lambda n, a, m: pf.steps.adamv(1e-3), AttributeError, r"near: adamw"),
+    "a rate that is a schedule": (lambda n, a, m: pf.steps.adamw(COSINE), TypeError, r"adamw: lr .*scheduled\(f\)"),
+    "a rate that is a string": (lambda n, a, m: pf.steps.sgd("1e-3"), TypeError, r"sgd: lr is '1e-3'; give a number"),
+    "a norm that is a string": (lambda n, a, m: pf.steps.clip("1"), TypeError, r"clip: max_norm is '1'; give a number"),
+    "a schedule among steps": (lambda n, a, m: pf.steps.chain(COSINE), TypeError, r"scheduled\(f\) is the step"),
+    "a list of steps": (lambda n, a, m: pf.steps.chain([SGD]), TypeError, r"a list is not a step: write chain\("),
+    "a rate for a schedule": (
+        lambda n, a, m: pf.steps.scheduled(0.1),
+        TypeError,
+        r"0\.1; give a function",
+    ),
+    "all that update returns": (lambda n, a, m: pf.steps.apply(a, (a, {})), TypeError, r"tuple: .*\(updates, state\)"),
+    "the state first": (lambda n, a, m: ADAMW.update(ADAMW.init(a), a, a), KeyError, r"count is missing.*same adapter"),
     "Lora": (lambda n, a, m: pf.Lora(8), AttributeError, r"'LoRA'"),
     "a misspelt name": (lambda n, a, m: pf.as_modul(n, a), AttributeError, r"near.*as_module"),
     "a method for rules": (lambda n, a, m: pf.adapt(n.model, pf.LoRA()), TypeError, r"LoRA.*\{'q_proj'.*targets"),
@@ -104,6 +125,17 @@ def test_words_of_transformers_and_peft_that_a_net_has_in_another_form() -> None
     word = "zzz"
     with pytest.raises(AttributeError, match=r"^a net has no zzz$"):
         getattr(made()[0], word)
+
+
+def test_what_they_say_to_write_exists() -> None:
+    for cure in {**JAX, **OPTAX}.values():
+        name = cure.split("(")[0].split(",")[0]
+        where: Any = {"torch": torch, "peftfn": pf, "optree": optree, "net": made()[0]}
+        head, *rest = name.split(".")
+        thing = where[head] if head in where else getattr(pf.steps, head)
+        for word in rest:
+            thing = getattr(thing, word)
+        assert callable(thing), name
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
