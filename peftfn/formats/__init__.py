@@ -176,7 +176,7 @@ def load(
         pf.save("adapter", net, net.init())
         net, adapter = pf.load("adapter", model)
     """
-    if isinstance(path, nn.Module) or not isinstance(model, nn.Module):
+    if not isinstance(path, str | PathLike) or not isinstance(model, nn.Module):
         raise TypeError(
             f"load takes (path, model), not ({type(path).__name__}, {type(model).__name__}): give the path first"
         )

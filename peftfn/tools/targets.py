@@ -27,7 +27,7 @@ def targets(
     exclude: Modules | None = None,
     layers: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,
-    parameters: Iterable[str] = (),
+    parameters: str | Iterable[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
@@ -71,6 +71,8 @@ def targets(
             f"targets takes (model, method, modules), and the second argument is a {type(method).__name__}: write "
             "peftfn.targets(model, peftfn.LoRA(rank=8), ['q_proj', 'v_proj'])"
         )
+    parameters = [parameters] if isinstance(parameters, str) else list(parameters)
+    layers = layers if layers is None or isinstance(layers, int) else list(layers)
     inputs: list[str] = []
     known = Model.of(model)
     names = [n for n in known.distinct if n]
@@ -92,8 +94,7 @@ def targets(
     params = [n for n in first.values() if any(n == p or n.endswith(f".{p}") for p in parameters)]
     if not chosen and not params:
         if layers is not None and modules is not None and matched(known, modules, exclude):
-            given = layers if isinstance(layers, int) else list(layers)
-            raise ValueError(f"targets: layers is {given}, and {modules!r} matches no module in such a layer")
+            raise ValueError(f"targets: layers is {layers}, and {modules!r} matches no module in such a layer")
         raise ValueError(
             f"targets: {modules or list(parameters)!r} matches no module of the model{_cure(modules, names)}"
         )

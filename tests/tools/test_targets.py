@@ -105,6 +105,12 @@ def test_errors_say_what_to_write(name: str) -> None:
         targets(by_name["llama"].build(), **({"method": pf.LoRA(4)} | options))
 
 
+def test_one_parameter_is_a_list_of_one() -> None:
+    model = by_name["mixtral"].build()
+    one = targets(model, pf.LoRA(4), parameters="experts.gate_up_proj")
+    assert one == targets(model, pf.LoRA(4), parameters=["experts.gate_up_proj"])
+
+
 def test_all_linear_takes_modules_not_names() -> None:
     model = nn.ModuleDict(
         {"a": nn.ModuleDict({"baz": nn.Linear(2, 2)}), "conv": nn.ModuleDict({"baz": nn.Conv2d(2, 2, 1)})}
