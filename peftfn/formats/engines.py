@@ -92,22 +92,11 @@ MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # the base's own, which both pass over
 CLASSIFIERS = ("score", "classifier")
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # they change no weight of the base
-KNOWN = {
-    *(
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "qkv_proj",
-        "o_proj",
-        "out_proj",
-        "gate_proj",
-        "up_proj",
-        "gate_up_proj",
-        "down_proj",
-    ),
-    *("in_proj", "in_proj_qkvz", "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj"),
-    *("embed_tokens", "lm_head", "unembed_tokens"),
-}
+KNOWN = frozenset((
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+    "in_proj", "in_proj_qkvz", "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "embed_tokens", "lm_head",
+    "unembed_tokens",
+))  # fmt: skip
 """Last names of layers that SGLang has room for; some of them in some models alone."""
 
 

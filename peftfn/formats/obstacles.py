@@ -105,9 +105,9 @@ def _seen(where: Path, limit: int | None) -> Seen:
     if format != "peft":
         return Seen(format, {}, {}, limit)
     raw = read_json(where / peft.CONFIG)
-    configs.checked(raw, where / peft.CONFIG)
+    kind = configs.checked(raw, where / peft.CONFIG)["peft_type"]  # under its name of today
     with opened(where / peft.TENSORS) as file:
-        return Seen(format, raw, dict(file.meta), limit)
+        return Seen(format, {**raw, "peft_type": kind}, dict(file.meta), limit)
 
 
 def table() -> str:

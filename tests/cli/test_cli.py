@@ -484,6 +484,13 @@ def test_inspect_says_what_a_server_does_not_take(tmp_path: Path, capsys: Any) -
     for engine in ("vllm", "sglang"):
         assert run("inspect", tmp_path / "b", "--for", engine) == 0
         assert "obstacle none" in capsys.readouterr().out
+    folder = base(tmp_path / "base", model)
+    for rules, options in [({KV: pf.DoRA(rank=2)}, {}), ({"q_proj|v_proj": pf.OFT(block_size=2)}, {"format": "peft"})]:
+        where = tmp_path / str(len(options))
+        adapter(where, model, rules, **options)
+        assert run("inspect", where, "--for", "vllm") == 1  # the native format; then what its cure writes
+        assert run("convert", where, f"{where}-lora", "--to", "peft", "--rank", 4, "--model", folder) == 0
+        assert run("inspect", f"{where}-lora", "--for", "vllm") == 0
     assert "vLLM starts with 1, 8" in fails(capsys, "inspect", tmp_path / "a", "--for", "vllm", "--max-lora-rank", 24)
     assert "give --for" in fails(capsys, "inspect", tmp_path / "a", "--max-lora-rank", 32)
 

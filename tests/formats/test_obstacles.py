@@ -54,6 +54,13 @@ def conv() -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"o_proj": nn.Conv2d(4, 6, 3)})])})
 
 
+def numbered() -> nn.Module:
+    """Experts that are layers, each with a number."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    experts = nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in names}) for _ in range(2))
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": experts})])})
+
+
 CASES = {
     "LoRA": Case(PLAIN),
     "LoRA at all linear layers": Case({r"\w+_proj": lora(2)}),
@@ -99,6 +106,7 @@ CASES = {
     "the native format": Case({QKV: lora(2)}, **both(("the files", "peft")), options={"format": "native"}),
     "kohya's format": Case({QKV: lora(2)}, **both(("the files", "peft")), options={"format": "kohya"}),
     "experts": Case({"experts": lora(2)}, sglang=[("the tensors", "merge")], make=mixtral),
+    "experts with numbers": Case({r".*_proj\.weight": lora(2)}, make=numbered),
     "experts, the second parameter alone": Case(
         {r"experts\.down_proj": lora(2)},
         [("the tensors", "wider")],
@@ -152,6 +160,7 @@ def served(path: Path, engine: str) -> dict[str, Tensor]:
 
 def means_the_same(path: Path, engine: str, net: pf.Adapted, adapter: pf.Adapter) -> None:
     got, want = served(path, engine), net.delta(adapter)
+    assert not net.bias_deltas(adapter)
     assert got.keys() == want.keys()
     for site, delta in want.items():
         close(got[site], delta)
@@ -275,6 +284,15 @@ def test_files_that_peft_wrote(name: str, tmp_path: Path) -> None:
         assert [o.at for o in pf.obstacles(tmp_path, engine)] == want
 
 
+def test_a_regular_expression_is_cured_by_writing_the_file_again(tmp_path: Path) -> None:
+    net, _ = saved(tmp_path / "a", CASES["LoRA"])
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": r".*\.(q|k|v)_proj"}))
+    assert names(tmp_path / "a", "sglang") == [("`target_modules`", "peft")]
+    loaded = pf.load(tmp_path / "a", net.model)
+    accepted(loaded.net, loaded.adapter, "sglang", tmp_path / "b")
+
+
 def test_a_classifier_in_full_is_taken_by_vllm_alone(tmp_path: Path) -> None:
     c = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 2}
     model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**SMALL, **c))
@@ -318,6 +336,9 @@ def test_bad_input_says_so(tmp_path: Path) -> None:
     assert [(o.at, o.found) for o in pf.obstacles(tmp_path / "a", "sglang")] == [
         ("`r`, `lora_alpha`, `target_modules`", "lora_alpha")
     ]
+    file.write_text(json.dumps(good | {"peft_type": "BONE"}))  # what MiSS was called
+    (obstacle,) = pf.obstacles(tmp_path / "a", "vllm")
+    assert (obstacle.found, obstacle.cure) == ("MISS", CURES["lora"])
     save_file({}, tmp_path / "a" / "adapter_model.safetensors")
     file.write_text(json.dumps(good))
     assert not pf.obstacles(tmp_path / "a", "vllm")
