@@ -19,7 +19,7 @@ from peftfn.formats.peft_config import checked
 from peftfn.formats.peft_extra import about, check_type, given
 from peftfn.formats.peft_write import documents
 from peftfn.model.model import Model
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 
 _WHERE = Path("(state dict)")
 """What errors call it where a file has a path."""
@@ -48,6 +48,7 @@ def state_dict(
         tensors, config = pf.state_dict(net, net.init())
         assert list(tensors) == ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"]
     """
+    check_net("state_dict", net)
     net.plan.check(adapter)
     refuse_sharded(net.plan, adapter)
     more = {**about(net.model), **given(extra, net)}

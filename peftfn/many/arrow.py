@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from peftfn.core.functions import bank_of, current
 from peftfn.many.routing import Route, of_site, top_k
 from peftfn.many.stack import unstack
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 
 
 def arrow(
@@ -50,6 +50,7 @@ def arrow(
         many = pf.stack([net.init(seed=s) for s in range(4)])
         y = net.gated(many, pf.routing.arrow(net, many, k=2), torch.randn(3, 8))
     """
+    check_net("arrow", net)
     if k < 1 or not temperature > 0 or (steps is not None and steps < 1):
         raise ValueError(
             f"arrow: k={k}, temperature={temperature} and steps={steps}; give k >= 1, a temperature above 0, and steps "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.slots.routes import PerForward
 
 Route = Callable[[str, Tensor], Tensor]
@@ -152,6 +152,7 @@ def xlora(
         many, head = pf.stack([net.init(seed=0), net.init(seed=1)]), torch.nn.Linear(16, 2)
         logits = net.gated(many, pf.routing.xlora(net, head), input_ids=torch.tensor([[1, 2, 3]])).logits
     """
+    check_net("xlora", net)
     sites = list(net.plan)
     if (k is not None and k < 1) or not temperature > 0:
         raise ValueError(f"xlora: k={k} and temperature={temperature}; give k >= 1 and a temperature above 0")

@@ -58,6 +58,12 @@ def adapt(
         return Adapted(model, plan, routed=None if routed is None else routed_of(model, routed))
 
 
+def check_net(where: str, net: Any) -> None:
+    """TypeError unless it is a net: what else is given first is an adapter, a model or a module view."""
+    if not isinstance(net, Adapted):
+        raise TypeError(f"{where}: give a net first, which peftfn.adapt returns, not {type(net).__name__}")
+
+
 class Adapted:
     """A plan bound to a model: what `adapt` returns. Its functions are pure and do not change the model.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftfn.core.plan import Adapter
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.change import as_loras, changes, check_energy, check_rank, leaf_of
 
 
@@ -37,6 +37,7 @@ def to_lora(
         lora_net, lora = pf.to_lora(net, net.init(), rank=4)
         assert lora["0.weight"]["a"].shape == (4, 8)
     """
+    check_net("to_lora", net)
     if rank is not None and energy is not None:
         raise ValueError(f"to_lora: rank is {rank} and energy is {energy}; give at most one of the two")
     check_energy("to_lora", energy)

@@ -9,7 +9,7 @@ from torch import Tensor
 from peftfn.core.method import MATRIX, Leaf
 from peftfn.core.plan import Adapter
 from peftfn.methods.parts.lowrank import Ranked
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.precision import wide
 from peftfn.tools.change import Change, as_loras, changes, check_rank, leaf_of
 
@@ -37,6 +37,7 @@ def intruders(net: Adapted, adapter: Mapping[str, Any], *, top: int = 10, epsilo
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         assert pf.intruders(net, net.init()) == {"0.weight": 0}
     """
+    check_net("intruders", net)
     return {c.site.name: int(m.sum()) for c, m, *_ in _found(net, adapter, top, epsilon) if c.site.kind in MATRIX}
 
 
@@ -69,6 +70,7 @@ def reduce_intruders(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         lora_net, lora = pf.reduce_intruders(net, net.init(), keep=0.5)
     """
+    check_net("reduce_intruders", net)
     if not 0 <= keep <= 1:
         raise ValueError(f"reduce_intruders: keep is {keep}; give 0 <= keep <= 1")
     ranks = {n: rank or getattr(e.method, "rank", None) for n, e in net.plan.items() if e.site.kind in MATRIX}

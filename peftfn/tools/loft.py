@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, beside
 from peftfn.tools.step import Step, Tree, checked, damped, pairs, part, wide
 
@@ -47,6 +47,7 @@ def loft(
         step = pf.steps.loft(net, lr=1e-3)
         state = step.init(net.init())
     """
+    check_net("loft", net)
 
     checked("loft", betas, lr=lr, eps=eps, weight_decay=weight_decay, damping=damping)
 

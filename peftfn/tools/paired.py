@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.groups import decay
 from peftfn.tools.step import damped, leaf_in, part, wide
 from peftfn.view.module import parameters_of, plan_of
@@ -37,6 +37,7 @@ def lora_fa(net: Adapted, adapter: Mapping[str, Any], grads: Mapping[str, Any]) 
         g = torch.func.grad(lambda a: net.apply(a, x).square().sum())(a)
         g = pf.optim.lora_fa(net, a, g)
     """
+    check_net("lora_fa", net)
     out = dict(grads)
     for site, scale in _loras("lora_fa", net.plan, adapter).items():
         a, g = adapter[site]["a"], leaf_in(grads, site)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core import functions
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.precision import wide
 from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tools.table import Report
@@ -73,6 +73,7 @@ def merge_report(net: Adapted, adapter: Mapping[str, Any], dtype: torch.dtype | 
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2, init_weights="random")})
         worst = max(pf.merge_report(net, net.init(), torch.bfloat16), key=lambda site: site.lost)
     """
+    check_net("merge_report", net)
     net.plan.check(adapter)
     weights, sites = net.weights, []
     for name, entry in net.plan.meant.items():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, beside
 from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, part, sign, wide
 
@@ -40,6 +40,7 @@ def lora_muon(
         step = pf.steps.lora_muon(net, lr=0.02)
         state = step.init(net.init())
     """
+    check_net("lora_muon", net)
 
     checked("lora_muon", (beta,), lr=lr, weight_decay=weight_decay)
 
@@ -96,6 +97,7 @@ def lora_rite(
         step = pf.steps.lora_rite(net, lr=1e-3)
         state = step.init(net.init())
     """
+    check_net("lora_rite", net)
 
     checked("lora_rite", betas, lr=lr, eps=eps, weight_decay=weight_decay)
 

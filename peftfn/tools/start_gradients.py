@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Adapter
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.observe import gradients
 from peftfn.tools.start_nets import loras_of, offset_from, with_leaves
 
@@ -44,6 +44,7 @@ def lora_ga(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.lora_ga(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
+    check_net("lora_ga", net)
     _above_zero("lora_ga", gamma)
     loras = loras_of("lora_ga", net)
     for n, (entry, m) in loras.items():
@@ -84,6 +85,7 @@ def lora_one(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.lora_one(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
+    check_net("lora_one", net)
     _above_zero("lora_one", gamma)
     loras = loras_of("lora_one", net)
     leaves: Adapter = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Adapter
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.precision import wide
 from peftfn.tools.observe import see_inputs
 from peftfn.tools.pca import Pca
@@ -44,6 +44,7 @@ def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool 
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.eva(net, [torch.randn(16, 8) for _ in range(3)])
     """
+    check_net("eva", net)
     if not 1 <= rho < float("inf"):
         raise ValueError(f"eva: rho is {rho}; a layer keeps at least its own rank: give rho >= 1")
     loras = loras_of("eva", net)
@@ -109,6 +110,7 @@ def corda(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.corda(net, [torch.randn(16, 8) for _ in range(3)], keep="instruction")
     """
+    check_net("corda", net)
     if keep not in ("knowledge", "instruction"):
         raise ValueError(f"corda: keep is {keep!r}; choose 'knowledge' or 'instruction'")
     loras = loras_of("corda", net)

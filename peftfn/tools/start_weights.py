@@ -9,7 +9,7 @@ from torch import Tensor
 from peftfn.core.plan import Adapter, Plan
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.shira import SHiRA
-from peftfn.net.net import Adapted, replanned
+from peftfn.net.net import Adapted, check_net, replanned
 from peftfn.tensors.precision import wide
 from peftfn.tools.start_nets import loras_of, with_leaves
 
@@ -34,6 +34,7 @@ def orthogonal(net: Adapted, seed: int = 0) -> tuple[Adapted, Adapter]:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net, adapter = pf.starts.orthogonal(net)
     """
+    check_net("orthogonal", net)
     leaves: Adapter = {}
     for name, (entry, m) in loras_of("orthogonal", net).items():
         if m.rank % 2:
@@ -68,6 +69,7 @@ def sparse(net: Adapted, mask: Callable[[str, Tensor], Tensor]) -> tuple[Adapted
         largest = lambda site, w: w.abs() >= w.abs().flatten().topk(14).values[-1]  # 14 = 1·(8 + 6)
         net, adapter = pf.starts.sparse(net, largest)
     """
+    check_net("sparse", net)
     entries, weights = dict(net.plan.items()), net.weights
     found = {n: e for n, e in entries.items() if isinstance(e.method, SHiRA)}
     if not found:
@@ -115,6 +117,7 @@ def loftq(
         weights, adapter = pf.starts.loftq(net, lambda w: (w * 8).round() / 8, steps=3)
         y = net.apply(adapter, torch.randn(3, 8), params=weights)
     """
+    check_net("loftq", net)
     given = quantise if isinstance(quantise, Mapping) else None
     if steps < 1 or (given is not None and steps > 1):
         raise ValueError(f"loftq: steps is {steps}; give 1{'' if given is not None else ' or more'}")

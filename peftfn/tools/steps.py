@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, adamw
 from peftfn.tools.cures import unknown_step
 from peftfn.tools.loft import loft
@@ -188,6 +188,7 @@ def lora_fa(net: Adapted) -> Step:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.chain(pf.steps.lora_fa(net), pf.steps.adamw(1e-3))
     """
+    check_net("lora_fa", net)
     pairs("lora_fa", net)
     return Step(lambda a: {}, lambda g, state, a: (_fa(net, a, g), state))
 
@@ -212,6 +213,7 @@ def riemannian(net: Adapted, damping: float = 1e-2) -> Step:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.chain(pf.steps.riemannian(net), pf.steps.sgd(0.1))
     """
+    check_net("riemannian", net)
     sites = pairs("riemannian", net)
     checked("riemannian", damping=damping)
 
@@ -249,6 +251,7 @@ def lora_pro(net: Adapted, damping: float = 1e-8) -> Step:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         step = pf.steps.chain(pf.steps.lora_pro(net), pf.steps.adamw(1e-4))
     """
+    check_net("lora_pro", net)
     sites = pairs("lora_pro", net)
     checked("lora_pro", damping=damping)
 

@@ -19,7 +19,7 @@ from peftfn.core.method import MATRIX, Method
 from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.model.model import Model
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.precision import wide
 from peftfn.tools.change import check_energy
 from peftfn.tools.kappa import targets
@@ -75,6 +75,7 @@ def gradient_ranks(
         found = pf.suggest.gradient_ranks(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
         net = pf.adapt(net.model, found)
     """
+    check_net("gradient_ranks", net)
     sites = _ranked("suggest.gradient_ranks", net, quantised=False)
     _check_ranks("suggest.gradient_ranks", budget, energy, most)
     if sketch is not None and sketch < (most or 1):
@@ -113,6 +114,7 @@ def weight_ranks(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 6)), {"0.weight": pf.LoRA(rank=2)})
         net = pf.adapt(net.model, pf.suggest.weight_ranks(net, energy=0.5))
     """
+    check_net("weight_ranks", net)
     sites = _ranked("suggest.weight_ranks", net, quantised=True)
     _check_ranks("suggest.weight_ranks", budget, energy, most)
     weights, spectra = net.weights, {}
@@ -151,6 +153,7 @@ def change_ranks(
         net = pf.adapt(base, {"0.weight": pf.LoRA(rank=2)})
         net = pf.adapt(base, pf.suggest.change_ranks(net, tuned, energy=0.9))
     """
+    check_net("change_ranks", net)
     sites = _ranked("suggest.change_ranks", net, quantised=True)
     _check_ranks("suggest.change_ranks", budget, energy, most)
     theirs: Mapping[str, Any] = Model.of(full).weights if isinstance(full, nn.Module) else full

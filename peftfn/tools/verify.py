@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftfn.core.combine import scale
 from peftfn.core.plan import Plan
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.tree import leaves
 from peftfn.tools.observe import call_of, unadapted
 from peftfn.tools.report import MergedSite, merge_report, share, short
@@ -119,6 +119,7 @@ def verify(
         found = pf.verify(net, net.init(), torch.randn(3, 8))
         assert found.ok, found
     """
+    check_net("verify", net)
     if net.model.training:
         raise ValueError(
             "verify: the model is in train mode, where dropout makes calls differ; call model.eval() first"

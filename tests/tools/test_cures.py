@@ -1,7 +1,9 @@
 """What someone types who knows PEFT: each error says what to write here instead, and what it says works."""
 
+import inspect
 import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import optree
@@ -81,6 +83,34 @@ def test_errors_say_what_to_write(name: str) -> None:
     call, kind, match = CASES[name]
     with pytest.raises(kind, match=match):
         call(*made())
+
+
+PARTS = {"": pf} | {
+    f"{part}.": getattr(pf, part) for part in ("merging", "optim", "routing", "starts", "steps", "suggest")
+}
+PUBLIC = {head + name: getattr(module, name) for head, module in PARTS.items() for name in module.__all__}
+
+
+def firsts(function: Any) -> Any:
+    """The type of a function's first argument."""
+    return next((p.annotation for p in inspect.signature(function).parameters.values()), None)
+
+
+OF_A_NET = {n: f for n, f in PUBLIC.items() if isinstance(f, FunctionType) and firsts(f) is pf.Adapted}
+
+
+@pytest.mark.parametrize("name", OF_A_NET)
+def test_an_adapter_for_a_net_is_refused(name: str) -> None:
+    needed = [p for p in inspect.signature(OF_A_NET[name]).parameters.values() if p.default is p.empty]
+    given = [made()[1] for p in needed if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(
+        TypeError, match=r"peftfn\.adapt returns, not dict|takes \(net, adapter\), and the first is a dict"
+    ):
+        OF_A_NET[name](*given, **{p.name: 1 for p in needed if p.kind is p.KEYWORD_ONLY})
+
+
+def test_functions_of_a_net_are_found() -> None:
+    assert {"to_lora", "verify", "starts.eva", "steps.riemannian", "suggest.weight_ranks"} <= OF_A_NET.keys()
 
 
 WORDS = {
