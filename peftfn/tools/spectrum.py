@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import MATRIX
-from peftfn.net.net import Adapted
+from peftfn.net.net import Adapted, check_net
 from peftfn.tools.change import Change, changes, singular_values
 from peftfn.tools.report import short
 from peftfn.tools.table import Report
@@ -93,6 +93,7 @@ def spectrum(net: Adapted, adapter: Mapping[str, Any]) -> SpectrumReport:
         sharpest = max(pf.spectrum(net, net.init()), key=lambda site: site.concentration)
         assert 0.5 <= sharpest.concentration <= 1
     """
+    check_net("spectrum", net)
     matrices = [name for name, entry in net.plan.items() if entry.site.kind in MATRIX]
     with torch.no_grad():
         found = [_site(c) for c in changes(net, adapter, matrices)]
