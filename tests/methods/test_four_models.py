@@ -1,4 +1,4 @@
-"""Methods at modules and on inputs, each on a Llama, a GPT-2, a BERT and a T5: rows of a batch, gradients, `generate`."""
+"""Methods at modules and on inputs, each on a Llama, GPT-2, BERT and T5: rows of a batch, gradients, `generate`."""
 
 from typing import Any
 
