@@ -526,6 +526,8 @@ def test_mutated_files_never_end_in_a_traceback(tmp_path: Path, capsys: Any) -> 
             (root / file).write_bytes(mutated(file, content, rng) if file == victim else content)
         for args in (
             ["inspect", root / name, "--model", tmp_path / "base" / "config.json"],
+            ["inspect", root / name, "--spectrum"],
+            ["inspect", root / name, "--spectrum", "--model", tmp_path / "base"],
             ["convert", root / name, root / "out", "--to", "native", "--model", tmp_path / "base"],
             ["merge", tmp_path / "base", root / name, root / "merged"],
         ):
