@@ -6,6 +6,7 @@ The module is a copy of the model's structure that shares the storage of its par
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -97,7 +98,20 @@ def as_module(
     for site in dict.fromkeys(site for other, _ in given.values() for site in other.plan):
         _check_layer(net.model, site)
     pairs = {name: (other.plan, a) for name, (other, a) in given.items()}
-    return build(lasting_copy(net.model, copy_base), pairs, lasting_buffers(net.model), trainable)
+    view = build(lasting_copy(net.model, copy_base), pairs, lasting_buffers(net.model), trainable)
+    takes = signature(type(net.model).forward).parameters
+    if "adapter_names" not in takes and any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        view.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+    return view
+
+
+def _refuse_names(m: nn.Module, args: Any, kwargs: Any) -> None:
+    """TypeError for PEFT's way to choose an adapter for each row, which a model's **kwargs would swallow."""
+    if "adapter_names" in kwargs:
+        raise TypeError(
+            "adapter_names is PEFT's: write `with m.use(name): …` for an adapter of all rows; net.mixed(…) and a bank "
+            "have one for each row"
+        )
 
 
 def check_name(what: str, name: str) -> None:

@@ -134,3 +134,14 @@ def test_what_it_says_of_itself() -> None:
     assert "model.layers.0.mlp" in pf.summary(net)
     compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
     close(compiled(IDS, use_cache=False).logits, m(IDS).logits)
+
+
+def test_an_adapter_for_each_row_is_not_swallowed_by_the_model() -> None:
+    net = pf.adapt(llama(), {"q_proj": pf.LoRA(rank=2)})
+    m = pf.as_module(net, net.init())
+    ids = torch.tensor([[1, 2, 3]])
+    for run in (m, pickle.loads(pickle.dumps(m)), copy.deepcopy(m)):
+        with pytest.raises(TypeError, match=r"PEFT's: write `with m\.use.*bank"):
+            run(ids, adapter_names=["one"])
+        with pytest.raises(ValueError, match="adapter_names"):  # transformers' own
+            run.generate(ids, adapter_names=["one"], max_new_tokens=1)
