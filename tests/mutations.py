@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from models import by_name
+from safetensors.torch import save_file
 from support import randomised
 
 import peftfn as pf
@@ -63,6 +65,12 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
         "tokens": peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7]),
         "poly": peft.PolyConfig(target_modules=["q_proj"], r=2, n_tasks=2, n_skills=2, init_weights=False),
         "norms": peft.LNTuningConfig(target_modules=["norm"]),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=5),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True),
+        "cartridge": peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_frozen_tokens=1),
+        "adaption": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+        "shadow": peft.ShadowConfig(task_type="CAUSAL_LM", r=2),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,11 +95,44 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
             other = pf.adapt(MODEL, methods)
             end = ".gguf" if format == "gguf" else ""
             pf.save(root / f"{format} {i}{end}", other, shaken(other.init(3), 3), format=format)
+    _by_others(root)
     out = {}
     for path in sorted(root.iterdir()):
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".safetensors")]
         out[path.name] = {str(p.relative_to(root)): p.read_bytes() for p in files}
     return out
+
+
+def _by_others(root: Path) -> None:
+    """Folders of AdapterHub and of ms-swift's own tuners, which nothing here writes."""
+    d, layer = MODEL.config.hidden_size, "model.layers.0"
+    for name, config, tensors in (
+        (
+            "adapterhub",
+            {
+                "config": {"architecture": "lora", "r": 2, "alpha": 4},
+                "name": "task", "model_name": "own/er", "version": "adapters.1.3.0",
+            },
+            {
+                f"{layer}.self_attn.q_proj.loras.task.lora_A": torch.ones(2, d),
+                f"{layer}.self_attn.q_proj.loras.task.lora_B": torch.ones(d, 2),
+            },
+        ),
+        (
+            "swift adapter",
+            {"swift_type": "ADAPTER"},
+            {
+                f"{layer}.mlp.adapter_default.{part}.{k}": torch.ones(shape)
+                for part, (o, i) in {"linear1": (2, d), "linear2": (d, 2)}.items()
+                for k, shape in {"weight": (o, i), "bias": (o,)}.items()
+            },
+        ),
+    ):  # fmt: skip
+        folder = root / name / ("default" if name.startswith("swift") else "")
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        file = "adapter_model.safetensors" if name.startswith("swift") else "adapter.safetensors"
+        save_file(tensors, folder / file)
 
 
 VALUES: list[Any] = [

@@ -40,9 +40,10 @@ def load(folder: Path, model: Model, options: Options, method: Method | None = N
     where = folder / CONFIG
     options.only(where)
     described = read_json(where)
-    config = dict(described.get("config") or {}) if isinstance(described, dict) else {}
-    if not config:
+    config = described.get("config") if isinstance(described, dict) else None
+    if not isinstance(config, dict) or not config:
         raise ValueError(f"{where}: it has no architecture under 'config'")
+    config = dict(config)
     if "version" not in described and config.get("non_linearity") == "gelu":
         config["non_linearity"] = "gelu_new"  # as its first versions called it
     with ExitStack() as files:
@@ -54,6 +55,8 @@ def load(folder: Path, model: Model, options: Options, method: Method | None = N
             read.all(file)
         except (KeyError, TypeError) as e:
             raise ValueError(f"{where}: it does not have what its architecture has: {type(e).__name__}: {e}") from e
+        except ValueError as e:  # a method's own does not know the file
+            raise e if str(folder) in str(e) else ValueError(f"{where}: {e}") from e
         stray = list(read.stray)
         head = _file(files, folder, (HEAD, HEAD_PICKLE), options)
         heads = {} if head is None else fitted(head, folder / HEAD_CONFIG, model, options.strict)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from peftfn.core.plan import Plan
+from peftfn.formats.bases import check_base
 from peftfn.formats.buffers import compared, compared_rows
 from peftfn.formats.files import Tensors, opened
 from peftfn.formats.native import CONFIG
 from peftfn.formats.native_config import meaning, read, rules_of
 from peftfn.formats.native_tensors import BUFFER, ROWS, constant_keys, one_save, places_in, put
+from peftfn.model.model import weights_of
 from peftfn.net.net import Adapted
 
 
@@ -20,7 +22,8 @@ def check_saved(path: Path, net: Adapted) -> str:
 
     Raises:
         FileNotFoundError: it, or its configuration, is missing.
-        ValueError: it does not hold an adapter, or its plan is not the net's: same sites, methods and constants.
+        ValueError: it does not hold an adapter, its plan is not the net's (same sites, methods and constants), or it
+            was made on another base.
     """
     where = path.with_name(CONFIG)
     config = read(where)
@@ -42,6 +45,8 @@ def check_saved(path: Path, net: Adapted) -> str:
         file, _ = compared(file, dict(net.model.named_buffers()), known, False, BUFFER)
         places_in(net.plan, config["constants"], file, True)
         _same_constants(net.plan, config["constants"], file)
+    names = config.get("extra", {}).get("base_model_name_or_path"), getattr(net.model, "name_or_path", None)
+    check_base(config.get("base", {}), weights_of(net.model), names, where)
     return str(config["id"])
 
 

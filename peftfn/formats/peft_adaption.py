@@ -21,9 +21,10 @@ TYPE = "ADAPTION_PROMPT"
 
 def load(config: dict[str, Any], file: File, model: Model, where: Path, strict: bool) -> Loaded:
     """The adapter of such a file. ValueError for what would not mean here what it means to PEFT."""
-    n = config.get("adapter_len")
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"{where}: adapter_len is {n!r}; it must be a positive integer")
+    try:
+        method = LlamaAdapter(n=config["adapter_len"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{where}: adapter_len is {config.get('adapter_len')!r}; it must be a positive integer") from e
     used(config, {*ALWAYS.split(), "adapter_len", "adapter_layers", "target_modules", "bias"}, where)
     found: dict[str, dict[str, str]] = {}
     stray = []
@@ -36,7 +37,8 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, strict: 
     missing = [f"{HEAD}model.{p}.adaption_{k}" for p, ks in found.items() for k in ("prompt", "gate") if k not in ks]
     if not found or missing or (stray and strict):
         raise mismatch(file.where, missing or ["…adaption_prompt"], stray)
-    net = Adapted(model.root, planned(model, {exactly(*found): LlamaAdapter(n=n)}, where))
+    _check_said(config, found, where)
+    net = Adapted(model.root, planned(model, {exactly(*found): method}, where))
     adapter: dict[str, Any] = {}
     for name, entry in net.plan.items():
         prompt, gate = found[name]["prompt"], found[name]["gate"]
@@ -44,6 +46,15 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, strict: 
         file.check(gate, (1,))
         adapter[name] = {"prompt": file.tensor(prompt)[0].clone(), "gate": file.tensor(gate)}
     return Loaded(net, adapter, unexpected=tuple(stray), extra=peft_extra.told(config, where))
+
+
+def _check_said(config: Mapping[str, Any], found: Mapping[str, Any], where: Path) -> None:
+    """ValueError where the configuration says other modules than the file has tensors of."""
+    layers, name, here = config.get("adapter_layers"), config.get("target_modules"), next(iter(found))
+    if layers is not None and (isinstance(layers, bool) or layers != len(found)):
+        raise ValueError(f"{where}: adapter_layers is {layers!r}, and the file has tensors of {len(found)} modules")
+    if name is not None and name != here.rpartition(".")[2]:
+        raise ValueError(f"{where}: target_modules is {name!r}, and the file has tensors of {here}")
 
 
 def document(

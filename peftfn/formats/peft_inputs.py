@@ -119,13 +119,13 @@ def load(config: dict[str, Any], file: File, model: Model, where: Path, options:
         raise ValueError(f"{where}: num_virtual_tokens is {n!r}; it must be a positive integer")
     if config["peft_type"] == "CPT" and 0 in (config.get("cpt_mask") or []):
         raise ValueError(f"{where}: cpt_mask hides tokens of the context, which has no meaning here: leave them out")
+    sites, causal = _sites(kind.cls, model, where, config.get("num_transformer_submodules") != 1)
     try:
         fields = kind.read(config)
-        sites, causal = _sites(kind.cls, model, where, config.get("num_transformer_submodules") != 1)
         pooled = config.get("task_type") == "SEQ_CLS" and not causal and issubclass(kind.cls, Tokens)
         fields |= {"pooled": "virtual"} if pooled else {}  # PEFT's heads see the virtual tokens
         method = kind.cls(**fields, **({} if kind.cls is CPT else {"n": n}))
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{where}: {kind.cls.__name__} does not accept the values in the file: {e}") from e
     used(config, {*ALWAYS.split(), *kind.idle.split(), *kind.write(method)}, where)
     own = peft_multitask.KEYS if kind.cls is MultitaskPrompt else (PROMPT,)

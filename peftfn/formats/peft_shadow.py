@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from peftfn.core.plan import Entry
+from peftfn.formats import peft_config as configs
 from peftfn.formats.binding import exactly, planned, whole
-from peftfn.formats.files import Loaded, mismatch
+from peftfn.formats.files import MOST, Loaded, mismatch
 from peftfn.formats.files import Tensors as File
 from peftfn.methods.modules.shadow import DOT, LISTS, MIRROR, Shadow
 from peftfn.methods.weights.full import Full
+from peftfn.model.choice import matched
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 
@@ -61,9 +63,14 @@ def load(config: Mapping[str, Any], file: File, model: Model, where: Path) -> tu
     ends = tuple(f".{end}" for end in _OF_BLOCK.values())
     paths = {k.removeprefix(HEAD).removesuffix(e) for k in file.meta for e in ends if k.endswith(e)}
     site, blocks = _backbone(paths, model, where)
+    _check_targets(config, paths, model, where)
     if any(t.is_meta for t in model.modules[site].buffers()):
         raise ValueError(f"{where}: its mirror takes the buffers of {site}, without values here: load its weights")
     values = {f: config.get(k, DEFAULTS.get(k)) for k, f in FIELDS.items()}
+    largest = max((n for t in file.meta.values() for n in t.shape), default=0)
+    for k, f in FIELDS.items():  # before a mirror of that size is made
+        if type(n := values[f]) is int and n > (limit := MOST if f == "depth" else largest):
+            raise ValueError(f"{where}: {k} is {n}, and the file's tensors allow at most {limit}")
     try:
         method = Shadow(**{f: v for f, v in values.items() if v is not None}, blocks_at=blocks)
     except (TypeError, ValueError) as e:
@@ -95,6 +102,19 @@ def _backbone(paths: set[str], model: Model, where: Path) -> tuple[str, tuple[in
         raise ValueError(f"{where}: its tensors are at {sorted(paths)[:3]}, which are no blocks of one backbone here")
     numbers = tuple(sorted(int(p.rpartition(".")[2]) for p in paths))
     return site, () if numbers == tuple(range(len(model.modules[held]))) else numbers  # type: ignore[arg-type]
+
+
+def _check_targets(config: Mapping[str, Any], paths: set[str], model: Model, where: Path) -> None:
+    """ValueError where the configuration chooses other blocks than the file has tensors of."""
+    wanted, exclude, layers = configs.chosen(dict(config), where)
+    held = next(iter(paths)).rpartition(".")[0]
+    if wanted is not None:
+        taken = {n for n in matched(model, wanted, exclude, *layers) if n.rpartition(".")[0] == held}
+        if odd := sorted(taken ^ paths):
+            raise ValueError(
+                f"{where}: target_modules {'names' if odd[0] in taken else 'leaves out'} {odd[0]}, of which the file "
+                f"has {'no ' if odd[0] in taken else ''}tensors"
+            )
 
 
 def _keys(name: str, site: str, entry: Entry) -> list[str]:

@@ -45,7 +45,11 @@ def test_another_base_is_an_error_that_names_the_site_and_both(saved: Path) -> N
     assert "owner/tuned" in str(e.value) and str(saved) in str(e.value) and "base='any'" in str(e.value)
     with pytest.raises(ValueError, match="made on another base"):
         pf.load(saved, model)
-    pf.load(saved, model, base="any")  # on purpose
+    net, a = pf.load(saved, model, base="any")  # on purpose
+    bank = pf.Bank([net], capacity=1)
+    with pytest.raises(ValueError, match="made on another base"):  # a bank is as strict as load
+        bank.put("a", net, saved)
+    bank.put("a", net, a)
 
 
 def test_what_has_no_values_here_is_not_compared(saved: Path) -> None:

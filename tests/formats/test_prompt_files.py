@@ -105,3 +105,32 @@ def test_a_conv1d_saved_whole_beside_a_prompt_keeps_its_orientation(tmp_path: Pa
     torch.testing.assert_close(again.apply(b, input_ids=IDS).logits, want)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
     torch.testing.assert_close(theirs(input_ids=IDS).logits[:, 2:], want, rtol=1e-4, atol=1e-5)
+
+
+SAID: dict[str, tuple[dict[str, pf.Method], dict[str, Any], str]] = {
+    "shadow, fewer": (
+        {"model": pf.Shadow(rank=2)},
+        {"target_modules": ["model.layers.0"]},
+        "leaves out model.layers.1",
+    ),
+    "shadow, a layer": ({"model": pf.Shadow(rank=2)}, {"layers_to_transform": [0]}, "target_modules leaves out"),
+    "adaption, more": ({"self_attn": pf.LlamaAdapter(2)}, {"adapter_layers": 3}, "adapter_layers is 3.*2 modules"),
+    "adaption, others": ({"self_attn": pf.LlamaAdapter(2)}, {"target_modules": "mlp"}, "target_modules is 'mlp'"),
+    "adaption, no number": ({"self_attn": pf.LlamaAdapter(2)}, {"adapter_len": True}, "adapter_len is True"),
+    "cartridge": ({".*": pf.Cartridge(3)}, {"num_frozen_tokens": 3}, "Cartridge does not accept.*still is 3"),
+    "prefix": ({".*": pf.PrefixTuning(3)}, {"prefix_projection": True, "encoder_hidden_size": "x"}, "hidden is 'x'"),
+}
+"""What a file has → another word in its configuration → the error."""
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_configuration_that_says_other_modules_than_the_tensors_is_an_error(name: str, tmp_path: Path) -> None:
+    rules, words, text = SAID[name]
+    torch.manual_seed(0)
+    net = pf.adapt(MODELS["CAUSAL_LM"]().eval(), rules)
+    pf.save(tmp_path, net, random(net), format="peft")
+    where = tmp_path / "adapter_config.json"
+    config = json.loads(where.read_text())
+    where.write_text(json.dumps(config | words))
+    with pytest.raises(ValueError, match=rf"{where}.*{text}"):
+        pf.load(tmp_path, net.model)
