@@ -8,7 +8,7 @@ is sampled every few seconds, and its processor time is counted, which other wor
 end it prints what docs/serving.md has to say of the new record.
 
 One client is the way to see what a request takes that has the server to itself:
-python -m benchmarks.soak --clients 1 --minutes 1 --out /tmp/one.json
+python -m benchmarks.soak --clients 1 --minutes 1 --out one.json
 """
 
 import argparse
