@@ -72,7 +72,7 @@ def suggest(
 
 def _method(name: str, rank: int | None) -> Method:
     if name not in registry.keys() - {"Chain", "ModuleChain"}:
-        raise ValueError(f"--method {name}: there is no such method; LoRA is one, peftfn's reference lists all")
+        raise ValueError(f"--method {name}: peftfn has no method of this name; LoRA is one, the reference lists all")
     cls: Any = registry[name]
     try:
         made: Method = cls() if rank is None else cls(rank=rank)

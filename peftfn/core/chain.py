@@ -53,7 +53,7 @@ class Chain(Weight):
         for m in self.methods[:-1]:
             if not m.mergeable:
                 raise ValueError(
-                    f"chain: {m} depends on the input, so there is no weight after it for the next method: put it last"
+                    f"chain: {m} depends on the input and leaves no weight for the method after it: put it last"
                 )
 
     def __str__(self) -> str:

@@ -121,7 +121,7 @@ class _WeightProbe(_Probe):
         self.given = torch.empty(len(self.w), dtype=self.w.dtype, device="meta") if biased else None
 
     def used(self, p: Leaf) -> dict[str, Any]:
-        """Whether the method adds a bias where there is none, and whether it changes the one there is."""
+        """(whether the method adds a bias to a layer without one, whether it changes the bias of a layer)"""
         method, w, cls, source = self.method, self.w, type(self.method).__name__, self.source
         if method.mergeable and method.overrides("acts_on"):
             raise ValueError(

@@ -48,7 +48,7 @@ Of = Literal["output", "input", "normed"]
 
 
 class Point(NamedTuple):
-    """Where adapters stand at one sub-layer of a block: names of modules; "": there is none."""
+    """Where adapters stand at one sub-layer of a block: names of modules; "" for none."""
 
     output: str  # what returns h
     norm: str  # N

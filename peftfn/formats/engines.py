@@ -2,7 +2,7 @@
 
 A rule names the key of `adapter_config.json` or the tensors that it looks at, what is not accepted there, whether the
 engine says so or serves the adapter without it, and the cure. What only the served model tells (which layers it has,
-how its experts are stored, how large its vocabulary is) is no rule here.
+how its experts are stored, how large its vocabulary is) has no rule here.
 """
 
 import re
@@ -242,8 +242,8 @@ RULES = (
     Rule("`modules_to_save`", "modules but for `score` and `classifier`", VLLM, "merge", saved_whole),
     Rule("`bias`", "trained biases", VLLM, "merge", key("bias", lambda v: v != "none")),
     Rule("`lora_bias`", "a bias of B", VLLM, "merge", key("lora_bias")),
-    Rule("the tensors", "what is no factor of a LoRA: trained tokens, KaSA's", VLLM, "merge", no_factor_of_vllm),
-    Rule("the tensors", "what is no factor of a LoRA: modules and biases too", SGLANG_SILENT, "merge", no_factor),
+    Rule("the tensors", "other tensors than LoRA's factors: trained tokens, KaSA's", VLLM, "merge", no_factor_of_vllm),
+    Rule("the tensors", "other tensors than LoRA's factors: modules and biases too", SGLANG_SILENT, "merge", no_factor),
     Rule("the tensors", "a LoRA of a convolution", BOTH, "merge", convolutions),
     Rule("the tensors", "one of the two parameters of stacked experts alone", VLLM, "wider", half_of_experts),
     Rule("the tensors", "stacked experts", SGLANG, "merge", stacked),

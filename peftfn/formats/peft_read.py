@@ -158,7 +158,7 @@ class PeftReader:
     def across_groups(self, place: Place, found: Mapping[str, str]) -> None:
         """ValueError for what reads all channels of a grouped convolution.
 
-        That is PEFT's LoRA, whose change is no weight's, and its IA3 ahead of the layer.
+        PEFT's LoRA does so, by a change that no weight has, and its IA3 ahead of the layer.
         """
         groups = getattr(self.model.modules[place.site.module], "groups", 1)
         if groups == 1:

@@ -66,7 +66,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
     )
     assert "needs --full" in fails(capsys, "suggest", folder, "--by", "change")
     assert "has no --inputs" in fails(capsys, "suggest", folder, "--inputs", ids)
-    assert "there is no such method" in fails(capsys, "suggest", folder, "--method", "Lora")
+    assert "no method of this name" in fails(capsys, "suggest", folder, "--method", "Lora")
     assert "--method IA3" in fails(capsys, "suggest", folder, "--method", "IA3", "--rank", 2)
     assert "no rank to choose" in fails(capsys, "suggest", folder, "--method", "IA3", "--by", "weight")
     assert "no loss" in fails(capsys, "suggest", folder, "--by", "gradient", "--inputs", ids)
