@@ -13,7 +13,6 @@ from peftfn.formats.files import Tensors, opened
 from peftfn.formats.native import CONFIG
 from peftfn.formats.native_config import meaning, read, rules_of
 from peftfn.formats.native_tensors import BUFFER, ROWS, constant_keys, one_save, places_in, put
-from peftfn.model.model import weights_of
 from peftfn.net.net import Adapted
 
 
@@ -38,15 +37,15 @@ def check_saved(path: Path, net: Adapted) -> str:
             )
         if (shape := config["sites"][name]["shape"]) != list(net.plan[name].site.shape):
             raise ValueError(f"{path}: {name} is {shape} in the file, and {list(net.plan[name].site.shape)} in the net")
+    known = dict(net.model.named_parameters(remove_duplicate=False))
     with opened(path) as file:
         one_save(file, config, where)
-        known = dict(net.model.named_parameters(remove_duplicate=False))
         file, _ = compared_rows(file, known, config.get("grown", {}), False, ROWS)
         file, _ = compared(file, dict(net.model.named_buffers()), known, False, BUFFER)
         places_in(net.plan, config["constants"], file, True)
         _same_constants(net.plan, config["constants"], file)
     names = config.get("extra", {}).get("base_model_name_or_path"), getattr(net.model, "name_or_path", None)
-    check_base(config.get("base", {}), weights_of(net.model), names, where)
+    check_base(config.get("base", {}), known, names, where)
     return str(config["id"])
 
 
