@@ -1,13 +1,13 @@
 """What tests in several folders need."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torch.utils._pytree import tree_map
 
 import peftfn as pf
@@ -128,3 +128,24 @@ def compare(mine: Any, theirs: Any, bound: float = 2e-5) -> None:
     scale = max(1.0, float(theirs.detach().abs().max()))
     error = float((mine - theirs).detach().abs().max())
     assert error <= bound * scale, f"differs by {error:.3g} where values reach {scale:.3g}"
+
+
+def rows_are_alone(index: Sequence[int], adapters: Sequence[Any], row: Any, rows: Any) -> None:
+    """Row i of a batch is that row alone, in value and in the gradient of each adapter that one row uses.
+
+    Args:
+        index: the adapter of each row; −1 is the base.
+        row: (adapter or None, i) ↦ the output of row i alone.
+        rows: a stack of the adapters ↦ the output of the batch.
+    """
+    stack = pf.stack(adapters)
+    want = torch.cat([row(adapters[k] if k >= 0 else None, i) for i, k in enumerate(index)])
+    close(rows(stack), want, 1e-4)
+    assert not torch.allclose(want, torch.cat([row(None, i) for i in range(len(index))]), atol=1e-4)
+    slopes = grad(lambda s: rows(s).square().sum())(stack)
+    for i, k in enumerate(index):
+        if k >= 0:
+            alone = grad(lambda a, i=i: row(a, i).square().sum())(adapters[k])  # type: ignore[misc]
+            for site, leaf in alone.items():
+                for key, g in leaf.items():
+                    close(slopes[site][key][k], g, 1e-3)

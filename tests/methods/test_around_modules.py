@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from support import close, random
+from support import close, random, rows_are_alone
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -388,16 +388,7 @@ def test_rows_of_a_batch_and_generate(make: Any, rules: dict[str, pf.Method]) ->
         y: Tensor = net.mixed(s, INDEX, IDS, attention_mask=MASK).logits
         return y[:, -1] if make is llama else y
 
-    want = torch.cat([row(adapters[k] if k >= 0 else None, i) for i, k in enumerate(INDEX)])
-    close(rows(stack), want, 1e-4)
-    assert not torch.allclose(want, torch.cat([row(None, i) for i in range(4)]), atol=1e-4)
-    slopes = grad(lambda s: rows(s).square().sum())(stack)
-    for i, k in enumerate(INDEX):
-        if k >= 0:
-            alone = grad(lambda a, i=i: row(a, i).square().sum())(adapters[k])  # type: ignore[misc]
-            for name, leaf in alone.items():
-                for key, g in leaf.items():
-                    close(slopes[name][key][k], g, 1e-3)
+    rows_are_alone(INDEX, adapters, row, rows)
     each = vmap(lambda a: net.apply(a, IDS).logits)(stack)
     close(each[1], net.apply(adapters[1], IDS).logits, 1e-4)
     if make is llama:
