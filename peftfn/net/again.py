@@ -66,7 +66,10 @@ def rematerialised(
 
     def f(*tensors: Tensor) -> Any:
         new = dict(zip(found, tensors, strict=True))
-        swap = lambda v: new.get(id(v), v) if isinstance(v, Tensor) else v  # noqa: E731
+
+        def swap(v: Any) -> Any:
+            return new.get(id(v), v) if isinstance(v, Tensor) else v
+
         with filled(dict(zip(slots, _replaced(slots.values(), swap), strict=True))):
             return run(*mapped(args, swap), **mapped(kwargs, swap))
 

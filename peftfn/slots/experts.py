@@ -104,7 +104,10 @@ class MixedStack(Slot):
                 return _tagged(t, *self._experts(t, x, self.of.tag(t, x), ids, inward))
         if t is None or self.of.rows.size is None:
             raise self.of.lost(f"{name} of all experts")
-        swap = lambda v: v.as_table() if isinstance(v, MixedStack) or v is self.of else v  # noqa: E731
+
+        def swap(v: Any) -> Any:
+            return v.as_table() if isinstance(v, MixedStack) or v is self.of else v
+
         return func(*mapped(args, swap), **mapped(kwargs, swap))
 
     def as_table(self) -> Tensor:
@@ -124,8 +127,12 @@ class MixedStack(Slot):
         lows = _side_by_side(self.of, gates, x)
         if lows is None or not isinstance(gates, Index) or any(low.up.stride(1) * x.itemsize % 16 for low in lows):
             return None
-        product = lambda x, m: func(x, m, *args[2:], **kwargs)  # noqa: E731
-        y: Tensor = product(x, self.w)
+
+        def product(x: Tensor, m: Tensor) -> Tensor:
+            y: Tensor = func(x, m, *args[2:], **kwargs)
+            return y
+
+        y = product(x, self.w)
         for part, low in zip(self.of.parts, lows, strict=True):
             s = product(x, low.down.mT) * batch.own_factors(gates, part, low.up.shape[2], y)
             y.add_(product(s, low.up.mT), alpha=low.scale)
