@@ -5,6 +5,7 @@ from peftfn.core.fields import (
     Positive,
     PositiveInt,
     Probability,
+    Rounds,
     Start,
     at_most,
     choice,
@@ -13,6 +14,7 @@ from peftfn.core.fields import (
     positive,
     positive_int,
     probability,
+    rounds,
 )
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Positive",
     "PositiveInt",
     "Probability",
+    "Rounds",
     "Start",
     "at_most",
     "choice",
@@ -28,4 +31,5 @@ __all__ = [
     "positive",
     "positive_int",
     "probability",
+    "rounds",
 ]

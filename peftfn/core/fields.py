@@ -17,12 +17,33 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a float, or an integer that torch can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+LARGEST = 2**29
+"""Of a rank, a size or a count: the bytes of a square matrix of a larger one overflow torch's own numbers."""
+
+
+MOST_ROUNDS = 1000
+"""Of a loop in a method, which a file may ask for: none needs as many."""
+
+
 def positive_int(method: Any, **values: Any) -> None:
-    """Raise ValueError unless every value is an integer >= 1."""
+    """Raise ValueError unless every value is an integer from 1 to `LARGEST`."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+            cure = f"give {name} <= {LARGEST}" if _is_number(value) and value > LARGEST else f"give {name} >= 1"
+            raise ValueError(f"{type(method).__name__}.{name} is {value!r}; it must be a positive integer: {cure}")
+
+
+def rounds(method: Any, **values: Any) -> None:
+    """Raise ValueError unless every value is an integer from 0 to `MOST_ROUNDS`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_ROUNDS:
             raise ValueError(
-                f"{type(method).__name__}.{name} is {value!r}; it must be a positive integer: give {name} >= 1"
+                f"{type(method).__name__}.{name} is {value!r}; it must be an integer: give 0 <= {name} <= {MOST_ROUNDS}"
             )
 
 
@@ -33,7 +54,7 @@ def positive(method: Any, **values: Any) -> None:
         if types.get(name) in (int, "int"):
             positive_int(method, **{name: value})
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not _is_number(value) or not 0 < value < math.inf:
             raise ValueError(
                 f"{type(method).__name__}.{name} is {value!r}; it must be a finite number above 0: give {name} > 0"
             )
@@ -59,14 +80,14 @@ def divides(method: Any, name: str, block: int, **sizes: int) -> None:
     """Raise ValueError unless `block` (the field `name`) divides every size."""
     for size_name, size in sizes.items():
         if size % block:
-            near = [d for d in range(1, size + 1) if size % d == 0]
+            near = [k for d in range(1, math.isqrt(size) + 1) if size % d == 0 for k in {d, size // d}]
             raise ValueError(
                 f"{type(method).__name__}.{name} is {block}, which does not divide {size_name}={size}: "
                 f"choose one of {sorted(near, key=lambda d: abs(d - block))[:5]}"
             )
 
 
-PLAIN = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
+PLAIN = {bool: "True or False", int: "an integer of 64 bits", float: "a finite number", str: "a string"}
 """Types of fields that any value of the type fits, and what that is."""
 
 
@@ -76,8 +97,7 @@ def plain(method: Any, name: str, kind: type, optional: bool = False) -> None:
     if kind in (bool, str):
         fits = isinstance(value, kind)
     else:
-        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        fits = number and math.isfinite(value)
+        fits = _is_number(value) and math.isfinite(value) and (kind is float or isinstance(value, int))
     if not fits and not (optional and value is None):
         raise ValueError(
             f"{type(method).__name__}.{name} is {value!r}; give {PLAIN[kind]}{', or None' if optional else ''}"
@@ -93,6 +113,8 @@ def at_most(method: Any, name: str, **sizes: int) -> None:
 
 PositiveInt = Annotated[int, positive_int]
 """Type of a field that is a positive integer: a rank, a size, a count."""
+Rounds = Annotated[int, rounds]
+"""Type of a field that counts the rounds of a loop: the terms of a series, the steps of an iteration."""
 Positive = Annotated[float, positive]
 """Type of a field that is a finite number above 0."""
 Probability = Annotated[float, probability]

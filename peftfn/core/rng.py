@@ -10,6 +10,16 @@ from torch import Tensor
 
 from peftfn.model.site import Site
 
+LARGEST = 2**42
+"""Values of a tensor, 16 TiB in fp32: more is a mistake in a number, and torch's own sizes overflow soon after."""
+
+
+def sized(*shape: int) -> tuple[int, ...]:
+    """The shape. ValueError for one that no machine holds."""
+    if (n := math.prod(shape)) > LARGEST:
+        raise ValueError(f"a tensor {list(shape)} has {n} values, above {LARGEST}: give the method smaller sizes")
+    return shape
+
 
 class Rng:
     """Draws the tensors of one site from a CPU `torch.Generator` seeded by (seed, name).
@@ -69,29 +79,31 @@ class Rng:
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(sized(*shape), dtype=self.dtype, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
         """All 0."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(sized(*shape), dtype=self.dtype, device=self.device)
 
     def ones(self, *shape: int) -> Tensor:
         """All 1."""
-        return torch.ones(shape, dtype=self.dtype, device=self.device)
+        return torch.ones(sized(*shape), dtype=self.dtype, device=self.device)
 
     def full(self, *shape: int, value: float) -> Tensor:
         """All `value`."""
-        return torch.full(shape, value, dtype=self.dtype, device=self.device)
+        return torch.full(sized(*shape), value, dtype=self.dtype, device=self.device)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         """N(0, std²)."""
-        return self.empty(*shape) if self.meta else self._place(torch.randn(shape, generator=self.generator) * std)
+        return (
+            self.empty(*shape) if self.meta else self._place(torch.randn(sized(*shape), generator=self.generator) * std)
+        )
 
     def uniform(self, *shape: int, bound: float) -> Tensor:
         """U(−bound, bound)."""
         if self.meta:
             return self.empty(*shape)
-        return self._place((torch.rand(shape, generator=self.generator) * 2 - 1) * bound)
+        return self._place((torch.rand(sized(*shape), generator=self.generator) * 2 - 1) * bound)
 
     def kaiming(self, *shape: int) -> Tensor:
         """`kaiming_uniform_(a=√5)` of a matrix [rows, fan_in]: U(±1/√fan_in), what `nn.Linear` starts with."""
@@ -100,5 +112,5 @@ class Rng:
     def permutation(self, n: int) -> Tensor:
         """A random permutation of 0 … n−1 (int64)."""
         if self.meta:
-            return torch.empty(n, dtype=torch.int64, device=self.device)
-        return torch.randperm(n, generator=self.generator).to(self.device)
+            return torch.empty(sized(n), dtype=torch.int64, device=self.device)
+        return torch.randperm(*sized(n), generator=self.generator).to(self.device)

@@ -63,8 +63,8 @@ class AdapterFusion(ModuleMethod):
         return replace(self, of=self.of.eval())
 
     def init(self, rng: Rng, m: Place) -> Leaf:
-        leaves = [self.of.init(rng, m) for _ in range(self.n)]
-        stack = {k: torch.stack([leaf[k] for leaf in leaves]) for k in leaves[0]}
+        leaves = [self.of.init(rng, m) for _ in range(1 if rng.meta else self.n)]  # shapes need not be drawn n times
+        stack = {k: torch.stack([leaf[k] for leaf in leaves]).expand(self.n, *t.shape) for k, t in leaves[0].items()}
         d = stack["b"].shape[-1]
         eye = torch.eye(d, dtype=rng.dtype, device=rng.device)
         attends = {k: rng.normal(d, d, std=0.02) for k in ("query", "key")}

@@ -27,10 +27,10 @@ def _leaf_from(m: "AdaMSS", t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
     u, p, cluster = m.parts(w, bias)
     m.check_clusters(*u.shape)
     p = t["adamss_newB"].view_as(p)
-    a, b = p.new_zeros(min(m.clusters, len(u)), m.rank, len(p)), p.new_zeros(len(u), m.rank)
+    a, b = m.zeros(u)
     for i in range(len(a)):
         rows, down, up = (cluster == i).nonzero()[:, 0], t[f"adamss_A.{i}"], t[f"adamss_B.{i}"]
-        n = min(len(down), len(rows), m.rank)
+        n = min(len(down), len(rows), a.shape[1])
         if down.shape != (n, len(p)) or up.shape != (len(rows), n):
             raise ValueError(f"adamss_A.{i} and adamss_B.{i} do not fit {len(rows)} rows: load their base model")
         a[i, :n], b[rows, :n] = down, up
@@ -55,7 +55,7 @@ class AdaMSS(Factored):
         space: how many singular vectors (PEFT's r); above min(out, in) it is that, as in PEFT.
         clusters: number of them, at most out (PEFT's num_subspaces).
         rank: of each cluster's change (PEFT's subspace_rank); values above a cluster's rows are allowed but have no
-            effect on expressiveness.
+            effect on expressiveness, and a rank above out is out.
         threshold: a cluster's rank counts only squared singular values above threshold times its largest (PEFT's
             svd_threshold, if above 0 with use_dynamic_rank).
         seed: of the randomised SVD (PEFT's random_seed).
@@ -121,13 +121,18 @@ class AdaMSS(Factored):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         u, _, cluster = self.parts(w, rng.bias)
-        a = u.new_zeros(min(self.clusters, len(u)), self.rank, u.shape[1])
+        a, b = self.zeros(u)
         for i in () if w.is_meta else range(len(a)):
             _, s, vh = torch.linalg.svd(u[cluster == i], full_matrices=False)
             own = (vh * (s.square() > self.threshold * s[:1].square())[:, None])[: self.rank]
             a[i, : len(own)] = own
-        b = rng.zeros(len(u), self.rank) if self.identity else rng.normal(len(u), self.rank, std=0.01)
+        b = rng.zeros(*b.shape) if self.identity else rng.normal(*b.shape, std=0.01)
         return {"a": a.to(rng.device, rng.dtype), "b": b}
+
+    def zeros(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of zeros for U [out, r]. A rank above out is out."""
+        rank = min(self.rank, len(u))
+        return u.new_zeros(min(self.clusters, len(u)), rank, u.shape[1]), u.new_zeros(len(u), rank)
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         clusters, rank = (torch.arange(n, device=p["c"].device) for n in p["a"].shape[:2])

@@ -63,7 +63,7 @@ class BOFT(_Blocks):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         out, in_ = w.shape
-        h, span = self.block(in_, "input"), 2 ** (self.factors - 1)
+        h, span = self.block(in_, "input"), 2 ** min(self.factors - 1, in_.bit_length())  # 2^bits is above in
         if span > 1 and (h % 2 or in_ % (h * span)):
             raise ValueError(
                 f"BOFT.factors is {self.factors}, which mixes {h * span} features with blocks of {h}; that must divide "

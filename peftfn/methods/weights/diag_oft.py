@@ -44,7 +44,7 @@ class DiagOFT(Weight):
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         q = p["b"] - p["b"].mT
-        q = bounded(q, self.constraint * w.shape[0], (0, 1, 2)) if self.constraint else q
+        q = bounded(q, float(self.constraint * w.shape[0]), (0, 1, 2)) if self.constraint else q
         return {"r": dropped(cayley(q), self.dropout)} | ({"s": p["s"]} if self.rescale else {})
 
     def _turn(self, y: Tensor, p: Leaf) -> Tensor:

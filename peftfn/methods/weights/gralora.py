@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, PositiveInt, Probability, divides
+from peftfn.core.fields import LARGEST, Positive, PositiveInt, Probability, divides
 from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
@@ -55,8 +55,10 @@ class GraLoRA(Weight):
     def __post_init__(self) -> None:
         super().__post_init__()
         divides(self, "k", self.k, rank=self.rank)
-        if self.hybrid_rank < 0:
-            raise ValueError(f"GraLoRA.hybrid_rank is {self.hybrid_rank}; it is a rank: give 0 for none, or more")
+        if not 0 <= self.hybrid_rank <= LARGEST:
+            raise ValueError(
+                f"GraLoRA.hybrid_rank is {self.hybrid_rank}; it is a rank: give 0 for none, or <= {LARGEST}"
+            )
 
     @property
     def scale(self) -> float:

@@ -55,7 +55,7 @@ class Lily(Weight):
     )
 
     rank: PositiveInt = 32
-    experts: int = 2
+    experts: PositiveInt = 2
     stride: PositiveInt = 1
     scale: float = 1.0
     init_weights: Start = "default"

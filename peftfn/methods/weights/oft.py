@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, Probability, Start
+from peftfn.core.fields import Positive, Probability, Rounds, Start
 from peftfn.core.method import Leaf, Product
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
@@ -92,7 +92,7 @@ class OFT(_Blocks):
 
     share: bool = False
     exact: bool = False
-    terms: int = 5
+    terms: Rounds = 5
     eps: Positive | None = None
     side: Literal["input", "output"] = "input"
     nearest: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.fields import Rounds
 from peftfn.core.method import Leaf
 from peftfn.core.rng import Rng
 from peftfn.methods.parts.lowrank import LORA, lora_alpha
@@ -49,7 +50,7 @@ class PiSSA(FromWeight):
 
     peft = replace(LORA, fixed={"init_lora_weights": "pissa"}, writes=_written)
 
-    niter: int | None = None
+    niter: Rounds | None = None
 
     def start(self, rng: Rng, w: Tensor) -> Leaf:
         if self.niter is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import Positive, PositiveInt, Probability, Start, at_most
+from peftfn.core.fields import Positive, PositiveInt, Probability, Rounds, Start, at_most
 from peftfn.core.method import Leaf, Product, Weight
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
@@ -80,13 +80,13 @@ class PSOFT(Weight):
     dropout: Probability = 0.0
     split: Literal["psoft", "pissa"] = "psoft"
     svd: Literal["full", "lowrank"] = "full"
-    niter: int = 10
+    niter: Rounds = 10
     seed: int = 0
     orthogonal: bool = True
     magnitude_b: bool = True
     magnitude_a: bool = True
     exact: bool = True
-    terms: int = 5
+    terms: Rounds = 5
     eps: Positive | None = None
     init_weights: Start = "default"
 

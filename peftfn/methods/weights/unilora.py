@@ -68,9 +68,12 @@ class UniLoRA(Factored):
         return False
 
     def shared(self, rng: Rng, weights: Mapping[str, Tensor]) -> Mapping[str, Leaf]:
+        shapes = [s for w in weights.values() for s in ((self.rank, w.shape[1]), (w.shape[0], self.rank))]
+        if rng.meta:
+            every = zip(weights, shapes[::2], shapes[1::2], strict=True)
+            return {site: {**_empty("ia", "ca", a, rng), **_empty("ib", "cb", b, rng)} for site, a, b in every}
         import numpy
 
-        shapes = [s for w in weights.values() for s in ((self.rank, w.shape[1]), (w.shape[0], self.rank))]
         total = sum(rows * columns for rows, columns in shapes)
         draw = numpy.random.default_rng(self.projection_seed)
         uses, rest = divmod(total, self.length)
@@ -104,3 +107,8 @@ class UniLoRA(Factored):
             return p["theta"].index_select(0, i.flatten()).view(i.shape) * c
 
         return {"down": entries(p["ia"], p["ca"]), "up": entries(p["ib"], p["cb"])}
+
+
+def _empty(index: str, scale: str, shape: tuple[int, int], rng: Rng) -> Leaf:
+    c = rng.empty(*shape)
+    return {index: torch.empty_like(c, dtype=torch.int64), scale: c}
