@@ -263,10 +263,34 @@ def opened(where: Path) -> Iterator[Tensors]:
                         f"{where}: {name} is {kind}; an adapter's tensors have one of the dtypes {', '.join(DTYPES)}"
                     )
                 meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[kind], device="meta")
-            read = {name: partial(file.get_tensor, name) for name in meta}
-            yield Tensors(where, meta, read, metadata=file.metadata())
+            yield Tensors(where, meta, _mapped(where, meta), metadata=file.metadata())
     except SafetensorError as e:
         raise ValueError(f"{where}: not a valid safetensors file: {e}") from e
+
+
+def _mapped(where: Path, meta: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of a safetensors file that `safe_open` has found well formed, out of a mapping of it.
+
+    Not `safe_open.get_tensor`: each of its calls loses 64 bytes (safetensors 0.8), which a bank that fetches adapters
+    all day adds up to gigabytes.
+    """
+    with where.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    size = where.stat().st_size
+    data = torch.from_file(str(where), shared=False, size=size, dtype=torch.uint8)
+
+    def read(name: str) -> Tensor:
+        shape, dtype = meta[name].shape, meta[name].dtype
+        first, end = (start + at for at in header.get(name, {"data_offsets": (0, 0)})["data_offsets"])
+        if end - first != meta[name].nbytes or end > size:
+            raise ValueError(f"{where}: it was replaced while it was read: load it again")
+        part = data[first:end]
+        if first % dtype.itemsize:  # which the format allows
+            part = part.clone()
+        return part.view(dtype).view(shape)
+
+    return {name: partial(read, name) for name in meta}
 
 
 def _shards(where: Path) -> str:

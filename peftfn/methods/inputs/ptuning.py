@@ -1,13 +1,13 @@
 """P-tuning: virtual tokens that an MLP or an LSTM makes of trained inputs."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfn.core.fields import PositiveInt
+from peftfn.core.fields import PositiveInt, positive_int, rounds
 from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Tokens
 from peftfn.core.rng import Rng
@@ -44,7 +44,7 @@ class PTuning(Tokens):
     n: PositiveInt = 8
     encoder: Literal["MLP", "LSTM"] = "MLP"
     hidden: PositiveInt | None = None
-    layers: PositiveInt = 2
+    layers: Annotated[int, positive_int, rounds] = 2
     pooled: Literal["token", "virtual"] = "token"
 
     identity = False  # type: ignore[assignment]

@@ -4,13 +4,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftfn.core.fields import PositiveInt, Probability
+from peftfn.core.fields import PositiveInt, Probability, positive_int, rounds
 from peftfn.core.method import Cases, Leaf
 from peftfn.core.modules import Along
 from peftfn.core.rng import Rng
@@ -68,7 +68,7 @@ class Shadow(Along):
     rank: PositiveInt = 8
     alpha: float = 0.1
     update: PositiveInt | None = None
-    depth: PositiveInt = 1
+    depth: Annotated[int, positive_int, rounds] = 1
     hidden: PositiveInt | None = None
     intermediate: PositiveInt | None = None
     heads: PositiveInt | None = None
