@@ -52,12 +52,30 @@ def modes(c: Case) -> None:
                 close(got, want, f"gradient of {name}, the layer used under {mode} first", 1e-3)
 
 
+def _keeps_dtypes(c: Case) -> None:
+    """In fp32: a Python number times a tensor of no dimensions has fp64 tangents in torch, where it has a gradient."""
+    if not runs_in(c, torch.float32):
+        return
+    c = replace(c, dtype=torch.float32)
+    a = c.adapter()
+    try:
+        products = jvp(grad(c.loss), (a,), (a,))[1]
+    except RuntimeError as e:  # torch's own conv1d in fp32, with a tangent of its bias alone
+        assert "forward gradient that has a different size" in str(e) and c.model_name == "conv1d", e
+        return
+    for n, leaf in products.items():
+        for k, t in leaf.items():
+            assert t.dtype == a[n][k].dtype, f"a product with the Hessian is {t.dtype} at {n}/{k}, of {a[n][k].dtype}"
+
+
 def gradients(c: Case) -> None:
     """backward == grad == a central difference; jvp and vjp are adjoint, jacrev is jacfwd; the
     Hessian is symmetric. In fp64.
 
-    And training can start: at a fresh adapter the gradient is finite, and not zero.
+    And training can start: at a fresh adapter the gradient is finite, and not zero. Derivatives have the adapter's
+    dtype, also those of gradients.
     """
+    _keeps_dtypes(c)
     c = replace(c, dtype=torch.float64)
     if not runs_in(c, torch.float64):
         return

@@ -89,7 +89,7 @@ class MonteCLoRA(Drawn):
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         up = p["b"]
         if torch.is_grad_enabled():  # a gradient of zero, not none, where nothing is drawn
-            up = up + 0.0 * (p["std"].sum() + p["mix"].sum())
+            up = up + up.new_zeros(()) * (p["std"].sum() + p["mix"].sum())  # a float times these: tangents in fp64
         return {"down": p["a"], "up": up, "std": p["std"], "mix": p["mix"]}
 
     def _draw(self, p: Leaf) -> tuple[Tensor, Tensor]:
