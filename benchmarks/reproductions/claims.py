@@ -12,4 +12,6 @@ from benchmarks.reproductions import (
 from benchmarks.reproductions.claim import Claim
 
 MODULES = (learning_rates, lora_plus, without_regret, merging, intruders, dora_pattern, expressive_power)
+READS_RECORDS = ("learning_rates",)
+"""Claims that the records of the comparison answer."""
 CLAIMS: dict[str, Claim] = {m.__name__.rpartition(".")[2]: m.CLAIM for m in MODULES}

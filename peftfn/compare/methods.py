@@ -7,6 +7,7 @@ import peftfn as pf
 PLACES = {
     "matrices": r".*(query|key|value|dense)\.weight",
     "modules": r".*output\.dense$",
+    "inputs": r".*(query|key|value)\.dense\.weight",
     "norms": r".*LayerNorm",
     "biases": r".*bias$",
 }
@@ -19,6 +20,7 @@ class Recipe:
 
     method: pf.Method
     places: str = "matrices"
+    small: bool = False  # run on small tasks alone, unless a task is named
 
     def rules(self, layers: str) -> dict[str, pf.Method]:
         """Rules for `adapt`; `layers` as a `Ready` has it."""
@@ -42,4 +44,41 @@ METHODS = {
     "BitFit": Recipe(pf.Full(), "biases"),
     "LNTuning": Recipe(pf.Full(), "norms"),
     "Full": Recipe(pf.Full()),
+    "AdaLoRA": Recipe(pf.AdaLoRA(rank=4), small=True),
+    "AdaMSS": Recipe(pf.AdaMSS(space=32, clusters=4, rank=2), small=True),
+    "AdapterPlus": Recipe(pf.AdapterPlus(rank=8), "modules", small=True),
+    "BDLoRA": Recipe(pf.BDLoRA(rank=4, blocks=2), small=True),
+    "BEFT": Recipe(pf.BEFT(), r".*value\.dense\.weight", small=True),
+    "BOFT": Recipe(pf.BOFT(block_size=8, factors=2), small=True),
+    "C3A": Recipe(pf.C3A(block_size=16), small=True),
+    "Compacter": Recipe(pf.Compacter(rank=8), "modules", small=True),
+    "DEFT": Recipe(pf.DEFT(rank=4), small=True),
+    "DeLoRA": Recipe(pf.DeLoRA(rank=4), small=True),
+    "DiagOFT": Recipe(pf.DiagOFT(block_size=8), small=True),
+    "DyLoRA": Recipe(pf.DyLoRA(rank=4), small=True),
+    "FRoD": Recipe(pf.FRoD(), "inputs", small=True),
+    "GLoRA": Recipe(pf.GLoRA(rank=4), small=True),
+    "GraLoRA": Recipe(pf.GraLoRA(rank=4), small=True),
+    "HiRA": Recipe(pf.HiRA(rank=4), small=True),
+    "KaSA": Recipe(pf.KaSA(rank=4), small=True),
+    "Lily": Recipe(pf.Lily(rank=4), "inputs", small=True),
+    "MiCA": Recipe(pf.MiCA(rank=4), small=True),
+    "MoELoRA": Recipe(pf.MoELoRA(rank=2, experts=2), small=True),
+    "MonteCLoRA": Recipe(pf.MonteCLoRA(rank=4), small=True),
+    "PEANuT": Recipe(pf.PEANuT(rank=8), small=True),
+    "PSOFT": Recipe(pf.PSOFT(rank=16), small=True),
+    "PVeRA": Recipe(pf.PVeRA(rank=64), small=True),
+    "QALoRA": Recipe(pf.QALoRA(rank=4), small=True),
+    "RandLoRA": Recipe(pf.RandLoRA(rank=8), small=True),
+    "RoAd": Recipe(pf.RoAd(group_size=16), small=True),
+    "SHiRA": Recipe(pf.SHiRA(rank=4), small=True),
+    "SuperTuning": Recipe(pf.SuperTuning(sparsity=0.9), small=True),
+    "TLoRA": Recipe(pf.TLoRA(rank=4), small=True),
+    "TinyLoRA": Recipe(pf.TinyLoRA(), small=True),
+    "UniLoRA": Recipe(pf.UniLoRA(rank=4, length=2048), small=True),
+    "VBLoRA": Recipe(pf.VBLoRA(rank=4, vectors=64, length=16), small=True),
+    "VeLoRA": Recipe(pf.VeLoRA(rank=4, groups=16), small=True),
+    "WaveFT": Recipe(pf.WaveFT(n_frequency=1000), small=True),
 }
+"""Not here: prompts and prefixes, which want a model that takes embeddings; methods of other libraries' models; and those
+that are others here with another start or penalty."""

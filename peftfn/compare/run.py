@@ -19,7 +19,7 @@ from peftfn.compare.curvature import sharpness
 from peftfn.compare.environment import environment
 from peftfn.compare.methods import METHODS, Recipe
 from peftfn.compare.peak import peak
-from peftfn.compare.tasks import TASKS, Ready
+from peftfn.compare.tasks import SMALL, TASKS, Ready
 from peftfn.formats.files import write
 from peftfn.tools.summary import counts
 
@@ -46,8 +46,8 @@ class Settings:
 
 def compare(
     out: Path,
-    methods: Sequence[str] = tuple(METHODS),
-    tasks: Sequence[str] = tuple(TASKS),
+    methods: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
     settings: Settings | None = None,
     *,
     minutes: float | None = None,
@@ -58,7 +58,7 @@ def compare(
     Args:
         out: a folder. What is there with the same settings is not run again, and a pair that was interrupted goes on.
         methods: names of `METHODS`, in the order in which they run: each on all tasks, then the next.
-        tasks: names of `TASKS`.
+        tasks: names of `TASKS`. What you name runs on all that you name, the rest where its `Recipe` has it.
         minutes: no pair begins that would end later, if it takes as long as the last on its task.
         say: gets a line for each pair.
 
@@ -67,30 +67,39 @@ def compare(
         ModuleNotFoundError: a package with data is not installed.
     """
     for what, names, known in (("method", methods, METHODS), ("task", tasks, TASKS)):
-        for name in names:
+        for name in names or ():
             if name not in known:
                 raise ValueError(f"there is no {what} {name!r} to compare; there are {', '.join(known)}")
     how = settings or Settings()
     start, took, ready = perf_counter(), dict[str, float](), dict[str, Ready]()
-    for name in methods:
-        for task in tasks:
-            path = out / f"{task}.{name}.json"
-            if path.is_file():
-                _same(path, how)
-                continue
-            left = None if minutes is None else 60 * minutes - (perf_counter() - start)
-            if left is not None and left <= took.get(task, 0.0):
-                say(f"{task}, {name}: left out, for lack of time")
-                continue
-            began = perf_counter()
-            if task not in ready:
-                ready[task] = TASKS[task]()
-            record = one(ready[task], name, METHODS[name], how, out / "running" / f"{task}.{name}")
-            write(path, json.dumps(record, indent=1) + "\n")
-            rmtree(out / "running" / f"{task}.{name}")
-            took[task] = perf_counter() - began
-            say(f"{task}, {name}: {_line(record)}, {took[task]:.0f} s")
+    for name, task in pairs(methods, tasks):
+        path = out / f"{task}.{name}.json"
+        if path.is_file():
+            _same(path, how)
+            continue
+        left = None if minutes is None else 60 * minutes - (perf_counter() - start)
+        if left is not None and left <= took.get(task, 0.0):
+            say(f"{task}, {name}: left out, for lack of time")
+            continue
+        began = perf_counter()
+        if task not in ready:
+            ready[task] = TASKS[task]()
+        record = one(ready[task], name, METHODS[name], how, out / "running" / f"{task}.{name}")
+        write(path, json.dumps(record, indent=1) + "\n")
+        rmtree(out / "running" / f"{task}.{name}")
+        took[task] = perf_counter() - began
+        say(f"{task}, {name}: {_line(record)}, {took[task]:.0f} s")
     return read(out)
+
+
+def pairs(methods: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """(method, task) of all that `compare` runs."""
+    return [
+        (name, task)
+        for name in methods or METHODS
+        for task in tasks or TASKS
+        if not METHODS[name].small or task in SMALL or (methods and tasks)
+    ]
 
 
 def read(folder: Path) -> list[Json]:
