@@ -2,12 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfn as pf
@@ -43,6 +44,55 @@ def inject(model: nn.Module, *, dora: bool = False, rank: int = RANK, **options:
         wrapped = get_peft_model(model, config, **options)  # type: ignore[arg-type]
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+HAND = "by hand"
+Rows = Sequence[tuple[pf.Adapted, Any, Sequence[int]]]
+"""(net, adapter, the rows that use it) of each LoRA of a batch"""
+
+
+class ByHand(nn.Module):
+    """A linear layer with each row's own low-rank product, written out for the rows of one batch: what is left when
+    nothing is asked, looked up or checked. Adapters of one rank and number of rows are one pair of batched products.
+    """
+
+    def __init__(self, layer: nn.Linear, buckets: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Sequence[float]):
+        """buckets: (rows [n · each], D [n, r, in], U [n, out, r])"""
+        super().__init__()
+        self.weight, self.buckets, self.scale = layer.weight, buckets, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.buckets) == 1:  # all rows, sorted: the base's product goes onto the low-rank one
+            ((_, down, up),) = self.buckets
+            y = torch.bmm(torch.bmm(down, x.view(len(down), -1, x.shape[-1]).mT).mT, up.mT)
+            y.view(-1, y.shape[-1]).addmm_(x.view(-1, x.shape[-1]), self.weight.mT, beta=self.scale[0])
+            return y.view(*x.shape[:-1], -1)
+        y = F.linear(x, self.weight)
+        for (rows, down, up), scale in zip(self.buckets, self.scale, strict=True):
+            mine = x.index_select(0, rows).view(len(down), -1, x.shape[-1])
+            change = torch.bmm(torch.bmm(down, mine.mT).mT, up.mT)
+            y = y.index_add(0, rows, change.view(len(rows), *y.shape[1:]), alpha=scale)
+        return y
+
+
+def by_hand(base: nn.Module, adapters: Rows) -> nn.Module:
+    """A copy of the base with `ByHand` in the place of each adapted layer."""
+    model, groups = copy.deepcopy(base), dict[tuple[Any, int], list[tuple[Any, Sequence[int]]]]()
+    for net, adapter, rows in adapters:
+        groups.setdefault((next(iter(net.plan.values())).method, len(rows)), []).append((adapter, rows))
+    scale = [method.scale for method, _ in groups]
+    for site in adapters[0][0].plan:
+        buckets = [
+            (
+                torch.tensor([i for _, rows in group for i in rows]),
+                *(torch.stack([adapter[site][k].detach() for adapter, _ in group]) for k in "ab"),
+            )
+            for group in groups.values()
+        ]
+        name = site.removesuffix(".weight")
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, ByHand(layer, buckets, scale))
+    return model
 
 
 def pair(base: nn.Module, dora: bool) -> tuple[PeftModel, pf.Adapted, pf.Adapter]:

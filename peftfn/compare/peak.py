@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(f: Callable[..., Any], *args: Any) -> int:
-    """The most bytes that tensors made during f(*args) have at one time."""
+    """The most bytes that tensors made during f(*args) have at one time. A view of a tensor that was there is none."""
     with _Live() as live:
         f(*args)
     return live.most
@@ -25,20 +25,25 @@ class _Live(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see((args, kwargs), made=False)
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._see(t.untyped_storage())
+        self._see(out, made=True)
         return out
 
-    def _see(self, storage: Any) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self.seen or not size:
-            return
-        self.seen.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+    def _see(self, tree: Any, made: bool) -> None:
+        """Storages that are new here: what an operation made, or, among its inputs, what was there before f."""
+        for t in tree_leaves(tree):
+            if not isinstance(t, Tensor):
+                continue
+            storage = t.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if key in self.seen or not size:
+                continue
+            self.seen.add(key)
+            counted = size if made else 0
+            self.now += counted
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, counted)
 
     def _gone(self, key: int, size: int) -> None:
         self.seen.discard(key)

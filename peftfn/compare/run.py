@@ -5,7 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from shutil import rmtree
 from time import perf_counter
@@ -71,7 +71,7 @@ def compare(
             if name not in known:
                 raise ValueError(f"there is no {what} {name!r} to compare; there are {', '.join(known)}")
     how = settings or Settings()
-    start, took, ready = perf_counter(), dict[str, float](), dict[str, Ready]()
+    start, took = perf_counter(), dict[str, float]()
     for name, task in pairs(methods, tasks):
         path = out / f"{task}.{name}.json"
         if path.is_file():
@@ -82,14 +82,18 @@ def compare(
             say(f"{task}, {name}: left out, for lack of time")
             continue
         began = perf_counter()
-        if task not in ready:
-            ready[task] = TASKS[task]()
-        record = one(ready[task], name, METHODS[name], how, out / "running" / f"{task}.{name}")
+        record = one(_made(TASKS[task]), name, METHODS[name], how, out / "running" / f"{task}.{name}")
         write(path, json.dumps(record, indent=1) + "\n")
         rmtree(out / "running" / f"{task}.{name}")
         took[task] = perf_counter() - began
         say(f"{task}, {name}: {_line(record)}, {took[task]:.0f} s")
     return read(out)
+
+
+@cache
+def _made(task: Callable[[], Ready]) -> Ready:
+    """Its base trains once a process; nothing here changes it."""
+    return task()
 
 
 def pairs(methods: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> list[tuple[str, str]]:
