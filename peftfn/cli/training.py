@@ -55,11 +55,17 @@ def add_compare(command: Command) -> None:
     new.add_argument(
         "--budget", type=float, metavar="MINUTES", help="begin nothing that would end later, by the last on its task"
     )
+    new.add_argument(
+        "--peft-results",
+        type=Path,
+        metavar="DIR",
+        help="write the best runs there, as PEFT's own comparison stores them",
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:
     try:
-        from peftfn.compare import page, plot, run
+        from peftfn.compare import page, peft_results, plot, run
     except ModuleNotFoundError as e:
         print(f"peftfn compare needs {e.name}: pip install 'peftfn[demo]'", file=sys.stderr)
         return 1
@@ -71,6 +77,8 @@ def _compare(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         print(e, file=sys.stderr)
         return 1
+    if o.peft_results is not None:
+        print(f"{peft_results.write_runs(records, o.peft_results)} runs written to {o.peft_results}")
     drawn = plot.pareto(records, o.out / page.PICTURE)
     (o.out / "comparison.md").write_text(page.page(records, picture=drawn), encoding="utf-8")
     print(f"written to {o.out}: {len(records)} records, comparison.md{f', {page.PICTURE}' if drawn else ''}")

@@ -80,5 +80,5 @@ METHODS = {
     "VeLoRA": Recipe(pf.VeLoRA(rank=4, groups=16), small=True),
     "WaveFT": Recipe(pf.WaveFT(n_frequency=1000), small=True),
 }
-"""Not here: prompts and prefixes, which want a model that takes embeddings; methods of other libraries' models; and those
-that are others here with another start or penalty."""
+"""Not here: prompts and prefixes, which want a model that takes embeddings, and methods that are one of these with
+another start or penalty."""

@@ -13,7 +13,8 @@ HEAD = """\
 Made by `peftfn compare` from its records; do not edit. Every method is shown at **its own best learning rate**, chosen
 by the mean accuracy over the seeds on validation examples, from one grid for all; the accuracy is that on test
 examples, which chose nothing. All rates and seeds of a method train in one [sweep](sweep.md). The base and its
-classifier are trained before, and frozen: the first line of a table is what they reach without an adapter.
+classifier (of texts: on 40 examples) are trained before, and frozen: the first line of a table is what they reach
+without an adapter.
 
 These are small tasks and few steps: they show how to compare, and what rates methods want, more than which method is
 best. Differences within the spreads say nothing. A rate at an end of the grid (↧, ↥) may not be the best there is.

@@ -164,6 +164,7 @@ def one(ready: Ready, name: str, recipe: Recipe, how: Settings, folder: Path | N
         "net": str(recipe.method),
         "settings": {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch},
         "examples": {"train": len(ready.train), "validation": len(ready.validation), "test": len(ready.test)},
+        "positions": ready.inputs[0].shape[1],
         "base": right,
         "own": {"title": ready.own.title, "base": own},
         "sharpness": sharpness(start, net.init()),
@@ -251,7 +252,7 @@ def _same(path: Path, how: Settings) -> None:
     record = json.loads(path.read_text())
     have = record["settings"]
     want = {"rates": list(how.rates), "seeds": how.seeds, "steps": how.steps, "batch": how.batch}
-    if "sharpness" not in record:
+    if not record.keys() >= {"sharpness", "positions"}:
         raise ValueError(f"{path}: an older version made it, without what is measured now: give another folder")
     if have != want:
         raise ValueError(f"{path}: it was made with {have}, and these are {want}: give another folder")

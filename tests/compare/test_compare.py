@@ -18,6 +18,8 @@ from peftfn.compare.curvature import sharpness
 from peftfn.compare.methods import METHODS
 from peftfn.compare.models import Patches
 from peftfn.compare.page import page
+from peftfn.compare.peak import peak
+from peftfn.compare.peft_results import runs
 from peftfn.compare.tasks import TASKS, Own, Ready, cross_entropy
 
 RECORDS = ROOT / "benchmarks" / "comparison"
@@ -108,7 +110,9 @@ def test_the_command(task: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[
         "--steps",
         "3",
     ]
-    assert main(["compare", *given, "--out", str(tmp_path)]) == 0
+    stored = tmp_path / "peft"
+    assert main(["compare", *given, "--out", str(tmp_path), "--peft-results", str(stored)]) == 0
+    assert_peft_reads(stored, tmp_path)
     assert "2 records, comparison.md, comparison.png" in capsys.readouterr().out
     assert (tmp_path / "comparison.png").stat().st_size > 1000
     text = (tmp_path / "comparison.md").read_text()
@@ -117,6 +121,46 @@ def test_the_command(task: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["compare", "--methods", "nothing", "--out", str(tmp_path)]) == 2
     with pytest.raises(SystemExit):
         main(["compare", "--rates", "1e-3,x"])
+
+
+def assert_peft_reads(stored: Path, out: Path) -> None:
+    """What PEFT's method_comparison/processing.py takes from each file of results."""
+    records, files = run.read(out), sorted(stored.glob("*.json"))
+    assert len(files) == 2 * len(records)
+    for path in files:
+        row = json.loads(path.read_text())
+        of, train, metrics = row["run_info"], row["train_info"], row["train_info"]["metrics"][-1]
+        (ours,) = (r for r in records if r["method"].lower() == of["experiment_name"].split("/")[0])
+        assert path.stem == of["experiment_name"].replace("/", "--")
+        assert of["train_config"]["model_id"] == ours["task"] and of["peft_config"]["peft_type"]
+        assert train["status"] == "success" and train["file_size"] == ours["bytes"]
+        numbers = {k: train[f"accelerator_memory_{k}"] for k in ("reserved_avg", "max", "reserved_99th")}
+        numbers |= {k: metrics[k] for k in ("test accuracy", "train loss", "train samples", "train total tokens")}
+        assert all(isinstance(v, int | float) for v in [*numbers.values(), of["total_time"], train["train_time"]])
+        assert metrics["train total tokens"] == metrics["train samples"] * ours["positions"]
+        assert {f"{k}-version" for k in ("peft", "transformers", "datasets", "torch", "bitsandbytes")} <= row[
+            "meta_info"
+        ]["package_info"].keys()
+
+
+def test_every_method_has_pefts_configuration_or_our_words() -> None:
+    r = record("LoRA", {1e-2: [0.5]})
+    r["trials"][0] |= {"step": 5, "seconds": 1.0, "loss": 0.3}
+    for name in METHODS:
+        (found,) = runs({**r, "method": name, "positions": 8}).values()
+        config = found["run_info"]["peft_config"]
+        assert (config is None) == (name == "Full")
+        json.dumps(config)
+    (lora,) = runs({**r, "positions": 8}).values()
+    assert lora["run_info"]["peft_config"]["peft_type"] == "LORA" and lora["run_info"]["peft_config"]["r"] == 4
+
+
+def test_peak_memory_counts_what_is_made() -> None:
+    w, x = torch.randn(64, 64), torch.randn(8, 64)
+    kib = 2**10
+    assert peak(lambda: x @ w.mT) == 2 * kib
+    assert peak(lambda: (x + 1, x + 2)) == 4 * kib
+    assert peak(lambda: [float((x + i).sum()) for i in range(9)]) < 3 * kib
 
 
 def record(method: str, tests: dict[float, list[float]], **more: Any) -> Any:
