@@ -137,17 +137,24 @@ class Runner:
             try:
                 if call.params:
                     skeleton.put(call.params)
+                whole = len(kept) == len(call.given[0].plan)
                 if gates is not None:
                     gates = self._bound(skeleton, gates, call)
-                made = self._values(skeleton, kept, call.given, gates)
+                    if not call.params:
+                        kept, whole = skeleton.kept_mixed(call.given, gates, self.model.training)
+                made = kept if whole else self._values(skeleton, kept, call.given, gates)
                 skeleton.fill(made)
                 function = skeleton.root if call.method is None else getattr(skeleton.root, call.method)
                 with nullcontext() if gates is None else gates.during(skeleton.root):
                     out = function(*call.args, **call.kwargs)
                 if not traced:
                     skeleton.check_in_place(made)
-                    if gates is None and not call.params and not kept:
+                    if kept or call.params:
+                        pass
+                    elif gates is None:
                         skeleton.keep(call.given[0], self.model.training, made)
+                    else:
+                        skeleton.keep_mixed(call.given, gates, self.model.training, made)
                 if gates is not None:
                     check_output(out)
             finally:
@@ -181,7 +188,7 @@ class Runner:
         make = partial(values, given, gates, skeleton.__getitem__, self.model.training)
         if not kept:
             return make(but=skeleton.loading.wait(make))
-        return {**kept, **make(but=kept)} if len(kept) < len(given[0].plan) else kept
+        return {**kept, **make(but=kept)}
 
     def batch(
         self,
@@ -199,8 +206,7 @@ class Runner:
         the caller gave."""
         given, count = [], 0
         for plan, stacked in zip(self.plans, stacks, strict=True):
-            plan.check(stacked, lead=1)
-            given.append(Given(plan, stacked, count, stack_size(stacked)))
+            given.append(Given(plan, stacked, count, self._size(plan, stacked)))
             count += given[-1].size
         inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
         made = gates_of(gates, count, inputs, copies_of(self.model, method, args, kwargs), method is not None)
@@ -217,6 +223,14 @@ class Runner:
         plan, stacked, start, _ = part
         alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
         return self.run(Asked([alone], None, args, kwargs, params, method))
+
+    def _size(self, plan: Plan, stacked: Mapping[str, Any]) -> int:
+        """The number of adapters of a stack. ValueError if it does not fit its plan."""
+        for idle in self._idle[-1:]:  # whose last call had it, as a rule
+            if (size := idle.mixed_keeper.size(plan, stacked)) is not None:
+                return size
+        plan.check(stacked, lead=1)
+        return stack_size(stacked)
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

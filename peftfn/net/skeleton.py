@@ -27,7 +27,9 @@ from peftfn.net.recompute import Held, Recompute
 from peftfn.net.released import Bypass, Released
 from peftfn.net.watch import PLAIN, Watch
 from peftfn.slots.call import Gone, hooked
+from peftfn.slots.gates import Gates
 from peftfn.slots.kept import Keeper
+from peftfn.slots.kept_mixed import MixedKeeper
 from peftfn.slots.routed import encoders, routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
@@ -82,7 +84,7 @@ class Skeleton:
         self._route()
         self._sort_slots()
         self.idle = self.snapshot()
-        self.keeper = Keeper()
+        self.keeper, self.mixed_keeper = Keeper(), MixedKeeper()
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
@@ -291,6 +293,15 @@ class Skeleton:
         """Keep of `made`, what the call of an adapter had in its slots, what its next call can have."""
         if not self.loading.late:
             self.keeper.keep(given, training, made, self.lanes, self._theirs)
+
+    def kept_mixed(self, given: Sequence[Given], gates: Gates, training: bool) -> tuple[Mapping[str, Any], bool]:
+        """`kept` for the stacks of a mixed batch, and whether that is all that stands in the slots."""
+        return self.mixed_keeper.find(given, gates, training, self._theirs)
+
+    def keep_mixed(self, given: Sequence[Given], gates: Gates, training: bool, made: Mapping[str, Any]) -> None:
+        """`keep` for the stacks of a mixed batch."""
+        if not self.loading.late:
+            self.mixed_keeper.keep(given, gates, training, made, self.lanes, self._theirs)
 
     def _theirs(self, names: Collection[str]) -> list[Any]:
         """What the base has in these slots of parameters."""

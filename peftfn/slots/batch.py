@@ -110,7 +110,7 @@ def around(gates: Gates, stacks: Sequence[Stack], name: str, base: Tensor, uses:
                 every = torch.arange(gates.size, device=y.device)
                 new = torch.stack([one(k, *xs) for k in range(stack.size)])[local, every]
             y = torch.where(mine, new.to(y.dtype), y)
-        elif (share := _share(gates, stack, y.device)) is not None:
+        elif (share := share_of(gates, stack.start, stack.size, y.device)) is not None:
             new = stack.by_bucket(share, xs, many, one).to(y.dtype)
             y = new if share.rows is None else y.index_copy(0, share.rows, new)
     return y
@@ -150,7 +150,9 @@ def _sorted(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     y, parts = _fused(gates, layer, x)
     if y is None and gates.positions and layer.kind == "linear" and x.dim() == 2 and all(map(_narrow, parts)):
         return _at_once(gates, layer, x)
-    shares = [(part, found) for part in parts if (found := _share(gates, part, x.device)) is not None]
+    shares = [
+        (part, found) for part in parts if (found := share_of(gates, part.start, part.size, x.device)) is not None
+    ]
     if y is None and len(shares) == 1 and shares[0][1].size == gates.size:
         part, found = shares[0]
         if not part.is_low_rank(layer.kind):
@@ -171,9 +173,9 @@ def _sorted(gates: Index, layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-def _share(gates: Index, part: Stack, device: torch.device) -> Share | None:
+def share_of(gates: Index, start: int, size: int, device: torch.device) -> Share | None:
     """The rows of a part's adapters; None if there are none. Made once for all sites."""
-    key, kept = (part.start, part.size, device), gates.kept
+    key, kept = (start, size, device), gates.kept
     if key not in kept:
         kept[key] = share(gates.known or (), *key)
     return kept[key]  # type: ignore[no-any-return]

@@ -123,13 +123,13 @@ class Keeper:
         """What `given` made in its last call and would make again, by site; nothing if it is another adapter, or one of
         its tensors or of the base's weights was replaced. Such an adapter fits its plan, as it did before."""
         made = self._made
-        if made is None or not _quiet():
+        if made is None or not quiet():
             return {}
-        now, tensors = _contents(given.adapter)
+        now, tensors = contents(given.adapter)
         if given.plan is not made.plan or training is not made.training or now != made.shape:
             return {}
         tensors += weights(made.values)
-        if list(map(id, tensors)) != made.ids or _geometry(tensors) != made.geometry:
+        if list(map(id, tensors)) != made.ids or geometry(tensors) != made.geometry:
             return {}
         task = backward_task()
         for v in made.values.values():
@@ -145,23 +145,23 @@ class Keeper:
         """
         leaf: Mapping[str, Any] = next(iter(given.adapter.values()), {})
         first = next(iter(leaf.values()), None)
-        if not isinstance(first, Tensor) or not _quiet():
+        if not isinstance(first, Tensor) or not quiet():
             return
         last, self._last = self._last, weakref.ref(first)
         if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
             return
-        shape, tensors = _contents(given.adapter)
+        shape, tensors = contents(given.adapter)
         values = {n: Kept(v, low) for n, v in made.items() if n in lanes and (low := _alike(v, given)) is not None}
         if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
             self._vain = Recalled(self._last, list(leaf), training)
             return
         watched = [weakref.ref(t, self._forget) for t in tensors]
         tensors += weights(values)
-        ids, geometry = list(map(id, tensors)), _geometry(tensors)
-        self._made = Made(values, given.plan, training, shape, ids, geometry, watched)
+        ids, at = list(map(id, tensors)), geometry(tensors)
+        self._made = Made(values, given.plan, training, shape, ids, at, watched)
 
 
-def _quiet() -> bool:
+def quiet() -> bool:
     """Whether this is a plain call without gradients: no transform, no tracer."""
     return not (
         torch.is_grad_enabled()
@@ -172,7 +172,7 @@ def _quiet() -> bool:
     )
 
 
-def _contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+def contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     """The shape of an adapter's tree (its sites, how many tensors each has, their names), and the tensors; both empty
     if a leaf is another mapping than a dict."""
     leaves = list(adapter.values())
@@ -183,7 +183,7 @@ def _contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     return [*adapter, *map(len, leaves), *chain.from_iterable(leaves)], tensors
 
 
-def _geometry(tensors: Sequence[Tensor]) -> list[Any]:
+def geometry(tensors: Sequence[Tensor]) -> list[Any]:
     """Where tensors have their values: what assigning to `.data` changes, and no write in place does."""
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.stride, tensors)]
 

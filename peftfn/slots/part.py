@@ -104,10 +104,15 @@ class Part(Stack):
     def _derive(self) -> None:
         low = self.method.low_rank(self.p) if self._is_matrix else None
         self.low = None if low is None or low.dropout else low  # with dropout it is no product of matrices
-        self.experts: dict[int, ExpertPart] = {}
-        self.made: dict[tuple[Bucket, torch.dtype], LowRank] = {}
-        self.wide: dict[torch.dtype, LowRank | None] = {}
+        self.experts: dict[int, ExpertPart]
+        self.made: dict[tuple[Bucket, torch.dtype], LowRank]
+        self.wide: dict[torch.dtype, LowRank | None]
+        self.renew()
         self.level = level()
+
+    def renew(self) -> None:
+        """Forget what was made for one call."""
+        self.experts, self.made, self.wide = {}, {}, {}
 
     @property
     def _is_matrix(self) -> bool:

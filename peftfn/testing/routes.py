@@ -14,7 +14,7 @@ from peftfn.testing.case import Case
 from peftfn.testing.party import Party, tracked
 from peftfn.view.module import parameters_of
 
-INDEX = [2, -1, 0, 2, 1]
+INDEX, SORTED = [2, -1, 0, 2, 1], [0, 0, 1, 2, 2]
 """Which of three adapters each row uses in a mixed batch; −1: the base."""
 
 
@@ -135,6 +135,24 @@ def _again(s: Party, adapter: pf.Adapter) -> Tensor:
     return out
 
 
+def _rows_again(s: Party, index: list[int], prepared: bool = False) -> Tensor:
+    """Two calls with other rows before it."""
+    stack = pf.stack([s.net.prepare(a) for a in s.groups[0]]) if prepared else s.stack
+    with torch.no_grad():
+        for others in ([1, 0, 2, 1, 0], [0, 1, 1, 2, 2]):
+            s.net.mixed(stack, others, s.x)
+        out: Tensor = s.net.mixed(stack, index, s.x)
+    return out
+
+
+def _nets_again(s: Party) -> Tensor:
+    nets, stacks, numbers = s.together(1)
+    index = [k if k < 0 else numbers.index(k) for k in _of_all(s)]
+    with torch.no_grad():
+        *_, out = (nets.mixed(stacks, index, s.x) for _ in range(3))
+    return out
+
+
 def _prepared_rows(s: Party, g: Tensor) -> Tensor:
     out: Tensor = s.net.mixed(pf.stack([s.net.prepare(a) for a in s.groups[0]]), INDEX, s.x)
     return out
@@ -161,6 +179,15 @@ ROUTES = {
     "a file": Route(_file, _first),
     "mixed": _mixed(INDEX),
     "mixed, one adapter": _mixed([0] * 5),
+    "mixed, called again": Route(
+        lambda s, g: _rows_again(s, INDEX), lambda s: s.hot(INDEX), _rowed, differentiable=False
+    ),
+    "mixed, sorted, called again": Route(
+        lambda s, g: _rows_again(s, SORTED), lambda s: s.hot(SORTED), _rowed, differentiable=False
+    ),
+    "mixed, prepared, called again": Route(
+        lambda s, g: _rows_again(s, INDEX, prepared=True), lambda s: s.hot(INDEX), _rowed, differentiable=False
+    ),
     "mixed, prepared": Route(_prepared_rows, lambda s: s.hot(INDEX), _rowed),
     "gated by adapter": _gated(lambda s: s.gates()),
     "gated by row": _gated(lambda s: s.gates(5)),
@@ -168,6 +195,7 @@ ROUTES = {
     "gated, one-hot": _gated(lambda s: s.hot(INDEX), _rowed),
     "several nets, mixed": Route(lambda s, g: _mixed_nets(s, 1), _hot_of_all, _rowed),
     "several nets in the other order, mixed": Route(lambda s, g: _mixed_nets(s, -1), _hot_of_all, _rowed),
+    "several nets, mixed, called again": Route(lambda s, g: _nets_again(s), _hot_of_all, _rowed, differentiable=False),
     "several nets, gated": Route(lambda s, g: _gated_nets(s, g, 1), _gates_of_all, _summed),
     "several nets in the other order, gated": Route(lambda s, g: _gated_nets(s, g, -1), _gates_of_all, _summed),
     "bank": Route(_bank, _hot_of_all, _rowed, differentiable=False),

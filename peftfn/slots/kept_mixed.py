@@ -1,0 +1,272 @@
+"""What the stacks of a mixed batch put into the slots of a call, kept for their next call.
+
+A bank serves many batches from the same slots, and each names other rows: what its stacks make of a layer does not
+depend on them. As in kept.py, this is for calls without gradients, and nothing here keeps a stack alive.
+"""
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from peftfn.core.functions import bank_of
+from peftfn.kernels import choose
+from peftfn.slots import batch
+from peftfn.slots.gates import Gates, Index
+from peftfn.slots.kept import Recalled, Weights, contents, geometry, quiet
+from peftfn.slots.mixed import MixedWeight
+from peftfn.slots.part import Part
+from peftfn.slots.rows import Bucket, Share
+from peftfn.slots.slot import OUTLIVED, plus
+from peftfn.slots.values import Given
+from peftfn.tensors.operand import Operand
+from peftfn.tensors.transform import backward_task, in_function, lasting
+
+
+class Rows(NamedTuple):
+    """Where the rows of one stack's adapters are in a batch."""
+
+    share: Share | None
+    alone: bool  # whether all rows of the batch use this stack's adapters
+    whole: Bucket | None  # all of its adapters, each on as many rows, in order: its factors and the rows as they stand
+
+
+class KeptMixed(MixedWeight):
+    """A mixed weight that serves several calls: low-rank changes of a plain matrix, of one dtype throughout."""
+
+    __slots__ = ("kind", "number", "quick", "source", "stands", "theirs", "turned", "wide")
+    stands: Mapping[int, Rows]  # by the first adapter of a stack
+    number: int  # rows of the batch
+
+    def __init__(self, v: MixedWeight, source: Sequence[Any]):
+        """source: of each part (entry, weak references to the tensors of leaf and bank, first adapter, number)"""
+        self.entry, self.w, self.kind, self.source = v.entry, v.w, v.w.dtype, source
+        with lasting(), torch.no_grad():
+            self.quick = [part.mapped(lambda t: t.detach()) for part in v.parts]
+            self.turned = [(part.low.down.mT, part.low.up.mT) for part in self.quick]  # type: ignore[union-attr]
+            self.theirs = v.canonical()
+            self.wide = self.theirs.mT
+        for part in self.quick:
+            part.w = v.w
+
+    @property
+    def parts(self) -> list[Part]:  # type: ignore[override]
+        """Of the caller's own tensors, which may have gradients, where a forward turns these on."""
+        if not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None:
+            return self.quick
+        return [Part(e, self._held(leaf), self._held(bank), self.w, *at) for e, leaf, bank, *at in self.source]
+
+    def _held(self, of: Mapping[str, Any]) -> dict[str, Tensor]:
+        tensors = {k: t() for k, t in of.items()}
+        if any(t is None for t in tensors.values()):
+            raise RuntimeError(OUTLIVED.format(name=self.name))
+        return tensors  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, rows = self.held["bias"], self.rows
+        if (
+            self.task != torch._C._current_graph_task_id()
+            or torch.is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or torch._C._functorch.maybe_current_level() is not None
+            or torch._C._is_any_autocast_enabled()
+            or type(x) is not Tensor
+            or x.dtype is not self.kind
+            or x.dim() < 2
+            or x.shape[0] != self.number
+            or rows.common is not None
+            or id(x) in rows.fixed
+            or (x._base is not None and id(x._base) in rows.fixed)
+            or (rows.call is not None and self.tracking() is not None)
+            or not (bias is None or (bias.dtype is self.kind and not isinstance(bias, Operand)))
+            or choose.fits(x)
+            or not (torch._C._is_fwd_grad_enabled() or not in_function())
+        ):
+            return super().forward(x)
+        if len(self.quick) == 1 and (bucket := self.stands[self.quick[0].start].whole) is not None:
+            return self._whole(x, bucket, bias)
+        used = [(part, at.share) for part in self.quick if (at := self.stands[part.start]).share is not None]
+        if len(used) == 1 and self.stands[used[0][0].start].alone:
+            part, share = used[0]
+            tokens = x.numel() // max(1, x.shape[0] * x.shape[-1])
+            if (bucket := share.as_it_stands(tokens, part.low.down.shape[-2])) is not None:  # type: ignore[union-attr]
+                return plus(part.linear(bucket, x, self.theirs, self._base), bias)
+        y = self._base(x)
+        for part, share in used:
+            y = part.add_low_rank(y, share, x, "linear")  # type: ignore[arg-type]
+        return plus(y, bias)
+
+    def _whole(self, x: Tensor, bucket: Bucket, bias: Tensor | None) -> Tensor:
+        """`Part.linear` of all adapters of the one part there is."""
+        low, (down, up) = self.quick[0].low, self.turned[0]
+        flat = x.reshape(-1, x.shape[-1])
+        each = flat.view(bucket.number, -1, x.shape[-1])
+        s = torch.bmm(low.down, each.mT).mT if each.shape[1] <= 4 else torch.bmm(each, down)  # type: ignore[union-attr]
+        y = torch.bmm(s, up)
+        y.view(-1, y.shape[-1]).addmm_(flat, self.wide, beta=low.scale)  # type: ignore[union-attr]
+        if low.gain is not None:  # type: ignore[union-attr]
+            y.mul_(low.gain[:, None])  # type: ignore[union-attr]
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if bias is None else y.add_(bias)
+
+    def _base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.theirs)
+
+
+class Stack(NamedTuple):
+    """A plan's stack of adapters, as it was when something was made of it."""
+
+    plan: Any
+    start: int
+    size: int
+    shape: list[Any]  # of the tree
+    ids: list[int]
+    geometry: list[Any]
+
+    def is_(self, adapter: Mapping[str, Any]) -> bool:
+        """Whether that is this one: the same tensors, which are alive, with their values in the same places."""
+        shape, tensors = contents(adapter)
+        return shape == self.shape and list(map(id, tensors)) == self.ids and geometry(tensors) == self.geometry
+
+
+class Made(NamedTuple):
+    """What stacks made, and what it was made of."""
+
+    values: dict[str, KeptMixed]
+    stacks: list[Stack]
+    training: bool
+    ids: list[int]  # of the base's weights
+    geometry: list[Any]
+    watched: list[Any]
+    whole: bool  # whether nothing else stands in the slots of such a call
+
+
+class MixedKeeper:
+    """What the last stacks made in one skeleton."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self, _: Any = None) -> None:
+        """Hold nothing; also what a weak reference calls, at any moment, when a tensor of a stack dies."""
+        self._made: Made | None = None
+        self._last: Any = None
+        self._vain: Recalled | None = None
+
+    def size(self, plan: Any, adapter: Any) -> int | None:
+        """The number of adapters of a stack of which something was made, so that it fits its plan; None for others."""
+        made = self._made
+        return None if made is None else next((s.size for s in made.stacks if s.plan is plan and s.is_(adapter)), None)
+
+    def find(
+        self, given: Sequence[Given], gates: Gates, training: bool, weights: Weights
+    ) -> tuple[Mapping[str, KeptMixed], bool]:
+        """(what these stacks made in their last call and would make again, by site; whether that is all)"""
+        made = self._made
+        if made is None or not quiet() or type(gates) is not Index or gates.known is None:
+            return {}, False
+        if training is not made.training or len(given) != len(made.stacks):
+            return {}, False
+        for g, s in zip(given, made.stacks, strict=True):
+            if g.plan is not s.plan or (g.start, g.size) != (s.start, s.size) or not s.is_(g.adapter):
+                return {}, False
+        theirs = weights(made.values)
+        if list(map(id, theirs)) != made.ids or geometry(theirs) != made.geometry:
+            return {}, False
+        task, size = backward_task(), len(gates.known)
+        stands = {g.start: _rows(gates, g, theirs[0].device) for g in given}
+        for v in made.values.values():
+            v.task, v.inside, v.rows, v.stands, v.number = task, False, gates, stands, size
+            for part in v.quick:
+                if part.made:
+                    part.renew()
+        return made.values, made.whole
+
+    def keep(
+        self,
+        given: Sequence[Given],
+        gates: Gates,
+        training: bool,
+        made: Mapping[str, Any],
+        lanes: Collection[str],
+        weights: Weights,
+    ) -> None:
+        """Keep what can be of `made`, if the same stacks were used in the call before."""
+        leaf: Mapping[str, Any] = next(iter(given[0].adapter.values()), {})
+        first = next(iter(leaf.values()), None)
+        if not isinstance(first, Tensor) or not quiet() or type(gates) is not Index or gates.known is None:
+            return
+        last, self._last = self._last, weakref.ref(first)
+        if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
+            return
+        if not all(gates.uses(g.start, g.size) for g in given):  # of those that are not used, nothing was made
+            return
+        values = {n: KeptMixed(v, _source(v, given)) for n, v in made.items() if n in lanes and _alike(v, given)}
+        tensors = [t for g in given for t in contents(g.adapter)[1]]
+        if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+            self._vain = Recalled(self._last, list(leaf), training)
+            return
+        theirs = weights(values)
+        self._made = Made(
+            values,
+            [_stack(g) for g in given],
+            training,
+            list(map(id, theirs)),
+            geometry(theirs),
+            [weakref.ref(t, self._forget) for t in tensors],
+            len(values) == len(made),
+        )
+
+
+def _rows(gates: Index, g: Given, device: torch.device) -> Rows:
+    share = batch.share_of(gates, g.start, g.size, device)
+    alone = share is not None and share.size == len(gates.known or ())
+    bucket = (
+        share.buckets[0] if share is not None and alone and share.rows is None and len(share.buckets) == 1 else None
+    )
+    every = bucket is not None and bucket.number == g.size and bucket.adapters == slice(0, g.size)
+    return Rows(share, alone, bucket if every else None)
+
+
+def _stack(g: Given) -> Stack:
+    shape, tensors = contents(g.adapter)
+    return Stack(g.plan, g.start, g.size, shape, list(map(id, tensors)), geometry(tensors))
+
+
+def _source(v: MixedWeight, given: Sequence[Given]) -> list[Any]:
+    of, out = {g.start: g.adapter for g in given}, []
+    for part in v.parts:
+        leaf, bank = of[part.start][v.name], bank_of(part.entry, of[part.start])
+        references = [{k: weakref.ref(t) for k, t in held.items()} for held in (leaf, bank)]
+        out.append((part.entry, *references, part.start, part.size))
+    return out
+
+
+def _alike(v: Any, given: Sequence[Given]) -> bool:
+    """Whether v is low-rank changes that are the caller's own tensors, or the plans', all of the weight's dtype."""
+    if type(v) is not MixedWeight or type(v.w) not in (Tensor, nn.Parameter) or v.w.dim() != 2:
+        return False
+    of = {g.start: g.adapter for g in given}
+    for part in v.parts:
+        low, entry = part.low, part.entry
+        if low is None or type(low.scale) not in (int, float) or not low.down.dim() == low.up.dim() == 3:
+            return False
+        if low.gain is not None and low.gain.dim() != 2:
+            return False
+        if (
+            entry.adds_bias
+            or entry.changes_bias
+            or entry.site.quantised
+            or entry.site.kind not in ("linear", "linear_t")
+        ):
+            return False
+        held = (of[part.start][v.name], entry.frozen, bank_of(entry, of[part.start]))
+        own = {id(t) for tensors in held for t in tensors.values()}
+        read = [t for t in (low.down, low.up, low.gain) if t is not None]
+        if not all(id(t) in own for t in (*read, *part.p.values())) or not all(t.dtype is v.w.dtype for t in read):
+            return False
+    return True
