@@ -140,7 +140,7 @@ class Runner:
                 whole = len(kept) == len(call.given[0].plan)
                 if gates is not None:
                     gates = self._bound(skeleton, gates, call)
-                    if not call.params:
+                    if not (traced or call.params):
                         kept, whole = skeleton.kept_mixed(call.given, gates, self.model.training)
                 made = kept if whole else self._values(skeleton, kept, call.given, gates)
                 skeleton.fill(made)
@@ -226,7 +226,7 @@ class Runner:
 
     def _size(self, plan: Plan, stacked: Mapping[str, Any]) -> int:
         """The number of adapters of a stack. ValueError if it does not fit its plan."""
-        for idle in self._idle[-1:]:  # whose last call had it, as a rule
+        for idle in () if torch.compiler.is_compiling() else self._idle[-1:]:  # whose last call had it, as a rule
             if (size := idle.mixed_keeper.size(plan, stacked)) is not None:
                 return size
         plan.check(stacked, lead=1)
