@@ -9,6 +9,7 @@ from torch import nn
 from peftfn.core.plan import Entry
 from peftfn.formats import peft_table as table
 from peftfn.formats.peft_keys import PeftNames
+from peftfn.formats.peft_names import table as old_names
 
 
 def supported(kind: str, main: Mapping[str, Entry], each: Mapping[str, dict[str, Any]], model: PeftNames) -> None:
@@ -66,6 +67,20 @@ def not_experts(kind: str, modules: Iterable[str], model: PeftNames) -> None:
         raise ValueError(
             f"{some(odd)}: PEFT takes this name, in a {base} model, for experts in the layout of transformers 4, and "
             "would adapt the stacked experts: use the native format"
+        )
+
+
+def not_renamed(kind: str, modules: Iterable[str], model: PeftNames) -> None:
+    """ValueError for layers whose names are old names of others to transformers, as `shared_experts` is where an older
+    `shared_expert` was: PEFT changes them when it loads the file, and leaves their LoRAs as they start."""
+    rename = old_names(model.model) if kind == "LORA" else None
+    if rename is None:
+        return
+    if odd := [m for m in modules if rename(f"{m}.weight") != f"{m}.weight"]:
+        new = rename(f"{odd[0]}.weight").removesuffix(".weight")
+        raise ValueError(
+            f"{some(odd)}: PEFT renames this layer to {new} when it loads a file, by transformers' table of old names, "
+            "and loses its LoRA: use the native format"
         )
 
 

@@ -15,7 +15,7 @@ from peftfn.formats.beyond import Beyond
 from peftfn.formats.buffers import statistics
 from peftfn.formats.peft_common import chosen_targets, common, same, two_targets
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, described, rows, tensors, ties
-from peftfn.formats.peft_limits import layer_of, not_experts, some, supported
+from peftfn.formats.peft_limits import layer_of, not_experts, not_renamed, some, supported
 from peftfn.formats.peft_whole import copies_alone, copies_beside, with_buffers, with_grown
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
@@ -184,6 +184,7 @@ def _adapted(main: Mapping[str, Entry], adapter: Mapping[str, Any], model: PeftN
     config |= common(kind, each, {n: p.module for n, p in places.items()}, model)
     modules = list(dict.fromkeys(model.owner(places[n].module) for n in main if n not in parameters))
     not_experts(kind, modules, model)
+    not_renamed(kind, modules, model)
     ahead = {places[n].module for n in main if each[n].get("feedforward_modules")}
     if "feedforward_modules" in config:
         config["target_modules"], config["feedforward_modules"] = two_targets(modules, ahead, model)

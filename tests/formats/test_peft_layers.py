@@ -16,6 +16,7 @@ from test_checkpoint_rules import classifier, llama, lora, saved
 from test_peft_parity import compare
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from zoo.build import subject
 
 import peftfn as pf
 
@@ -213,3 +214,17 @@ def test_a_folder_for_peft_has_a_card_and_a_users_own_stays(tmp_path: Path) -> N
     (tmp_path / "README.md").write_text("mine")
     pf.save(tmp_path, net, net.init(), format="peft")
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["laguna", "mistral_large4_text", "unlimited_ocr"])
+def test_names_that_peft_takes_for_old_ones(kind: str, tmp_path: Path) -> None:
+    """transformers turns `shared_expert` into `shared_experts`, and would turn the latter into a third name."""
+    model = subject(kind).model
+    net = pf.adapt(model, {r"shared_experts\.(gate|up|down)_proj": pf.LoRA(2)})
+    with pytest.raises(
+        ValueError, match=r"shared_experts\.\w+_proj and \d+ more: PEFT renames this layer to .* native"
+    ):
+        pf.save(tmp_path / "a", net, net.init(), format="peft")
+    assert not (tmp_path / "a").exists()
+    pf.save(tmp_path / "a", net, net.init())
+    assert pf.load(tmp_path / "a", model).adapter.keys() == net.plan.keys()
