@@ -20,6 +20,7 @@ from peftfn.slots.gates import Gates, Index
 from peftfn.slots.kept import Recalled, Weights, contents, geometry, quiet
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
+from peftfn.slots.pertoken import PerToken
 from peftfn.slots.rows import Bucket, Share
 from peftfn.slots.slot import OUTLIVED, plus
 from peftfn.slots.values import Given
@@ -38,9 +39,9 @@ class Rows(NamedTuple):
 class KeptMixed(MixedWeight):
     """A mixed weight that serves several calls: low-rank changes of a plain matrix, of one dtype throughout."""
 
-    __slots__ = ("kind", "number", "quick", "source", "stands", "theirs", "turned", "wide")
+    __slots__ = ("kind", "leading", "quick", "source", "stands", "theirs", "turned", "wide")
     stands: Mapping[int, Rows]  # by the first adapter of a stack
-    number: int  # rows of the batch
+    leading: tuple[int, ...]  # rows of the batch; rows and tokens, where each token has an adapter of its own
 
     def __init__(self, v: MixedWeight, source: Sequence[Any]):
         """source: of each part (entry, weak references to the tensors of leaf and bank, first adapter, number)"""
@@ -76,8 +77,8 @@ class KeptMixed(MixedWeight):
             or torch._C._is_any_autocast_enabled()
             or type(x) is not Tensor
             or x.dtype is not self.kind
-            or x.dim() < 2
-            or x.shape[0] != self.number
+            or x.dim() <= len(self.leading)
+            or x.shape[: len(self.leading)] != self.leading
             or rows.common is not None
             or id(x) in rows.fixed
             or (x._base is not None and id(x._base) in rows.fixed)
@@ -87,6 +88,12 @@ class KeptMixed(MixedWeight):
             or not (torch._C._is_fwd_grad_enabled() or not in_function())
         ):
             return super().forward(x)
+        if len(self.leading) == 2:
+            return self._rowed(x.flatten(0, 1), bias).unflatten(0, self.leading)
+        return self._rowed(x, bias)
+
+    def _rowed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for x, whose first dimension counts what has an adapter of its own."""
         if len(self.quick) == 1 and (bucket := self.stands[self.quick[0].start].whole) is not None:
             return self._whole(x, bucket, bias)
         used = [(part, at.share) for part in self.quick if (at := self.stands[part.start]).share is not None]
@@ -167,7 +174,8 @@ class MixedKeeper:
     ) -> tuple[Mapping[str, KeptMixed], bool]:
         """(what these stacks made in their last call and would make again, by site; whether that is all)"""
         made = self._made
-        if made is None or not quiet() or type(gates) is not Index or gates.known is None:
+        index = _index(gates)
+        if made is None or index is None or not quiet():
             return {}, False
         if training is not made.training or len(given) != len(made.stacks):
             return {}, False
@@ -177,10 +185,11 @@ class MixedKeeper:
         theirs = weights(made.values)
         if list(map(id, theirs)) != made.ids or geometry(theirs) != made.geometry:
             return {}, False
-        task, size = backward_task(), len(gates.known)
-        stands = {g.start: _rows(gates, g, theirs[0].device) for g in given}
+        task = backward_task()
+        leading = gates.shape if isinstance(gates, PerToken) else (len(index.known or ()),)
+        stands = {g.start: _rows(index, g, theirs[0].device) for g in given}
         for v in made.values.values():
-            v.task, v.inside, v.rows, v.stands, v.number = task, False, gates, stands, size
+            v.task, v.inside, v.rows, v.stands, v.leading = task, False, gates, stands, leading
             for part in v.quick:
                 if part.made:
                     part.renew()
@@ -198,7 +207,7 @@ class MixedKeeper:
         """Keep what can be of `made`, if the same stacks were used in the call before."""
         leaf: Mapping[str, Any] = next(iter(given[0].adapter.values()), {})
         first = next(iter(leaf.values()), None)
-        if not isinstance(first, Tensor) or not quiet() or type(gates) is not Index or gates.known is None:
+        if not isinstance(first, Tensor) or not quiet() or _index(gates) is None:
             return
         last, self._last = self._last, weakref.ref(first)
         if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
@@ -220,6 +229,13 @@ class MixedKeeper:
             [weakref.ref(t, self._forget) for t in tensors],
             len(values) == len(made),
         )
+
+
+def _index(gates: Gates) -> Index | None:
+    """The index of the rows, or of the tokens, if it is one and known on the host."""
+    if type(gates) is PerToken and gates.steps is None:
+        gates = gates.flat
+    return gates if type(gates) is Index and gates.known is not None else None
 
 
 def _rows(gates: Index, g: Given, device: torch.device) -> Rows:

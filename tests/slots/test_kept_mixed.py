@@ -65,6 +65,24 @@ def test_other_rows_each_time(name: str, mode: Any) -> None:
     assert is_kept(net)
 
 
+def test_an_index_of_tokens() -> None:
+    """As a manager of continuous batching has it: other tokens of other adapters in each call."""
+    _, net, each, stack = made(RULES["low-rank"])
+    x = tokens(2)
+    rows, length = x.shape
+    with torch.no_grad():
+        for turn in range(6):
+            g = torch.Generator().manual_seed(turn)
+            one = torch.randint(-1, 3, (rows, 1), generator=g).expand(rows, length) if turn % 2 else None
+            index = torch.randint(-1, 3, (rows, length), generator=g) if one is None else one
+            got = net.mixed(stack, index, x).logits
+            other = pf.adapt(net.model, RULES["low-rank"])
+            torch.testing.assert_close(got, other.mixed(pf.stack(each), index, x).logits, rtol=1e-4, atol=1e-5)
+            if one is not None:
+                torch.testing.assert_close(got, alone(net, each, one[:, 0].tolist(), x), rtol=1e-4, atol=1e-5)
+    assert is_kept(net)
+
+
 def test_the_layers_own_bias_is_as_it_is_now() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3, bias=False)).eval()
     net = pf.adapt(model, {"weight": pf.LoRA(2)})
