@@ -23,6 +23,7 @@ from benchmarks.reproductions import claim
 from benchmarks.reproductions.claims import CLAIMS, READS_RECORDS
 
 BUILD = Path(__file__).parents[1] / "build" / "figures"
+Job = Callable[[], None]
 FEW = ("LoRA", "IA3")
 """Methods of the quick form."""
 
@@ -55,13 +56,28 @@ def everything(build: Path, workers: int) -> None:
     from peftfn.compare import run
 
     compared, reproduced = build / "comparison", build / "reproductions"
-    pairs = run.pairs()
     longest_first = [*reversed(run.TASKS)]
-    pairs.sort(key=lambda pair: longest_first.index(pair[1]))
-    jobs: list[Callable[[], None]] = [
+    pairs = sorted(run.pairs(), key=lambda pair: longest_first.index(pair[1]))
+    jobs: list[Job] = [
         *(partial(try_claim, name, reproduced) for name in CLAIMS if name not in READS_RECORDS),
         *(partial(compare_pair, method, task, compared) for method, task in pairs),
     ]
+    side_by_side(jobs, workers)
+    _replace(compared, comparison.HERE)
+    write_page()
+    for name in READS_RECORDS:
+        try_claim(name, reproduced)
+    _replace(reproduced, claim.RECORDS)
+    reproductions.write_page()
+
+
+def side_by_side(jobs: Sequence[Job], workers: int) -> None:
+    """Run all jobs in so many processes; in this one, if it is one."""
+    one_thread()
+    if workers == 1:
+        for job in jobs:
+            job()
+        return
     with ProcessPoolExecutor(workers, get_context("spawn"), one_thread) as pool:
         futures: list[Future[None]] = [pool.submit(job) for job in jobs]
         try:
@@ -71,13 +87,6 @@ def everything(build: Path, workers: int) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    _replace(compared, comparison.HERE)
-    write_page()
-    one_thread()
-    for name in READS_RECORDS:
-        try_claim(name, reproduced)
-    _replace(reproduced, claim.RECORDS)
-    reproductions.write_page()
 
 
 def one_thread() -> None:
@@ -101,12 +110,12 @@ def try_claim(name: str, build: Path) -> None:
 
 
 def _replace(new: Path, old: Path) -> None:
-    """The records of a folder by those of another."""
-    for path in old.glob("*.json"):
+    """The records of a folder by those of another, if there are any."""
+    for path in old.glob("*.json") if new.exists() else ():
         path.unlink()
     for path in new.glob("*.json"):
         path.rename(old / path.name)
-    rmtree(new)
+    rmtree(new, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ with pytest.MonkeyPatch.context() as path:
     from benchmarks.reproductions.page import anchor, page, picture, section
 
 import peftfn as pf
+from peftfn.compare import run as compare_run
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -99,15 +100,27 @@ def test_all_figures_are_remade_together_and_go_on_after_an_interrupt(
         return {"by": name}
 
     fails = ["two"]
+    monkeypatch.setattr(compare_run, "pairs", lambda: [("a method", "digits")])
+    monkeypatch.setattr(figures, "compare_pair", lambda method, task, _: ran.append(f"{task}, {method}"))
+    monkeypatch.setattr(figures, "write_page", lambda: ran.append("the comparison's page"))
+    monkeypatch.setattr(figures, "READS_RECORDS", ("two",))
     claims = {n: Claim(n, "", "", "", "", partial(run, n, fails), lambda _: ({}, "")) for n in ("one", "two")}
     monkeypatch.setattr(figures, "CLAIMS", claims)
     monkeypatch.setattr(figures.claim, "RECORDS", old)
     monkeypatch.setattr(figures.reproductions, "write_page", lambda: ran.append("page"))
     save({"name": "gone"}, old)
     with pytest.raises(KeyboardInterrupt):
-        figures.reproduced(build)
+        figures.everything(build, 1)
     assert [p.stem for p in old.glob("*.json")] == ["gone"]
-    figures.reproduced(build)
-    assert ran == ["one", "two", "two", "page"]
+    figures.everything(build, 1)
+    pair = ["digits, a method", "the comparison's page"]
+    assert ran == ["one", *pair, "two", *pair, "two", "page"]
     assert sorted(p.stem for p in old.glob("*.json")) == ["one", "two"]
-    assert not build.exists()
+    assert not (build / "reproductions").exists()
+
+
+def test_figures_are_made_in_several_processes(tmp_path: Path) -> None:
+    figures.side_by_side([partial((tmp_path / name).touch) for name in "abc"], 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    with pytest.raises(FileExistsError):
+        figures.side_by_side([partial((tmp_path / "a").touch, exist_ok=False)], 2)

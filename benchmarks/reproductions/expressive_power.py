@@ -2,16 +2,38 @@
 
 import math
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 import peftfn as pf
-from benchmarks.reproductions.claim import NO, PARTLY, YES, Claim, Json, table
+from benchmarks.reproductions.claim import NO, PARTLY, YES, Claim, Json, table, wrapped
 
 SIZE, DEPTHS = 8, (1, 2, 4)
 EXACT = 1e-6
 """A relative error at which we say that the target is met."""
+BUDGETS, NEAR = (16, 32, 64), 0.75
+"""Trained numbers a layer, of 64, at two layers; and how much of a budget a method must use to be in its column."""
+LADDERS: dict[str, list[pf.Method]] = {
+    "LoRA": [pf.LoRA(rank=r) for r in (1, 2, 3, 4)],
+    "DoRA": [pf.DoRA(rank=r) for r in (1, 2, 3)],
+    "HRA": [pf.HRA(rank=r) for r in (2, 4, 6, 8)],
+    "OFT": [pf.OFT(block_size=b, exact=True) for b in (2, 4, 8)],
+    "BOFT": [pf.BOFT(block_size=2, factors=m) for m in (1, 2, 3)],
+    "MiSS": [pf.MiSS(rank=r) for r in (2, 4, 8)],
+    "LoHa": [pf.LoHa(rank=r) for r in (1, 2)],
+    "LoKr": [pf.LoKr(rank=8, decompose_factor=f) for f in (2, 4, 8)],
+    "C3A": [pf.C3A(block_size=b) for b in (4, 2, 1)],
+    "FourierFT": [pf.FourierFT(n_frequency=n) for n in BUDGETS],
+    "WaveFT": [pf.WaveFT(n_frequency=n) for n in BUDGETS],
+    "SHiRA": [pf.SHiRA(rank=r) for r in (1, 2, 4)],
+    "GraLoRA": [pf.GraLoRA(rank=r, k=2) for r in (2, 4)],
+    "RandLoRA": [pf.RandLoRA(rank=r) for r in (1, 2, 4)],
+    "VeRA": [pf.VeRA(rank=r) for r in (8, 24, 56)],
+    "Full": [pf.Full()],
+}
+"""Each method in sizes of growing trained numbers."""
 
 
 def run(quick: bool, folder: Path) -> Json:
@@ -20,14 +42,34 @@ def run(quick: bool, folder: Path) -> Json:
     for depth in depths:
         need = math.ceil(size / depth)
         for rank in sorted({1, need // 2, need - 1, need} - {0}):
-            each = [error(size, depth, rank, seed, iterations) for seed in range(seeds)]
+            each = [error(size, depth, pf.LoRA(rank=rank), seed, iterations) for seed in range(seeds)]
             out["error"][f"{depth}, {rank}"] = [e for e, _ in each]
-            out.setdefault("bound", {})[f"{depth}, {rank}"] = [b for _, b in each]
+            out.setdefault("bound", {})[f"{depth}, {rank}"] = [left[rank * depth] for _, left in each]
+    return out | {"methods": {} if quick else at_equal_numbers(seeds, iterations)}
+
+
+def at_equal_numbers(seeds: int, iterations: int) -> Json:
+    """{method: {budget: [trained numbers a layer, [error of each draw]]}}"""
+    out: Json = {}
+    for name, ladder in LADDERS.items():
+        sizes = [trained(method) for method in ladder]
+        for budget in BUDGETS:
+            fits = [(n, method) for n, method in zip(sizes, ladder, strict=True) if NEAR * budget <= n <= 1.05 * budget]
+            if fits:
+                n, method = max(fits, key=lambda fit: fit[0])
+                errors = [error(SIZE, 2, method, seed, iterations)[0] for seed in range(seeds)]
+                out.setdefault(name, {})[str(budget)] = [n, errors]
     return out
 
 
-def error(size: int, depth: int, rank: int, seed: int, iterations: int) -> tuple[float, float]:
-    """(relative error of W_L … W_1 adapted to a random target, the least that a change of rank rank·depth leaves)"""
+def trained(method: pf.Method) -> int:
+    """Numbers that it trains at a layer."""
+    net = pf.adapt(nn.Linear(SIZE, SIZE, bias=False), {"weight": method})
+    return sum(t.numel() for t in pf.leaves(net.init()))
+
+
+def error(size: int, depth: int, method: pf.Method, seed: int, iterations: int) -> tuple[float, list[float]]:
+    """(relative error of W_L … W_1 adapted to a random target, the least that a change of each rank leaves)"""
     g = torch.Generator().manual_seed(seed)
 
     def draw() -> Tensor:
@@ -37,7 +79,7 @@ def error(size: int, depth: int, rank: int, seed: int, iterations: int) -> tuple
     for layer in model:
         layer.weight.data = draw()
     target, eye = draw(), torch.eye(size, dtype=torch.float64)
-    net = pf.adapt(model.requires_grad_(False), {"weight": pf.LoRA(rank=rank)})
+    net = pf.adapt(model.requires_grad_(False), {"weight": method})
     a = net.init(seed=seed, dtype=torch.float64)
     given = [t.requires_grad_() for t in pf.leaves(a)]
     optimizer = torch.optim.LBFGS(
@@ -55,8 +97,8 @@ def error(size: int, depth: int, rank: int, seed: int, iterations: int) -> tuple
 
     optimizer.step(closure)
     singular = torch.linalg.svdvals(target.mT - model(eye))
-    bound = singular[rank * depth :].square().sum() / target.square().sum()
-    return float(distance().detach().sqrt()), float(bound.sqrt())
+    left = [float((singular[k:].square().sum() / target.square().sum()).sqrt()) for k in range(size + 1)]
+    return float(distance().detach().sqrt()), [*left, *[0.0] * (size * depth)]
 
 
 def found(figures: Json) -> tuple[dict[str, str], str]:
@@ -78,7 +120,28 @@ def found(figures: Json) -> tuple[dict[str, str], str]:
         "below it, none": YES if all(min(e) > EXACT for e in below) else NO,
     }
     head = ["layers", "rank", "threshold", "largest error", "least", "the rank's own bound"]
-    return verdicts, table(head, rows)
+    return verdicts, table(head, rows) + _methods(figures.get("methods", {}))
+
+
+def _methods(found: Json) -> str:
+    """A table of all methods at equal trained numbers."""
+    if not found:
+        return ""
+
+    def cell(of: Json, budget: int) -> str:
+        if str(budget) not in of:
+            return ""
+        numbers, errors = of[str(budget)]
+        return f"{median(errors):.1e} ({numbers})"
+
+    rows = [[name, *(cell(of, b) for b in BUDGETS)] for name, of in found.items()]
+    words = wrapped(
+        "The same search with other methods at two layers, at about equal trained numbers a layer: the median error of "
+        f"the draws (the numbers). A layer has {SIZE * SIZE} weights; an empty cell is a method that has no size near "
+        "the numbers of its column. There is no claim here: what rotates or scales a "
+        "weight cannot reach every target, whatever its size."
+    )
+    return f"\n{words}\n" + table(["method", *(f"{b} numbers" for b in BUDGETS)], rows)
 
 
 CLAIM = Claim(
