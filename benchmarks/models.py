@@ -60,9 +60,10 @@ class ByHand(nn.Module):
         """buckets: (rows [n · each], D [n, r, in], U [n, out, r])"""
         super().__init__()
         self.weight, self.buckets, self.scale = layer.weight, buckets, scale
+        self.straight = len(buckets) == 1 and torch.equal(buckets[0][0], torch.arange(len(buckets[0][0])))
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.buckets) == 1:  # all rows, sorted: the base's product goes onto the low-rank one
+        if self.straight:  # the base's product goes onto the low-rank one
             ((_, down, up),) = self.buckets
             y = torch.bmm(torch.bmm(down, x.view(len(down), -1, x.shape[-1]).mT).mT, up.mT)
             y.view(-1, y.shape[-1]).addmm_(x.view(-1, x.shape[-1]), self.weight.mT, beta=self.scale[0])

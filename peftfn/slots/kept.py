@@ -173,13 +173,14 @@ def quiet() -> bool:
 
 
 def contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The shape of an adapter's tree (its sites, how many tensors each has, their names), and the tensors; both empty
-    if a leaf is another mapping than a dict."""
+    """The shape of an adapter's tree (its sites, how many tensors each has, their names), and the tensors."""
     leaves = list(adapter.values())
     try:
         tensors = [*chain.from_iterable(map(dict.values, leaves))]
-    except TypeError:
-        return [], []
+    except TypeError:  # other mappings
+        if not all(isinstance(leaf, Mapping) for leaf in leaves):
+            return [None], []  # no adapter, so that nothing was made of it
+        tensors = [t for leaf in leaves for t in leaf.values()]
     return [*adapter, *map(len, leaves), *chain.from_iterable(leaves)], tensors
 
 

@@ -150,6 +150,7 @@ class Made(NamedTuple):
     geometry: list[Any]
     watched: list[Any]
     whole: bool  # whether nothing else stands in the slots of such a call
+    devices: list[torch.device]  # of the base's weights
 
 
 class MixedKeeper:
@@ -187,9 +188,9 @@ class MixedKeeper:
             return {}, False
         task = backward_task()
         leading = gates.shape if isinstance(gates, PerToken) else (len(index.known or ()),)
-        stands = {g.start: _rows(index, g, theirs[0].device) for g in given}
+        stands = {d: {g.start: _rows(index, g, d) for g in given} for d in made.devices}
         for v in made.values.values():
-            v.task, v.inside, v.rows, v.stands, v.leading = task, False, gates, stands, leading
+            v.task, v.inside, v.rows, v.stands, v.leading = task, False, gates, stands[v.w.device], leading
             for part in v.quick:
                 if part.made:
                     part.renew()
@@ -228,6 +229,7 @@ class MixedKeeper:
             geometry(theirs),
             [weakref.ref(t, self._forget) for t in tensors],
             len(values) == len(made),
+            list(dict.fromkeys(v.w.device for v in values.values())),
         )
 
 

@@ -3,6 +3,8 @@
 import gc
 import sys
 import weakref
+from collections import OrderedDict, UserDict
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -164,6 +166,25 @@ def test_a_forward_that_turns_gradients_on() -> None:
             y = net.mixed(stack, [1, 0], x)
         g = torch.autograd.grad(y.square().sum(), [stack["layer.weight"]["b"]])[0]
         assert g[0].any() and g[1].any()
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, MappingProxyType])
+def test_leaves_may_be_any_mappings(kind: Any) -> None:
+    """What is kept of one adapter must not serve another, whatever holds its tensors."""
+    net = pf.adapt(nn.Sequential(nn.Linear(4, 4)).eval(), {"weight": pf.LoRA(2)})
+    some = [shaken(net.init(i), i) for i in range(3)]
+    one, two, three = ({n: kind(leaf) for n, leaf in a.items()} for a in some)
+    stacks = [pf.stack(some), pf.stack(some[::-1])]
+    first, second = ({n: kind(leaf) for n, leaf in s.items()} for s in stacks)
+    x = torch.randn(3, 2, 4)
+    with torch.no_grad():
+        for _ in range(4):
+            net.apply(one, x)
+            net.mixed(first, [0, 1, 2], x)
+        for given, plain in ((two, some[1]), (three, some[2]), (one, some[0])):
+            torch.testing.assert_close(net.apply(given, x), net.apply(plain, x))
+        for given, plain in ((second, stacks[1]), (first, stacks[0])):
+            torch.testing.assert_close(net.mixed(given, [0, 0, 1], x), net.mixed(plain, [0, 0, 1], x))
 
 
 def test_nothing_keeps_the_stack_alive() -> None:
