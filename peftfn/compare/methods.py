@@ -55,7 +55,6 @@ METHODS = {
     "DEFT": Recipe(pf.DEFT(rank=4), small=True),
     "DeLoRA": Recipe(pf.DeLoRA(rank=4), small=True),
     "DiagOFT": Recipe(pf.DiagOFT(block_size=8), small=True),
-    "DyLoRA": Recipe(pf.DyLoRA(rank=4), small=True),
     "FRoD": Recipe(pf.FRoD(), "inputs", small=True),
     "GLoRA": Recipe(pf.GLoRA(rank=4), small=True),
     "GraLoRA": Recipe(pf.GraLoRA(rank=4), small=True),
@@ -64,10 +63,8 @@ METHODS = {
     "Lily": Recipe(pf.Lily(rank=4), "inputs", small=True),
     "MiCA": Recipe(pf.MiCA(rank=4), small=True),
     "MoELoRA": Recipe(pf.MoELoRA(rank=2, experts=2), small=True),
-    "MonteCLoRA": Recipe(pf.MonteCLoRA(rank=4), small=True),
     "PEANuT": Recipe(pf.PEANuT(rank=8), small=True),
     "PSOFT": Recipe(pf.PSOFT(rank=16), small=True),
-    "PVeRA": Recipe(pf.PVeRA(rank=64), small=True),
     "QALoRA": Recipe(pf.QALoRA(rank=4), small=True),
     "RandLoRA": Recipe(pf.RandLoRA(rank=8), small=True),
     "RoAd": Recipe(pf.RoAd(group_size=16), small=True),
@@ -77,8 +74,7 @@ METHODS = {
     "TinyLoRA": Recipe(pf.TinyLoRA(), small=True),
     "UniLoRA": Recipe(pf.UniLoRA(rank=4, length=2048), small=True),
     "VBLoRA": Recipe(pf.VBLoRA(rank=4, vectors=64, length=16), small=True),
-    "VeLoRA": Recipe(pf.VeLoRA(rank=4, groups=16), small=True),
     "WaveFT": Recipe(pf.WaveFT(n_frequency=1000), small=True),
 }
 """Not here: prompts and prefixes, which want a model that takes embeddings, and methods that are one of these with
-another start or penalty."""
+another start, penalty or noise."""

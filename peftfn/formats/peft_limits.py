@@ -54,14 +54,10 @@ def layer_of(entry: Entry, model: PeftNames) -> str:
 
 def not_experts(kind: str, modules: Iterable[str], model: PeftNames) -> None:
     """ValueError for layers next to stacked experts that PEFT takes for the experts, by their last names."""
-    model_type = getattr(getattr(model.model, "config", None), "model_type", None)
-    if kind != "LORA" or not isinstance(model_type, str) or "transformers" not in sys.modules:
+    if kind != "LORA" or (found := _conversions(model)) is None:
         return
-    try:
-        from transformers import conversion_mapping
-    except ImportError:  # an older release, whose experts are layers
-        return
-    known = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    model_type, mapping = found
+    known = getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
     base = known.get(model_type, "")
     if odd := [m for m in modules if m.rpartition(".")[2] in table.RENAMED.get(base, ())]:
         raise ValueError(
@@ -73,15 +69,32 @@ def not_experts(kind: str, modules: Iterable[str], model: PeftNames) -> None:
 def not_renamed(kind: str, modules: Iterable[str], model: PeftNames) -> None:
     """ValueError for layers whose names are old names of others to transformers, as `shared_experts` is where an older
     `shared_expert` was: PEFT changes them when it loads the file, and leaves their LoRAs as they start."""
-    rename = old_names(model.model) if kind == "LORA" else None
-    if rename is None:
+    if kind != "LORA" or (found := _conversions(model)) is None:
         return
-    if odd := [m for m in modules if rename(f"{m}.weight") != f"{m}.weight"]:
+    model_type, mapping = found
+    rename = old_names(model.model)
+    if rename is None or mapping.get_checkpoint_conversion_mapping(model_type) is None:
+        return
+    prefix = getattr(model.model, "base_model_prefix", "")  # before a name, it is as good: PEFT takes it away again
+    renamed = {m: rename(f"{m}.weight").removesuffix(".weight").removeprefix(f"{prefix}.") for m in modules}
+    if odd := [m for m, new in renamed.items() if new != m.removeprefix(f"{prefix}.")]:
         new = rename(f"{odd[0]}.weight").removesuffix(".weight")
         raise ValueError(
             f"{some(odd)}: PEFT renames this layer to {new} when it loads a file, by transformers' table of old names, "
             "and loses its LoRA: use the native format"
         )
+
+
+def _conversions(model: PeftNames) -> tuple[str, Any] | None:
+    """(the model's type, transformers' module of conversions) of a model that PEFT converts files for."""
+    model_type = getattr(getattr(model.model, "config", None), "model_type", None)
+    if not isinstance(model_type, str) or "transformers" not in sys.modules:
+        return None
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # an older release, whose experts are layers
+        return None
+    return model_type, conversion_mapping
 
 
 def some(names: list[str]) -> str:

@@ -27,10 +27,10 @@ def _leaf_from(m: "AdaMSS", t: Leaf, w: Tensor, bias: Tensor | None) -> Leaf:
     u, p, cluster = m.parts(w, bias)
     m.check_clusters(*u.shape)
     p = t["adamss_newB"].view_as(p)
-    a, b = m.zeros(u)
+    a, b = p.new_zeros(min(m.clusters, len(u)), rank := min(m.rank, len(u)), len(p)), p.new_zeros(len(u), rank)
     for i in range(len(a)):
         rows, down, up = (cluster == i).nonzero()[:, 0], t[f"adamss_A.{i}"], t[f"adamss_B.{i}"]
-        n = min(len(down), len(rows), a.shape[1])
+        n = min(len(down), len(rows), rank)
         if down.shape != (n, len(p)) or up.shape != (len(rows), n):
             raise ValueError(f"adamss_A.{i} and adamss_B.{i} do not fit {len(rows)} rows: load their base model")
         a[i, :n], b[rows, :n] = down, up
@@ -121,18 +121,13 @@ class AdaMSS(Factored):
 
     def init(self, rng: Rng, w: Tensor) -> Leaf:
         u, _, cluster = self.parts(w, rng.bias)
-        a, b = self.zeros(u)
+        a = u.new_zeros(min(self.clusters, len(u)), rank := min(self.rank, len(u)), u.shape[1])
         for i in () if w.is_meta else range(len(a)):
             _, s, vh = torch.linalg.svd(u[cluster == i], full_matrices=False)
             own = (vh * (s.square() > self.threshold * s[:1].square())[:, None])[: self.rank]
             a[i, : len(own)] = own
-        b = rng.zeros(*b.shape) if self.identity else rng.normal(*b.shape, std=0.01)
+        b = rng.zeros(len(u), rank) if self.identity else rng.normal(len(u), rank, std=0.01)
         return {"a": a.to(rng.device, rng.dtype), "b": b}
-
-    def zeros(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) of zeros for U [out, r]. A rank above out is out."""
-        rank = min(self.rank, len(u))
-        return u.new_zeros(min(self.clusters, len(u)), rank, u.shape[1]), u.new_zeros(len(u), rank)
 
     def prepare(self, p: Leaf, w: Tensor) -> Leaf:
         clusters, rank = (torch.arange(n, device=p["c"].device) for n in p["a"].shape[:2])
