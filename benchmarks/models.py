@@ -65,6 +65,10 @@ class ByHand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.straight:  # the base's product goes onto the low-rank one
             ((_, down, up),) = self.buckets
+            if len(down) == 1:  # one adapter for all rows
+                flat = x.view(-1, x.shape[-1])
+                y = torch.mm(torch.mm(flat, down[0].mT), up[0].mT).addmm_(flat, self.weight.mT, beta=self.scale[0])
+                return y.view(*x.shape[:-1], -1)
             y = torch.bmm(torch.bmm(down, x.view(len(down), -1, x.shape[-1]).mT).mT, up.mT)
             y.view(-1, y.shape[-1]).addmm_(x.view(-1, x.shape[-1]), self.weight.mT, beta=self.scale[0])
             return y.view(*x.shape[:-1], -1)
