@@ -59,6 +59,7 @@ WHERE: dict[str, list[str]] = {
 `Full` is PEFT's LN-tuning."""
 NOT_SAME = {
     "ALoRA": "PEFT's acts by the token ids that a PeftModel is called with, and this is a model with injected layers.",
+    "Poly": "PEFT's asks for the task of each row in each call, and this is a model with injected layers.",
     "QALoRA": "PEFT pools at GPTQ layers alone; elsewhere its QA-LoRA is a plain LoRA.",
 }
 """Methods that PEFT has under the same name, and not for these layers."""
