@@ -11,8 +11,8 @@ import peftfn as pf
 from benchmarks.harness import OURS, Json, Options, Target, Times, row
 from benchmarks.llama import Call, Case, Linears, backed_output, loss_of
 from benchmarks.models import RULE, agree, grads, inject, leaves, llama, method
+from peftfn.view.active import View
 from peftfn.view.module import parameters_of
-from peftfn.view.view import View
 
 APPLY, PEFT = "net.apply", "PEFT"
 
