@@ -24,6 +24,7 @@ from peftfn.net.skeleton import Skeleton
 from peftfn.net.wider import Wider
 from peftfn.slots import acting
 from peftfn.slots.gates import Gates
+from peftfn.slots.keeper import NOTHING, Made
 from peftfn.slots.routed import checked, named, routed_by_default
 from peftfn.slots.track import Followed
 from peftfn.slots.unrowed import check_output, mark
@@ -112,15 +113,15 @@ class Runner:
                 plan.check(call.given[0].adapter)
             skeleton = self._acquire()
             skeleton.refresh()
-            return self._call(skeleton, {}, call)
+            return self._call(skeleton, NOTHING, call)
         skeleton = self._acquire()
         self._running.calls.append(skeleton)
         skeleton.lock.acquire()  # a recomputation of an earlier call may be running on it, in another thread
         try:
             skeleton.refresh()
             single = call.gates is None and not call.params
-            kept = skeleton.kept(call.given[0], self.model.training) if single else {}
-            if not (known or kept):
+            kept = skeleton.kept(call.given, None, self.model.training) if single else NOTHING
+            if not (known or kept.values):
                 plan.check(call.given[0].adapter)
             return self._call(skeleton, kept, call)
         finally:
@@ -128,7 +129,7 @@ class Runner:
             self._running.calls.pop()
             self._idle.append(skeleton)
 
-    def _call(self, skeleton: Skeleton, kept: Mapping[str, Any], call: Asked) -> Any:
+    def _call(self, skeleton: Skeleton, kept: Made, call: Asked) -> Any:
         """`run` on a skeleton. kept: what stands in some of its slots already, from the call before."""
         traced, gates = torch.compiler.is_compiling(), call.gates
         try:
@@ -137,24 +138,19 @@ class Runner:
             try:
                 if call.params:
                     skeleton.put(call.params)
-                whole = len(kept) == len(call.given[0].plan)
                 if gates is not None:
                     gates = self._bound(skeleton, gates, call)
                     if not (traced or call.params):
-                        kept, whole = skeleton.kept_mixed(call.given, gates, self.model.training)
-                made = kept if whole else self._values(skeleton, kept, call.given, gates)
+                        kept = skeleton.kept(call.given, gates, self.model.training)
+                made = kept.values if kept.whole else self._values(skeleton, kept.values, call.given, gates)
                 skeleton.fill(made)
                 function = skeleton.root if call.method is None else getattr(skeleton.root, call.method)
                 with nullcontext() if gates is None else gates.during(skeleton.root):
                     out = function(*call.args, **call.kwargs)
                 if not traced:
                     skeleton.check_in_place(made)
-                    if kept or call.params:
-                        pass
-                    elif gates is None:
-                        skeleton.keep(call.given[0], self.model.training, made)
-                    else:
-                        skeleton.keep_mixed(call.given, gates, self.model.training, made)
+                    if not (kept.values or call.params):
+                        skeleton.keep(call.given, gates, self.model.training, made)
                 if gates is not None:
                     check_output(out)
             finally:
@@ -206,7 +202,7 @@ class Runner:
         the caller gave."""
         given, count = [], 0
         for plan, stacked in zip(self.plans, stacks, strict=True):
-            given.append(Given(plan, stacked, count, self._size(plan, stacked)))
+            given.append(self._given(plan, stacked, count))
             count += given[-1].size
         inputs = ((), {}) if owners and "" in owners else (args, kwargs)  # which say nothing about rows then
         made = gates_of(gates, count, inputs, copies_of(self.model, method, args, kwargs), method is not None)
@@ -220,17 +216,24 @@ class Runner:
                 ids = acting.Ids(self.model, self.arguments, args, kwargs, method)
                 made = acting.joined(made, [(part.plan, part.start, part.size) for part in given], ids)
             return runner.wider.run(Asked(given, made, args, kwargs, params, method, held))
-        plan, stacked, start, _ = part
-        alone = Given(plan, unstacked(stacked, k - start))  # it is `apply`, and costs as little
+        i, last = k - part.start, self._last
+        adapter = unstacked(part.adapter, i) if last is None else last.views.take(part, i)
+        alone = Given(part.plan, adapter)  # it is `apply`, and costs as little
         return self.run(Asked([alone], None, args, kwargs, params, method))
 
-    def _size(self, plan: Plan, stacked: Mapping[str, Any]) -> int:
-        """The number of adapters of a stack. ValueError if it does not fit its plan."""
-        for idle in () if torch.compiler.is_compiling() else self._idle[-1:]:  # whose last call had it, as a rule
-            if (size := idle.mixed_keeper.size(plan, stacked)) is not None:
-                return size
+    def _given(self, plan: Plan, stacked: Mapping[str, Any], start: int) -> Given:
+        """A plan's stack in a call. ValueError if it does not fit the plan."""
+        for keeper in () if (last := self._last) is None else (last.mixed_keeper, last.views):
+            if (known := keeper.known(plan, stacked)) is not None:
+                return Given(plan, stacked, start, known.size, known.seen)
         plan.check(stacked, lead=1)
-        return stack_size(stacked)
+        return Given(plan, stacked, start, stack_size(stacked))
+
+    @property
+    def _last(self) -> Skeleton | None:
+        """The skeleton of the last call, which the next one will have as a rule; None while compiling."""
+        idle = [] if torch.compiler.is_compiling() else self._idle[-1:]
+        return idle[0] if idle else None
 
     def _acquire(self) -> Skeleton:
         if torch.compiler.is_compiling():

@@ -28,8 +28,9 @@ from peftfn.net.released import Bypass, Released
 from peftfn.net.watch import PLAIN, Watch
 from peftfn.slots.call import Gone, hooked
 from peftfn.slots.gates import Gates
-from peftfn.slots.kept import Keeper
-from peftfn.slots.kept_mixed import MixedKeeper
+from peftfn.slots.keeper import NOTHING, Keeper, Made, Views
+from peftfn.slots.kept import kept
+from peftfn.slots.kept_mixed import index_of, kept_mixed, place
 from peftfn.slots.routed import encoders, routed
 from peftfn.slots.slot import Slot, plus
 from peftfn.slots.unrowed import tables
@@ -84,7 +85,7 @@ class Skeleton:
         self._route()
         self._sort_slots()
         self.idle = self.snapshot()
-        self.keeper, self.mixed_keeper = Keeper(), MixedKeeper()
+        self.keeper, self.mixed_keeper, self.views = Keeper(kept), Keeper(kept_mixed), Views()
         for _, s in self.pairs:
             if s._parameters:
                 vars(s)["_apply"] = partial(self._move, s)
@@ -282,26 +283,25 @@ class Skeleton:
                 value.held = slots
                 self.lanes[name]["forward"] = value.forward
 
-    # What one adapter made is kept for its next call.
+    # What adapters made is kept for their next call.
 
-    def kept(self, given: Given, training: bool) -> Mapping[str, Any]:
-        """What stands in the slots when this adapter was the last one here, and nothing of it or of the base was
+    def kept(self, given: Sequence[Given], gates: Gates | None, training: bool) -> Made:
+        """What stands in the slots when these adapters were the last ones here, and nothing of them or of the base was
         replaced; nothing otherwise."""
-        return self.keeper.find(given, training, self._theirs)
+        if gates is None:
+            return self.keeper.find(given, training, self._theirs)
+        made = NOTHING if index_of(gates) is None else self.mixed_keeper.find(given, training, self._theirs)
+        if made.values:
+            place(made.values, given, gates)
+        return made
 
-    def keep(self, given: Given, training: bool, made: Mapping[str, Any]) -> None:
-        """Keep of `made`, what the call of an adapter had in its slots, what its next call can have."""
-        if not self.loading.late:
-            self.keeper.keep(given, training, made, self.lanes, self._theirs)
-
-    def kept_mixed(self, given: Sequence[Given], gates: Gates, training: bool) -> tuple[Mapping[str, Any], bool]:
-        """`kept` for the stacks of a mixed batch, and whether that is all that stands in the slots."""
-        return self.mixed_keeper.find(given, gates, training, self._theirs)
-
-    def keep_mixed(self, given: Sequence[Given], gates: Gates, training: bool, made: Mapping[str, Any]) -> None:
-        """`keep` for the stacks of a mixed batch."""
-        if not self.loading.late:
-            self.mixed_keeper.keep(given, gates, training, made, self.lanes, self._theirs)
+    def keep(self, given: Sequence[Given], gates: Gates | None, training: bool, made: Mapping[str, Any]) -> None:
+        """Keep of `made`, what the call of adapters had in its slots, what their next call can have."""
+        keeper = self.keeper if gates is None else self.mixed_keeper
+        # of stacks that no row uses, nothing was made
+        used = gates is None or (index_of(gates) is not None and all(gates.uses(g.start, g.size) for g in given))
+        if used and not self.loading.late:
+            keeper.keep(given, training, made, self.lanes, self._theirs)
 
     def _theirs(self, names: Collection[str]) -> list[Any]:
         """What the base has in these slots of parameters."""

@@ -3,14 +3,11 @@
 An adapter that serves many calls makes the same values each time: the same tensors, transposed for the same products.
 A `Kept` is an adapted weight that has them transposed already. It is for calls without gradients; where a forward turns
 gradients on, it is the adapted weight that it was made of.
-
-Nothing here keeps an adapter alive: what is held of its tensors are views, which go when one of the tensors does.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +16,11 @@ from torch.autograd import forward_ad
 from peftfn.core.method import LowRank
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import accumulated
-from peftfn.slots.slot import OUTLIVED
+from peftfn.slots.keeper import alive
 from peftfn.slots.values import Given
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.operand import Operand
-from peftfn.tensors.transform import backward_task, in_function, lasting, under_transform
-
-Weights = Callable[[Collection[str]], list[Any]]
-"""sites ↦ what the base has there now"""
+from peftfn.tensors.transform import in_function, lasting
 
 
 class Kept(AdaptedWeight):
@@ -45,10 +39,7 @@ class Kept(AdaptedWeight):
     @property
     def p(self) -> dict[str, Any]:  # type: ignore[override]
         """What it was made of: the caller's adapter holds these tensors for the length of the call."""
-        p = {k: t() for k, t in self.tensors.items()}
-        if any(t is None for t in p.values()):
-            raise RuntimeError(OUTLIVED.format(name=self.name))
-        return p
+        return alive(self.tensors, self.name)
 
     @property
     def low(self) -> LowRank | None:  # type: ignore[override]
@@ -79,114 +70,10 @@ class Kept(AdaptedWeight):
         return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
-class Made(NamedTuple):
-    """What an adapter made, and what it was made of."""
-
-    values: dict[str, Kept]
-    plan: Any
-    training: bool
-    shape: list[Any]  # of the adapter's tree
-    ids: list[int]
-    geometry: list[Any]
-    watched: list[Any]  # weak references, whose callbacks are called while somebody holds them
-
-
-class Recalled(NamedTuple):
-    """An adapter by its first leaf, in train or eval mode."""
-
-    first: Any  # a weak reference
-    names: list[str]
-    training: bool
-
-    def __call__(self, first: Tensor, leaf: Mapping[str, Any], training: bool) -> bool:
-        return self.first() is first and self.names == list(leaf) and self.training is training
-
-
-class Keeper:
-    """What the last adapter made in one skeleton. (A skeleton serves one call at a time, and so does this.)"""
-
-    def __init__(self) -> None:
-        self._forget()
-
-    @property
-    def values(self) -> Mapping[str, Kept]:
-        """What is kept, by site."""
-        return {} if self._made is None else self._made.values
-
-    def _forget(self, _: Any = None) -> None:
-        """Hold nothing; also what a weak reference calls, at any moment, when a tensor of the adapter dies."""
-        self._made: Made | None = None
-        self._last: Any = None  # of the last call's adapter one tensor, weakly
-        self._vain: Recalled | None = None  # of which nothing can be kept
-
-    def find(self, given: Given, training: bool, weights: Weights) -> Mapping[str, Kept]:
-        """What `given` made in its last call and would make again, by site; nothing if it is another adapter, or one of
-        its tensors or of the base's weights was replaced. Such an adapter fits its plan, as it did before."""
-        made = self._made
-        if made is None or not quiet():
-            return {}
-        now, tensors = contents(given.adapter)
-        if given.plan is not made.plan or training is not made.training or now != made.shape:
-            return {}
-        tensors += weights(made.values)
-        if list(map(id, tensors)) != made.ids or geometry(tensors) != made.geometry:
-            return {}
-        task = backward_task()
-        for v in made.values.values():
-            v.task, v.inside = task, False
-        return made.values
-
-    def keep(
-        self, given: Given, training: bool, made: Mapping[str, Any], lanes: Collection[str], weights: Weights
-    ) -> None:
-        """Keep what can be of `made`, if the same adapter was used in the call before: many are used but once.
-
-        lanes: the sites whose layers are called on their values directly.
-        """
-        leaf: Mapping[str, Any] = next(iter(given.adapter.values()), {})
-        first = next(iter(leaf.values()), None)
-        if not isinstance(first, Tensor) or not quiet():
-            return
-        last, self._last = self._last, weakref.ref(first)
-        if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
-            return
-        shape, tensors = contents(given.adapter)
-        values = {n: Kept(v, low) for n, v in made.items() if n in lanes and (low := _alike(v, given)) is not None}
-        if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
-            self._vain = Recalled(self._last, list(leaf), training)
-            return
-        watched = [weakref.ref(t, self._forget) for t in tensors]
-        tensors += weights(values)
-        ids, at = list(map(id, tensors)), geometry(tensors)
-        self._made = Made(values, given.plan, training, shape, ids, at, watched)
-
-
-def quiet() -> bool:
-    """Whether this is a plain call without gradients: no transform, no tracer."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or under_transform()
-        or in_function()
-    )
-
-
-def contents(adapter: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The shape of an adapter's tree (its sites, how many tensors each has, their names), and the tensors."""
-    leaves = list(adapter.values())
-    try:
-        tensors = [*chain.from_iterable(map(dict.values, leaves))]
-    except TypeError:  # other mappings
-        if not all(isinstance(leaf, Mapping) for leaf in leaves):
-            return [None], []  # no adapter, so that nothing was made of it
-        tensors = [t for leaf in leaves for t in leaf.values()]
-    return [*adapter, *map(len, leaves), *chain.from_iterable(leaves)], tensors
-
-
-def geometry(tensors: Sequence[Tensor]) -> list[Any]:
-    """Where tensors have their values: what assigning to `.data` changes, and no write in place does."""
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.stride, tensors)]
+def kept(v: Any, given: Sequence[Given]) -> Kept | None:
+    """What stands for v in the next calls of its adapter; None if it must be made each time."""
+    low = _alike(v, given[0])
+    return None if low is None else Kept(v, low)
 
 
 def _alike(v: Any, given: Given) -> LowRank | None:

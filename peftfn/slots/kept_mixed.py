@@ -1,11 +1,11 @@
 """What the stacks of a mixed batch put into the slots of a call, kept for their next call.
 
 A bank serves many batches from the same slots, and each names other rows: what its stacks make of a layer does not
-depend on them. As in kept.py, this is for calls without gradients, and nothing here keeps a stack alive.
+depend on them. As in kept.py, this is for calls without gradients.
 """
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +17,15 @@ from peftfn.core.functions import bank_of
 from peftfn.kernels import choose
 from peftfn.slots import batch
 from peftfn.slots.gates import Gates, Index
-from peftfn.slots.kept import Recalled, Weights, contents, geometry, quiet
+from peftfn.slots.keeper import alive
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
 from peftfn.slots.pertoken import PerToken
 from peftfn.slots.rows import Bucket, Share
-from peftfn.slots.slot import OUTLIVED, plus
+from peftfn.slots.slot import plus
 from peftfn.slots.values import Given
 from peftfn.tensors.operand import Operand
-from peftfn.tensors.transform import backward_task, in_function, lasting
+from peftfn.tensors.transform import in_function, lasting
 
 
 class Rows(NamedTuple):
@@ -59,13 +59,10 @@ class KeptMixed(MixedWeight):
         """Of the caller's own tensors, which may have gradients, where a forward turns these on."""
         if not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None:
             return self.quick
-        return [Part(e, self._held(leaf), self._held(bank), self.w, *at) for e, leaf, bank, *at in self.source]
-
-    def _held(self, of: Mapping[str, Any]) -> dict[str, Tensor]:
-        tensors = {k: t() for k, t in of.items()}
-        if any(t is None for t in tensors.values()):
-            raise RuntimeError(OUTLIVED.format(name=self.name))
-        return tensors  # type: ignore[return-value]
+        return [
+            Part(e, alive(leaf, e.site.name), alive(bank, e.site.name), self.w, *at)
+            for e, leaf, bank, *at in self.source
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         bias, rows = self.held["bias"], self.rows
@@ -124,116 +121,26 @@ class KeptMixed(MixedWeight):
         return F.linear(x, self.theirs)
 
 
-class Stack(NamedTuple):
-    """A plan's stack of adapters, as it was when something was made of it."""
-
-    plan: Any
-    start: int
-    size: int
-    shape: list[Any]  # of the tree
-    ids: list[int]
-    geometry: list[Any]
-
-    def is_(self, adapter: Mapping[str, Any]) -> bool:
-        """Whether that is this one: the same tensors, which are alive, with their values in the same places."""
-        shape, tensors = contents(adapter)
-        return shape == self.shape and list(map(id, tensors)) == self.ids and geometry(tensors) == self.geometry
+def kept_mixed(v: Any, given: Sequence[Given]) -> KeptMixed | None:
+    """What stands for v in the next calls of its stacks; None if it must be made each time."""
+    return KeptMixed(v, _source(v, given)) if _alike(v, given) else None
 
 
-class Made(NamedTuple):
-    """What stacks made, and what it was made of."""
-
-    values: dict[str, KeptMixed]
-    stacks: list[Stack]
-    training: bool
-    ids: list[int]  # of the base's weights
-    geometry: list[Any]
-    watched: list[Any]
-    whole: bool  # whether nothing else stands in the slots of such a call
-    devices: list[torch.device]  # of the base's weights
-
-
-class MixedKeeper:
-    """What the last stacks made in one skeleton."""
-
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self, _: Any = None) -> None:
-        """Hold nothing; also what a weak reference calls, at any moment, when a tensor of a stack dies."""
-        self._made: Made | None = None
-        self._last: Any = None
-        self._vain: Recalled | None = None
-
-    def size(self, plan: Any, adapter: Any) -> int | None:
-        """The number of adapters of a stack of which something was made, so that it fits its plan; None for others."""
-        made = self._made
-        return None if made is None else next((s.size for s in made.stacks if s.plan is plan and s.is_(adapter)), None)
-
-    def find(
-        self, given: Sequence[Given], gates: Gates, training: bool, weights: Weights
-    ) -> tuple[Mapping[str, KeptMixed], bool]:
-        """(what these stacks made in their last call and would make again, by site; whether that is all)"""
-        made = self._made
-        index = _index(gates)
-        if made is None or index is None or not quiet():
-            return {}, False
-        if training is not made.training or len(given) != len(made.stacks):
-            return {}, False
-        for g, s in zip(given, made.stacks, strict=True):
-            if g.plan is not s.plan or (g.start, g.size) != (s.start, s.size) or not s.is_(g.adapter):
-                return {}, False
-        theirs = weights(made.values)
-        if list(map(id, theirs)) != made.ids or geometry(theirs) != made.geometry:
-            return {}, False
-        task = backward_task()
-        leading = gates.shape if isinstance(gates, PerToken) else (len(index.known or ()),)
-        stands = {d: {g.start: _rows(index, g, d) for g in given} for d in made.devices}
-        for v in made.values.values():
-            v.task, v.inside, v.rows, v.stands, v.leading = task, False, gates, stands[v.w.device], leading
-            for part in v.quick:
-                if part.made:
-                    part.renew()
-        return made.values, made.whole
-
-    def keep(
-        self,
-        given: Sequence[Given],
-        gates: Gates,
-        training: bool,
-        made: Mapping[str, Any],
-        lanes: Collection[str],
-        weights: Weights,
-    ) -> None:
-        """Keep what can be of `made`, if the same stacks were used in the call before."""
-        leaf: Mapping[str, Any] = next(iter(given[0].adapter.values()), {})
-        first = next(iter(leaf.values()), None)
-        if not isinstance(first, Tensor) or not quiet() or _index(gates) is None:
-            return
-        last, self._last = self._last, weakref.ref(first)
-        if last is None or last() is not first or (self._vain and self._vain(first, leaf, training)):
-            return
-        if not all(gates.uses(g.start, g.size) for g in given):  # of those that are not used, nothing was made
-            return
-        values = {n: KeptMixed(v, _source(v, given)) for n, v in made.items() if n in lanes and _alike(v, given)}
-        tensors = [t for g in given for t in contents(g.adapter)[1]]
-        if not values or not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
-            self._vain = Recalled(self._last, list(leaf), training)
-            return
-        theirs = weights(values)
-        self._made = Made(
-            values,
-            [_stack(g) for g in given],
-            training,
-            list(map(id, theirs)),
-            geometry(theirs),
-            [weakref.ref(t, self._forget) for t in tensors],
-            len(values) == len(made),
-            list(dict.fromkeys(v.w.device for v in values.values())),
-        )
+def place(values: Mapping[str, KeptMixed], given: Sequence[Given], gates: Gates) -> None:
+    """Tell kept values the rows of a batch."""
+    index = index_of(gates)
+    assert index is not None
+    leading = gates.shape if isinstance(gates, PerToken) else (len(index.known or ()),)
+    devices = dict.fromkeys(v.w.device for v in values.values())
+    stands = {d: {g.start: _rows(index, g, d) for g in given} for d in devices}
+    for v in values.values():
+        v.rows, v.stands, v.leading = gates, stands[v.w.device], leading
+        for part in v.quick:
+            if part.made:
+                part.renew()
 
 
-def _index(gates: Gates) -> Index | None:
+def index_of(gates: Gates) -> Index | None:
     """The index of the rows, or of the tokens, if it is one and known on the host."""
     if type(gates) is PerToken and gates.steps is None:
         gates = gates.flat
@@ -248,11 +155,6 @@ def _rows(gates: Index, g: Given, device: torch.device) -> Rows:
     )
     every = bucket is not None and bucket.number == g.size and bucket.adapters == slice(0, g.size)
     return Rows(share, alone, bucket if every else None)
-
-
-def _stack(g: Given) -> Stack:
-    shape, tensors = contents(g.adapter)
-    return Stack(g.plan, g.start, g.size, shape, list(map(id, tensors)), geometry(tensors))
 
 
 def _source(v: MixedWeight, given: Sequence[Given]) -> list[Any]:

@@ -26,6 +26,7 @@ class Given(NamedTuple):
     adapter: Any  # one adapter; a stack of `size` where the call has gates
     start: int = 0
     size: int = 1
+    seen: Any = None  # what a keeper knows it by
 
 
 class Family(NamedTuple):
@@ -130,7 +131,7 @@ def _mixed(
 ) -> dict[str, Any]:
     parts: dict[str, list[Any]] = {}
     owners: dict[str, str] = {}
-    for plan, stacked, start, size in given:
+    for plan, stacked, start, size, _ in given:
         if not gates.uses(start, size):
             continue
         for name, entry in _here(plan, training, but, only).items():

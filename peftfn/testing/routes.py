@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 import peftfn as pf
-from peftfn.testing.case import Case
+from peftfn.testing.case import Case, close, shaken
 from peftfn.testing.party import Party, tracked
 from peftfn.view.module import parameters_of
 
@@ -129,9 +130,16 @@ def _gated(gates: Callable[[Party], Tensor], where: Callable[[Case], bool] = _su
 
 
 def _again(s: Party, adapter: pf.Adapter) -> Tensor:
-    """The third call without gradients: what the first two made may serve it."""
+    """Without gradients, after calls with another adapter, and again: what the calls before made may serve one, and
+    must be its own, also where an adapter's leaves are mappings of another kind."""
+    other = {n: MappingProxyType(leaf) for n, leaf in shaken(adapter, 5).items()}
+    frozen = {n: MappingProxyType(leaf) for n, leaf in adapter.items()}
     with torch.no_grad():
+        for a in (other, other, other):
+            s.net.apply(a, s.x)
+        first = s.net.apply(frozen, s.x)
         *_, out = (s.net.apply(adapter, s.x) for _ in range(3))
+    close(first, out, "called with another adapter before")
     return out
 
 
