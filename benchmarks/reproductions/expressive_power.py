@@ -14,7 +14,7 @@ SIZE, DEPTHS = 8, (1, 2, 4)
 EXACT = 1e-6
 """A relative error at which we say that the target is met."""
 BUDGETS, NEAR = (16, 32, 64), 0.75
-"""Trained numbers a layer, of 64, at two layers; and how much of a budget a method must use to be in its column."""
+"""Trained numbers a layer, of 64, at two layers; and the least share of a budget that a method in its column uses."""
 LADDERS: dict[str, list[pf.Method]] = {
     "LoRA": [pf.LoRA(rank=r) for r in (1, 2, 3, 4)],
     "DoRA": [pf.DoRA(rank=r) for r in (1, 2, 3)],
@@ -138,8 +138,8 @@ def _methods(found: Json) -> str:
     words = wrapped(
         "The same search with other methods at two layers, at about equal trained numbers a layer: the median error of "
         f"the draws (the numbers). A layer has {SIZE * SIZE} weights; an empty cell is a method that has no size near "
-        "the numbers of its column. There is no claim here: what rotates or scales a "
-        "weight cannot reach every target, whatever its size."
+        "the numbers of its column. The paper claims nothing about these: a method that rotates or scales a weight "
+        "cannot reach every target at any size."
     )
     return f"\n{words}\n" + table(["method", *(f"{b} numbers" for b in BUDGETS)], rows)
 

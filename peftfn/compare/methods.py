@@ -20,7 +20,7 @@ class Recipe:
 
     method: pf.Method
     places: str = "matrices"
-    small: bool = False  # run on small tasks alone, unless a task is named
+    small: bool = False  # runs on small tasks alone, unless it and another task are named
 
     def rules(self, layers: str) -> dict[str, pf.Method]:
         """Rules for `adapt`; `layers` as a `Ready` has it."""

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(f: Callable[..., Any], *args: Any) -> int:
-    """The most bytes that tensors made during f(*args) have at one time. A view of a tensor that was there is none."""
+    """The most bytes that tensors made during f(*args) have at one time. Views of older tensors do not count."""
     with _Live() as live:
         f(*args)
     return live.most

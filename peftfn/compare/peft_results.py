@@ -21,7 +21,7 @@ def write_runs(records: Sequence[Json], folder: Path) -> int:
 def runs(record: Json) -> dict[str, Json]:
     """{experiment's name: the run, in PEFT's schema}: the seeds at the record's best rate; {} if it has none.
 
-    PEFT counts an accelerator's memory, and there is none: 0. `peak_bytes_of_a_gradient` is ours.
+    PEFT's fields for an accelerator's memory are 0: these run on a CPU. `peak_bytes_of_a_gradient` is a field of ours.
     """
     found = best(record)
     if found is None:

@@ -58,7 +58,7 @@ def compare(
     Args:
         out: a folder. What is there with the same settings is not run again, and a pair that was interrupted goes on.
         methods: names of `METHODS`, in the order in which they run: each on all tasks, then the next.
-        tasks: names of `TASKS`. What you name runs on all that you name, the rest where its `Recipe` has it.
+        tasks: names of `TASKS`. Without both lists, a method whose recipe is `small` runs on the small tasks alone.
         minutes: no pair begins that would end later, if it takes as long as the last on its task.
         say: gets a line for each pair.
 

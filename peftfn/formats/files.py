@@ -279,10 +279,11 @@ def _mapped(where: Path, meta: Mapping[str, Tensor]) -> dict[str, Callable[[], T
         header = json.loads(file.read(start - 8))
     size = where.stat().st_size
     data = torch.from_file(str(where), shared=False, size=size, dtype=torch.uint8)
+    places = {name: [start + at for at in header[name]["data_offsets"]] for name in meta if name in header}
 
     def read(name: str) -> Tensor:
         shape, dtype = meta[name].shape, meta[name].dtype
-        first, end = (start + at for at in header.get(name, {"data_offsets": (0, 0)})["data_offsets"])
+        first, end = places.get(name, (0, -1))
         if end - first != meta[name].nbytes or end > size:
             raise ValueError(f"{where}: it was replaced while it was read: load it again")
         part = data[first:end]

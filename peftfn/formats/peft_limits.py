@@ -75,13 +75,12 @@ def not_renamed(kind: str, modules: Iterable[str], model: PeftNames) -> None:
     rename = old_names(model.model)
     if rename is None or mapping.get_checkpoint_conversion_mapping(model_type) is None:
         return
-    prefix = getattr(model.model, "base_model_prefix", "")  # before a name, it is as good: PEFT takes it away again
-    renamed = {m: rename(f"{m}.weight").removesuffix(".weight").removeprefix(f"{prefix}.") for m in modules}
-    if odd := [m for m, new in renamed.items() if new != m.removeprefix(f"{prefix}.")]:
-        new = rename(f"{odd[0]}.weight").removesuffix(".weight")
+    new = {m: rename(f"{m}.weight").removesuffix(".weight") for m in modules}
+    prefix = f"{getattr(model.model, 'base_model_prefix', '')}."  # PEFT takes it away again
+    if odd := [m for m, name in new.items() if name.removeprefix(prefix) != m.removeprefix(prefix)]:
         raise ValueError(
-            f"{some(odd)}: PEFT renames this layer to {new} when it loads a file, by transformers' table of old names, "
-            "and loses its LoRA: use the native format"
+            f"{some(odd)}: PEFT renames this layer to {new[odd[0]]} when it loads a file, by transformers' table of "
+            "old names, and loses its LoRA: use the native format"
         )
 
 
