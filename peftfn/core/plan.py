@@ -101,7 +101,7 @@ class Entry:
     def raw(self, leaf: Mapping[str, Tensor], bank: Mapping[str, Tensor], w: Any) -> Leaf:
         """Everything the method has at this site, in fp32 or better."""
         dtype = w.dtype if w.dtype == torch.float32 else torch.promote_types(w.dtype, torch.float32)
-        p: Any = leaf if self.plain and not bank else {**self.frozen, **bank, **leaf}
+        p: Any = leaf if self.plain and not bank and type(leaf) is dict else {**self.frozen, **bank, **leaf}
         for t in p.values():
             if t.dtype is not dtype:
                 break

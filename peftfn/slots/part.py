@@ -268,6 +268,7 @@ class ExpertPart(Part):
 
 def _stacked(entry: Entry, leaf: Any, bank: Any, w: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(method, prepared tensors, their `in_dims`) of a stack of leaves: what differs between adapters has an axis."""
+    leaf, bank = dict(leaf), dict(bank)  # torch.func maps over the values of no other mapping
     if not is_expression(leaf):
         ready = leaf.keys() == entry.prepared.keys() and leaf.keys() != entry.spec.keys()
         if ready or not entry.method.overrides("prepare"):

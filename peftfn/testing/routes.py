@@ -129,27 +129,34 @@ def _gated(gates: Callable[[Party], Tensor], where: Callable[[Case], bool] = _su
     return Route(lambda s, g: s.net.gated(s.stack, g, s.x), gates, where)
 
 
+def _frozen(adapter: pf.Adapter) -> Any:
+    """The same tensors in leaves that cannot be written."""
+    return {n: MappingProxyType(leaf) for n, leaf in adapter.items()}
+
+
 def _again(s: Party, adapter: pf.Adapter) -> Tensor:
     """Without gradients, after calls with another adapter, and again: what the calls before made may serve one, and
     must be its own, also where an adapter's leaves are mappings of another kind."""
-    other = {n: MappingProxyType(leaf) for n, leaf in shaken(adapter, 5).items()}
-    frozen = {n: MappingProxyType(leaf) for n, leaf in adapter.items()}
+    other, frozen = _frozen(shaken(adapter, 5)), _frozen(adapter)
     with torch.no_grad():
-        for a in (other, other, other):
-            s.net.apply(a, s.x)
-        first = s.net.apply(frozen, s.x)
+        *_, first = (s.net.apply(a, s.x) for a in (other, other, other, frozen))
         *_, out = (s.net.apply(adapter, s.x) for _ in range(3))
     close(first, out, "called with another adapter before")
     return out
 
 
 def _rows_again(s: Party, index: list[int], prepared: bool = False) -> Tensor:
-    """Two calls with other rows before it."""
+    """After calls with other rows, and with another stack, whose leaves are mappings of another kind."""
     stack = pf.stack([s.net.prepare(a) for a in s.groups[0]]) if prepared else s.stack
+    other, frozen = _frozen(shaken(stack, 5)), _frozen(stack)
+    rows = [1, 0, 2, 1, 0]
     with torch.no_grad():
-        for others in ([1, 0, 2, 1, 0], [0, 1, 1, 2, 2]):
+        for given in (other, other, other, frozen):
+            first: Tensor = s.net.mixed(given, index, s.x)
+        for others in (rows, [0, 1, 1, 2, 2], rows):
             s.net.mixed(stack, others, s.x)
         out: Tensor = s.net.mixed(stack, index, s.x)
+    close(first, out, "called with another stack before")
     return out
 
 
