@@ -1,10 +1,11 @@
-"""python -m benchmarks [names] [--quick]: run benchmarks, write benchmarks/results/*.json and docs/benchmarks.md."""
+"""python -m benchmarks [names] [--quick]: run benchmarks, write benchmarks/results/*.json, and what is
+made from them: docs/benchmarks.md and the figures of README.md."""
 
 import argparse
 from importlib import import_module
 from time import perf_counter
 
-from benchmarks import table
+from benchmarks import readme, table
 from benchmarks.harness import CLOCKS, QUICK, REPEATS, Options, pin, write
 
 BENCHMARKS = (
@@ -38,7 +39,7 @@ def main() -> None:
         if not args.quick:
             write(name, rows, options, seconds)
     if not args.quick:
-        print(f"written: {table.write().name}")
+        print(f"written: {table.write().name}, {readme.write().name}")
         for name in ("routed", "tenants"):  # whose figures another page has too
             if name in (args.names or BENCHMARKS):
                 import_module(f"benchmarks.{name}").main()

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 import peftfn as pf
+from benchmarks import readme
+from benchmarks.readme import filled
 from peftfn.core.method import registry
 
 ROOT = Path(__file__).parent.parent
@@ -142,29 +144,22 @@ def test_the_reference_is_complete() -> None:
     assert not [name for name, summary in rows if not summary.endswith(".")]
 
 
-def results(name: str) -> dict[str, dict[str, float]]:
-    """case → other way → median of ours / the other's, as benchmarks/results has it."""
-    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return {row["case"]: {way: q["median"] for way, q in row["ratio_to"].items()} for row in record["rows"]}
-
-
 def test_figures_of_the_readme_are_those_measured() -> None:
-    """After `make bench`, this says what to write."""
+    """`python -m benchmarks` writes them."""
     text = (ROOT / "README.md").read_text()
-    measured = results("adapt") | results("llama") | results("mixed")
-    shown = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]*) ?\|$", text, flags=re.M)
-    assert len(shown) >= 5
-    for case, *figures in shown:
-        want = [f"{measured[case][way]:.2f}" if way in measured[case] else "" for way in ("PEFT", "base")]
-        assert figures == want, case
-    steps = [r["PEFT"] for case, r in results("methods").items() if case.endswith(", training step") and "PEFT" in r]
-    many = results("vmap")["64 LoRA r16 adapters, forward, 2-layer Llama, d 128, 1×16 tokens"]["64 calls"]
-    line = " ".join(text.split())
-    for sentence in (
-        f"Of the {len(steps)} methods that PEFT has too, {sum(s > 1 for s in steps)} take longer in a training step.",
-        f"64 adapters under one `vmap` take {many:.2f} of 64 calls",
-    ):
-        assert sentence in line
+    assert filled(text) == text
+    assert len(re.findall(readme.ROW, text, flags=re.M)) >= 5
+
+
+def test_a_figure_of_the_readme_that_is_not_measured_is_found() -> None:
+    text = (ROOT / "README.md").read_text()
+    row = re.search(readme.ROW, text, flags=re.M)
+    assert row is not None
+    assert filled(text.replace(row[0], f"| {row[1]} | 0.01 | |")) == text
+    with pytest.raises(ValueError, match="no benchmark measures"):
+        filled(text.replace(row[1], "a case of another day"))
+    with pytest.raises(ValueError, match="does not say"):
+        filled(text.replace("under one `vmap`", "under `vmap`"))
 
 
 def test_links_lead_somewhere() -> None:
