@@ -22,7 +22,8 @@ class WaveFT(FourierFT):
 
     Bilican et al., "Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets", 2025, arXiv:2505.12532.
     One level of the transform; with a filter of length L, S is [out, in] centred in a matrix larger by L − 2, as in
-    PEFT. x goes through a filter bank, meets c at its n places, and comes back through another.
+    PEFT. x goes through a filter bank, meets c at its n places, and comes back through another; or, as with FourierFT,
+    the change is made whole.
 
     Trainable parameters per site: n_frequency. Use it for tiny files with local changes; it costs two filter banks a
     call.
@@ -67,6 +68,7 @@ class WaveFT(FourierFT):
     idwt: bool = True
 
     std: ClassVar = 0.01
+    real: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
