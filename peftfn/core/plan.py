@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Size, Tensor
@@ -63,6 +63,11 @@ class Entry:
     def _decide(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def eval(self) -> Self:
+        """The entry with its method as it is in eval mode."""
+        meant = self.method.eval()
+        return self if meant is self.method else replace(self, method=meant)
 
     def __iter__(self) -> Iterator[Any]:
         """method, frozen: a plan reads as dict[site, (method, frozen tensors)]."""
@@ -191,7 +196,7 @@ class Plan(Mapping[str, Entry]):
     def __init__(self, entries: dict[str, Entry], rules: Mapping[str, Method], banks: dict[str, Any]):
         self.entries, self.rules, self.banks = entries, dict(rules), banks
         # what delta, merge and prepare are about, and eval mode: no dropout
-        self.meant = {name: replace(e, method=e.method.eval()) for name, e in entries.items()}
+        self.meant = {name: e.eval() for name, e in entries.items()}
         # bias slot → the site whose method changes it
         self.owners = {e.site.bias: name for name, e in entries.items() if e.site.bias and e.changes_bias}
         self.places = tuple(e.site for e in entries.values() if e.site.kind in (MODULE, TOKENS))

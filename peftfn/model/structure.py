@@ -60,7 +60,7 @@ def reachable(named: Mapping[str, nn.Module]) -> tuple[list[nn.Module], list[nn.
         _refuse(module, named)
         skipped = _hooked(module)
         for key, value in vars(module).items():
-            if key not in STANDARD and key not in skipped:
+            if value.__class__ not in _SIMPLE and key not in STANDARD and key not in skipped:
                 look(_plain_method(value) or value, module, key)
 
     for module in list(modules):
@@ -202,7 +202,7 @@ def check_copy(model: nn.Module) -> None:
     for module in modules:
         skipped = _hooked(module)
         for key, value in vars(module).items():
-            if key in STANDARD or key in skipped or value.__class__ in _SIMPLE or is_plain(value) or is_setting(value):
+            if value.__class__ in _SIMPLE or key in STANDARD or key in skipped or is_plain(value) or is_setting(value):
                 continue
             try:
                 copy.deepcopy(value, memo)
@@ -210,7 +210,7 @@ def check_copy(model: nn.Module) -> None:
                 raise _uncopied(model, keep, e) from e
 
 
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
 
 
 def _uncopied(model: nn.Module, keep: list[Any], e: Exception) -> TypeError:

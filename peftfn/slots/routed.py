@@ -18,14 +18,16 @@ from peftfn.tensors.arguments import batched, tensors
 def routed_by_default(model: nn.Module, plan: Plan) -> list[str]:
     """The parent of every module that holds an adapted stack, and of every module called `experts` beside or in which
     something is adapted: its router, say, gets tokens without their rows too."""
-    inside = {"": None}  # modules in which something is adapted
+    inside = {"": model}  # modules in which something is adapted
     found = []
     for e in plan.values():
-        parts = e.site.module.split(".")
-        inside.update(dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts) + 1)))
+        name, module = "", model
+        for part in e.site.module.split(".") if e.site.module else ():
+            name = f"{name}.{part}" if name else part
+            module = inside[name] if name in inside else inside.setdefault(name, getattr(module, part))
         if e.site.stacked:
-            found.append(".".join(parts[:-1]))
-    found += [name for name in inside if "experts" in model.get_submodule(name)._modules]
+            found.append(name.rpartition(".")[0])
+    found += [name for name, module in inside.items() if "experts" in module._modules]
     return list(dict.fromkeys(found))
 
 

@@ -6,6 +6,7 @@ layer, and repacks the weight on some CPUs, so it runs on values that are the ca
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -201,7 +202,12 @@ def _states(states: list[Any]) -> list[Tensor]:
 
 
 def _is_state(v: Any) -> bool:
-    return type(v).__module__.startswith("bitsandbytes") and hasattr(v, "__dict__") and not isinstance(v, Tensor)
+    return _of_bitsandbytes(v.__class__) and hasattr(v, "__dict__") and not isinstance(v, Tensor)
+
+
+@functools.lru_cache(1024)
+def _of_bitsandbytes(kind: type) -> bool:
+    return kind.__module__.startswith("bitsandbytes")
 
 
 class LayerWeight(QuantisedWeight):
