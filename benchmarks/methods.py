@@ -66,8 +66,8 @@ NOT_SAME = {
 
 
 FIXED = (
-    "The same products as PEFT's: what is left is the fixed cost of a call, which lends the model's parameters anew and "
-    "asks whether their owner changed anything, and which a larger model does not notice."
+    "The same products as PEFT's: what is left is the fixed cost of a call, which lends the model's parameters anew "
+    "and asks whether their owner changed anything, and which a larger model does not notice."
 )
 START = (
     "PEFT takes the start out of the base's weight. Here the base stays as it is, so that the start is in the factors "
