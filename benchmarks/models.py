@@ -100,6 +100,29 @@ def by_hand(base: nn.Module, adapters: Rows) -> nn.Module:
     return model
 
 
+class TrainedByHand(nn.Module):
+    """A linear layer with a LoRA's product as one would write it to train it."""
+
+    def __init__(self, layer: nn.Linear, a: Tensor, b: Tensor, scale: float):
+        super().__init__()
+        self.weight, self.scale = layer.weight, scale
+        self.a, self.b = (nn.Parameter(t.detach().clone()) for t in (a, b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+def trained_by_hand(base: nn.Module, net: pf.Adapted, adapter: pf.Adapter) -> nn.Module:
+    """A copy of the base with `TrainedByHand` in the place of each adapted layer."""
+    model = copy.deepcopy(base)
+    for site, entry in net.plan.items():
+        name, method = site.removesuffix(".weight"), entry.method
+        assert isinstance(method, pf.LoRA)
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, TrainedByHand(layer, adapter[site]["a"], adapter[site]["b"], method.scale))
+    return model
+
+
 def pair(base: nn.Module, dora: bool) -> tuple[PeftModel, pf.Adapted, pf.Adapter]:
     """(PEFT's model, our net, our adapter) of one adapter whose factors are all random, on two copies of `base`.
 

@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from peftfn.core.method import Method, Weight
 from peftfn.core.modules import ModuleMethod
+from peftfn.core.numbers import checks_numbers
 from peftfn.model.place import Place
 
 
+@checks_numbers
 def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
     """Return the adapter whose change of every weight is s times as large: W + s·delta(W).
 

@@ -80,9 +80,9 @@ def save(
             methods, under PEFT's keys (`task_type`, `revision`, …).
 
     Raises:
-        ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. Nothing has been
-            written.
-        TypeError: `net` is not a net.
+        ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. The path is a file,
+            and the format writes a folder. Nothing has been written.
+        TypeError: `path` is no path, or `net` is not a net.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
@@ -92,6 +92,10 @@ def save(
     module = _format(format)
     if not isinstance(net, Adapted):
         raise TypeError(f"save takes (path, net, adapter), and the second argument is a {type(net).__name__}")
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"save takes (path, net, adapter), and the path is {path!r}: give a string or a Path")
+    if format not in ("gguf", "kohya") and Path(path).is_file():
+        raise ValueError(f"save: {Path(path)} is a file, and format={format!r} writes a folder: give another path")
     net.plan.check(adapter, lead=int(options.get("tasks", False)))
     refuse_sharded(net.plan, adapter)
     if repetition(net.model) and format not in ("native", "peft"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats.engines import CURES, ENGINES, RULES, Does, Seen
@@ -43,6 +44,7 @@ class Obstacle:
         return f"{title} {self.does} {self.at}, {self.what}: {self.found}. Cure: {self.cure}"
 
 
+@checks_numbers
 def obstacles(path: str | PathLike[str], engine: str, *, max_rank: int | None = None) -> tuple[Obstacle, ...]:
     """Return what a server for LoRA would not take of an adapter's files, without a model and without the server.
 

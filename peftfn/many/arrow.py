@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfn.core.functions import bank_of, current
+from peftfn.core.numbers import checks_numbers
 from peftfn.many.routing import Route, of_site, top_k
 from peftfn.many.stack import unstack
 from peftfn.net.net import Adapted, check_net
 
 
+@checks_numbers
 def arrow(
     net: Adapted,
     experts: Mapping[str, Any],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.many.conform import conform
 from peftfn.many.nets import Nets, check_nets
@@ -220,6 +221,7 @@ class Bank:
             self._register.check_room(wanted)
 
     @contextmanager
+    @checks_numbers
     def holding(self, names: Sequence[str], *, timeout: float | None = 0.0) -> Iterator[tuple[list[Adapter], Tensor]]:
         """Keep every named adapter resident until the block ends, and return the arguments of `bank.nets.mixed`.
 
@@ -247,6 +249,7 @@ class Bank:
         with self._held(names, timeout) as (_, stacks, index):
             yield stacks, index
 
+    @checks_numbers
     def apply(
         self,
         names: Sequence[str],

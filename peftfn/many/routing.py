@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.net.net import Adapted, check_net
 from peftfn.slots.routes import PerForward
 
@@ -15,6 +16,7 @@ Route = Callable[[str, Tensor], Tensor]
 """(site, its input [rows, …, in]) ↦ gates [rows, …, experts]"""
 
 
+@checks_numbers
 def top_k(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
     """Return gates: the softmax of scores/temperature over the k largest scores, and zero for the others.
 
@@ -41,6 +43,7 @@ def top_k(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, at, torch.softmax(largest / temperature, -1))
 
 
+@checks_numbers
 def phatgoose(gates: Mapping[str, Tensor], k: int = 2) -> Route:
     """Return the routing of PHATGOOSE, by gate vectors that each expert trained for itself.
 
@@ -110,6 +113,7 @@ def of_site(where: str, vectors: Mapping[str, Tensor], site: str, x: Tensor, dim
     return v
 
 
+@checks_numbers
 def xlora(
     net: Adapted,
     classifier: Callable[[Tensor], Tensor],

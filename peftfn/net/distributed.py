@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftfn.core import functions
+from peftfn.core.numbers import checks_numbers
 from peftfn.model.model import weights_of
 from peftfn.tensors.sharded import is_sharded, on_mesh, placed, whole
 from peftfn.tensors.tree import mapped
@@ -56,6 +57,7 @@ def distribute(net: "Adapted", adapter: Mapping[str, Any]) -> "Adapter":
     return out
 
 
+@checks_numbers
 def gather(tree: Mapping[str, Any] | Iterable[tuple[str, Any]], rank: int | None = None) -> dict[str, Any]:
     """Gather whole tensors on the CPU, one at a time. Every rank of the mesh must call this.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfn.core import functions
 from peftfn.core.make import make
 from peftfn.core.method import Method, Weight
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter, Plan
 from peftfn.model.model import Model, weights_of
 from peftfn.net.again import layers_of
@@ -24,6 +25,7 @@ from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tensors.transform import outside, under_transform
 
 
+@checks_numbers
 def adapt(
     model: nn.Module, rules: Mapping[str, Method], *, seed: int = 0, routed: Sequence[str] | None = None
 ) -> "Adapted":
@@ -377,6 +379,7 @@ class Adapted:
 
         Raises:
             ValueError: no module that has parts matches.
+            TypeError: the pattern is no string.
 
         Example:
             layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4))
@@ -385,6 +388,8 @@ class Adapted:
             a, x = net.init(), torch.randn(3, 8)
             g = torch.func.grad(lambda a: less.apply(a, x).sum())(a)
         """
+        if not isinstance(pattern, str):
+            raise TypeError(f"checkpointed: pattern is {pattern!r}; give names of modules as a regular expression")
         return Adapted(self.model, self.plan, [*self.again, *layers_of(self.model, pattern)], self.routed)
 
     def in_fp32(self) -> "Adapted":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted
 from peftfn.sweeps.lane import Data, Evaluate, Lane, Loss, Run, kind, whole
@@ -22,6 +23,7 @@ from peftfn.tensors.tree import leaves, mapped
 from peftfn.tools.step import Step
 
 
+@checks_numbers
 def sweep(
     configs: Sequence[Config],
     net: Adapted | Callable[[Config], Adapted],
@@ -83,6 +85,9 @@ def sweep(
     """
     given = _checked(configs, slots, every)
     length = steps if callable(steps) else lambda c: steps
+    for c in given.values():
+        if (n := length(c)) < 1:
+            raise ValueError(f"sweep: steps is {n} for {c!r}; it must be at least 1")
     nets = _nets(given, net)
     start = init or (lambda n, c: n.init(seed=int(c.get("seed", 0))))
     fresh = {name: partial(_fresh, nets[name], c, start, optimizer) for name, c in given.items()}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from peftfn.core.numbers import checks_numbers
+
 Config = Mapping[str, Any]
 Status = Literal["waiting", "running", "done", "stopped", "diverged"]
 Mode = Literal["min", "max"]
@@ -103,10 +105,16 @@ def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
     Returns:
         A list of dicts.
 
+    Raises:
+        TypeError: a value that is in no list.
+
     Example:
         configs = pf.grid(lr=[1e-3, 1e-2], seed=range(3))
         assert len(configs) == 6 and configs[0] == {"lr": 1e-3, "seed": 0}
     """
+    for name, some in values.items():
+        if isinstance(some, str) or not isinstance(some, Iterable):
+            raise TypeError(f"grid: {name} is {some!r}; give its values in a list: grid({name}=[{some!r}])")
     return [dict(zip(values, row, strict=True)) for row in product(*values.values())]
 
 
@@ -114,6 +122,7 @@ Stop = Callable[[Trial, Sequence[Trial]], Any]
 """(a trial with a new row, all trials) ↦ whether it stops, or a text that says why"""
 
 
+@checks_numbers
 def patience(rows: int, metric: str = "loss", mode: Mode = "min") -> Stop:
     """Return the rule that stops a configuration which has not improved for some rows of its history.
 
@@ -144,6 +153,7 @@ def patience(rows: int, metric: str = "loss", mode: Mode = "min") -> Stop:
     return stop
 
 
+@checks_numbers
 def behind(after: int, share: float = 0.5, metric: str = "loss", mode: Mode = "min") -> Stop:
     """Return the rule that stops a configuration which is among the worst at its step; its slot is free for another.
 

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.change import as_loras, changes, check_energy, check_rank, leaf_of
 
 
+@checks_numbers
 def to_lora(
     net: Adapted, adapter: Mapping[str, Any], *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapted, Adapter]:

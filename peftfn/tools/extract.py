@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfn.core.method import MATRIX, Leaf
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.model.model import Model
 from peftfn.model.names import matches
@@ -17,6 +18,7 @@ from peftfn.tensors.quantised import QuantisedWeight
 from peftfn.tools.change import Change, as_loras, check_energy, check_rank, leaf_of
 
 
+@checks_numbers
 def extract(
     model: nn.Module,
     full: nn.Module | Mapping[str, Tensor],

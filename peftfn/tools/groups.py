@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftfn.core.chain import Chain
 from peftfn.core.method import Method
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Entry
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.methods.weights.vblora import VBLoRA
@@ -18,6 +19,7 @@ Group = dict[str, Any]
 """A parameter group of torch.optim."""
 
 
+@checks_numbers
 def lora_plus(
     adapter: nn.Module | Mapping[str, Any],
     lr: float,
@@ -65,6 +67,7 @@ def lora_plus(
     return [{"params": ts, "lr": rate, "weight_decay": decay} for (rate, decay), ts in rates.items()]
 
 
+@checks_numbers
 def decay(
     adapter: nn.Module | Mapping[str, Any],
     weight_decay: float,
@@ -101,6 +104,7 @@ def decay(
     return [{"params": ts, "weight_decay": value} for value, ts in groups.items()]
 
 
+@checks_numbers
 def vb_lora(
     adapter: nn.Module | Mapping[str, Any],
     *,

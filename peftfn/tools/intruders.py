@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import MATRIX, Leaf
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.net.net import Adapted, check_net
@@ -14,6 +15,7 @@ from peftfn.tensors.precision import wide
 from peftfn.tools.change import Change, as_loras, changes, check_rank, leaf_of
 
 
+@checks_numbers
 def intruders(net: Adapted, adapter: Mapping[str, Any], *, top: int = 10, epsilon: float = 0.5) -> dict[str, int]:
     """Return how many intruder dimensions an adapter makes at each site that is a matrix.
 
@@ -41,6 +43,7 @@ def intruders(net: Adapted, adapter: Mapping[str, Any], *, top: int = 10, epsilo
     return {c.site.name: int(m.sum()) for c, m, *_ in _found(net, adapter, top, epsilon) if c.site.kind in MATRIX}
 
 
+@checks_numbers
 def reduce_intruders(
     net: Adapted,
     adapter: Mapping[str, Any],

@@ -3,6 +3,7 @@
 from torch import nn
 
 from peftfn.core.method import Method, Weight
+from peftfn.core.numbers import checks_numbers
 from peftfn.model.choice import Modules, matched
 from peftfn.model.model import Model
 from peftfn.model.site import Site, is_conv1d
@@ -13,6 +14,7 @@ EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
 """What transformers calls experts in one parameter, by which PEFT finds them: a class token has three axes too."""
 
 
+@checks_numbers
 def targets(
     model: nn.Module,
     method: Method,

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted
 from peftfn.tools import rules
@@ -12,6 +13,7 @@ from peftfn.tools.merge_job import Job, Pairs, Space
 from peftfn.tools.rules import Elect
 
 
+@checks_numbers
 def magnitude(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,
@@ -47,6 +49,7 @@ def magnitude(
     )
 
 
+@checks_numbers
 def ties(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,
@@ -84,6 +87,7 @@ def ties(
     return Job("ties", adapters, weights, rank, energy).by(rule, space, density, beta)
 
 
+@checks_numbers
 def dare(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,
@@ -123,6 +127,7 @@ def dare(
     return Job("dare", adapters, weights, rank, energy, seed).by(rule, space, density, beta)
 
 
+@checks_numbers
 def della(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from peftfn.core.method import MATRIX
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted
 from peftfn.tools import rules
 from peftfn.tools.merge_job import Job, Pairs
 
 
+@checks_numbers
 def linear(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,
@@ -48,6 +50,7 @@ def linear(
     return job.unchanged() or job.merged(lambda name, cs: rules.weighted_sum(cs, job.weights), exact=True)
 
 
+@checks_numbers
 def tsv(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,
@@ -89,6 +92,7 @@ def tsv(
     return (job.unchanged() if whole else None) or job.merged(lambda name, cs: rules.tsv(cs, job.weights, keep))
 
 
+@checks_numbers
 def iso_c(
     adapters: Pairs,
     weights: Sequence[float] | Tensor | None = None,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.tensors.tree import leaves, stack_size
 from peftfn.tools.adam import Rate
-from peftfn.tools.step import Step, Tree, each, number, part
+from peftfn.tools.step import Step, Tree, checked, each, number, part
 
 Schedule = Callable[[Tensor], Tensor]
 """count of the steps before this one ↦ factor of the update"""
@@ -79,6 +80,7 @@ def scheduled(schedule: Schedule) -> Step:
     return Step(lambda a: {"count": torch.zeros((), dtype=torch.float64)}, update)
 
 
+@checks_numbers
 def cosine(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     """Return the schedule that rises to 1 in a line, then falls to `end` as a cosine.
 
@@ -90,13 +92,18 @@ def cosine(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     Returns:
         A function of the count, for `scheduled`.
 
+    Raises:
+        ValueError: a number below 0, or a warmup above total.
+
     Example:
         f = pf.steps.cosine(10, warmup=2)
         assert torch.allclose(f(torch.tensor([0.0, 2.0, 6.0, 10.0])), torch.tensor([0.5, 1.0, 0.5, 0.0]), atol=1e-6)
     """
+    _check_lengths("cosine", total, warmup, end)
     return _warmed(lambda done: end + (1 - end) * (1 + torch.cos(math.pi * done)) / 2, total, warmup)
 
 
+@checks_numbers
 def linear(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     """Return the schedule that rises to 1 in a line, then falls to `end` in a line.
 
@@ -106,11 +113,22 @@ def linear(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     Returns:
         A function of the count, for `scheduled`.
 
+    Raises:
+        ValueError: a number below 0, or a warmup above total.
+
     Example:
         f = pf.steps.linear(10, warmup=2)
         assert torch.allclose(f(torch.tensor([0.0, 2.0, 6.0, 10.0])), torch.tensor([0.5, 1.0, 0.5, 0.0]))
     """
+    _check_lengths("linear", total, warmup, end)
     return _warmed(lambda done: end + (1 - end) * (1 - done), total, warmup)
+
+
+def _check_lengths(where: str, total: Rate, warmup: Rate, end: Rate) -> None:
+    """ValueError for numbers that are below 0, and for a rise that is longer than all of it; tensors are not asked."""
+    checked(where, total=total, warmup=warmup, end=end)
+    if not isinstance(total, Tensor) and not isinstance(warmup, Tensor) and warmup > total:
+        raise ValueError(f"{where}: warmup is {warmup}, and total is {total}: give warmup <= total")
 
 
 def _warmed(fall: Callable[[Tensor], Tensor], total: Rate, warmup: Rate) -> Schedule:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, beside
 from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, part, sign, wide
 
 
+@checks_numbers
 def lora_muon(
     net: Adapted, lr: Rate, *, beta: float = 0.95, weight_decay: float = 0.0, others_lr: Rate | None = None
 ) -> Step:
@@ -61,6 +63,7 @@ def lora_muon(
     return beside(pairs("lora_muon", net), Step(init, update), lr if others_lr is None else others_lr)
 
 
+@checks_numbers
 def lora_rite(
     net: Adapted,
     lr: Rate,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.observe import gradients
@@ -17,6 +18,7 @@ Loss = Callable[[Any, Any], Tensor]
 """(the model's output, the batch) ↦ a scalar"""
 
 
+@checks_numbers
 def lora_ga(
     net: Adapted, batches: Iterable[Any], *, loss: Loss | None = None, gamma: float = 16.0
 ) -> tuple[Adapted, Adapter]:
@@ -59,6 +61,7 @@ def lora_ga(
     return offset_from(net, starts)
 
 
+@checks_numbers
 def lora_one(
     net: Adapted, batches: Iterable[Any], *, loss: Loss | None = None, gamma: float = 128.0
 ) -> tuple[Adapted, Adapter]:

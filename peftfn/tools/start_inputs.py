@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.precision import wide
@@ -16,6 +17,7 @@ from peftfn.tools.pca import Pca
 from peftfn.tools.start_nets import loras_of, offset_from, same_alpha, with_leaves, with_methods
 
 
+@checks_numbers
 def eva(net: Adapted, batches: Iterable[Any], *, rho: float = 2.0, whiten: bool = False) -> tuple[Adapted, Adapter]:
     """Start with A at the principal directions of each layer's inputs and B at zero, and give ranks where they count.
 

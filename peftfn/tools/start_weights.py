@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Adapter, Plan
 from peftfn.core.rng import Rng
 from peftfn.methods.weights.shira import SHiRA
@@ -89,6 +90,7 @@ def sparse(net: Adapted, mask: Callable[[str, Tensor], Tensor]) -> tuple[Adapted
     return made, made.init()
 
 
+@checks_numbers
 def loftq(
     net: Adapted, quantise: Callable[[Tensor], Tensor] | Mapping[str, Tensor], *, steps: int = 1
 ) -> tuple[dict[str, Tensor], Adapter]:

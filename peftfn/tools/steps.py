@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import checks_numbers
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, adamw
 from peftfn.tools.cures import unknown_step
@@ -132,6 +133,7 @@ def sgd(lr: Rate) -> Step:
     return Step(lambda a: {}, lambda g, state, a: (each(g, lambda t: -lr * t), state))
 
 
+@checks_numbers
 def lora_plus(ratio: Rate = 16.0) -> Step:
     """Return LoRA+'s rule for updates: those of every B, and of vectors, times `ratio`; see `optim.lora_plus`.
 

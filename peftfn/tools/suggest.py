@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfn.core.method import MATRIX, Method
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.model.model import Model
@@ -34,6 +35,7 @@ Loss = Callable[[Any, Any], Tensor]
 """(the model's output, the batch) ↦ a scalar"""
 
 
+@checks_numbers
 def gradient_ranks(
     net: Adapted,
     batches: Iterable[Any],
@@ -90,6 +92,7 @@ def gradient_ranks(
     return _suggestion("suggest.gradient_ranks", net, sites, spectra, "gradient", budget, energy, most)
 
 
+@checks_numbers
 def weight_ranks(
     net: Adapted, *, budget: int | None = None, energy: float | None = None, most: int | None = None
 ) -> Suggestion:
@@ -123,6 +126,7 @@ def weight_ranks(
     return _suggestion("suggest.weight_ranks", net, sites, spectra, "weight", budget, energy, most)
 
 
+@checks_numbers
 def change_ranks(
     net: Adapted,
     full: nn.Module | Mapping[str, Tensor],

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peftfn.core.method import Method
+from peftfn.core.numbers import checks_numbers
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.model.choice import HEADS, Modules, matched, matches, norms
@@ -19,6 +20,7 @@ from peftfn.tools.target_table import OF_METHOD, USUAL
 TASKS = (*HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
+@checks_numbers
 def targets(
     model: nn.Module,
     method: Method,

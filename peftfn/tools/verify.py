@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.combine import scale
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.tree import leaves
@@ -81,6 +82,7 @@ class Verification:
         return "\n".join(lines)
 
 
+@checks_numbers
 def verify(
     net: Adapted,
     adapter: Mapping[str, Any],

@@ -8,6 +8,7 @@ from torch import nn
 
 from peftfn.core import functions
 from peftfn.core.method import Leaf as Tensors
+from peftfn.core.numbers import checks_numbers
 from peftfn.core.plan import Plan
 from peftfn.core.rng import Rng
 from peftfn.tensors.sharded import laid_out, whole
@@ -16,6 +17,7 @@ from peftfn.view.module import _view, parameters_of
 from peftfn.view.view import constants_of, leaf_at, owner, weight_at
 
 
+@checks_numbers
 def reset_(module: nn.Module, seed: int = 0, name: str | None = None, *, plan_seed: int = 0) -> None:
     """Overwrite an adapter in a module with the values of `net.init(seed)`, and its constants with those of `adapt`.
 
