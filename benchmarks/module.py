@@ -55,7 +55,8 @@ def compiled(f: Any) -> Any:
 
 def against(what: str, times: Times, of_peft: float | None) -> list[Json]:
     """A row with the target of the module against net.apply and, if there is one, a row with that against PEFT."""
-    rows = [row(what, times, target=Target(APPLY, 1.03))]
+    why = "A view looks up the tensors of each layer, since anybody may have replaced them; apply is handed them all."
+    rows = [row(what, times, target=Target(APPLY, 1.03), reason=why)]
     if of_peft is not None:
         reason = "The base's own products bound it: “A whole model”, above, has the floor."
         without = {k: t for k, t in times.items() if k != APPLY}
