@@ -22,7 +22,7 @@ from typing import Any
 import peft
 import torch
 from models import by_name, tokens
-from mutations import MODEL, good_files, mutated
+from mutations import MODEL, PICKLED, PYREFT, XLORA, good_files, mutated
 from safetensors.torch import load_file
 from workers import small_readers
 
@@ -92,8 +92,9 @@ def as_the_file_says(path: Path, net: pf.Adapted, adapter: Any) -> None:
             want = small_readers.kohya(file, MODEL)
         elif (path / "adapters.safetensors").exists():
             want = small_readers.mlx(path, MODEL)
-        elif net.plan.places:
-            return  # of a tuner at modules, which only its own library reads
+        elif isinstance(net, pf.XLoRA) or net.plan.places:  # PEFT reads no classifier, and its own library the others
+            assert outputs(net, adapter).shape[0] == 2
+            return
         else:
             want = small_readers.swift(path / "default", MODEL)
         got = net.merge(adapter)
@@ -129,6 +130,14 @@ def banked(path: Path, loaded: Any) -> None:
     assert torch.allclose(got, want, rtol=1e-4, atol=float(1e-4 * scale), equal_nan=True), "other outputs than load's"
 
 
+def read(name: str, path: Path) -> Any:
+    """(net, adapter) of a file; (mixture, its tree) of an X-LoRA's."""
+    if name == XLORA:
+        return pf.XLoRA.load(path, MODEL)
+    more: dict[str, Any] = {"pickled": True} if name in (PICKLED, PYREFT) else {}
+    return pf.load(path, MODEL, **more, **({"method": pf.DiReFT(first=1)} if name == PYREFT else {}))
+
+
 def one(root: Path, seed: int) -> str:
     """What `load` made of one mutated file: "loaded" or "refused"; AssertionError for anything else."""
     rng = random.Random(seed)
@@ -144,7 +153,7 @@ def one(root: Path, seed: int) -> str:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with limited(SECONDS):
-            loaded = pf.load(path, MODEL)
+            loaded = read(name, path)
     except (ValueError, FileNotFoundError) as e:
         assert str(root) in str(e) and len(str(e)) < 3000, f"an error that names no file: {e!r}"
         loaded = None

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import torch
 from models import by_name
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import randomised
 
 import peftfn as pf
@@ -95,17 +95,30 @@ def written(root: Path) -> dict[str, dict[str, bytes]]:
             other = pf.adapt(MODEL, methods)
             end = ".gguf" if format == "gguf" else ""
             pf.save(root / f"{format} {i}{end}", other, shaken(other.init(3), 3), format=format)
+    (root / PICKLED).mkdir()
+    torch.save(load_file(root / "peft lora" / "adapter_model.safetensors"), root / PICKLED / "adapter_model.bin")
+    (root / PICKLED / "adapter_config.json").write_text((root / "peft lora" / "adapter_config.json").read_text())
+    mixture = pf.XLoRA(pf.adapt(MODEL, {Q: pf.LoRA(2)}), experts=2, depth=2, size=4, k=1)
+    mixture.save(root / XLORA, shaken(mixture.init(3), 3))
     _by_others(root)
     out = {}
     for path in sorted(root.iterdir()):
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".safetensors")]
+        files = (
+            [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".bin")]
+        )
         out[path.name] = {str(p.relative_to(root)): p.read_bytes() for p in files}
     return out
 
 
 def _by_others(root: Path) -> None:
-    """Folders of AdapterHub and of ms-swift's own tuners, which nothing here writes."""
+    """Folders of AdapterHub, of pyreft and of ms-swift's own tuners, which nothing here writes."""
     d, layer = MODEL.config.hidden_size, "model.layers.0"
+    (root / PYREFT).mkdir()
+    types = ["<class 'pyreft.interventions.NodireftIntervention'>"]
+    (root / PYREFT / "config.json").write_text(json.dumps({"intervention_types": types}))
+    parts = {"learned_source.weight": (2, d), "learned_source.bias": (2,), "proj_layer.weight": (2, d)}
+    tensors = {k: torch.ones(shape) for k, shape in parts.items()}
+    torch.save(tensors, root / PYREFT / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin")
     for name, config, tensors in (
         (
             "adapterhub",
@@ -133,6 +146,11 @@ def _by_others(root: Path) -> None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         file = "adapter_model.safetensors" if name.startswith("swift") else "adapter.safetensors"
         save_file(tensors, folder / file)
+
+
+ENDS = (".json", ".safetensors", ".bin")
+PICKLED, PYREFT, XLORA = "peft pickled", "pyreft", "xlora"
+"""Folders that `pf.load` reads if it is told more, and a mixture of several adapters, which has a reader of its own."""
 
 
 VALUES: list[Any] = [

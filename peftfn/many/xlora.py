@@ -168,7 +168,10 @@ class XLoRA(Routed):
         """
         where = hub.find_all(path, FOLDER_FILES, revision=revision, options=hub_options)
         saved = peft_xlora.read(where, None if experts is None else [str(e) for e in experts])
-        each = [load(e, model, **options) for e in saved.experts]
+        try:
+            each = [load(e, model, **options) for e in saved.experts]
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{where / CONFIG}: an expert is not there: {e}") from e
         for e, loaded in zip(saved.experts, each, strict=True):
             peft_xlora.check_expert(loaded.net.plan, e)
         net = _union([loaded.net for loaded in each])

@@ -4,17 +4,20 @@ PEFTFN_FUZZ=10000 python -m pytest tests/formats/test_fuzz.py    runs that many 
 make fuzz    runs 100,000, goes on after a failure, and says how to repeat it.
 """
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz import as_the_file_says, one
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mutations import MODEL, OTHERS, good_files
+from mutations import MODEL, OTHERS, XLORA, good_files
 
 import peftfn as pf
+from peftfn.formats.files import unpickled
 from peftfn.testing import shaken
 
 EXAMPLES = int(os.environ.get("PEFTFN_FUZZ", "300"))
@@ -54,3 +57,24 @@ def test_the_oracles_know_the_good_files(format: str, tmp_path: Path) -> None:
         as_the_file_says(tmp_path / name, net, adapter)
         with pytest.raises(AssertionError):
             as_the_file_says(tmp_path / name, net, shaken(adapter, 1))
+
+
+@pytest.mark.parametrize("broken", [b"lear\xf3ed", b"", b"PK\x03\x04" + b"\0" * 60, b"\x80\x02."], ids=repr)
+def test_a_broken_pickle_is_named(broken: bytes, tmp_path: Path) -> None:
+    """torch raises what it comes upon in one: a UnicodeDecodeError, an EOFError, an OSError that names no file."""
+    whole, path = tmp_path / "whole.bin", tmp_path / "adapter_model.bin"
+    torch.save({"learned": torch.ones(2)}, whole)
+    path.write_bytes(whole.read_bytes().replace(b"learned", broken) if b"ed" in broken else broken)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: not a file that has only tensors"):
+        unpickled(path)
+
+
+def test_an_expert_that_is_not_there_is_told_with_the_file_that_names_it(tmp_path: Path) -> None:
+    for file, content in good_files()[XLORA].items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    where = tmp_path / XLORA / "adapter_config.json"
+    config = json.loads(where.read_text())
+    where.write_text(json.dumps(config | {"adapters": {"0": "gone", "1": "gone"}}))
+    with pytest.raises(FileNotFoundError, match=r"xlora.adapter_config\.json: an expert is not there: gone"):
+        pf.XLoRA.load(tmp_path / XLORA, MODEL)
