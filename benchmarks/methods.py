@@ -65,22 +65,7 @@ NOT_SAME = {
 """Methods that PEFT has under the same name, and not for these layers."""
 
 
-FIXED = (
-    "The same products as PEFT's: what is left is the fixed cost of a call, which lends the model's parameters anew "
-    "and asks whether their owner changed anything, and which a larger model does not notice."
-)
-START = (
-    "PEFT takes the start out of the base's weight. Here the base stays as it is, so that the start is in the factors "
-    "too, which have twice the rank."
-)
-WHY = {
-    "FRoD": "PEFT leaves the product with W out, since the factors that a fresh adapter has make W again. Here W is "
-    "multiplied, so that a base counts that has changed since, or is quantised.",
-    "Full": "The leaf is a change, which each call adds to W; PEFT's is a copy of W.",
-    "OLoRA": START,
-    "PiSSA": START,
-}
-"""Why a method takes longer than PEFT's, where it does; FIXED for those that are not here."""
+WHY = "[Methods](methods.md#what-they-take) says why some take longer than PEFT's, by counting operations."
 
 
 def methods() -> dict[str, Method]:
@@ -209,14 +194,14 @@ def measured(name: str, method: Method, base: nn.Module, ids: Tensor, options: O
     case = Case(method, base, ids[:2, :16])
     steps = case.steps(ids)
     target = None if case.theirs is None else TARGET
-    note, reason = NOT_SAME.get(name, ""), WHY.get(name, FIXED)
+    note = NOT_SAME.get(name, "")
     trained = sum(t.numel() for t in leaves(case.adapter))
     memory = {way: round(peak(run) / 2**20, 2) for way, run in steps.items()}
-    lines = [row(f"{name}, training step", options.compare(steps), target=target, note=note, reason=reason)]
+    lines = [row(f"{name}, training step", options.compare(steps), target=target, note=note, reason=WHY)]
     lines[0] |= {"options": str(method), "trained": trained, "peak_mib": memory}
     times = options.compare(case.forwards(ids))
     prepared = times.pop(PREPARED, None)
-    lines.append(row(f"{name}, forward", times, target=target, note=note, reason=reason))
+    lines.append(row(f"{name}, forward", times, target=target, note=note, reason=WHY))
     if prepared is not None:
         lines.append(row(f"{name}, forward, prepared", {**times, OURS: prepared}, note=note))
     return [{"method": name, **line} for line in lines]

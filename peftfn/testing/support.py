@@ -61,12 +61,10 @@ operations:
 * PiSSA and OLoRA leave the base's weight as it is, where PEFT replaces it. So they run at twice the rank, and take two
   differences and two concatenations a site and call, about 6 µs; prepared, they do not.
 * Full, on norms, adds to W at each call, where PEFT trains a copy of it.
-* IA3, Lily, MiSS, PVeRA, SuperTuning, TrainableTokens, UniLoRA and VeRA run no more operations than PEFT's,
-  but for a dozen small ones (of 240 to 1500). What is left is the fixed cost of a call, which all methods have: about
-  0.1 ms to see what the base's owner changed and to fill the slots, and 5 µs a site to reach its method, together 2 %
-  of this small model's forward pass.
-* LoHa, RandLoRA and WaveFT have made large matrices again in the backward pass since their times were taken: their
-  memory is newer than their times.
+* BEFT, IA3, KaSA, Lily, MiSS, PVeRA, SuperTuning, TrainableTokens, UniLoRA, VeLoRA and VeRA run no more operations
+  than PEFT's, but for a dozen small ones (of 240 to 1500). What is left is the fixed cost of a call, which all methods
+  have: about 0.1 ms to see what the base's owner changed and to fill the slots, and 5 µs a site to reach its method,
+  together 2 % of this small model's forward pass.
 """
 """Why some methods are slower than PEFT's: what the figures of `MEASURED` cannot say."""
 SIZE = 1024
