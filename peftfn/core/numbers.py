@@ -1,7 +1,6 @@
 """Numbers that a public function is given are checked against its own signature, before any work."""
 
 import inspect
-import math
 import numbers
 import types
 from collections.abc import Callable
@@ -57,5 +56,5 @@ def _check(where: str, name: str, value: Any, kinds: frozenset[Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, number):
         what = "a number" if float in kinds else "an integer"
         raise TypeError(f"{where}: {name} is {value!r}; give {what}{' or None' if types.NoneType in kinds else ''}")
-    if math.isnan(value):
+    if value != value:
         raise ValueError(f"{where}: {name} is {value!r}; give a number")
