@@ -170,8 +170,8 @@ class XLoRA(Routed):
         saved = peft_xlora.read(where, None if experts is None else [str(e) for e in experts])
         try:
             each = [load(e, model, **options) for e in saved.experts]
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{where / CONFIG}: an expert is not there: {e}") from e
+        except FileNotFoundError as lost:
+            raise FileNotFoundError(f"{where / CONFIG}: an expert is not there: {lost}") from lost
         for e, loaded in zip(saved.experts, each, strict=True):
             peft_xlora.check_expert(loaded.net.plan, e)
         net = _union([loaded.net for loaded in each])
