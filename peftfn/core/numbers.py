@@ -3,7 +3,7 @@
 import inspect
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -50,8 +50,8 @@ def _kinds(annotation: Any) -> frozenset[Any]:
 
 
 def _check(where: str, name: str, value: Any, kinds: frozenset[Any]) -> None:
-    if any(isinstance(value, k) for k in kinds - {int, float} if isinstance(k, type)):
-        return
+    if isinstance(value, Mapping) or any(isinstance(value, k) for k in kinds - {int, float} if isinstance(k, type)):
+        return  # an adapter in a number's place: the function says in what order it takes things
     number = numbers.Real if float in kinds else numbers.Integral
     if isinstance(value, bool) or not isinstance(value, number):
         what = "a number" if float in kinds else "an integer"

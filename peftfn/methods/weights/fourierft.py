@@ -2,22 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Size, Tensor
-from torch.nn import functional as F
+from torch import Tensor
 
 from peftfn.core.fields import STARTS, PositiveInt, Start
-from peftfn.core.method import Cases, Index, Leaf, Weight
+from peftfn.core.method import Cases, Index, Leaf
 from peftfn.core.peft import Peft
 from peftfn.core.rng import Rng
-from peftfn.tensors.remat import recomputed
+from peftfn.methods.parts.transformed import _Transformed
 
 
 @dataclass(frozen=True)
-class FourierFT(Weight):
+class FourierFT(_Transformed):
     """W + s·Re ifft2(S), S [out, in] zero but for n entries c [n] at random places (weights of a shape share them).
 
     Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024, arXiv:2405.03003. x goes
@@ -57,8 +55,6 @@ class FourierFT(Weight):
     init_weights: Start = "default"
 
     std: ClassVar = 1.0
-    real: ClassVar = False
-    """Whether what `analysed` returns is."""
 
     def places(self, at: Tensor, out: int, in_: int) -> Tensor:
         """Row and column in the spectrum, [2, n], of the places at [n] of a flattened [out, in]."""
@@ -88,67 +84,10 @@ class FourierFT(Weight):
         return {k: t for k, t in p.items() if k != "c"} | {"sc": self.scaling * p["c"]}
 
     def bins(self, size: int) -> int:
-        """Rows or columns of the spectrum of a matrix with `size` of them."""
         return size
 
     def analysed(self, p: Leaf, x: Tensor) -> Tensor:
-        """Features [..., in] → what meets the spectrum's columns [..., bins]."""
         return torch.fft.ifft(x)
 
     def synthesised(self, p: Leaf, z: Tensor, size: int) -> Tensor:
-        """What comes from the spectrum's rows [..., bins] → features [..., size]."""
         return torch.fft.ifft(z)
-
-    def spectrum(self, p: Leaf, shape: Size) -> Tensor:
-        row, col = p["at"]
-        return p["sc"].new_zeros(self.bins(shape[0]), self.bins(shape[1])).index_put((row, col), p["sc"])
-
-    def delta(self, p: Leaf, w: Tensor) -> Tensor:
-        return self.change(p, w.shape)
-
-    def change(self, p: Leaf, shape: Size) -> Tensor:
-        """Δ [out, in], of what `prepare` returns."""
-        return self.synthesised(p, self.synthesised(p, self.spectrum(p, shape), shape[1]).mT, shape[0]).mT.real
-
-    def linear(self, p: Leaf, w: Tensor, x: Tensor) -> Tensor:
-        if not x.numel():  # which an FFT refuses
-            return F.linear(x, w)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        p = p | {"sc": p["sc"].to(wide.dtype)}
-        (out, in_), n, rows = w.shape, p["at"].shape[-1], x.numel() // x.shape[-1]
-        given: tuple[Any, ...] = (list(p), w.shape)
-        if rows * (n + in_ + out) > (4 if self.real else 2) * in_ * out * (1 + rows / 400):  # Δ costs less, as measured
-            y = recomputed(partial(self._by_change, *given), wide, *p.values(), pull=partial(self._pulled, *given))
-        else:
-            f, sparse = partial(self._by_rows, *given), not self._full(p, w.shape, rows)
-            many = sparse and n > 6 * in_  # n numbers a row, where x has in: worth a second run of f
-            y = recomputed(f, wide, *p.values()) if many else f(wide, *p.values())
-        z = F.linear(x, w)
-        return z + y.to(z.dtype)
-
-    def _by_change(self, names: list[str], shape: Size, x: Tensor, *tensors: Tensor) -> Tensor:
-        """x Δᵀ, by Δ itself."""
-        return F.linear(x, self.change(dict(zip(names, tensors, strict=True)), shape))
-
-    def _pulled(self, names: list[str], shape: Size, d: Tensor, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        """The gradients of x and of c, of that of `_by_change`."""
-        p = dict(zip(names, tensors, strict=True))
-        of_change = d.reshape(-1, shape[0]).mT @ x.reshape(-1, shape[1])
-        s = self.analysed(p, self.analysed(p, of_change).mT).mT.real
-        return d @ self.change(p, shape), *(s[tuple(p["at"])] if k == "sc" else None for k in names)
-
-    def _full(self, p: Leaf, shape: Size, rows: int) -> bool:
-        """Whether a matrix product with the spectrum is quicker than its places one by one, as measured."""
-        return self.real and self.bins(shape[0]) * self.bins(shape[1]) * (1 + 16 / rows) < 100 * p["at"].shape[-1]
-
-    def _by_rows(self, names: list[str], shape: Size, x: Tensor, *tensors: Tensor) -> Tensor:
-        """x Δᵀ, by transforms of x."""
-        p = dict(zip(names, tensors, strict=True))
-        row, col = p["at"]
-        z = self.analysed(p, x)  # [..., bins]
-        if self._full(p, shape, x.numel() // x.shape[-1]):
-            z = F.linear(z, self.spectrum(p, shape))
-        else:
-            z = z[..., col] * p["sc"]  # [..., n]
-            z = z.new_zeros(*z.shape[:-1], self.bins(shape[0])).index_add(-1, row, z)
-        return self.synthesised(p, z, shape[0]).real
