@@ -12,6 +12,8 @@ of tensors like any other: it stacks, saves, and has gradients.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +22,9 @@ from torch.nn import functional as F
 
 from peftfn.core.method import Method, Weight
 from peftfn.core.modules import ModuleMethod
-from peftfn.core.numbers import checks_numbers
 from peftfn.model.place import Place
 
 
-@checks_numbers
 def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
     """Return the adapter whose change of every weight is s times as large: W + s·delta(W).
 
@@ -38,16 +38,19 @@ def scale(adapter: Mapping[str, Any], s: float | Tensor) -> dict[str, Any]:
         An adapter of the same net.
 
     Raises:
-        TypeError: `adapter` is not an adapter, or s is a string.
-        ValueError: s is an integer tensor.
+        TypeError: `adapter` is not an adapter, or s is not a number.
+        ValueError: s is an integer tensor, or not finite.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})
         a, x = net.init(), torch.randn(3, 8)
         assert torch.equal(net.apply(pf.scale(a, 0.0), x), net.model(x))
     """
-    if isinstance(s, str) or not isinstance(adapter, Mapping):
-        raise TypeError(f"scale: give an adapter and a number, not {type(adapter).__name__} and {type(s).__name__}")
+    if not isinstance(s, Real | Tensor) or not isinstance(adapter, Mapping):
+        kinds = f"{type(adapter).__name__} and {type(s).__name__}"
+        raise TypeError(f"scale: give an adapter and a number, not {kinds}: scale(adapter, s)")
+    if not isinstance(s, Tensor) and not isfinite(s):
+        raise ValueError(f"scale: s is {s}; give a finite number")
     factor = s if isinstance(s, Tensor) else torch.tensor(float(s))
     if not factor.is_floating_point():
         raise ValueError(f"scale: s is a {factor.dtype} tensor; give a number or a floating-point tensor")

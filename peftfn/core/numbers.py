@@ -1,4 +1,4 @@
-"""Numbers that a public function is given are checked against its own signature, before any work."""
+"""Checks of the numbers that a public function is given: against its own signature, and of their range."""
 
 import inspect
 import numbers
@@ -14,32 +14,42 @@ R = TypeVar("R")
 
 
 def checks_numbers(f: Callable[P, R]) -> Callable[P, R]:
-    """Let a function raise for an argument that its signature says is a number, and that is none.
+    """Decorate a function so that it raises for an argument that must be a number by its signature, and is not one.
 
-    An `int` takes integers, NumPy's too, and no bool; a `float` takes real numbers, and no NaN. What else the signature
-    names (None, a tensor, a function) is taken as it is. What a number may be beside that, the function itself says.
+    An `int` takes integers, NumPy's too, and no bool; a `float` takes real numbers. Other types that the signature
+    names (None, a tensor, a function) pass. The function itself checks what its numbers may be.
 
     Raises:
         TypeError: a value of another type; it names the function, the parameter and the value.
-        ValueError: NaN.
     """
-    signature = inspect.signature(f)
-    may = {name: _kinds(p.annotation) for name, p in signature.parameters.items()}
-    checked = {name: kinds for name, kinds in may.items() if kinds & {int, float} and bool not in kinds}
+    may = [(i, name, _kinds(p.annotation)) for i, (name, p) in enumerate(inspect.signature(f).parameters.items())]
+    checked = [(i, name, kinds) for i, name, kinds in may if kinds & {int, float} and bool not in kinds]
 
     @wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
-            try:
-                given = signature.bind(*args, **kwargs).arguments
-            except TypeError:  # f's own words for it are Python's
-                return f(*args, **kwargs)
-            for name, kinds in checked.items():
-                if name in given:
-                    _check(f.__name__, name, given[name], kinds)
+            for i, name, kinds in checked:
+                if i < len(args):
+                    _check(f.__name__, name, args[i], kinds)
+                elif name in kwargs:
+                    _check(f.__name__, name, kwargs[name], kinds)
         return f(*args, **kwargs)
 
     return call
+
+
+def above_zero(where: str, **values: float) -> None:
+    """Raise ValueError unless every value is a finite number above 0."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number above 0")
+
+
+def at_least_zero(where: str, **values: float) -> None:
+    """Raise ValueError unless every value is a finite number of at least 0."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{where}: {name} is {value!r}; give a finite {name} >= 0")
 
 
 def _kinds(annotation: Any) -> frozenset[Any]:
@@ -56,5 +66,3 @@ def _check(where: str, name: str, value: Any, kinds: frozenset[Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, number):
         what = "a number" if float in kinds else "an integer"
         raise TypeError(f"{where}: {name} is {value!r}; give {what}{' or None' if types.NoneType in kinds else ''}")
-    if value != value:
-        raise ValueError(f"{where}: {name} is {value!r}; give a number")

@@ -328,6 +328,8 @@ class Bank:
     @contextmanager
     def _held(self, names: Sequence[str], timeout: float | None) -> Iterator[tuple[Nets, list[Adapter], Tensor]]:
         """`holding`, with the nets that the stacks are of."""
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"Bank: timeout is {timeout}; give seconds >= 0, or None to wait without limit")
         end = None if timeout is None else monotonic() + timeout
         register = self._register
         with self._lock:

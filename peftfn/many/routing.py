@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def top_k(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
         gates = pf.routing.top_k(torch.tensor([1.0, 3.0, 3.0]), k=2)
         assert gates.tolist() == [0.0, 0.5, 0.5]
     """
-    if not 1 <= k <= scores.shape[-1] or temperature <= 0:
+    if not 1 <= k <= scores.shape[-1] or not temperature > 0:
         raise ValueError(
             f"top_k: k={k} and temperature={temperature}; give k in [1, {scores.shape[-1]}] and a temperature above 0"
         )
@@ -160,6 +161,8 @@ def xlora(
     sites = list(net.plan)
     if (k is not None and k < 1) or not temperature > 0:
         raise ValueError(f"xlora: k={k} and temperature={temperature}; give k >= 1 and a temperature above 0")
+    if not isfinite(weight):
+        raise ValueError(f"xlora: weight is {weight}; give a finite number")
     taken = inspect.signature(net.model.forward).parameters
     if "output_hidden_states" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         raise ValueError(

@@ -96,6 +96,8 @@ def sweep(
     for t in trials.values():
         if t.status == "done" and t.step < length(t.config):
             t.status = "running"
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"sweep: seconds is {seconds}; give at least 0, or None")
     end = None if seconds is None else perf_counter() + seconds
     rule = _Rule(length, every, stop, tuple(trials.values()))
     with _bar(sum(length(t.config) - t.step for t in trials.values() if not t.ended), progress) as tick:

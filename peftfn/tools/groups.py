@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftfn.core.chain import Chain
 from peftfn.core.method import Method
-from peftfn.core.numbers import checks_numbers
+from peftfn.core.numbers import above_zero, at_least_zero, checks_numbers
 from peftfn.core.plan import Entry
 from peftfn.methods.weights.trainabletokens import TrainableTokens
 from peftfn.methods.weights.vblora import VBLoRA
@@ -55,7 +55,8 @@ def lora_plus(
         m = pf.as_module(net, net.init())
         optimizer = torch.optim.AdamW(pf.optim.lora_plus(m, lr=1e-4, ratio=16))
     """
-    _positive("lora_plus", lr=lr, ratio=ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding}))
+    at_least_zero("lora_plus", weight_decay=weight_decay)
+    above_zero("lora_plus", lr=lr, ratio=ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding}))
     if lr_embedding is not None and net is None and not isinstance(adapter, nn.Module):
         raise ValueError("lora_plus: lr_embedding needs the kinds of the sites: pass net=net")
     rates: dict[tuple[float, float], list[Tensor]] = {}
@@ -96,6 +97,7 @@ def decay(
         m = pf.as_module(net, net.init())
         optimizer = torch.optim.AdamW(pf.optim.decay(m, 0.01), lr=1e-3)
     """
+    at_least_zero("decay", weight_decay=weight_decay)
     if net is None and not isinstance(adapter, nn.Module):
         raise ValueError("decay: a plain adapter does not say which of its tensors are weights: pass net=net")
     groups: dict[float, list[Tensor]] = {}
@@ -136,7 +138,8 @@ def vb_lora(
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"weight": pf.VBLoRA(rank=2, vectors=8, length=2)})
         optimizer = torch.optim.AdamW(pf.optim.vb_lora(pf.as_module(net, net.init())))
     """
-    _positive("vb_lora", lr_bank=lr_bank, lr_logits=lr_logits, lr=lr)
+    at_least_zero("vb_lora", weight_decay=weight_decay)
+    above_zero("vb_lora", lr_bank=lr_bank, lr_logits=lr_logits, lr=lr)
     if net is None and not isinstance(adapter, nn.Module):
         raise ValueError("vb_lora: a plain adapter does not say which of its tensors are VB-LoRA's: pass net=net")
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -210,9 +213,3 @@ def _leaves(adapter: Any, net: Adapted | None, name: str | None, where: str) -> 
         yield from walk(leaf, plan.get(at) or next((e for e in plan.values() if e.bank == at), None))
     if not seen:
         raise ValueError(f"{where}: no tensor of the adapter requires a gradient; call requires_grad_() on its tensors")
-
-
-def _positive(where: str, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number above 0")

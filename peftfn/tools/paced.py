@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from peftfn.core.numbers import checks_numbers
 from peftfn.tensors.tree import leaves, stack_size
 from peftfn.tools.adam import Rate
 from peftfn.tools.step import Step, Tree, checked, each, number, part
@@ -80,7 +79,6 @@ def scheduled(schedule: Schedule) -> Step:
     return Step(lambda a: {"count": torch.zeros((), dtype=torch.float64)}, update)
 
 
-@checks_numbers
 def cosine(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     """Return the schedule that rises to 1 in a line, then falls to `end` as a cosine.
 
@@ -103,7 +101,6 @@ def cosine(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     return _warmed(lambda done: end + (1 - end) * (1 + torch.cos(math.pi * done)) / 2, total, warmup)
 
 
-@checks_numbers
 def linear(total: Rate, *, warmup: Rate = 0, end: Rate = 0.0) -> Schedule:
     """Return the schedule that rises to 1 in a line, then falls to `end` in a line.
 

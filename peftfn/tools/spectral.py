@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.core.numbers import checks_numbers
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, beside
 from peftfn.tools.step import Eigen, Step, Tree, checked, pairs, part, sign, wide
 
 
-@checks_numbers
 def lora_muon(
     net: Adapted, lr: Rate, *, beta: float = 0.95, weight_decay: float = 0.0, others_lr: Rate | None = None
 ) -> Step:
@@ -43,8 +41,8 @@ def lora_muon(
         state = step.init(net.init())
     """
     check_net("lora_muon", net)
-
-    checked("lora_muon", (beta,), lr=lr, weight_decay=weight_decay)
+    others_lr = lr if others_lr is None else others_lr
+    checked("lora_muon", (beta,), lr=lr, weight_decay=weight_decay, others_lr=others_lr)
 
     def init(leaf: Mapping[str, Any]) -> Tree:
         return {k: torch.zeros_like(wide(leaf[k])[0]) for k in "ab"}
@@ -60,10 +58,9 @@ def lora_muon(
         keep = (1 - weight_decay * torch.as_tensor(lr, dtype=a.dtype, device=a.device)).sqrt()
         return {"a": (keep - 1) * a + da / keep, "b": (keep - 1) * b + db / keep}, m
 
-    return beside(pairs("lora_muon", net), Step(init, update), lr if others_lr is None else others_lr)
+    return beside(pairs("lora_muon", net), Step(init, update), others_lr)
 
 
-@checks_numbers
 def lora_rite(
     net: Adapted,
     lr: Rate,
@@ -101,8 +98,8 @@ def lora_rite(
         state = step.init(net.init())
     """
     check_net("lora_rite", net)
-
-    checked("lora_rite", betas, lr=lr, eps=eps, weight_decay=weight_decay)
+    others_lr = lr if others_lr is None else others_lr
+    checked("lora_rite", betas, lr=lr, eps=eps, weight_decay=weight_decay, others_lr=others_lr)
 
     def init(leaf: Mapping[str, Any]) -> Tree:
         a, b = wide(leaf["a"], leaf["b"])
@@ -132,7 +129,7 @@ def lora_rite(
         updates = {"a": -lr * (ua.mT + weight_decay * a), "b": -lr * (ub + weight_decay * b)}
         return updates, {"count": count, "a": of_a, "b": of_b}
 
-    return beside(pairs("lora_rite", net), Step(init, update), lr if others_lr is None else others_lr)
+    return beside(pairs("lora_rite", net), Step(init, update), others_lr)
 
 
 def _decay(beta: float, count: Tensor) -> Tensor:

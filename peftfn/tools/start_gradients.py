@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.method import Leaf
-from peftfn.core.numbers import checks_numbers
+from peftfn.core.numbers import above_zero, checks_numbers
 from peftfn.core.plan import Adapter
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.observe import gradients
@@ -47,7 +47,7 @@ def lora_ga(
         net, adapter = pf.starts.lora_ga(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
     check_net("lora_ga", net)
-    _above_zero("lora_ga", gamma)
+    above_zero("lora_ga", gamma=gamma)
     loras = loras_of("lora_ga", net)
     for n, (entry, m) in loras.items():
         if 2 * m.rank > min(entry.site.matrix_shape()):
@@ -89,7 +89,7 @@ def lora_one(
         net, adapter = pf.starts.lora_one(net, [torch.randn(3, 8)], loss=lambda out, batch: out.square().mean())
     """
     check_net("lora_one", net)
-    _above_zero("lora_one", gamma)
+    above_zero("lora_one", gamma=gamma)
     loras = loras_of("lora_one", net)
     leaves: Adapter = {}
     for n, g in gradients("lora_one", net, loras, batches, loss).items():
@@ -98,8 +98,3 @@ def lora_one(
         root = (s[:r] / (s[0].clamp(min=torch.finfo(s.dtype).tiny) * gamma)).sqrt()
         leaves[n] = {"a": root[:, None] * vh[:r], "b": u[:, :r] * root}
     return net, with_leaves(net, leaves)
-
-
-def _above_zero(where: str, gamma: float) -> None:
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"{where}: gamma is {gamma}; it must be a finite number above 0")

@@ -1,11 +1,13 @@
 """What an optimizer is as pure functions, and the tree of pairs (A, B) that rules for LoRA walk over."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from peftfn.core.numbers import at_least_zero
 from peftfn.core.plan import Entry
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.net.net import Adapted
@@ -79,15 +81,18 @@ def checked(where: str, betas: tuple[float, ...] = (), **values: float | Tensor)
     TypeError for what is no number."""
     for name, value in values.items():
         number(where, name, value)
-        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
-            raise ValueError(f"{where}: {name} is {value!r}; give a finite {name} >= 0")
+        if not isinstance(value, Tensor):
+            at_least_zero(where, **{name: value})
+    name, decay = "beta" if len(betas) == 1 else "betas", f"{where}: the moments' decay is {betas}"
+    if not all(isinstance(b, Real) for b in betas):
+        raise TypeError(f"{decay}; give numbers as {name}")
     if not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"{where}: the moments' decay is {betas}; give numbers in [0, 1)")
+        raise ValueError(f"{decay}; give numbers in [0, 1) as {name}")
 
 
 def number(where: str, name: str, value: Any) -> None:
     """TypeError unless it is a number or a tensor."""
-    if not isinstance(value, int | float | Tensor):
+    if not isinstance(value, Real | Tensor):
         has = f"{where}: {name} is {value!r}; give a number or a tensor"
         if callable(value):
             has = f"{where}: {name} is a function; give a number; a schedule follows: chain({where}(…), scheduled(f))"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from peftfn.core.numbers import checks_numbers
+from peftfn.core.numbers import above_zero
 from peftfn.net.net import Adapted, check_net
 from peftfn.tools.adam import Rate, adamw
 from peftfn.tools.cures import unknown_step
@@ -29,7 +29,7 @@ from peftfn.tools.loft import loft
 from peftfn.tools.paced import clip, cosine, linear, scheduled, stacked
 from peftfn.tools.paired import lora_fa as _fa
 from peftfn.tools.spectral import lora_muon, lora_rite
-from peftfn.tools.step import Eigen, Step, Tree, checked, damped, each, leaf_in, pairs, wide
+from peftfn.tools.step import Eigen, Step, Tree, checked, damped, each, leaf_in, number, pairs, wide
 
 __all__ = [
     "Step",
@@ -133,7 +133,6 @@ def sgd(lr: Rate) -> Step:
     return Step(lambda a: {}, lambda g, state, a: (each(g, lambda t: -lr * t), state))
 
 
-@checks_numbers
 def lora_plus(ratio: Rate = 16.0) -> Step:
     """Return LoRA+'s rule for updates: those of every B, and of vectors, times `ratio`; see `optim.lora_plus`.
 
@@ -153,8 +152,9 @@ def lora_plus(ratio: Rate = 16.0) -> Step:
         step = pf.steps.chain(pf.steps.adamw(1e-4), pf.steps.lora_plus(16))
         state = step.init({"w": {"a": torch.zeros(2, 8), "b": torch.zeros(4, 2)}})
     """
+    number("lora_plus", "ratio", ratio)
     if not isinstance(ratio, Tensor):
-        _above_zero("lora_plus", ratio=ratio)
+        above_zero("lora_plus", ratio=ratio)
 
     def update(g: Mapping[str, Any], state: Tree, a: Mapping[str, Any]) -> tuple[Tree, Tree]:
         out: Tree = {}
@@ -280,9 +280,3 @@ def _sylvester(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
     total = s[..., :, None] + t[..., None, :]
     some = total > torch.finfo(total.dtype).tiny
     return u @ torch.where(some, (u.mT @ c @ v) / torch.where(some, total, 1.0), 0.0) @ v.mT
-
-
-def _above_zero(where: str, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number above 0")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfn.core.combine import scale
-from peftfn.core.numbers import checks_numbers
+from peftfn.core.numbers import at_least_zero, checks_numbers
 from peftfn.core.plan import Plan
 from peftfn.net.net import Adapted, check_net
 from peftfn.tensors.tree import leaves
@@ -122,6 +122,7 @@ def verify(
         assert found.ok, found
     """
     check_net("verify", net)
+    at_least_zero("verify", tolerance=tolerance)
     if net.model.training:
         raise ValueError(
             "verify: the model is in train mode, where dropout makes calls differ; call model.eval() first"

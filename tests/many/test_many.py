@@ -317,7 +317,7 @@ def test_leaves_are_the_tensors_that_an_optimizer_trains() -> None:
 def test_algebra_takes_adapters_and_numbers() -> None:
     net = pf.adapt(nn.Linear(4, 4), {"weight": LoRA(2)})
     a, x = random(net), torch.ones(1, 4)
-    with pytest.raises(TypeError, match="scale: s is '2'; give a number"):
+    with pytest.raises(TypeError, match="scale: give an adapter and a number, not dict and str"):
         pf.scale(a, "2")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"scale: .*not list and float"):
         pf.scale([a], 2.0)  # type: ignore[arg-type]
