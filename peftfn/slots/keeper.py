@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfn.core.functions import bank_of
+from peftfn.core.method import LowRank
 from peftfn.slots.slot import OUTLIVED
 from peftfn.slots.values import Given
 from peftfn.tensors.transform import backward_task, in_function, under_transform
@@ -188,6 +190,20 @@ def quiet() -> bool:
         or under_transform()
         or in_function()
     )
+
+
+def unmade(low: LowRank, entry: Any, p: Mapping[str, Tensor], w: Any, adapter: Mapping[str, Any]) -> bool:
+    """Whether a low-rank change is nothing but tensors of the adapter or of the plan, in the dtype of a plain weight.
+
+    p: what the method has at the site.
+    """
+    if type(w) not in (Tensor, nn.Parameter) or entry.site.quantised or type(low.scale) not in (int, float):
+        return False
+    if entry.adds_bias or entry.changes_bias:  # which is computed, and the layer's own as it is now
+        return False
+    own = {id(t) for held in (adapter[entry.site.name], entry.frozen, bank_of(entry, adapter)) for t in held.values()}
+    read = [t for t in (low.down, low.up, low.gain) if t is not None]
+    return all(id(t) in own for t in (*read, *p.values())) and all(t.dtype is w.dtype for t in read)
 
 
 def alive(references: Mapping[str, Any], site: str) -> dict[str, Tensor]:

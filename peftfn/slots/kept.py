@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from peftfn.core.method import LowRank
 from peftfn.kernels import choose
 from peftfn.kernels.lora_linear import accumulated
-from peftfn.slots.keeper import alive
+from peftfn.slots.keeper import alive, unmade
 from peftfn.slots.values import Given
 from peftfn.slots.weight import AdaptedWeight
 from peftfn.tensors.operand import Operand
@@ -72,21 +72,7 @@ class Kept(AdaptedWeight):
 
 def kept(v: Any, given: Sequence[Given]) -> Kept | None:
     """What stands for v in the next calls of its adapter; None if it must be made each time."""
-    low = _alike(v, given[0])
-    return None if low is None else Kept(v, low)
-
-
-def _alike(v: Any, given: Given) -> LowRank | None:
-    """The low-rank change that v is, if all of it is the caller's own tensors, or the plan's, in the weight's dtype."""
-    if type(v) is not AdaptedWeight or v.low is None or v.low.dropout or type(v.low.scale) not in (int, float):
+    if type(v) is not AdaptedWeight or (low := v.low) is None or low.dropout:
         return None
-    low, entry = v.low, v.entry
-    if entry.adds_bias or entry.changes_bias:  # which is computed, and the layer's own as it is now
-        return None
-    bank = given.adapter[entry.bank] if entry.bank else {}
-    own = {id(t) for held in (given.adapter[entry.site.name], entry.frozen, bank) for t in held.values()}
-    read = [t for t in (low.down, low.up, low.gain) if t is not None]
-    plain = not entry.site.quantised and len(v.w.shape) == low.down.dim() == low.up.dim() == 2
-    if not plain or type(v.w) not in (Tensor, nn.Parameter) or not all(id(t) in own for t in (*read, *v.p.values())):
-        return None
-    return low if all(t.dtype is v.w.dtype for t in read) else None
+    plain = len(v.w.shape) == low.down.dim() == low.up.dim() == 2
+    return Kept(v, low) if plain and unmade(low, v.entry, v.p, v.w, given[0].adapter) else None

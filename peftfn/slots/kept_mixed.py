@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from peftfn.core.functions import bank_of
 from peftfn.kernels import choose
 from peftfn.slots import batch
 from peftfn.slots.gates import Gates, Index
-from peftfn.slots.keeper import alive
+from peftfn.slots.keeper import alive, unmade
 from peftfn.slots.mixed import MixedWeight
 from peftfn.slots.part import Part
 from peftfn.slots.pertoken import PerToken
@@ -167,26 +167,14 @@ def _source(v: MixedWeight, given: Sequence[Given]) -> list[Any]:
 
 
 def _alike(v: Any, given: Sequence[Given]) -> bool:
-    """Whether v is low-rank changes that are the caller's own tensors, or the plans', all of the weight's dtype."""
-    if type(v) is not MixedWeight or type(v.w) not in (Tensor, nn.Parameter) or v.w.dim() != 2:
+    """Whether v is low-rank changes of one matrix, and nothing of them must be made."""
+    if type(v) is not MixedWeight or v.w.dim() != 2 or v.entry.site.kind not in ("linear", "linear_t"):
         return False
     of = {g.start: g.adapter for g in given}
     for part in v.parts:
-        low, entry = part.low, part.entry
-        if low is None or type(low.scale) not in (int, float) or not low.down.dim() == low.up.dim() == 3:
+        low = part.low
+        if low is None or not low.down.dim() == low.up.dim() == 3 or (low.gain is not None and low.gain.dim() != 2):
             return False
-        if low.gain is not None and low.gain.dim() != 2:
-            return False
-        if (
-            entry.adds_bias
-            or entry.changes_bias
-            or entry.site.quantised
-            or entry.site.kind not in ("linear", "linear_t")
-        ):
-            return False
-        held = (of[part.start][v.name], entry.frozen, bank_of(entry, of[part.start]))
-        own = {id(t) for tensors in held for t in tensors.values()}
-        read = [t for t in (low.down, low.up, low.gain) if t is not None]
-        if not all(id(t) in own for t in (*read, *part.p.values())) or not all(t.dtype is v.w.dtype for t in read):
+        if not unmade(low, part.entry, part.p, v.w, of[part.start]):
             return False
     return True

@@ -200,7 +200,7 @@ def test_what_cannot_be_kept_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> N
     _, net, a = model({r"f\.weight": pf.DoRA(rank=2)})
     quietly(net, a, times=2)
     tried: list[Any] = []
-    monkeypatch.setattr("peftfn.slots.kept._alike", lambda v, given: tried.append(v))
+    monkeypatch.setattr("peftfn.slots.kept.unmade", lambda *what: tried.append(what))
     quietly(net, a, times=2)
     assert not tried
     ready = net.prepare(a)
