@@ -12,8 +12,8 @@ from peftfn.cli.convert import of_values
 from peftfn.core.plan import Entry, WeightEntry
 from peftfn.formats import peft, swift
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import opened
 from peftfn.formats.peft_keys import PREFIX
+from peftfn.formats.tensor_files import opened
 
 
 def by_factors(entry: Entry) -> bool:

@@ -6,7 +6,7 @@ A format is a module with three functions:
     load(path, model, options) -> Loaded                   model: a `model.Model`; options: `files.Options`
     save(path, net, adapter, **options)                    the adapter has been checked against the net's plan
 
-and what is common to reading and writing files is in `files.py`.
+and what is common to reading and writing files is in `files.py` and `tensor_files.py`.
 """
 
 from collections.abc import Iterable, Mapping

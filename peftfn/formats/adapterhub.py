@@ -13,8 +13,9 @@ from peftfn.core.method import Method
 from peftfn.formats.adapterhub_head import fitted
 from peftfn.formats.adapterhub_read import Reader
 from peftfn.formats.binding import exactly, planned, whole
-from peftfn.formats.files import Loaded, Options, mismatch, opened, read_json, unpickled
-from peftfn.formats.files import Tensors as File
+from peftfn.formats.files import Loaded, Options, mismatch, read_json
+from peftfn.formats.tensor_files import Tensors as File
+from peftfn.formats.tensor_files import opened, unpickled
 from peftfn.methods.weights.full import Full
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from peftfn.formats.adapterhub_place import Read
-from peftfn.formats.files import Tensors as File
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.methods.modules.adapterplus import AdapterPlus
 from peftfn.methods.modules.bottleneck import Bottleneck
 from peftfn.methods.modules.compacter import Compacter

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftfn.formats.files import Tensors as File
 from peftfn.formats.files import read_json
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.model.model import Model
 
 _KEY = re.compile(r"heads\.(?P<name>[^.]+)\.(?P<i>\d+)\.(?P<what>weight|bias)")

@@ -11,8 +11,8 @@ from torch import Tensor
 from peftfn.core.method import Method
 from peftfn.formats import adapterhub_bottleneck, adapterhub_prefix
 from peftfn.formats.adapterhub_place import Read
-from peftfn.formats.files import Tensors as File
 from peftfn.formats.orthogonal import orthogonal
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.methods.modules.direft import DiReFT
 from peftfn.methods.modules.loreft import LoReFT
 from peftfn.methods.modules.noreft import NoReFT

@@ -6,10 +6,11 @@ from typing import Any
 
 from peftfn.core.method import Method
 from peftfn.formats import peft
-from peftfn.formats.files import Loaded, Options, Tensors, opened
+from peftfn.formats.files import Loaded, Options
 from peftfn.formats.peft_config import checked, declared
 from peftfn.formats.peft_keys import clean
 from peftfn.formats.peft_names import unwrapped
+from peftfn.formats.tensor_files import Tensors, opened
 from peftfn.model.model import Model
 
 _RANKED = re.compile(r"(?P<module>.+)\.(lora_A|lora_embedding_A|hira_A|hada_w1_b)(\.[^.]+)?(\.weight)?")

@@ -9,7 +9,7 @@ from torch import Tensor
 from peftfn.core.make import make
 from peftfn.core.method import Method
 from peftfn.core.plan import Plan
-from peftfn.formats.files import Tensors
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.modules.bottleneck import Activation
 from peftfn.model.model import Model
 from peftfn.tensors.precision import wide

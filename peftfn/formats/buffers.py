@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.formats.files import Tensors
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.full import Full
 from peftfn.net.net import Adapted
 from peftfn.tensors.precision import wide

@@ -8,11 +8,12 @@ from typing import Any
 
 from peftfn.formats import FORMATS, gguf_file, hub, kohya, mlx, native, peft, peft_keys, swift
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import Tensors, opened, read_json
+from peftfn.formats.files import read_json
 from peftfn.formats.kohya_keys import ENDS
 from peftfn.formats.peft_extra import INVOCATION, REPLICATION
 from peftfn.formats.peft_old import named_today
 from peftfn.formats.several import FOLDER_FILES, folders
+from peftfn.formats.tensor_files import Tensors, opened
 
 MODEL = {
     "base_model": "base_model_name_or_path",

@@ -23,8 +23,9 @@ from torch import Tensor
 from peftfn.core.combine import is_expression
 from peftfn.formats import gguf_file, peft
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import Loaded, Options, Tensors
+from peftfn.formats.files import Loaded, Options
 from peftfn.formats.peft_keys import PREFIX
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.model import Model
 from peftfn.model.site import Site

@@ -18,9 +18,10 @@ from torch import Tensor
 from peftfn.core.combine import is_expression
 from peftfn.core.method import Leaf
 from peftfn.core.plan import Entry
-from peftfn.formats.files import Loaded, Options, Tensors, as_stored, opened, unpickled, write
+from peftfn.formats.files import Loaded, Options, as_stored, write
 from peftfn.formats.kohya_keys import DOTTED, FLAT, Names
 from peftfn.formats.kohya_read import KohyaReader
+from peftfn.formats.tensor_files import Tensors, opened, unpickled
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.dora import DoRA

@@ -7,8 +7,8 @@ from torch import Size
 
 from peftfn.core.method import Weight
 from peftfn.core.plan import Entry
-from peftfn.formats.files import Tensors
 from peftfn.formats.kohya_scale import Scales
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.diag_oft import DiagOFT
 from peftfn.methods.weights.dora import DoRA

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from peftfn.core.make import make
 from peftfn.core.method import Weight
 from peftfn.core.plan import Adapter, Plan
-from peftfn.formats.files import Loaded, Tensors, mismatch
+from peftfn.formats.files import Loaded, mismatch
 from peftfn.formats.kohya_methods import Methods, lacks
 from peftfn.formats.kohya_sort import Sorted
 from peftfn.formats.peft_read import pattern
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.parts.lycoris import spread
 from peftfn.methods.weights.full import Full
 from peftfn.model.model import Model

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import Tensors
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.parts.lowrank import Ranked
 from peftfn.methods.weights.loha import LoHa
 from peftfn.methods.weights.lokr import LoKr

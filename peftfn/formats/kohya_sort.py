@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from peftfn.formats.files import Tensors
 from peftfn.formats.kohya_keys import ENDS, Key, Names, nameless
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.model import Model
 

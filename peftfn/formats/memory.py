@@ -13,11 +13,12 @@ from peftfn.core.method import Method
 from peftfn.formats import peft
 from peftfn.formats.bare import configuration
 from peftfn.formats.beyond import Beyond
-from peftfn.formats.files import DTYPES, Loaded, Options, Tensors, on_devices, refuse_sharded
+from peftfn.formats.files import Loaded, Options, on_devices, refuse_sharded
 from peftfn.formats.occupied import refuse_adapters
 from peftfn.formats.peft_config import checked
 from peftfn.formats.peft_extra import about, check_type, given
 from peftfn.formats.peft_write import documents
+from peftfn.formats.tensor_files import DTYPES, Tensors
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted, check_net
 

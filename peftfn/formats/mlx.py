@@ -19,8 +19,9 @@ from torch import Tensor
 from peftfn.core.combine import is_expression
 from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
+from peftfn.formats.files import Loaded, Options, read_json, write
 from peftfn.formats.peft_keys import PREFIX
+from peftfn.formats.tensor_files import Tensors, opened
 from peftfn.methods.weights.dora import DoRA
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.model import Model

@@ -17,11 +17,12 @@ from peftfn.core.rules import offered
 from peftfn.formats.bases import check_base, marks
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.buffers import compared, compared_rows, statistics
-from peftfn.formats.files import Loaded, Options, Tensors, opened, write
+from peftfn.formats.files import Loaded, Options, write
 from peftfn.formats.indices import check_indices
 from peftfn.formats.native_config import VERSION, read, rules_of, to_json
 from peftfn.formats.native_tensors import BUFFER, ROWS, constant_keys, flat, one_save, places_in, put
 from peftfn.formats.peft_extra import REPLICATION, about, given, repetition, replicated
+from peftfn.formats.tensor_files import Tensors, opened
 from peftfn.model.model import Model, weights_of
 from peftfn.net.net import Adapted
 from peftfn.tensors.sharded import on_mesh

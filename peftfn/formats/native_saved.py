@@ -9,10 +9,10 @@ import torch
 from peftfn.core.plan import Plan
 from peftfn.formats.bases import check_base
 from peftfn.formats.buffers import compared, compared_rows
-from peftfn.formats.files import Tensors, opened
 from peftfn.formats.native import CONFIG
 from peftfn.formats.native_config import meaning, read, rules_of
 from peftfn.formats.native_tensors import BUFFER, ROWS, constant_keys, one_save, places_in, put
+from peftfn.formats.tensor_files import Tensors, opened
 from peftfn.net.net import Adapted
 
 

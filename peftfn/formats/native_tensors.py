@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peftfn.core.plan import Entry, Plan
-from peftfn.formats.files import Tensors, mismatch
+from peftfn.formats.files import mismatch
+from peftfn.formats.tensor_files import Tensors
 
 BUFFER = "buffer/"
 """What stands before a buffer's name in the file, and before that of a parameter that the base does not have."""

@@ -9,8 +9,9 @@ from peftfn.formats import peft
 from peftfn.formats import peft_config as configs
 from peftfn.formats.engines import CURES, ENGINES, RULES, Does, Seen
 from peftfn.formats.facts import adapters_at, format_of
-from peftfn.formats.files import opened, read_json
+from peftfn.formats.files import read_json
 from peftfn.formats.peft_keys import PREFIX
+from peftfn.formats.tensor_files import opened
 
 
 @dataclass(frozen=True)

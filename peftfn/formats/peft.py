@@ -21,7 +21,7 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra, peft_inputs, peft_poly
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.card import write_card
-from peftfn.formats.files import Loaded, Options, Tensors, as_stored, opened, unpickled, write
+from peftfn.formats.files import Loaded, Options, as_stored, write
 from peftfn.formats.peft_compact import compact as compacted
 from peftfn.formats.peft_experts import ranked, stacked
 from peftfn.formats.peft_keys import PeftNames
@@ -29,6 +29,7 @@ from peftfn.formats.peft_names import called, nameless, renaming, suffixes, unwr
 from peftfn.formats.peft_old import flattened, modernised, named_today
 from peftfn.formats.peft_read import PeftReader
 from peftfn.formats.peft_write import documents
+from peftfn.formats.tensor_files import Tensors, opened, unpickled
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 

@@ -10,8 +10,8 @@ from peftfn.core.plan import Entry
 from peftfn.formats import peft_extra
 from peftfn.formats.binding import exactly, planned
 from peftfn.formats.files import Loaded, mismatch
-from peftfn.formats.files import Tensors as File
 from peftfn.formats.peft_prompt_common import ALWAYS, HEAD, used
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.methods.modules.llama_adapter import LlamaAdapter
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted

@@ -7,9 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from peftfn.core.fields import MOST_ROUNDS
 from peftfn.core.method import Weight, registry
 from peftfn.core.peft import is_
-from peftfn.formats.files import MOST, read_json
+from peftfn.formats.files import read_json
 from peftfn.formats.peft_table import (
     BONE,
     COUNTS,
@@ -65,8 +66,8 @@ def checked(config: Any, path: Path) -> dict[str, Any]:
         wrong = not isinstance(have, fits) or (isinstance(have, bool) and bool not in fits)
         if wrong and object not in fits:
             raise ValueError(f"{path}: {key} is {have!r}, and PEFT's {kind} has a {type(want).__name__} there")
-        if key in COUNTS and have > MOST:
-            raise ValueError(f"{path}: {key} is {have}; at most {MOST} are read from files")
+        if key in COUNTS and have > MOST_ROUNDS:
+            raise ValueError(f"{path}: {key} is {have}; at most {MOST_ROUNDS} are read from files")
         if isinstance(have, float) and not math.isfinite(have):
             raise ValueError(f"{path}: {key} is {have}, which is not finite")
     for key in (*PATTERNS, "trainable_token_indices"):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from peftfn.formats import peft_config as configs
-from peftfn.formats.files import Tensors
 from peftfn.formats.peft_keys import BASE, PREFIX, PeftNames
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.site import Site
 

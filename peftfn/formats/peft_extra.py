@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from peftfn.core.fields import MOST_ROUNDS
 from peftfn.core.plan import Plan
-from peftfn.formats.files import MOST
 from peftfn.methods.weights.alora import ALoRA
 from peftfn.methods.weights.lora import LoRA
 from peftfn.model.model import Model
@@ -115,9 +115,11 @@ def replicated(model: Model, spans: Any, where: object) -> Model:
         isinstance(s, list) and [type(i) for i in s] == [int, int] and 0 <= s[0] < s[1] <= count for s in spans
     ):
         raise ValueError(f"{where}: {REPLICATION} is {str(spans)[:80]}; give spans [start, end) of {count} layers")
-    sources = [i for start, end in spans[:MOST] for i in range(start, end)]
-    if len(sources) > MOST or len(spans) > MOST:
-        raise ValueError(f"{where}: {REPLICATION} makes {len(sources)} layers; at most {MOST} are read from files")
+    sources = [i for start, end in spans[:MOST_ROUNDS] for i in range(start, end)]
+    if len(sources) > MOST_ROUNDS or len(spans) > MOST_ROUNDS:
+        raise ValueError(
+            f"{where}: {REPLICATION} makes {len(sources)} layers; at most {MOST_ROUNDS} are read from files"
+        )
     config: Any = getattr(inner, "config", None)
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = len(sources)

@@ -20,9 +20,9 @@ from peftfn.formats import peft_adaption, peft_extra, peft_multitask, peft_shado
 from peftfn.formats.beyond import Beyond
 from peftfn.formats.binding import exactly, planned, whole
 from peftfn.formats.files import Loaded, Options, mismatch
-from peftfn.formats.files import Tensors as File
 from peftfn.formats.peft_prompt_common import ALWAYS, HEAD, PROMPT, heads_in, sizes, used
 from peftfn.formats.peft_table import CLASSIFIERS, VERSION
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.methods.inputs.cartridge import Cartridge
 from peftfn.methods.inputs.cpt import CPT
 from peftfn.methods.inputs.multitask import MultitaskPrompt

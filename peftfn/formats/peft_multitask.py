@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from peftfn.core.plan import Entry
-from peftfn.formats.files import Tensors as File
 from peftfn.formats.peft_prompt_common import PROMPT, sizes
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.model.model import Model
 from peftfn.model.place import is_causal
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftfn.core.indices import Index
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
-from peftfn.formats.files import Tensors
+from peftfn.formats.tensor_files import Tensors
 from peftfn.tensors.precision import wide
 
 

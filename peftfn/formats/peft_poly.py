@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfn.formats.files import Loaded, Tensors
+from peftfn.formats.files import Loaded
 from peftfn.formats.peft_keys import PREFIX
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.poly import Poly
 from peftfn.net.net import Adapted
 from peftfn.tensors.tree import mapped

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftfn.formats.files import Tensors as File
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.model.model import Model
 
 PROMPT = "prompt_embeddings"

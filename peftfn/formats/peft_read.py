@@ -12,12 +12,13 @@ from peftfn.core.make import make
 from peftfn.core.method import Weight
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
-from peftfn.formats.files import Loaded, Options, Tensors, mismatch
+from peftfn.formats.files import Loaded, Options, mismatch
 from peftfn.formats.indices import check_indices
 from peftfn.formats.peft_fill import Filling
 from peftfn.formats.peft_keys import PREFIX, PeftNames, Place
 from peftfn.formats.peft_names import cure
 from peftfn.formats.peft_sort import Sorted
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.weights.full import Full
 from peftfn.methods.weights.tiedtokens import TiedTokens
 from peftfn.methods.weights.trainabletokens import TrainableTokens

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfn.core.fields import MOST_ROUNDS
 from peftfn.core.plan import Entry
 from peftfn.formats import peft_config as configs
 from peftfn.formats.binding import exactly, planned, whole
-from peftfn.formats.files import MOST, Loaded, mismatch
-from peftfn.formats.files import Tensors as File
+from peftfn.formats.files import Loaded, mismatch
+from peftfn.formats.tensor_files import Tensors as File
 from peftfn.methods.modules.shadow import DOT, LISTS, MIRROR, Shadow
 from peftfn.methods.weights.full import Full
 from peftfn.model.choice import matched
@@ -69,7 +70,7 @@ def load(config: Mapping[str, Any], file: File, model: Model, where: Path) -> tu
     values = {f: config.get(k, DEFAULTS.get(k)) for k, f in FIELDS.items()}
     largest = max((n for t in file.meta.values() for n in t.shape), default=0)
     for k, f in FIELDS.items():  # before a mirror of that size is made
-        if type(n := values[f]) is int and n > (limit := MOST if f == "depth" else largest):
+        if type(n := values[f]) is int and n > (limit := MOST_ROUNDS if f == "depth" else largest):
             raise ValueError(f"{where}: {k} is {n}, and the file's tensors allow at most {limit}")
     try:
         method = Shadow(**{f: v for f, v in values.items() if v is not None}, blocks_at=blocks)

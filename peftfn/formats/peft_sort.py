@@ -12,8 +12,9 @@ from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_keys as keys
 from peftfn.formats import peft_table as table
 from peftfn.formats.buffers import BUFFER, differs
-from peftfn.formats.files import Options, Tensors
+from peftfn.formats.files import Options
 from peftfn.formats.peft_keys import PREFIX, TOKENS, PeftNames, Place
+from peftfn.formats.tensor_files import Tensors
 from peftfn.model.choice import matched
 from peftfn.model.names import near
 from peftfn.model.site import Site

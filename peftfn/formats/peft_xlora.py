@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from peftfn.core.fields import MOST_ROUNDS
 from peftfn.core.plan import Plan
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_extra, peft_table
 from peftfn.formats.card import write_card
-from peftfn.formats.files import MOST, mismatch, opened, write
+from peftfn.formats.files import mismatch, write
 from peftfn.formats.peft import CONFIG, TENSORS
+from peftfn.formats.tensor_files import opened
 from peftfn.methods.weights.lora import LoRA
 from peftfn.net.net import Adapted
 
@@ -74,8 +76,8 @@ def read(folder: Path, experts: Sequence[str] | None) -> Saved:
             raise ValueError(f"{where}: {key} is {value!r}, which X-LoRA does not have: the outputs may differ")
     fields = {ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
     depth = fields["depth"]
-    if type(depth) is not int or not 1 <= depth <= MOST:
-        raise ValueError(f"{where}: xlora_depth is {depth!r}; it must be from 1 to {MOST}")
+    if type(depth) is not int or not 1 <= depth <= MOST_ROUNDS:
+        raise ValueError(f"{where}: xlora_depth is {depth!r}; it must be from 1 to {MOST_ROUNDS}")
     paths = list(experts) if experts is not None else _experts(config, where, folder)
     with opened(folder / TENSORS) as file:
         found = {k: m for k in file.meta if (m := _KEY.fullmatch(k))}

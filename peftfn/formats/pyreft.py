@@ -14,9 +14,10 @@ from torch import Tensor
 
 from peftfn.core.method import Method
 from peftfn.formats.binding import exactly, planned
-from peftfn.formats.files import Loaded, Options, read_json, unpickled
-from peftfn.formats.files import Tensors as File
+from peftfn.formats.files import Loaded, Options, read_json
 from peftfn.formats.orthogonal import orthogonal
+from peftfn.formats.tensor_files import Tensors as File
+from peftfn.formats.tensor_files import unpickled
 from peftfn.methods.modules.consreft import ConsReFT
 from peftfn.methods.modules.direft import DiReFT
 from peftfn.methods.modules.lobireft import LobiReFT

@@ -16,11 +16,12 @@ from typing import Any
 from peftfn.formats import peft, swift_models, swift_modules
 from peftfn.formats import peft_config as configs
 from peftfn.formats import peft_table as table
-from peftfn.formats.files import Loaded, Options, Tensors, opened, read_json, write
+from peftfn.formats.files import Loaded, Options, read_json, write
 from peftfn.formats.kohya import FILE
 from peftfn.formats.peft import CONFIG, TENSORS
 from peftfn.formats.peft_keys import PREFIX
 from peftfn.formats.peft_write import document
+from peftfn.formats.tensor_files import Tensors, opened
 from peftfn.model.model import Model
 from peftfn.net.net import Adapted
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from peftfn.core.method import Method
 from peftfn.formats.binding import exactly, planned
-from peftfn.formats.files import Loaded, Options, Tensors, mismatch
+from peftfn.formats.files import Loaded, Options, mismatch
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.modules.llama_pro import DOT, LlamaPro
 from peftfn.methods.modules.restuning import ResTuning
 from peftfn.model.model import Model

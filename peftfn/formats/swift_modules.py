@@ -13,7 +13,8 @@ from torch import Size
 
 from peftfn.core.method import Method
 from peftfn.formats.binding import ACTIVATIONS, exactly, planned
-from peftfn.formats.files import Loaded, Options, Tensors, mismatch
+from peftfn.formats.files import Loaded, Options, mismatch
+from peftfn.formats.tensor_files import Tensors
 from peftfn.methods.modules.bottleneck import Bottleneck
 from peftfn.methods.modules.scetuning import SCETuning
 from peftfn.methods.modules.side import STEPS, Side

@@ -10,7 +10,8 @@ from torch import nn
 
 from peftfn.formats import hub, load, native, native_tensors, peft, swift
 from peftfn.formats.facts import described
-from peftfn.formats.files import Loaded, opened, read_json
+from peftfn.formats.files import Loaded, read_json
+from peftfn.formats.tensor_files import opened
 
 TOKENIZER = "tokenizer_config.json"
 _SHARED = frozenset({"token", "cache_dir", "local_files_only", "force_download", "proxies"})

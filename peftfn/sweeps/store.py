@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftfn.formats.files import opened, write
+from peftfn.formats.files import write
+from peftfn.formats.tensor_files import opened
 from peftfn.sweeps.trial import Trial
 from peftfn.tensors.tree import mapped
 

@@ -26,7 +26,7 @@ from test_peft_parity import A, both_ways, edit, retensor
 from torch import Tensor, nn
 
 import peftfn as pf
-from peftfn.formats import files
+from peftfn.formats import tensor_files
 from peftfn.formats.peft_common import targets
 
 pytestmark = [
@@ -103,7 +103,7 @@ def test_a_native_file_lists_both(tmp_path: Path) -> None:
     net, adapter = native(tmp_path)
     site = "model.layers.0.self_attn.q_proj.weight"
     path, odd = tmp_path / "adapter.safetensors", f"adapter/{site}/c"
-    with files.opened(path) as file:
+    with tensor_files.opened(path) as file:
         tensors = {k: file.tensor(k, exact=True) for k in file.meta}
         metadata = file.metadata
     tensors[odd] = tensors.pop(f"adapter/{site}/a")
@@ -498,15 +498,15 @@ def test_each_tensor_is_read_once(tmp_path: Path, format: str, monkeypatch: pyte
     )
     pf.save(tmp_path, net, net.init(), format=format)
     read: list[str] = []
-    tensor = files.Tensors.tensor
+    tensor = tensor_files.Tensors.tensor
 
-    def counted(self: files.Tensors, key: str, *args: Any, **kwargs: Any) -> Tensor:
+    def counted(self: tensor_files.Tensors, key: str, *args: Any, **kwargs: Any) -> Tensor:
         read.append(key)
         return tensor(self, key, *args, **kwargs)
 
-    monkeypatch.setattr(files.Tensors, "tensor", counted)
+    monkeypatch.setattr(tensor_files.Tensors, "tensor", counted)
     pf.load(tmp_path, llama())
-    with files.opened(next(tmp_path.glob("*.safetensors"))) as file:
+    with tensor_files.opened(next(tmp_path.glob("*.safetensors"))) as file:
         assert sorted(read) == sorted(file.meta)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import MODEL, OTHERS, XLORA, good_files
 
 import peftfn as pf
-from peftfn.formats.files import unpickled
+from peftfn.formats.tensor_files import unpickled
 from peftfn.testing import shaken
 
 EXAMPLES = int(os.environ.get("PEFTFN_FUZZ", "300"))

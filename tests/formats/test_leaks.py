@@ -9,7 +9,7 @@ from mutations import MODEL
 from safetensors.torch import save_file
 
 import peftfn as pf
-from peftfn.formats.files import opened
+from peftfn.formats.tensor_files import opened
 
 TENSORS = {
     "matrix": torch.randn(3, 5),
