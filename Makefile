@@ -67,7 +67,7 @@ soak: $(VENV)/ready
 reproductions: $(VENV)/ready
 	$(BIN)/python -m benchmarks.reproductions $(CLAIMS)
 
-# All of docs/comparison.md and docs/reproductions.md anew, in 78 minutes on two cores: make figures FIGURES=--quick, in some.
+# All of docs/comparison.md and docs/reproductions.md anew: 78 minutes on two cores. FIGURES=--quick runs it in brief.
 figures: $(VENV)/ready
 	$(BIN)/python -m benchmarks.figures $(FIGURES)
 

@@ -113,7 +113,7 @@ def linear() -> tuple[pf.Adapted, pf.Adapter]:
         (lambda: pf.save(None, *linear()), "the path is None: give a string or a Path"),  # type: ignore[arg-type]
         (
             lambda: linear()[0].gated(pf.stack([linear()[1]]), "x", torch.ones(2, 8)),  # type: ignore[arg-type]
-            "gated: gates are 'x', which torch makes no tensor of",
+            "gated: gates are 'x', which torch cannot make a tensor of",
         ),
     ],
 )

@@ -82,7 +82,7 @@ def save(
     Raises:
         ValueError: the format cannot express the plan, or tensors are sharded; it names the sites. The path is a file,
             and the format writes a folder. Nothing has been written.
-        TypeError: `path` is no path, or `net` is not a net.
+        TypeError: `path` is not a path, or `net` is not a net.
 
     Example:
         net = pf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), {"0.weight": pf.LoRA(rank=2)})

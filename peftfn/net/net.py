@@ -379,7 +379,7 @@ class Adapted:
 
         Raises:
             ValueError: no module that has parts matches.
-            TypeError: the pattern is no string.
+            TypeError: the pattern is not a string.
 
         Example:
             layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4))

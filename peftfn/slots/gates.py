@@ -233,13 +233,14 @@ class Weights(Gates):
     def of(cls, gates: Any, count: int, inputs: Any = (), copies: int = 1, stepwise: bool = False) -> Gates:
         """These gates; an Index where each row has one adapter with gate 1, or none.
 
-        Raises ValueError for gates that fit neither the stack nor the inputs, TypeError for what are no numbers.
+        Raises ValueError for gates that fit neither the stack nor the inputs, and TypeError for gates that are not
+        numbers.
         """
         try:
             g = gates if isinstance(gates, Tensor) else torch.tensor(gates)
         except (TypeError, ValueError, RuntimeError) as e:
             raise TypeError(
-                f"gated: gates are {gates!r}, which torch makes no tensor of ({e}); give a tensor, "
+                f"gated: gates are {gates!r}, which torch cannot make a tensor of ({e}); give a tensor, "
                 "{pattern: tensor}, a function of (site, x), or PerForward(f)"
             ) from e
         if not 1 <= g.dim() <= 3 or not g.is_floating_point():
